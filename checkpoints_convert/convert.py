@@ -1,0 +1,116 @@
+"""Source to native checkpoint, tensor by tensor: at no time are more than two matrices in memory."""
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from zimage_jax import checkpoint
+from zimage_jax.errors import ConversionError
+from zimage_jax.prompt import Prompts
+
+from . import rules
+from .sources import COMPONENTS, Source, Tensor
+
+_RUN_BYTES = 32 << 20  # of the result, at a time
+_WORKERS = 2  # one computes while the other waits for the disk; each holds one matrix
+_EXPONENT = {2: (np.uint16, 0x7F80), 4: (np.uint32, 0x7F800000)}  # all ones: infinite or NaN
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The part of a source tensor that becomes one array of ours."""
+
+    tensor: Tensor
+    transform: str
+    part: int
+    parts: int
+
+
+def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool = False) -> Path:
+    """Write `dst` from `source`. An interrupted run goes on where it was when called again.
+
+    Raises ConversionError before anything is written when a tensor is unknown, missing, duplicate or misshapen, and
+    on the way when one holds NaN or infinity.
+    """
+    source.check()
+    vocabulary = Prompts.load(source.tokenizer).vocab_size
+    if vocabulary > source.config.text_encoder.vocab_size:
+        raise ConversionError(
+            f"{source.tokenizer}: has {vocabulary} tokens, the text encoder {source.config.text_encoder.vocab_size}; "
+            "it belongs to another model"
+        )
+    files = {f: f.stat() for c in COMPONENTS for f in source.components[c].files}
+    fingerprint = [[f.name, s.st_size, s.st_mtime_ns] for f, s in files.items()]
+    writer = checkpoint.Writer(dst, source.config, dtype, {"files": fingerprint})
+    units = [(c, u, leaves) for c in COMPONENTS for u, leaves in checkpoint.units(source.config, c).items()]
+    total = sum(_native_bytes(leaves, dtype) for _, _, leaves in units)
+    origins = {c: _origins(source, c) for c in COMPONENTS}
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="convert", disable=quiet) as bar,
+        ThreadPoolExecutor(_WORKERS) as pool,
+    ):
+
+        def write(component: str, unit: str, leaves: dict) -> None:
+            if writer.resumed and writer.done(component, unit):
+                bar.update(_native_bytes(leaves, dtype))
+                return
+            pieces = ((path, _runs(origins[component][path], path, dtype, bar)) for path in leaves)
+            writer.write(component, unit, pieces)
+
+        try:
+            for job in [pool.submit(write, *unit) for unit in units]:
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    provenance = {
+        "layouts": {c: source.components[c].layout for c in COMPONENTS},
+        "files": {f"{f.parent.name}/{f.name}": s.st_size for f, s in files.items()},
+    }
+    return writer.finish(source.tokenizer.read_bytes(), provenance)
+
+
+def _native_bytes(leaves: dict, dtype: str) -> int:
+    return sum(leaf.size for leaf in leaves.values()) * checkpoint.DTYPES[dtype].itemsize
+
+
+def _origins(source: Source, component: str) -> dict[str, _Origin]:
+    tensors = source.components[component].tensors
+    return {
+        path: _Origin(tensors[name], entry.transform, part, len(entry.paths))
+        for name, entry in source.entries(component).items()
+        for part, path in enumerate(entry.paths)
+    }
+
+
+def _runs(origin: _Origin, path: str, dtype: str, bar) -> Iterator[np.ndarray]:
+    """The native array in runs of rows, cast and checked."""
+    rows = origin.tensor.shape[0] // origin.parts
+    first = origin.part * rows
+    target = checkpoint.DTYPES[dtype]
+    if origin.transform == rules.SAME:
+        step = max(1, _RUN_BYTES // max(1, target.itemsize * math.prod(origin.tensor.shape[1:])))
+        parts = (
+            origin.tensor.rows(first + a, first + min(a + step, rows)).astype(target, copy=False)
+            for a in range(0, rows, step)
+        )
+    else:
+        # cast the whole matrix first, then transpose it in slabs that stay in cache
+        matrix = origin.tensor.rows(first, first + rows).astype(target, copy=False)
+        native = rules.to_native(matrix, origin.transform)
+        step = 256 if native.ndim == 2 else len(native)
+        parts = (np.ascontiguousarray(native[a : a + step]) for a in range(0, len(native), step))
+    for run in parts:
+        bits, ones = _EXPONENT[target.itemsize]
+        if bool(((run.view(bits) & ones) == ones).any()):
+            raise ConversionError(
+                f"{origin.tensor.file}: {origin.tensor.name} holds NaN or infinity in {dtype}; "
+                f"the file is damaged or was cast badly ({path} was not written)"
+            )
+        bar.update(run.nbytes)
+        yield run

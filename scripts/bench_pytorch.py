@@ -1,0 +1,126 @@
+"""One DiT block of the published width, and a whole small pipeline, against diffusers: same CPU, threads and float32.
+
+    python scripts/bench_pytorch.py [--runs 7] [--tokens 1056] [--size 256]
+
+The two sides run in turn in one process; printed are medians and the ratio ours / theirs. Needs the reference extra.
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+warnings.simplefilter("ignore")
+
+import reference  # noqa: E402
+import small  # noqa: E402
+import torch  # noqa: E402
+from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZImageTransformerBlock  # noqa: E402
+
+from checkpoints_convert import rules  # noqa: E402
+from zimage_jax import ZImage, checkpoint, dit, ops  # noqa: E402
+from zimage_jax.config import TURBO  # noqa: E402
+from zimage_jax.layers import with_arrays  # noqa: E402
+from zimage_jax.ops import Attend  # noqa: E402
+
+# about the embedded model's size: what "small" means here
+SMALL = small.small_config(
+    dim=192, heads=6, axes=(8, 12, 12), layers=8, features=128, text_layers=4, text_heads=(4, 2), text_width=32,
+    channels=(16, 32, 64, 64),
+)  # fmt: skip
+
+
+def in_turn(ours: Callable, theirs: Callable, runs: int) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for k in range(runs + 1):
+        for name, call in (("ours", ours), ("theirs", theirs)):
+            began = time.perf_counter()
+            call()
+            if k:  # the first of each compiles and warms up
+                seconds[name].append(time.perf_counter() - began)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "ours_sec": round(median["ours"], 4), "diffusers_sec": round(median["theirs"], 4),
+        "ratio": round(median["ours"] / median["theirs"], 3),
+    }  # fmt: skip
+
+
+def block(tokens: int, runs: int) -> dict[str, float]:
+    config = TURBO.transformer
+    theirs = ZImageTransformerBlock(0, config.dim, config.n_heads, config.n_heads, config.norm_eps, True).eval()
+    theirs.requires_grad_(False)
+    tensors = {f"layers.0.{n}": t.numpy() for n, t in theirs.state_dict().items()}
+    entries = rules.expected(rules.DIT_DIFFUSERS, dit.spec(config))
+    arrays = {
+        e.paths[0].removeprefix("layers.0."): np.ascontiguousarray(rules.to_native(tensors[name], e.transform))
+        for name, e in entries.items()
+        if name in tensors
+    }
+    ours = with_arrays(dit.Block(config), lambda path, _: jax.numpy.asarray(arrays[path]))
+    rng = np.random.default_rng(0)
+    x, time_embedding = (
+        rng.standard_normal((1, tokens, config.dim), np.float32),
+        rng.standard_normal((1, 256), np.float32),
+    )
+    positions = rng.integers(0, 64, (1, tokens, 3))
+    cos, sin = ops.rope_table(positions, config.axes_dims, config.rope_theta)
+    rope = RopeEmbedder(config.rope_theta, list(config.axes_dims), list(config.axes_lens))
+    freqs = rope(torch.from_numpy(positions[0]))[None]
+    x_torch, time_torch = torch.from_numpy(x), torch.from_numpy(time_embedding)
+    attend = Attend.choose("cpu", "float32", 1, tokens, tokens, config.n_heads)
+    run = jax.jit(lambda m, x, side: m(x, side, attend))
+    side = dit.Side(*map(jax.numpy.asarray, (cos, sin)), None, jax.numpy.asarray(time_embedding))
+    x_jax = jax.numpy.asarray(x)
+    expected, got = theirs(x_torch, None, freqs, time_torch).numpy(), np.asarray(run(ours, x_jax, side))
+    assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 1e-5
+    return in_turn(
+        lambda: jax.block_until_ready(run(ours, x_jax, side)), lambda: theirs(x_torch, None, freqs, time_torch), runs
+    )
+
+
+def pipeline(size: int, runs: int) -> dict[str, float]:
+    tensors = small.random_tensors(SMALL)
+    theirs = reference.pipeline(SMALL, tensors)
+    models = {c: small.our_model(c, SMALL, tensors[c]) for c in small.MODELS}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = small.tokenizer().to_str().encode()
+        ours = ZImage.load(checkpoint.save(Path(folder) / "m", SMALL, models, tokenizer, {}, "float32"))
+    job = {"width": size, "height": size}
+    return in_turn(
+        lambda: ours.generate("a red circle above a blue square", seed=1, **job),
+        lambda: theirs(
+            "a red circle above a blue square", num_inference_steps=8, guidance_scale=0.0,
+            generator=torch.Generator().manual_seed(1), **job,
+        ),
+        runs,
+    )  # fmt: skip
+
+
+@click.command(help=__doc__)
+@click.option("--runs", default=7, show_default=True)
+@click.option("--tokens", default=1056, show_default=True)
+@click.option("--size", default=256, show_default=True)
+@torch.no_grad()
+def main(runs: int, tokens: int, size: int) -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
+    result = {
+        "threads": torch.get_num_threads(),
+        "versions": {"jax": jax.__version__, "torch": torch.__version__},
+        f"block_{tokens}_tokens": block(tokens, runs),
+        f"pipeline_{size}": pipeline(size, runs),
+    }
+    click.echo(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

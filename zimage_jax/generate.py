@@ -1,0 +1,247 @@
+"""python -m zimage_jax.generate "PROMPT": write a picture."""
+
+import json
+import math
+import re
+import string
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from . import cli
+from .errors import UsageError
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+_FIELDS = ("date", "seed", "index")
+_REPEATED = (
+    "prompt", "negative_prompt", "seed", "width", "height", "steps", "guidance", "noise",
+)  # fmt: skip
+
+
+def parse_size(text: str, side: int, multiple: int) -> tuple[int, int]:
+    """ "1280x720", or a ratio such as "16:9": the largest size of that exact ratio within side x side pixels, or, where
+    multiples of `multiple` have none, the nearest."""
+    if match := re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", text):
+        return int(match[1]), int(match[2])
+    match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)
+    if not match or not int(match[1]) or not int(match[2]):
+        raise UsageError(f"--size {text}: expected WIDTHxHEIGHT in pixels or a ratio such as 16:9")
+    a, b = (int(v) // math.gcd(int(match[1]), int(match[2])) for v in match.groups())
+    k = math.isqrt(side * side // (a * b * multiple * multiple))
+    if k:
+        return a * k * multiple, b * k * multiple
+    width = side * math.sqrt(a / b)
+    return tuple(max(multiple, round(v / multiple) * multiple) for v in (width, side * side / width))  # type: ignore[return-value]
+
+
+def _texts(prompts: tuple[str, ...], files: tuple[Path, ...]) -> list[str]:
+    texts = [sys.stdin.read() if p == "-" else p for p in prompts]
+    for file in files:
+        try:
+            texts.append(file.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as fault:
+            raise UsageError(f"--prompt-file {file}: cannot be read as UTF-8 text ({fault})") from None
+    return [text.rstrip("\r\n") for text in texts]
+
+
+def _check_template(template: str) -> None:
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError:
+        fields = {""}
+    if not fields <= set(_FIELDS):
+        raise UsageError(f"-o {template}: only {', '.join(f'{{{f}}}' for f in _FIELDS)} are filled in")
+    if not template.lower().endswith(".png"):
+        raise UsageError(f"-o {template}: pictures are PNG files, so the name must end in .png")
+
+
+@click.command()
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@click.option("--prompt-file", "files", multiple=True, type=FILE, help="A prompt from a UTF-8 file; may be repeated.")
+@click.option("--model", type=click.Path(path_type=Path), required=True, help="Folder written by checkpoints_convert.")
+@click.option("--size", help="WIDTHxHEIGHT, or a ratio such as 16:9.")
+@click.option("--width", "-W", type=int, help="Pixels, a multiple of 16.")
+@click.option("--height", "-H", type=int, help="Pixels, a multiple of 16.")
+@click.option("--steps", type=int, help="Evaluations of the DiT (NFEs).  [default: 8]")
+@click.option(
+    "--seed", "-s", "seeds", type=int, multiple=True, help="0 to 2^64-1, -1 for a random one; may be repeated."
+)
+@click.option("-n", "--count", type=click.IntRange(1), default=1, help="Pictures per prompt, with seeds that count up.")
+@click.option("--guidance", type=float, help="Guidance scale, 0 is off.  [default: 0]")
+@click.option("--cfg-scale", type=float, help="The same as other programs count it: guidance + 1.")
+@click.option("--negative-prompt", help="What guidance leads away from.")
+@click.option("--noise", type=click.Choice(["torch", "jax"]), help="Whose noise a seed stands for.  [default: torch]")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="[default: bfloat16 on a GPU, else float32]")
+@click.option("--schedule", type=click.Choice(["resident", "scan"]), default="resident", show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Pictures drawn at once.")
+@click.option(
+    "-o", "--output", default="{date}-{seed}-{index}.png", show_default=True, help="Name of a picture's file."
+)
+@click.option("--overwrite", is_flag=True, help="Replace files that exist; else a free name is taken.")
+@click.option("--no-metadata", is_flag=True, help="Write pixels alone.")
+@click.option(
+    "--preview", type=click.Path(path_type=Path, file_okay=False), help="Folder for a small picture per step."
+)
+@click.option("--from-image", type=FILE, help="Repeat a picture of ours; flags given beside it win.")
+@click.option("--report", type=FILE, help="Write what was done and what it cost, as JSON.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report, one line of JSON per batch, and nothing else.")
+def command(
+    prompts, files, model, size, width, height, steps, seeds, count, guidance, cfg_scale, negative_prompt, noise, dtype,
+    schedule, batch_size, output, overwrite, no_metadata, preview, from_image, report, quiet, as_json,
+) -> None:  # fmt: skip
+    """Draw PROMPT with Z-Image-Turbo and write it as a PNG.
+
+    Several prompts give several pictures; "-" reads one from standard input.
+    """
+    if size and (width or height):
+        raise click.UsageError("--size and --width/--height say the same thing: give one of them")
+    if cfg_scale is not None:
+        if guidance is not None:
+            raise click.UsageError("--guidance and --cfg-scale say the same thing: give one of them")
+        guidance = cfg_scale - 1
+    if count > 1 and len(seeds) > 1:
+        raise click.UsageError("give several seeds or a --count, not both")
+    _check_template(output)
+    job = _settings(from_image, prompts, files, seeds, negative_prompt, width, height, steps, guidance, noise)
+    if not job["prompt"]:
+        raise click.UsageError("no prompt: give one, or --prompt-file, or - for standard input")
+
+    talk = _Talk(quiet or as_json)
+    with talk.warnings():
+        cli.use_compile_cache()
+        from .pipeline import ZImage  # after the words were checked: importing JAX takes a second
+
+        pipe = ZImage.load(model, dtype=dtype)
+        if size:
+            job["width"], job["height"] = parse_size(size, pipe.config.vae.sample_size, pipe.config.pixel_multiple)
+        todo = _expand(job.pop("prompt"), job.pop("seed"), count)
+        talk.start(pipe)
+        reports = []
+        for first in range(0, len(todo), batch_size):
+            batch = todo[first : first + batch_size]
+            texts, numbers = (list(column) for column in zip(*batch, strict=True))
+            settings = {k: v for k, v in job.items() if v is not None}
+            with talk.bar() as bar:
+                previews = _Previews(preview, first, bar)
+                result = pipe.generate(texts, seed=numbers, schedule=schedule, on_step=previews, **settings)
+            now = datetime.now().strftime("%Y%m%d-%H%M%S")
+            paths = []
+            for index, picture in enumerate(result.pictures, first):
+                name = output.format(date=now, seed=picture.metadata["seed"], index=index)
+                paths.append(picture.save(name, metadata=not no_metadata, overwrite=overwrite))
+                talk.picture(paths[-1], picture, result.report)
+            files_made = str(paths[0]) if len(paths) == 1 else [str(p) for p in paths]
+            reports.append({**result.report, "file": files_made})
+            if as_json:
+                click.echo(json.dumps(reports[-1], ensure_ascii=False))
+    if report:
+        from .image import write_new
+
+        content = reports[0] if len(reports) == 1 else reports
+        write_new(report, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode(), overwrite=True)
+
+
+def _settings(from_image, prompts, files, seeds, negative_prompt, width, height, steps, guidance, noise) -> dict:
+    """The job's words: what a picture says of itself under --from-image, and over it the flags that were given."""
+    given = {
+        "prompt": _texts(prompts, files) or None,
+        "seed": list(seeds) or None,
+        "negative_prompt": negative_prompt,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance": guidance,
+        "noise": noise,
+    }
+    job: dict = dict.fromkeys(_REPEATED)
+    if from_image:
+        from .image import read_metadata
+
+        found = read_metadata(from_image)
+        kinds = {"prompt": str, "negative_prompt": str, "guidance": float | int, "noise": str}
+        for key in _REPEATED:
+            if not isinstance(found.get(key), kinds.get(key, int)):
+                raise UsageError(f"{from_image}: its metadata has no usable {key!r}; give it as a flag")
+            job[key] = found[key]
+        job["prompt"], job["seed"] = [job["prompt"]], [job["seed"]]
+    job |= {key: value for key, value in given.items() if value is not None}
+    job["seed"] = job["seed"] or [-1]
+    return job
+
+
+def _expand(prompts: list[str], seeds: list[int], count: int) -> list[tuple[str, int]]:
+    """Every prompt with every seed; a count makes one seed count up, or draws anew for -1."""
+    if count > 1:
+        seeds = [seeds[0] if seeds[0] == -1 else seeds[0] + i for i in range(count)]
+    return [(prompt, seed) for prompt in prompts for seed in seeds]
+
+
+class _Previews:
+    """Moves the bar and writes a small picture per step when asked to."""
+
+    def __init__(self, folder: Path | None, first: int, bar):
+        self._folder, self._first, self._bar = folder, first, bar
+
+    def __call__(self, step) -> None:
+        if self._bar.total != step.steps:
+            self._bar.reset(step.steps)
+        self._bar.update()
+        if self._folder is None:
+            return
+        from .image import encode_png, write_new
+
+        for index, small in enumerate(step.previews(), self._first):
+            write_new(self._folder / f"{index}-step{step.index + 1:02d}.png", encode_png(small), overwrite=True)
+
+
+class _Talk:
+    """What a person sees: on standard error, but for the line that says where a picture lies."""
+
+    def __init__(self, silent: bool):
+        self._silent, self._began = silent, time.perf_counter()
+
+    @contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Our warnings as one line each."""
+
+        def show(message, *_) -> None:
+            if not self._silent:
+                tqdm.write(f"warning: {message}", file=sys.stderr)
+
+        with warnings.catch_warnings():
+            warnings.showwarning = show  # type: ignore[assignment]
+            warnings.simplefilter("always", UserWarning)
+            yield
+
+    def start(self, pipe) -> None:
+        if not self._silent:
+            seconds = time.perf_counter() - self._began
+            click.echo(f"{pipe.name}: {pipe.describe()}, loaded in {seconds:.1f} s", err=True)
+
+    def bar(self):
+        return tqdm(total=0, unit="NFE", desc="draw", leave=False, disable=self._silent or not sys.stderr.isatty())
+
+    def picture(self, path: Path, picture, report: dict) -> None:
+        if not self._silent:
+            stage = report["seconds"]
+            click.echo(
+                f"{path}  seed {picture.metadata['seed']}, {stage['total']:.1f} s (text {stage['text']:.1f}, "
+                f"denoise {stage['denoise']:.1f}, decode {stage['decode']:.1f}), "
+                f"peak {report['peak_device_bytes'] / 2**30:.2f} GiB of device memory"
+            )
+
+
+def main() -> None:
+    cli.run(command, prog="python -m zimage_jax.generate")
+
+
+if __name__ == "__main__":
+    main()
