@@ -65,7 +65,11 @@ def _check_template(template: str) -> None:
 @click.command()
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option("--prompt-file", "files", multiple=True, type=FILE, help="A prompt from a UTF-8 file; may be repeated.")
-@click.option("--model", type=click.Path(path_type=Path), required=True, help="Folder written by checkpoints_convert.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Folder written by checkpoints_convert.  [default: the tiny model in the package]",
+)
 @click.option("--size", help="WIDTHxHEIGHT, or a ratio such as 16:9.")
 @click.option("--width", "-W", type=int, help="Pixels, a multiple of 16.")
 @click.option("--height", "-H", type=int, help="Pixels, a multiple of 16.")
@@ -119,6 +123,11 @@ def command(
         cli.use_compile_cache()
         from .pipeline import ZImage  # after the words were checked: importing JAX takes a second
 
+        if model is None:
+            talk.say(
+                "drawing with the tiny model inside the package: shapes, colours, up to three glyphs. For the full one: "
+                "python -m checkpoints_convert Z-IMAGE-TURBO-FOLDER MODEL, then --model MODEL"
+            )
         pipe = ZImage.load(model, dtype=dtype)
         if size:
             job["width"], job["height"] = parse_size(size, pipe.config.vae.sample_size, pipe.config.pixel_multiple)
@@ -221,10 +230,12 @@ class _Talk:
             warnings.simplefilter("always", UserWarning)
             yield
 
-    def start(self, pipe) -> None:
+    def say(self, line: str) -> None:
         if not self._silent:
-            seconds = time.perf_counter() - self._began
-            click.echo(f"{pipe.name}: {pipe.describe()}, loaded in {seconds:.1f} s", err=True)
+            click.echo(line, err=True)
+
+    def start(self, pipe) -> None:
+        self.say(f"{pipe.name}: {pipe.describe()}, loaded in {time.perf_counter() - self._began:.1f} s")
 
     def bar(self):
         return tqdm(total=0, unit="NFE", desc="draw", leave=False, disable=self._silent or not sys.stderr.isatty())

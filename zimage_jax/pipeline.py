@@ -30,6 +30,7 @@ from .ops import Attend
 from .staging import Ledger, Program, allocator_peak
 
 SCHEDULES = ("resident", "scan")
+TINY = Path(__file__).parent / "assets" / "tiny"
 
 
 class ZImageWarning(UserWarning):
@@ -109,14 +110,16 @@ class ZImage:
         self._warnings: list[str] = []
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: str | None = None) -> "ZImage":
-        """Load a native checkpoint. `dtype` is what is computed in: bfloat16 on a GPU and float32 on a CPU by default.
+    def load(cls, path: str | Path | None = None, *, dtype: str | None = None) -> "ZImage":
+        """Load a native checkpoint, or the tiny model inside the package when none is named.
+
+        `dtype` is what is computed in: bfloat16 on a GPU and float32 on a CPU by default.
 
         Raises CheckpointError when the folder is missing, foreign or damaged.
         """
         ledger = Ledger()
         with ledger.stage("load"):
-            checkpoint = Checkpoint(path)
+            checkpoint = Checkpoint(path or TINY)
             prompts = prompt.Prompts.load(checkpoint.tokenizer)
             models = {}
             for component in COMPONENTS:
