@@ -12,6 +12,9 @@ import jaxtyping  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# every test loads its own model, and most of their programs are the same
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # from here on every function of ours checks its annotated shapes
 jaxtyping.install_import_hook(["zimage_jax", "checkpoints_convert"], "beartype.beartype")
 

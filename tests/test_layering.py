@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "errors", "config", "ops", "layers", "dit", "text_encoder", "vae", "prompt", "sampling", "checkpoint", "staging",
-    "image", "pipeline", "cli", "generate", "__main__",
+    "errors", "config", "ops", "layers", "dit", "text_encoder", "vae", "vae_strips", "prompt", "sampling", "components",
+    "schedule", "planner", "checkpoint", "staging", "programs", "image", "job", "pipeline", "cli", "generate", "__main__",
 ]  # fmt: skip
 CONVERTER_ORDER = ["rules", "sources", "convert", "inspect", "__main__"]
 

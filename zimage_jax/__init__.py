@@ -4,9 +4,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .errors import ZImageError
-    from .pipeline import Picture, Result, Step, ZImage, ZImageWarning
+    from .job import Picture, Result, Step, ZImageWarning
+    from .pipeline import ZImage
+    from .planner import Memory, Plan
 
-__all__ = ["Picture", "Result", "Step", "ZImage", "ZImageError", "ZImageWarning"]
+__all__ = ["Memory", "Picture", "Plan", "Result", "Step", "ZImage", "ZImageError", "ZImageWarning"]
 
 
 def __getattr__(name: str):

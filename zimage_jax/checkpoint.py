@@ -24,41 +24,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import ml_dtypes
 import numpy as np
 import xxhash
 from jax.sharding import SingleDeviceSharding
 
-from . import dit, text_encoder, vae
+from .components import COMPONENTS, DTYPES, spec, units
 from .config import ModelConfig
 from .errors import CheckpointError, ConfigError, DamagedError, ForeignError, OutputError
 from .layers import named_arrays, with_arrays
 
 FORMAT, VERSION = "zimage_jax checkpoint", 1
-COMPONENTS = {"transformer": dit, "text_encoder": text_encoder, "vae": vae}
-DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 _SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 _LARGEST_MANIFEST = 16 << 20
 _ALIGNMENT = 64  # what XLA wants of a host buffer it can use as it is
-
-
-def spec(config: ModelConfig, component: str):
-    """The module of a component, with a ShapeDtypeStruct for every parameter."""
-    return COMPONENTS[component].spec(getattr(config, component))
-
-
-def unit_of(path: str) -> str:
-    """The unit an array is stored and moved with: "layers.3" of "layers.3.attention.to_q.kernel"."""
-    first, *rest = path.split(".")
-    return f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
-
-
-def units(config: ModelConfig, component: str) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """Unit -> path -> spec, in the order of the model."""
-    grouped: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
-    for path, leaf in named_arrays(spec(config, component)).items():
-        grouped.setdefault(unit_of(path), {})[path] = leaf
-    return grouped
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,33 @@
-"""What the commands share: exit codes, one line per expected fault, the compile cache."""
+"""What the commands share: exit codes, one line per expected fault, the words about memory, the compile cache.
+
+A flag wins over its environment variable (--max-vram: ZIMAGE_MAX_VRAM), that over the TOML file given with --config.
+"""
 
 import os
 import sys
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
-from .errors import ZImageError
+from .errors import UsageError, ZImageError
+from .schedule import NAMES
+
+if TYPE_CHECKING:
+    from .planner import Memory
 
 INTERRUPTED = 130
+ENVIRONMENT = "ZIMAGE"
+GIB = 2**30
 
 
 def run(command: click.Command, args: list[str] | None = None, prog: str | None = None) -> None:
     """Run a command and leave the process: 0 done, 1 the job failed, 2 the words were wrong, 130 interrupted."""
     try:
-        command.main(args=args, prog_name=prog, standalone_mode=False)
+        command.main(args=args, prog_name=prog, standalone_mode=False, auto_envvar_prefix=ENVIRONMENT)
     except ZImageError as fault:
         _leave(str(fault), fault.exit_code)
     except click.UsageError as fault:
@@ -58,3 +71,103 @@ def use_compile_cache() -> None:
             return  # a home that cannot be written is no reason to fail: only slower
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+# -- words about memory -----------------------------------------------------------------------------------------------
+
+
+def _read_config(context: click.Context, _, file: Path | None) -> None:
+    """The TOML file's keys become defaults. They are the flags' names, with hyphens or underscores."""
+    if file is None:
+        return
+    try:
+        with file.open("rb") as f:
+            words = {key.replace("-", "_"): value for key, value in tomllib.load(f).items()}
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise UsageError(f"--config {file}: cannot be read as TOML ({fault})") from None
+    known = {opt.lstrip("-").replace("-", "_"): p for p in context.command.params for opt in p.opts if p.name}
+    if unknown := sorted(words.keys() - known.keys()):
+        raise UsageError(f"--config {file}: no such key: {', '.join(unknown)}; keys are the flags' names")
+    context.default_map = {known[key].name or "": value for key, value in words.items()}
+
+
+_GIB = click.FloatRange(min=0, min_open=True)
+_MEMORY = [
+    click.option(
+        "--config", type=click.Path(path_type=Path, dir_okay=False), is_eager=True, expose_value=False,
+        callback=_read_config, help="TOML file with any of these words.",
+    ),
+    click.option("--schedule", type=click.Choice(["auto", *NAMES]), default="auto", show_default=True,
+                 help="Which parameters are on the device when."),
+    click.option("--chunks", type=click.IntRange(1), help="Chunks the blocks are cut into.  [default: 4, more if need be]"),
+    click.option("--resident-chunks", type=click.IntRange(0), help="Chunks that hybrid keeps.  [default: what fits]"),
+    click.option("--max-chunk-memory", type=_GIB, metavar="GIB", help="The largest chunk, in place of --chunks."),
+    click.option("--chunk", "pins", multiple=True, metavar="N=HOW",
+                 help="Keep or move one chunk: 2=resident, 2=streamed; may be repeated."),
+    click.option("--max-vram", type=_GIB, metavar="GIB", help="Device memory to use.  [default: what is free]"),
+    click.option("--low-vram", is_flag=True, help="The plan that needs least, whatever is free."),
+    click.option("--text-encoder", type=click.Choice(["auto", "device", "staged", "host"]), default="auto",
+                 show_default=True, help="Where the text encoder computes, and whether its blocks are staged."),
+    click.option("--host-memory", type=_GIB, metavar="GIB",
+                 help="Read blocks from disk through a window of this size.  [default: keep them in host memory if they fit]"),
+    click.option("--vae-tile", type=click.IntRange(64), metavar="PIXELS", help="Decode in blended tiles: fast, inexact."),
+]  # fmt: skip
+
+
+def memory_options(command: Callable) -> Callable:
+    """The options above; they arrive as keywords that `memory_of` takes."""
+    for option in reversed(_MEMORY):
+        command = option(command)
+    return command
+
+
+def memory_of(
+    *,
+    schedule,
+    chunks,
+    resident_chunks,
+    max_chunk_memory,
+    pins,
+    max_vram,
+    low_vram,
+    text_encoder,
+    host_memory,
+    vae_tile,
+) -> "Memory":
+    """The words as planner.Memory. ZIMAGE_CHUNKED_LOADING and ZIMAGE_CHUNK_COUNT count where no schedule was named."""
+    from .planner import Memory
+
+    def in_bytes(gib: float | None) -> int | None:
+        return None if gib is None else int(gib * GIB)
+
+    source = click.get_current_context().get_parameter_source("schedule")
+    if source not in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT):
+        schedule, resident_chunks = _from_chunk_count(schedule, chunks, resident_chunks)
+    return Memory(
+        schedule, chunks, resident_chunks, in_bytes(max_chunk_memory), in_bytes(max_vram), low_vram, text_encoder,
+        in_bytes(host_memory), vae_tile, tuple(_pin(pin) for pin in pins),
+    )  # fmt: skip
+
+
+def _from_chunk_count(schedule: str, chunks: int | None, resident: int | None) -> tuple[str, int | None]:
+    """ZIMAGE_CHUNK_COUNT=n: at most n chunks on the device at once. ZIMAGE_CHUNKED_LOADING=0: all of them."""
+    from .schedule import CHUNKS
+
+    if os.environ.get("ZIMAGE_CHUNKED_LOADING") == "0":
+        return "resident", resident
+    count = os.environ.get("ZIMAGE_CHUNK_COUNT")
+    if count is None:
+        return schedule, resident
+    if not count.isdigit() or int(count) < 1:
+        raise UsageError(f"ZIMAGE_CHUNK_COUNT={count}: expected how many chunks may be on the device at once, from 1")
+    n = int(count)
+    if n >= (chunks or CHUNKS):
+        return "resident", resident
+    return ("swap", "ring", "hybrid")[min(n, 3) - 1], n - 2 if n > 2 else resident
+
+
+def _pin(text: str) -> tuple[int, str]:
+    number, _, how = text.partition("=")
+    if not number.isdigit() or how not in ("resident", "streamed"):
+        raise UsageError(f"--chunk {text}: expected a chunk's number and resident or streamed, as in 2=resident")
+    return int(number), how

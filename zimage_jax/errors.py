@@ -50,4 +50,8 @@ class NonFiniteError(ZImageError):
 
 
 class OutOfMemoryError(ZImageError):
-    pass
+    """`needed`: bytes of the smallest budget that would do."""
+
+    def __init__(self, message: str, needed: int):
+        super().__init__(message)
+        self.needed = needed

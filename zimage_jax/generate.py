@@ -16,6 +16,7 @@ import click
 from tqdm import tqdm
 
 from . import cli
+from .cli import GIB
 from .errors import UsageError
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -83,7 +84,7 @@ def _check_template(template: str) -> None:
 @click.option("--negative-prompt", help="What guidance leads away from.")
 @click.option("--noise", type=click.Choice(["torch", "jax"]), help="Whose noise a seed stands for.  [default: torch]")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="[default: bfloat16 on a GPU, else float32]")
-@click.option("--schedule", type=click.Choice(["resident", "scan"]), default="resident", show_default=True)
+@cli.memory_options
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Pictures drawn at once.")
 @click.option(
     "-o", "--output", default="{date}-{seed}-{index}.png", show_default=True, help="Name of a picture's file."
@@ -95,11 +96,13 @@ def _check_template(template: str) -> None:
 )
 @click.option("--from-image", type=FILE, help="Repeat a picture of ours; flags given beside it win.")
 @click.option("--report", type=FILE, help="Write what was done and what it cost, as JSON.")
+@click.option("--trace", type=FILE, help="Write when each program ran and each chunk was copied, for Perfetto.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report, one line of JSON per batch, and nothing else.")
 def command(
     prompts, files, model, size, width, height, steps, seeds, count, guidance, cfg_scale, negative_prompt, noise, dtype,
-    schedule, batch_size, output, overwrite, no_metadata, preview, from_image, report, quiet, as_json,
+    batch_size, output, overwrite, no_metadata, preview, from_image, report, trace, quiet, as_json,
+    **memory_words,
 ) -> None:  # fmt: skip
     """Draw PROMPT with Z-Image-Turbo and write it as a PNG.
 
@@ -114,6 +117,7 @@ def command(
     if count > 1 and len(seeds) > 1:
         raise click.UsageError("give several seeds or a --count, not both")
     _check_template(output)
+    memory = cli.memory_of(**memory_words)
     job = _settings(from_image, prompts, files, seeds, negative_prompt, width, height, steps, guidance, noise)
     if not job["prompt"]:
         raise click.UsageError("no prompt: give one, or --prompt-file, or - for standard input")
@@ -140,7 +144,9 @@ def command(
             settings = {k: v for k, v in job.items() if v is not None}
             with talk.bar() as bar:
                 previews = _Previews(preview, first, bar)
-                result = pipe.generate(texts, seed=numbers, schedule=schedule, on_step=previews, **settings)
+                result = pipe.generate(
+                    texts, seed=numbers, memory=memory, on_plan=talk.plan, on_step=previews, **settings
+                )
             now = datetime.now().strftime("%Y%m%d-%H%M%S")
             paths = []
             for index, picture in enumerate(result.pictures, first):
@@ -151,6 +157,10 @@ def command(
             reports.append({**result.report, "file": files_made})
             if as_json:
                 click.echo(json.dumps(reports[-1], ensure_ascii=False))
+            if trace:
+                from .image import write_new
+
+                write_new(trace, result.ledger.trace().encode(), overwrite=True)
     if report:
         from .image import write_new
 
@@ -237,6 +247,18 @@ class _Talk:
     def start(self, pipe) -> None:
         self.say(f"{pipe.name}: {pipe.describe()}, loaded in {time.perf_counter() - self._began:.1f} s")
 
+    def plan(self, plan, budget: int) -> None:
+        """What will be done, before it is."""
+        sizes = ", ".join(map(str, plan.main_sizes))
+        stay = f", {plan.resident_chunks} of them stay" if plan.schedule == "hybrid" else ""
+        ahead = {"ring": "the next copied meanwhile", "hybrid": "the next copied meanwhile"}.get(
+            plan.schedule, "no prefetch"
+        )
+        self.say(
+            f"schedule {plan.schedule}: {len(plan.main_sizes)} chunks of {sizes} blocks{stay}, {ahead}; predicted peak "
+            f"{plan.peak_bytes / GIB:.2f} GiB of {budget / GIB:.2f} GiB"
+        )
+
     def bar(self):
         return tqdm(total=0, unit="NFE", desc="draw", leave=False, disable=self._silent or not sys.stderr.isatty())
 
@@ -246,7 +268,8 @@ class _Talk:
             click.echo(
                 f"{path}  seed {picture.metadata['seed']}, {stage['total']:.1f} s (text {stage['text']:.1f}, "
                 f"denoise {stage['denoise']:.1f}, decode {stage['decode']:.1f}), "
-                f"peak {report['peak_device_bytes'] / 2**30:.2f} GiB of device memory"
+                f"peak {report['peak_device_bytes'] / GIB:.2f} GiB of device memory, "
+                f"{report['copied_bytes'] / GIB:.2f} GiB copied to it"
             )
 
 

@@ -15,7 +15,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -23,114 +23,50 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from . import dit, image, prompt, sampling, text_encoder, vae
-from .checkpoint import COMPONENTS, Checkpoint
-from .errors import NonFiniteError, UsageError
-from .ops import Attend
-from .staging import Ledger, Program, allocator_peak
+from . import components, dit, image, prompt, sampling, text_encoder, vae
+from .checkpoint import Checkpoint
+from .components import COMPONENTS
+from .errors import NonFiniteError, OutOfMemoryError, UsageError
+from .job import Job, Picture, Result, Step, ZImageWarning
+from .planner import GIB, Memory, Plan, Planner, Work
+from .programs import CompiledCosts, Programs
+from .staging import Ledger, Tiers, allocator_peak, read_blocks
+from .vae_strips import decode_strips, decode_tiles
 
-SCHEDULES = ("resident", "scan")
 TINY = Path(__file__).parent / "assets" / "tiny"
 
 
-class ZImageWarning(UserWarning):
-    """Something was not done as the words of the job suggest."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a callback sees after each NFE."""
-
-    index: int  # from 0
-    steps: int
-    t: float  # the scheduler's time, 1000 sigma, at which the model was evaluated
-    latents: Float[np.ndarray, "B h w C"]
-    _to_rgb: Callable[[np.ndarray], np.ndarray]
-
-    def previews(self) -> UInt8[np.ndarray, "B h w 3"]:
-        """Small pictures, made linearly from the latents."""
-        return self._to_rgb(self.latents)
-
-
-@dataclass(frozen=True)
-class Picture:
-    pixels: UInt8[np.ndarray, "H W 3"]
-    metadata: dict
-
-    def save(self, path: str | Path, *, metadata: bool = True, overwrite: bool = False) -> Path:
-        """Write a PNG; a name in use gets "-2", … unless `overwrite`. Returns the path used."""
-        data = image.encode_png(self.pixels, self.metadata if metadata else None)
-        return image.write_new(Path(path), data, overwrite=overwrite)
-
-
-@dataclass(frozen=True)
-class Result:
-    pictures: list[Picture]
-    report: dict  # one value per picture for prompt, seed, latents_sha256: a list when there are several
-    latents: Float[np.ndarray, "B h w C"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One batch of pictures of one size: what `generate` was asked for, checked and with its seeds drawn."""
-
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    negative_prompt: str
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    noise: str
-
-    def __post_init__(self):
-        for text in self.prompts:
-            if not text.strip():
-                raise UsageError("the prompt is empty: say what to draw")
-        for seed in self.seeds:
-            if not 0 <= seed <= sampling.LARGEST_SEED:
-                raise UsageError(f"seed {seed} is out of range: 0 to {sampling.LARGEST_SEED}, or -1 for a random one")
-        if self.noise not in sampling.NOISE:
-            raise UsageError(f"noise {self.noise!r}: expected one of {', '.join(sampling.NOISE)}")
-        if not 1 <= self.steps <= 1000:
-            raise UsageError(f"steps must be from 1 to 1000, got {self.steps}")
-        if not 0 <= self.guidance <= 100:
-            raise UsageError(f"guidance must be from 0 (off) to 100, got {self.guidance}")
-
-
 class ZImage:
-    """A loaded model. `generate` may be called any number of times."""
+    """A model ready to draw. `generate` may be called any number of times; parameters are read when first needed."""
 
-    def __init__(self, checkpoint: Checkpoint, models: dict, prompts: prompt.Prompts, dtype, ledger: Ledger):
+    def __init__(self, checkpoint: Checkpoint, prompts: prompt.Prompts, dtype, memory: Memory):
         self.config, self.name = checkpoint.config, checkpoint.path.resolve().name
-        self.dtype = jnp.dtype(dtype)
-        self._models, self._prompts, self._load_ledger = models, prompts, ledger
-        self._programs: dict[tuple, Program] = {}
+        self.dtype, self.memory = jnp.dtype(dtype), memory
+        self._checkpoint, self._prompts = checkpoint, prompts
+        self._programs = Programs(self.config, checkpoint.dtype, dtype)
+        self._planner = Planner(self.config, checkpoint.dtype, self.dtype.itemsize, CompiledCosts(self._programs))
+        self._tiers = Tiers(checkpoint, self._programs)
         self._preview_basis: np.ndarray | None = None
+        self._observer: Callable[[np.ndarray, np.ndarray], None] = lambda index, latents: None
         self._warnings: list[str] = []
 
     @classmethod
-    def load(cls, path: str | Path | None = None, *, dtype: str | None = None) -> "ZImage":
-        """Load a native checkpoint, or the tiny model inside the package when none is named.
+    def load(
+        cls, path: str | Path | None = None, *, dtype: str | None = None, memory: Memory | None = None
+    ) -> "ZImage":
+        """Open a native checkpoint, or the tiny model inside the package when none is named.
 
-        `dtype` is what is computed in: bfloat16 on a GPU and float32 on a CPU by default.
+        `dtype` is what is computed in: bfloat16 on a GPU and float32 on a CPU by default. `memory` says where
+        parameters lie and how they move; without it everything stays on the device if it fits.
 
         Raises CheckpointError when the folder is missing, foreign or damaged.
         """
-        ledger = Ledger()
-        with ledger.stage("load"):
-            checkpoint = Checkpoint(path or TINY)
-            prompts = prompt.Prompts.load(checkpoint.tokenizer)
-            models = {}
-            for component in COMPONENTS:
-                models[component] = checkpoint.load(component)
-                ledger.hold(component, models[component])
-        return cls(checkpoint, models, prompts, dtype or default_dtype(), ledger)
+        checkpoint = Checkpoint(path or TINY)
+        return cls(checkpoint, prompt.Prompts.load(checkpoint.tokenizer), dtype or default_dtype(), memory or Memory())
 
     def describe(self) -> str:
-        """One line for a person: what was loaded and where it computes."""
-        sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(model)) for name, model in self._models.items()}
-        held = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.3g} B" for name, size in sizes.items())
+        """One line for a person: what the model is and where it computes."""
+        held = ", ".join(f"{c.replace('_', ' ')} {self._checkpoint.parameters(c) / 1e9:.3g} B" for c in COMPONENTS)
         return f"{held}; computing in {self.dtype} on {jax.local_devices()[0].device_kind}"
 
     # -- the job ------------------------------------------------------------------------------------------------------
@@ -146,29 +82,84 @@ class ZImage:
         steps: int = 8,
         guidance: float = 0.0,
         noise: str = "torch",
-        schedule: str = "resident",
+        memory: Memory | None = None,
+        on_plan: Callable[[Plan, int], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> Result:
         """Pictures of one size, one per prompt or per seed (one of either serves all of the other).
 
         `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; ComfyUI's cfg minus one).
-        `on_step` is called after every NFE and may raise to stop. Raises UsageError for a job that cannot be drawn and
-        NonFiniteError when the latents leave the finite numbers.
+        `memory` takes the place of what the model was loaded with. `on_plan` gets the plan and the budget in bytes
+        before anything runs, and again when the device ran out of memory and a smaller one is tried. `on_step` is called
+        after every NFE and may raise to stop.
+
+        Raises UsageError for a job that cannot be drawn, OutOfMemoryError when no plan fits, NonFiniteError when the
+        latents leave the finite numbers.
         """
         self._warnings = []
         job = self._job(prompt, seed, negative_prompt, width, height, steps, guidance, noise)
-        if schedule not in SCHEDULES:
-            raise UsageError(f"schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
+        memory, encoded = memory or self.memory, self._tokens(job.texts)
+        work = self._work(job, encoded)
+        budget = memory.max_vram_bytes or self._tiers.free_device_bytes()
+        while True:
+            plan = self._plan(work, memory, budget)
+            if on_plan is not None:
+                on_plan(plan, budget)
+            try:
+                return self._draw(job, encoded, work, plan, memory, on_step)
+            except jax.errors.JaxRuntimeError as fault:
+                if "RESOURCE_EXHAUSTED" not in str(fault):
+                    raise
+                self._tiers.clear(Ledger())
+            budget = plan.peak_bytes - 1  # the next smaller plan, until there is none
+            self._warn(f"out of device memory with a plan of {plan.peak_bytes / GIB:.2f} GiB; trying a smaller one")
+
+    def _work(self, job: Job, encoded: dict[str, prompt.Encoded]) -> Work:
+        bucket, scale = prompt.bucket(max(len(e.ids) for e in encoded.values())), self.config.vae.scale
+        return Work(
+            len(job.prompts), bool(job.guidance), len(encoded), bucket, job.height // scale, job.width // scale,
+            job.steps,
+        )  # fmt: skip
+
+    def _plan(self, work: Work, memory: Memory, budget: int) -> Plan:
+        try:
+            return self._planner.plan(work, memory, budget)
+        except OutOfMemoryError as fault:
+            side = self._largest_side(work, memory, budget)
+            advice = f"the largest square picture that fits is {side} x {side}" if side else "no smaller picture fits"
+            raise OutOfMemoryError(f"{fault}; {advice}", fault.needed) from None
+
+    def _largest_side(self, work: Work, memory: Memory, budget: int) -> int:
+        """Pixels of the largest square that would fit, of 2048, 1536, 1024 and so on; 0 when none would."""
+        scale = self.config.vae.scale
+        for side in (2048, 1536, 1024, 768, 512, 384, 256, 128, 64):
+            if (side // scale) ** 2 < work.h * work.w:
+                try:
+                    self._planner.plan(replace(work, h=side // scale, w=side // scale), memory, budget)
+                    return side
+                except OutOfMemoryError:
+                    continue
+        return 0
+
+    def _draw(
+        self, job: Job, encoded: dict[str, prompt.Encoded], work: Work, plan: Plan, memory: Memory, on_step
+    ) -> Result:
         ledger, began = Ledger(), time.perf_counter()
-        ledger.held.update(self._load_ledger.held)
-        with ledger.stage("text"):
-            context, sides = self._context(job, ledger)
-        with ledger.stage("denoise"):
-            latents = self._denoise(job, context, sides, schedule, on_step, ledger)
-        with ledger.stage("decode"):
-            pixels = [self._decode(row, ledger) for row in latents]
+        self._tiers.clear(ledger, unless=plan.kept)
+        self._tiers.account(ledger)
+        try:
+            with ledger.stage("text"):
+                features = self._text(encoded, plan, memory, ledger)
+            with ledger.stage("context"):
+                context, sides = self._context(job, work, features, plan, memory, ledger)
+            with ledger.stage("denoise"):
+                latents = self._denoise(job, work, context, sides, plan, memory, on_step, ledger)
+            with ledger.stage("decode"):
+                pixels = [self._decode(row, plan, ledger) for row in latents]
+        finally:
+            self._tiers.clear(ledger, unless=plan.kept)
         ledger.seconds["total"] = time.perf_counter() - began
-        return self._result(job, schedule, np.asarray(latents), pixels, ledger)
+        return self._result(job, plan, latents, pixels, ledger)
 
     def _job(self, prompt, seed, negative_prompt, width, height, steps, guidance, noise) -> Job:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -215,51 +206,95 @@ class ZImage:
 
     # -- its stages ---------------------------------------------------------------------------------------------------
 
-    def _program(self, function: Callable, **static) -> Program:
-        key = (function, *static.items())
-        if key not in self._programs:
-            self._programs[key] = Program(function, **static)
-        return self._programs[key]
-
-    def _attend(self, batch: int, tokens: int) -> Attend:
-        heads = self.config.transformer.n_heads
-        return Attend.choose(jax.default_backend(), self.dtype, batch, tokens, tokens, heads)
-
-    def encode(self, texts: Sequence[str], ledger: Ledger | None = None) -> list[Float[np.ndarray, "T E"]]:
+    def encode(self, texts: Sequence[str], memory: Memory | None = None) -> list[Float[np.ndarray, "T E"]]:
         """Text features of each prompt, without padding: Qwen3's hidden_states[-2]."""
-        encoded = [self._prompts.encode(text) for text in texts]
-        for e in encoded:
+        memory, encoded = memory or self.memory, self._tokens(texts)
+        bucket = prompt.bucket(max(len(e.ids) for e in encoded.values()))
+        work = Work(1, False, len(encoded), bucket, 2, 2, 1)
+        plan = self._plan(work, memory, memory.max_vram_bytes or self._tiers.free_device_bytes())
+        ledger = Ledger()
+        try:
+            features = self._text(encoded, plan, memory, ledger)
+        finally:
+            self._tiers.clear(ledger, unless=plan.kept)
+        return [features[text] for text in texts]
+
+    def _tokens(self, texts: Sequence[str]) -> dict[str, prompt.Encoded]:
+        """Distinct texts as tokens, with a warning for one that is cut."""
+        encoded = {text: self._prompts.encode(text) for text in texts}
+        for e in encoded.values():
             if e.cut:
                 self._warn(f"the prompt is longer than {prompt.MAX_TOKENS} tokens; cut off: {e.cut!r}")
-        ids, lengths = prompt.batch_ids(encoded)
-        model = self._models["text_encoder"]
-        x = text_encoder.embed(model.embed_tokens[...], ids).astype(self.dtype)
-        features = self._program(text_encoder.run)(ledger or Ledger(), tuple(model.layers), x)
-        return [np.asarray(f[:n]) for f, n in zip(features, lengths, strict=True)]
+        return encoded
 
-    def _context(self, job: Job, ledger: Ledger) -> tuple[Float[jax.Array, "G L D"], dit.Sides]:
-        texts = job.prompts + (job.negative_prompt,) * len(job.prompts) * bool(job.guidance)
-        unique = list(dict.fromkeys(texts))
-        features = dict(zip(unique, self.encode(unique, ledger), strict=True))
+    def _text(
+        self, encoded: dict[str, prompt.Encoded], plan: Plan, memory: Memory, ledger: Ledger
+    ) -> dict[str, Float[np.ndarray, "T E"]]:
+        """Features by text. The embedding table is gathered where it lies, on the host."""
+        ids, lengths = prompt.batch_ids(list(encoded.values()))
+        (table,) = self._checkpoint.read("text_encoder", "embed_tokens").values()
+        x = np.asarray(text_encoder.embed(table, ids), self.dtype)
+        if plan.text is None:
+            features = self._text_on_host(x)
+        else:
+            ledger.hold("activations", x)
+            tree = self._programs.tree("text_encoder", "layers.0")
+            xs = [jax.device_put(x)]
+            with self._tiers.stream(
+                "text_encoder", plan.text.chunks, plan.text.schedule, 1, memory.host_bytes, ledger
+            ) as stream:
+                for _ in plan.text.chunks:
+                    xs = stream.visit(xs, [()], tree=tree)
+            features = np.asarray(xs[0])
+            ledger.drop("activations")
+        self._tiers.clear(ledger, unless=plan.kept)
+        return {text: f[:n] for text, f, n in zip(encoded, features, lengths, strict=True)}
+
+    def _text_on_host(self, x: Float[np.ndarray, "P L E"]) -> Float[np.ndarray, "P L E"]:
+        """The text encoder on the CPU, block by block from the checkpoint: no byte of the device is used."""
+        cpu = jax.local_devices(backend="cpu")[0]
+        tree = self._programs.tree("text_encoder", "layers.0")
+        with jax.default_device(cpu):
+            run = jax.jit(lambda block, x: jax.tree.unflatten(tree, block)(x))
+            for unit in components.units(self.config, "text_encoder"):
+                if unit.startswith("layers."):
+                    block = read_blocks(self._checkpoint, "text_encoder", [unit], "device", cpu)[unit]
+                    x = run(block, x)
+        return np.asarray(x)
+
+    def _context(
+        self, job: Job, work: Work, features: dict, plan: Plan, memory: Memory, ledger: Ledger
+    ) -> tuple[Float[jax.Array, "G L D"], dit.Sides]:
+        """The refined contexts, once per prompt, and the rotations and masks of every token run."""
+        texts = job.texts
         lengths = np.array([len(features[t]) for t in texts], np.int32)
-        padded = np.zeros(
-            (len(texts), prompt.bucket(int(lengths.max())), self.config.text_encoder.hidden_size), self.dtype
-        )
+        padded = np.zeros((len(texts), work.bucket, self.config.text_encoder.hidden_size), self.dtype)
         for row, text in zip(padded, texts, strict=True):
             row[: len(features[text])] = features[text]
-        scale = self.config.vae.scale
-        sides = dit.sides(self.config.transformer, job.height // scale, job.width // scale, lengths, padded.shape[1])
-        run = self._program(dit.context, attend=self._attend(*padded.shape[:2]))
-        return run(ledger, self._models["transformer"], padded, lengths, sides.caption), sides
+        sides = jax.device_put(dit.sides(self.config.transformer, work.h, work.w, lengths, work.bucket))
+        stem = self._unit("transformer", "stem", ledger)
+        x = self._programs(dit.embed_caption)(ledger, stem, padded, lengths)
+        ledger.hold("sides", sides)
+        ledger.hold("activations", (padded, x))
+        static = {
+            "tree": self._programs.tree("transformer", "context_refiner.0"),
+            "attend": self._programs.attend(*padded.shape[:2]),
+        }
+        with self._tiers.stream(
+            "transformer", plan.context.chunks, plan.context.schedule, 1, memory.host_bytes, ledger
+        ) as stream:
+            for _ in plan.context.chunks:
+                (x,) = stream.visit([x], [(sides.caption,)], **static)
+        ledger.drop("activations")
+        self._tiers.clear(ledger, unless=plan.kept)
+        return x, sides
 
-    def _denoise(self, job, context, sides, schedule, on_step, ledger) -> Float[jax.Array | np.ndarray, "B h w C"]:
-        config, scale = self.config, self.config.vae.scale
-        size = job.height // scale, job.width // scale, config.transformer.in_channels
-        latents = np.stack([sampling.NOISE[job.noise](seed, *size) for seed in job.seeds])
-        sigmas = sampling.sigmas(job.steps, config.scheduler.shift)
-        times = sampling.times(sigmas)
-        static = {"is_guided": bool(job.guidance), "attend": self._attend(*sides.joint.cos.shape[:2])}
-        model, guidance = self._models["transformer"], np.float32(job.guidance)
+    def _denoise(
+        self, job: Job, work: Work, context, sides: dit.Sides, plan: Plan, memory: Memory, on_step, ledger: Ledger
+    ) -> Float[np.ndarray, "B h w C"]:
+        """All NFEs: a sweep over the chunks for each, every chunk over every micro-batch while it is there."""
+        noise = [sampling.NOISE[job.noise](seed, work.h, work.w, self.config.vae.latent_channels) for seed in job.seeds]
+        sigmas = sampling.sigmas(job.steps, self.config.scheduler.shift)
 
         def report(index, latents) -> None:
             index, latents = int(index), np.asarray(latents)
@@ -271,33 +306,105 @@ class ZImage:
             if on_step is not None:
                 on_step(Step(index, job.steps, float(1000 * sigmas[index]), latents, self._to_rgb))
 
-        if schedule == "scan":
-            run = self._program(sampling.sample, **static, on_step=report if on_step else None)
-            latents = run(ledger, model, latents, sigmas, times, context, sides, guidance)
-            if on_step is None:
-                report(job.steps - 1, latents)
-            return latents
-        run = self._program(sampling.nfe, **static)
-        for index in range(job.steps):
-            now = sigmas[index], sigmas[index + 1], times[index]
-            latents = run(ledger, model, latents, *now, context, sides, guidance)
-            report(index, latents)
+        sample = self._scan if plan.schedule == "scan" else self._sweeps
+        latents = sample(job, work, np.stack(noise), sigmas, context, sides, plan, memory, report, on_step, ledger)
+        for name in ("activations", "sides"):
+            ledger.drop(name)
+        self._tiers.clear(ledger, unless=plan.kept)
         return latents
 
-    def _decode(self, latents: Float[jax.Array, "h w C"], ledger: Ledger) -> UInt8[np.ndarray, "H W 3"]:
-        pixels = self._program(vae.decode, dtype=self.dtype)(ledger, self._models["vae"], latents[None])
+    def _scan(self, job, work, noise, sigmas, context, sides, plan, memory, report, on_step, ledger):
+        """One compiled program for all NFEs."""
+        transformer = {unit: (unit,) for unit in components.units(self.config, "transformer")}
+        leaves = {unit: self._tiers.pin("transformer", units, ledger)[0] for unit, units in transformer.items()}
+        model = components.assemble(self.config, "transformer", leaves)
+        ledger.hold("activations", (noise, context))
+        static = {"is_guided": work.is_guided, "attend": self._programs.attend(work.contexts, work.tokens)}
+        run = self._programs(sampling.sample, **static, on_step=self._observe if on_step else None)
+        self._observer, guidance = report, np.float32(job.guidance)
+        latents = np.asarray(run(ledger, model, noise, sigmas, sampling.times(sigmas), context, sides, guidance))
+        if not on_step:
+            report(job.steps - 1, latents)
+        return latents
+
+    def _observe(self, index: np.ndarray, latents: np.ndarray) -> None:
+        """What the scan's program calls: one function for all jobs, or each would be compiled anew."""
+        self._observer(index, latents)
+
+    def _sweeps(self, job, work, noise, sigmas, context, sides, plan, memory, report, on_step, ledger):
+        """The driver's loop; its parts are those of sampling.nfe."""
+        programs, guided = self._programs, {"is_guided": work.is_guided}
+        enter = programs(sampling.enter, **guided, dtype=self.dtype)
+        join, leave = programs(dit.join), programs(sampling.leave, donate=(3,), **guided)
+        groups = _micro_batches(work)
+        latents = [jax.device_put(noise[g[: work.micro_batch]]) for g in groups]
+        contexts = [context[g] for g in groups]
+        image, joint = (
+            [jax.tree.map(lambda a, g=g: a[g], side) for g in groups] for side in (sides.image, sides.joint)
+        )
+        tree = programs.tree("transformer", "layers.0")
+        early, late = (
+            {"tree": tree, "attend": programs.attend(len(groups[0]), tokens)}
+            for tokens in (work.image_tokens, work.tokens)
+        )
+        stem, guidance = self._unit("transformer", "stem", ledger), np.float32(job.guidance)
+        with self._tiers.stream(
+            "transformer", plan.denoise.chunks, plan.denoise.schedule, job.steps, memory.host_bytes, ledger
+        ) as stream:
+            for index, t in enumerate(sampling.times(sigmas)):
+                entered = [enter(ledger, stem, x, t) for x in latents]
+                xs, times = (list(column) for column in zip(*entered, strict=True))
+                beside = [(side._replace(time=time),) for side, time in zip(image, times, strict=True)]
+                for _ in range(plan.refiner_chunks):
+                    xs = stream.visit(xs, beside, **early)
+                xs = [join(ledger, x, c) for x, c in zip(xs, contexts, strict=True)]
+                ledger.hold("activations", (xs, times, contexts, latents))
+                beside = [(side._replace(time=time),) for side, time in zip(joint, times, strict=True)]
+                for _ in plan.main_sizes:
+                    xs = stream.visit(xs, beside, **late)
+                now = sigmas[index], sigmas[index + 1], guidance
+                latents = [leave(ledger, stem, x, time, z, *now) for x, time, z in zip(xs, times, latents, strict=True)]
+                report(index, np.concatenate(latents))
+        return np.concatenate(latents)
+
+    def _decode(self, latents: Float[np.ndarray, "h w C"], plan: Plan, ledger: Ledger) -> UInt8[np.ndarray, "H W 3"]:
+        decoder = self._decoder(ledger)
+
+        def run(function, *args, **static):
+            return self._programs(function, **static)(ledger, *args)
+
+        def run_strip(function, weights, *strip, **static):
+            ledger.hold("activations", strip)
+            return run(function, weights, *strip, **static)
+
+        if plan.vae_rows is not None:
+            pixels = decode_strips(decoder, latents[None], self.dtype, plan.vae_rows, run_strip)
+            ledger.drop("activations")
+        else:
+            ledger.hold("activations", latents)
+            if plan.vae_tile is not None:
+                pixels = decode_tiles(decoder, latents[None], self.dtype, plan.vae_tile, run)
+            else:
+                pixels = run(vae.decode, decoder, latents[None], dtype=self.dtype)
+            ledger.drop("activations")
         return image.to_uint8(np.asarray(pixels[0]))
+
+    def _unit(self, component: str, unit: str, ledger: Ledger):
+        """One unit on the device, as its module."""
+        (leaves,) = self._tiers.pin(component, [unit], ledger)
+        return jax.tree.unflatten(self._programs.tree(component, unit), leaves)
+
+    def _decoder(self, ledger: Ledger) -> vae.VAE:
+        return components.assemble(self.config, "vae", {"decoder": self._tiers.pin("vae", ["decoder"], ledger)[0]})
 
     def _to_rgb(self, latents: Float[np.ndarray, "B h w C"]) -> UInt8[np.ndarray, "B h w 3"]:
         """Linear in the latents, with the VAE's own answer to each channel: what it decodes from constant latents."""
         if self._preview_basis is None:
             channels = latents.shape[-1]
             probes = np.concatenate([np.zeros((1, channels)), np.eye(channels), -np.eye(channels)]).astype(np.float32)
-            decode = self._program(vae.decode, dtype=self.dtype)
-            flat = [
-                np.asarray(decode(Ledger(), self._models["vae"], np.tile(p, (1, 4, 4, 1)))).mean((0, 1, 2))
-                for p in probes
-            ]
+            ledger = Ledger()
+            decode, decoder = self._programs(vae.decode, dtype=self.dtype), self._decoder(ledger)
+            flat = [np.asarray(decode(ledger, decoder, np.tile(p, (1, 4, 4, 1)))).mean((0, 1, 2)) for p in probes]
             zero, plus, minus = flat[0], np.array(flat[1 : channels + 1]), np.array(flat[channels + 1 :])
             self._preview_basis = np.concatenate([(plus - minus) / 2, zero[None]])
         *basis, zero = self._preview_basis
@@ -305,7 +412,7 @@ class ZImage:
 
     # -- what came of it ----------------------------------------------------------------------------------------------
 
-    def _result(self, job: Job, schedule: str, latents, pixels, ledger: Ledger) -> Result:
+    def _result(self, job: Job, plan: Plan, latents, pixels, ledger: Ledger) -> Result:
         common = {
             "width": job.width,
             "height": job.height,
@@ -322,21 +429,34 @@ class ZImage:
             for text, seed, row in zip(job.prompts, job.seeds, latents, strict=True)
         ]
         pictures = [Picture(p, {**own, **common}) for p, own in zip(pixels, each, strict=True)]
-        seconds = {**self._load_ledger.seconds, **ledger.seconds}
-        seconds["compile"] = sum(program.compile_seconds for program in self._programs.values())
+        seconds = {**ledger.seconds, "compile": self._programs.compile_seconds}
         measured = allocator_peak()
         report = {
             **{key: each[0][key] if len(each) == 1 else [own[key] for own in each] for key in each[0]},
             **common,
-            "schedule": schedule,
+            "schedule": plan.schedule,
+            "chunks": len(plan.main_sizes),
+            "resident_chunks": plan.resident_chunks,
             "device": jax.local_devices()[0].device_kind,
             "seconds": {name: round(value, 4) for name, value in seconds.items()},
+            "compilations": self._programs.compilations,
             "warnings": self._warnings,
+            "predicted_peak_bytes": plan.peak_bytes,
+            "predicted_peak_bytes_by_stage": plan.peak_bytes_by_stage,
             "peak_device_bytes": ledger.peak if measured is None else measured,
             "peak_device_bytes_from": "ledger" if measured is None else "allocator",
             "peak_device_bytes_by_stage": ledger.peak_by_stage,
+            "copied_bytes": ledger.copied_bytes,
+            "copied_bytes_by_stage": ledger.copied_by_stage,
+            "host_bytes": self._tiers.host_bytes,
         }
-        return Result(pictures, report, latents)
+        return Result(pictures, report, latents, plan, ledger)
+
+
+def _micro_batches(work: Work) -> list[np.ndarray]:
+    """Rows of the contexts that each micro-batch computes: its prompts', then with guidance their negatives'."""
+    rows = np.arange(work.batch).reshape(-1, work.micro_batch)
+    return [np.concatenate([r, r + work.batch]) if work.is_guided else r for r in rows]
 
 
 def default_dtype() -> str:

@@ -86,6 +86,31 @@ def euler(
 # -- the sampler ------------------------------------------------------------------------------------------------------
 
 
+def enter(
+    stem: dit.Stem, latents: Float[Array, "B h w C"], t: Float[Array, ""], *, is_guided: bool, dtype
+) -> tuple[Float[Array, "G I D"], Float[Array, "G A"]]:
+    """What an NFE does before the blocks: image tokens and time of each context."""
+    batch = jnp.concatenate([latents, latents]) if is_guided else latents
+    time = dit.embed_time(stem, jnp.broadcast_to(t, (batch.shape[0],)))
+    return dit.embed_image(stem, batch, dtype), time
+
+
+def leave(
+    stem: dit.Stem,
+    x: Float[Array, "G T D"],
+    time: Float[Array, "G A"],
+    latents: Float[Array, "B h w C"],
+    sigma: Float[Array, ""],
+    sigma_next: Float[Array, ""],
+    guidance: Float[Array, ""],
+    *,
+    is_guided: bool,
+) -> Float[Array, "B h w C"]:
+    """What it does after them: the velocity, guidance, and the Euler step."""
+    velocity = dit.velocity(stem, x, time, *latents.shape[1:3])
+    return euler(latents, guided(velocity, guidance) if is_guided else velocity, sigma, sigma_next)
+
+
 def nfe(
     model: dit.DiT,
     latents: Float[Array, "B h w C"],
@@ -101,10 +126,10 @@ def nfe(
 ) -> Float[Array, "B h w C"]:
     """One evaluation of the DiT and one Euler step. With `is_guided`, G = 2 B: contexts of the prompts, then of the
     negative prompts; else G = B."""
-    batch = jnp.concatenate([latents, latents]) if is_guided else latents
-    time = dit.embed_time(model.stem, jnp.broadcast_to(t, (batch.shape[0],)))
-    velocity = dit.denoise(model, batch, time, context, sides, attend)
-    return euler(latents, guided(velocity, guidance) if is_guided else velocity, sigma, sigma_next)
+    x, time = enter(model.stem, latents, t, is_guided=is_guided, dtype=context.dtype)
+    x = dit.run(model.noise_refiner, x, sides.image._replace(time=time), attend)
+    x = dit.run(model.layers, dit.join(x, context), sides.joint._replace(time=time), attend)
+    return leave(model.stem, x, time, latents, sigma, sigma_next, guidance, is_guided=is_guided)
 
 
 def sample(

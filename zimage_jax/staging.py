@@ -1,33 +1,98 @@
-"""Runs programs on the device and keeps the account of its memory."""
+"""Runs chunks of blocks on the device as a schedule says, and keeps the account of memory, copies and time.
 
+It knows units, chunks and slots, not layers: a block is a tuple of arrays, and `tree`, the structure of its module, turns
+it into what is called. Blocks cross program boundaries as plain tuples, for flattening a module in Python costs 0.1 ms
+each time.
+"""
+
+import collections
+import json
+import math
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import Array
+
+from . import components
+from .checkpoint import Checkpoint
+from .errors import UsageError
+from .schedule import Load, Pin, Run, Schedule, loads, steps
+
+Block = tuple[Array, ...]  # the leaves of one block
+Chunk = tuple[Block, ...]
+
+DISK_CHUNKS = 3  # a window of no stated size: the chunk in use and two ahead
+
+# Without the latency-hiding scheduler a GPU copies after it computes; the limit must exceed the arrays of one step, or
+# the first copies are awaited before compute starts
+OVERLAP = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_experimental_parallel_async_compute_limit": 1024,
+}
 
 
+# -- the account ------------------------------------------------------------------------------------------------------
+
+
+class Event(NamedTuple):
+    lane: str  # "compute", "copy" (host to device) or "tier" (disk to host)
+    name: str
+    stage: str
+    begin: float  # seconds since the ledger began
+    end: float
+    nbytes: int
+
+
+@dataclass
 class Ledger:
-    """Device bytes held by name, their peak by stage, and the seconds each stage took."""
+    """Device bytes held by name with their peak by stage, copies to the device, and the seconds each stage took."""
 
-    def __init__(self) -> None:
-        self.held: dict[str, int] = {}
-        self.peak_by_stage: dict[str, int] = {}
-        self.seconds: dict[str, float] = {}
-        self._stage = "load"
+    held: dict[str, int] = field(default_factory=dict)
+    peak_by_stage: dict[str, int] = field(default_factory=dict)
+    copied_by_stage: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
+    _stage: str = "load"
+    _began: float = field(default_factory=time.perf_counter)
 
     @property
     def peak(self) -> int:
         return max(self.peak_by_stage.values(), default=0)
 
+    @property
+    def copied_bytes(self) -> int:
+        return sum(self.copied_by_stage.values())
+
     def hold(self, name: str, tree) -> None:
-        self.held[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        """`tree` lies on the device from now on; it takes the place of what had this name."""
+        self.held[name] = tree_bytes(tree)
         self.mark()
+
+    def drop(self, name: str) -> None:
+        self.held.pop(name, None)
 
     def mark(self, more: int = 0) -> None:
         """Note the bytes held now, and `more` that a running program takes."""
         now = sum(self.held.values()) + more
         self.peak_by_stage[self._stage] = max(self.peak_by_stage.get(self._stage, 0), now)
+
+    @contextmanager
+    def event(self, lane: str, name: str, nbytes: int = 0) -> Iterator[None]:
+        begin = time.perf_counter() - self._began
+        try:
+            yield
+        finally:
+            self.events.append(Event(lane, name, self._stage, begin, time.perf_counter() - self._began, nbytes))
+            if lane == "copy":
+                self.copied_by_stage[self._stage] = self.copied_by_stage.get(self._stage, 0) + nbytes
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -39,33 +104,342 @@ class Ledger:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
             self._stage = outer
 
+    def trace(self) -> str:
+        """The events in Chrome's trace format, which Perfetto reads too: one lane each of compute, copy and tier."""
+        lanes = {"compute": 1, "copy": 2, "tier": 3}
+        rows: list[dict] = [
+            {"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": {"name": lane}}
+            for lane, number in lanes.items()
+        ]
+        rows += [
+            {
+                "ph": "X", "pid": 1, "tid": lanes[e.lane], "name": e.name, "cat": e.stage, "ts": round(1e6 * e.begin),
+                "dur": round(1e6 * (e.end - e.begin)), "args": {"bytes": e.nbytes, "stage": e.stage},
+            }
+            for e in self.events
+        ]  # fmt: skip
+        return json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"})
 
-class Program:
-    """A function compiled once per shape, with the device memory the compiler says it takes.
 
-    `static` arguments go to the function as keywords and belong to the program.
-    """
-
-    def __init__(self, function: Callable, **static):
-        self._jitted = jax.jit(lambda *args: function(*args, **static))
-        self._compiled: dict = {}
-        self.compile_seconds = 0.0
-
-    def __call__(self, ledger: Ledger, *args):
-        leaves, tree = jax.tree.flatten(args)
-        key = (tree, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves))
-        if key not in self._compiled:
-            began = time.perf_counter()
-            self._compiled[key] = self._jitted.lower(*args).compile()
-            self.compile_seconds += time.perf_counter() - began
-        program = self._compiled[key]
-        memory = program.memory_analysis()
-        if memory is not None:
-            ledger.mark(memory.temp_size_in_bytes + memory.output_size_in_bytes)
-        return jax.block_until_ready(program(*args))
+def tree_bytes(tree) -> int:
+    """Bytes of arrays, or of ShapeDtypeStructs."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def allocator_peak() -> int | None:
     """The peak the device's own allocator saw in this process; None on a CPU, which keeps no such count."""
     stats = jax.local_devices()[0].memory_stats()
     return None if stats is None else stats.get("peak_bytes_in_use")
+
+
+def free_device_bytes() -> int:
+    """Bytes the device can still give; a CPU's device memory is the host's."""
+    stats = jax.local_devices()[0].memory_stats()
+    return free_host_bytes() if stats is None else stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def free_host_bytes() -> int:
+    """Host memory that is available without swapping."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+# -- programs ---------------------------------------------------------------------------------------------------------
+
+
+class Program:
+    """A function compiled once per set of shapes, with the device memory the compiler says it takes.
+
+    `static` arguments go to the function as keywords and belong to the program.
+    """
+
+    def __init__(self, function: Callable, *, donate: tuple[int, ...] = (), **static):
+        self.name = function.__name__.strip("_")
+        options = OVERLAP if jax.default_backend() == "gpu" else None
+        self._jitted = jax.jit(
+            lambda *args: function(*args, **static), donate_argnums=donate, keep_unused=True, compiler_options=options
+        )
+        self._compiled: dict = {}
+        self.compile_seconds = 0.0
+
+    @property
+    def compilations(self) -> int:
+        return len(self._compiled)
+
+    def compiled(self, *args):
+        """The executable for arguments of these shapes (arrays or ShapeDtypeStructs), and the device bytes it takes
+        beside its arguments."""
+        leaves, tree = jax.tree.flatten(args)
+        key = (tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key not in self._compiled:
+            began = time.perf_counter()
+            executable = self._jitted.lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - began
+            memory = executable.memory_analysis()
+            extra = 0 if memory is None else own_bytes(memory)
+            self._compiled[key] = executable, extra
+        return self._compiled[key]
+
+    def __call__(self, ledger: Ledger, *args, name: str = ""):
+        executable, extra = self.compiled(*args)
+        ledger.mark(extra)
+        with ledger.event("compute", name or self.name):
+            return jax.block_until_ready(executable(*args))
+
+
+def own_bytes(memory) -> int:
+    """Device bytes an executable takes beside its arguments: temporaries, and results that land in no donated one."""
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+# -- where blocks come from -------------------------------------------------------------------------------------------
+
+
+class Source:
+    """The blocks of a component in host memory: all of them, or a window that is read ahead from the checkpoint.
+
+    `open` says which chunks will be asked for, in order; `take` gives the next. A window holds the chunk in use and as
+    many of the coming ones as fit.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, component: str, *, kept: bool, window_bytes: int | None = None):
+        self._checkpoint, self._component, self._window = checkpoint, component, window_bytes
+        self._kept: dict[str, Block] | None = {} if kept else None
+        self._order: Iterator[tuple[str, ...]] = iter(())
+        self._ahead: collections.deque[Future] = collections.deque()
+        self._pool: ThreadPoolExecutor | None = None
+        self._ledger = Ledger()
+
+    @property
+    def host_bytes(self) -> int:
+        """What is kept in host memory between uses."""
+        return tree_bytes(self._kept)
+
+    def open(self, order: Sequence[tuple[str, ...]], ledger: Ledger) -> None:
+        """Raises UsageError when the window is smaller than a chunk."""
+        self.close()
+        self._order, self._ledger = iter(order), ledger
+        if self._kept is not None:
+            missing = [u for u in dict.fromkeys(unit for units in order for unit in units) if u not in self._kept]
+            if missing:
+                self._kept |= self._read(tuple(missing))
+            return
+        largest = max((self._bytes(units) for units in order), default=1)
+        depth = DISK_CHUNKS if self._window is None else self._window // largest
+        if not depth:
+            raise UsageError(
+                f"the host window of {self._window / 2**30:.2f} GiB is smaller than a chunk of {largest / 2**30:.2f} GiB: "  # type: ignore[operator]
+                "use more chunks or a larger window (--host-memory)"
+            )
+        self._pool = ThreadPoolExecutor(1)
+        for _ in range(depth):
+            self._read_ahead()
+
+    def take(self) -> Chunk:
+        """The next chunk of the order, in `pinned_host` memory."""
+        if self._kept is not None:
+            return tuple(self._kept[unit] for unit in next(self._order))
+        return tuple(self._ahead.popleft().result().values())
+
+    def used(self) -> None:
+        """The chunk taken last has been copied: its place in the window is free."""
+        if self._kept is None:
+            self._read_ahead()
+
+    def close(self) -> None:
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def leaves(self, unit: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of a unit's arrays."""
+        return components.leaves(self._checkpoint.config, self._component, unit, self._checkpoint.dtype)
+
+    def _read_ahead(self) -> None:
+        units = next(self._order, None)
+        if units is not None and self._pool is not None:
+            self._ahead.append(self._pool.submit(self._read, units))
+
+    def _read(self, units: tuple[str, ...]) -> dict[str, Block]:
+        with self._ledger.event("tier", f"read {units[0]}", self._bytes(units)):
+            return read_blocks(self._checkpoint, self._component, units, "pinned_host")
+
+    def _bytes(self, units: Iterable[str]) -> int:
+        return sum(self._checkpoint.nbytes(self._component, unit) for unit in units)
+
+
+def read_blocks(
+    checkpoint: Checkpoint, component: str, units: Sequence[str], memory_kind: str, device=None
+) -> dict[str, Block]:
+    """Unit -> its arrays in the order of the model's leaves."""
+    arrays = checkpoint.restore(component, units, memory_kind=memory_kind, device=device)
+    paths = components.units(checkpoint.config, component)
+    return {unit: tuple(arrays[path] for path in paths[unit]) for unit in units}
+
+
+# -- the driver -------------------------------------------------------------------------------------------------------
+
+
+def run_chunk(chunk: Chunk, x, *side, tree, **static):
+    """A chunk over one micro-batch."""
+    for block in chunk:
+        x = jax.tree.unflatten(tree, block)(x, *side, **static)
+    return x
+
+
+def ring_step(chunk: Chunk, spare: Chunk, following: Chunk, x, *side, tree, **static):
+    """The same, while the chunk that follows is copied from the host into the donated spare slot. A chunk shorter than
+    its slot leaves the slot's other blocks as they are."""
+    return run_chunk(chunk, x, *side, tree=tree, **static), fill(spare, following)
+
+
+def fill(spare: Chunk, following: Chunk) -> Chunk:
+    """The slot with a chunk of the host copied into its first blocks."""
+    moved = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Device), following)
+    return moved + spare[len(following) :]
+
+
+class Stream:
+    """The blocks of one component on their way over the device, for one job.
+
+    `visit` runs the next chunk in order over every micro-batch. Use as a context manager: it leaves the device as it
+    found it, but for pinned chunks that the owner keeps.
+    """
+
+    def __init__(
+        self, source: Source, chunks: Sequence[tuple[str, ...]], schedule: Schedule, sweeps: int, *,
+        program: Callable[..., Program], ledger: Ledger, pin: Callable[[tuple[str, ...]], Chunk], label: str,
+    ):  # fmt: skip
+        self._source, self._chunks, self._schedule = source, chunks, schedule
+        self._program, self._ledger, self._pin, self._label = program, ledger, pin, label
+        self._steps = steps(schedule, len(chunks), sweeps)
+        self._pinned: dict[int, Chunk] = {}
+        self._slots: dict[int, Chunk] = {}
+        order = [chunks[load.chunk] for load in loads(schedule, len(chunks), sweeps)]
+        source.open(order, ledger)
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pinned.clear()
+        for slot in list(self._slots):
+            del self._slots[slot]
+            self._ledger.drop(f"{self._label} slot {slot}")
+        self._source.close()
+
+    def visit(self, xs: list, sides: list[tuple], **static) -> list:
+        """Run the next chunk over each micro-batch x with its own side arguments."""
+        for step in self._steps:
+            if isinstance(step, Run):
+                return self._run(step, xs, sides, static)
+            if isinstance(step, Pin):
+                self._pinned[step.chunk] = self._pin(self._chunks[step.chunk])
+            elif isinstance(step, Load):
+                self._load(step)
+        raise RuntimeError("more chunks were visited than the schedule has")
+
+    def _load(self, step: Load) -> None:
+        following = self._source.take()
+        with self._ledger.event("copy", f"{self._label} chunk {step.chunk}", tree_bytes(following)):
+            spare = self._slot(step.slot)
+            self._slots[step.slot] = self._program(fill, donate=(0,))(self._ledger, spare, following)
+        self._source.used()
+
+    def _slot(self, slot: int) -> Chunk:
+        """The slot's arrays, allocated on first use for the largest chunk that is streamed."""
+        if slot not in self._slots:
+            largest = max((c for i, c in enumerate(self._chunks) if i not in self._schedule.pinned), key=len)
+            blocks = [self._source.leaves(unit) for unit in largest]
+            self._slots[slot] = tuple(tuple(jnp.zeros(a.shape, a.dtype) for a in block) for block in blocks)
+            self._ledger.hold(f"{self._label} slot {slot}", self._slots[slot])
+        return self._slots[slot]
+
+    def _run(self, step: Run, xs: list, sides: list[tuple], static: dict) -> list:
+        size = len(self._chunks[step.chunk])
+        chunk = self._pinned[step.chunk] if step.slot is None else self._slots[step.slot][:size]
+        name = f"{self._label} chunk {step.chunk}"
+        plain = self._program(run_chunk, donate=(1,), **static)
+        done = []
+        if step.then is not None:
+            ring = self._program(ring_step, donate=(1, 3), **static)
+            following = self._source.take()
+            spare = self._slot(step.then.slot)
+            with self._ledger.event("copy", f"{self._label} chunk {step.then.chunk}", tree_bytes(following)):
+                x, filled = ring(self._ledger, chunk, spare, following, xs[0], *sides[0], name=name)
+            self._slots[step.then.slot] = filled
+            self._source.used()
+            done.append(x)
+        for x, side in list(zip(xs, sides, strict=True))[len(done) :]:
+            done.append(plain(self._ledger, chunk, x, *side, name=name))
+        return done
+
+
+class Tiers:
+    """Where the parameters of one model lie: what is pinned to the device, and what streams to it from host or disk."""
+
+    def __init__(self, checkpoint: Checkpoint, program: Callable[..., Program]):
+        self._checkpoint, self._program = checkpoint, program
+        self._device: dict[tuple[str, str], Block] = {}  # (component, unit)
+        self._sources: dict[tuple[str, int | None], Source] = {}
+
+    def pin(self, component: str, units: Sequence[str], ledger: Ledger) -> tuple[Block, ...]:
+        """Units on the device, to stay there until `clear`."""
+        missing = [unit for unit in units if (component, unit) not in self._device]
+        if missing:
+            size = sum(self._checkpoint.nbytes(component, unit) for unit in missing)
+            with ledger.event("copy", f"{component} {missing[0]}", size):
+                blocks = read_blocks(self._checkpoint, component, missing, "device")
+            for unit, block in blocks.items():
+                self._device[component, unit] = block
+                ledger.hold(f"{component} {unit}", block)
+        return tuple(self._device[component, unit] for unit in units)
+
+    def stream(
+        self, component: str, chunks: Sequence[tuple[str, ...]], schedule: Schedule, sweeps: int,
+        host_bytes: int | None, ledger: Ledger,
+    ) -> Stream:  # fmt: skip
+        """The blocks of a component under a schedule. `host_bytes`: a window on the checkpoint in place of host memory."""
+        return Stream(
+            self._source(component, host_bytes), chunks, schedule, sweeps, program=self._program, ledger=ledger,
+            pin=lambda units: self.pin(component, units, ledger), label=component,
+        )  # fmt: skip
+
+    def _source(self, component: str, host_bytes: int | None) -> Source:
+        """Blocks stay in host memory when the transformer's, and after them the text encoder's, take 80 % of it at most;
+        a sweep over the transformer is made for every NFE, one over the text encoder for every job."""
+        if (component, host_bytes) not in self._sources:
+            first = ("transformer",) if component == "transformer" else ("transformer", component)
+            size = sum(self._checkpoint.nbytes(c) for c in first)
+            fits = host_bytes is None and size <= 0.8 * (free_host_bytes() + self.host_bytes)
+            self._sources[component, host_bytes] = Source(
+                self._checkpoint, component, kept=fits, window_bytes=host_bytes
+            )
+        return self._sources[component, host_bytes]
+
+    def account(self, ledger: Ledger) -> None:
+        """Enter what is pinned into a new ledger."""
+        for (component, unit), block in self._device.items():
+            ledger.hold(f"{component} {unit}", block)
+
+    def clear(self, ledger: Ledger, *, unless: bool = False) -> None:
+        """The device without parameters, `unless` they are to stay for the next picture."""
+        if not unless:
+            for component, unit in self._device:
+                ledger.drop(f"{component} {unit}")
+            self._device.clear()
+
+    @property
+    def host_bytes(self) -> int:
+        """Blocks kept in host memory between jobs."""
+        return sum(source.host_bytes for source in self._sources.values())
+
+    def free_device_bytes(self) -> int:
+        """Device bytes a plan may use: what is free, and what is pinned and could be given back."""
+        return free_device_bytes() + tree_bytes(list(self._device.values()))

@@ -5,6 +5,8 @@ Axes: B pictures, H, W pixels, h, w latents (H/8, W/8), C channels at any level.
 The sampler's latents z and the VAE's own differ by the published scale and shift: vae = z / scaling + shift.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -36,11 +38,13 @@ class MiddleAttention(nnx.Module):
         self.group_norm = GroupNorm(channels, groups)
         self.to_q, self.to_k, self.to_v, self.to_out = (Linear(channels, channels) for _ in range(4))
 
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+    def __call__(self, x: Float[Array, "B h w C"], query_chunk: int = 1 << 30) -> Float[Array, "B h w C"]:
+        """`query_chunk`: queries scored at once, where that is fewer than the device would take."""
         b, h, w, c = x.shape
         y = self.group_norm(x).reshape(b, h * w, c)
         q, k, v = (project(y)[:, :, None] for project in (self.to_q, self.to_k, self.to_v))
         attend = Attend.choose(jax.default_backend(), jnp.float32, b, h * w, h * w, 1)
+        attend = replace(attend, query_chunk=min(attend.query_chunk, query_chunk))
         return x + self.to_out(ops.attention(q, k, v, attend=attend)[:, :, 0]).reshape(b, h, w, c)
 
 
@@ -53,6 +57,11 @@ class Middle(nnx.Module):
         return self.resnets[1](self.attention(self.resnets[0](x)))
 
 
+def twice(x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
+    """Every pixel as a square of two by two."""
+    return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
+
+
 class UpBlock(nnx.Module):
     def __init__(self, c_in: int, c_out: int, resnets: int, groups: int, *, upsample: bool):
         self.resnets = nnx.List(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(resnets))
@@ -63,7 +72,7 @@ class UpBlock(nnx.Module):
             x = resnet(x)
         if self.upsampler is None:
             return x
-        return self.upsampler(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
+        return self.upsampler(twice(x))
 
 
 class DownBlock(nnx.Module):
@@ -118,7 +127,14 @@ class VAE(nnx.Module):
     def __init__(self, config: VAEConfig):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        self.scale = config.scale
         self.scaling_factor, self.shift_factor = config.scaling_factor, config.shift_factor
+
+    def from_sampler(self, z: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        return z / self.scaling_factor + self.shift_factor
+
+    def to_sampler(self, mean: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        return (mean - self.shift_factor) * self.scaling_factor
 
 
 def spec(config: VAEConfig) -> VAE:
@@ -128,11 +144,10 @@ def spec(config: VAEConfig) -> VAE:
 
 def decode(vae: VAE, latents: Float[Array, "B h w C"], dtype=jnp.float32) -> Float[Array, "B H W 3"]:
     """The sampler's latents to a picture in about [-1, 1], float32."""
-    z = latents / vae.scaling_factor + vae.shift_factor
-    return vae.decoder(z.astype(dtype)).astype(jnp.float32)
+    return vae.decoder(vae.from_sampler(latents).astype(dtype)).astype(jnp.float32)
 
 
 def encode(vae: VAE, picture: Float[Array, "B H W 3"], dtype=jnp.float32) -> Float[Array, "B h w C"]:
     """A picture in [-1, 1] to the sampler's latents: the mean of the posterior, float32."""
     mean, _ = jnp.split(vae.encoder(picture.astype(dtype)).astype(jnp.float32), 2, -1)
-    return (mean - vae.shift_factor) * vae.scaling_factor
+    return vae.to_sampler(mean)

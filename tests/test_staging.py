@@ -1,0 +1,223 @@
+"""One suite over all memory schedules: the same picture from each, what was promised of memory, and nothing left over."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import small
+from test_models import relative
+
+from zimage_jax import Memory, ZImage, ZImageWarning
+from zimage_jax.components import nbytes, units
+from zimage_jax.errors import DamagedError, OutOfMemoryError, UsageError
+from zimage_jax.staging import Ledger, Program
+
+MODEL = "five_blocks"  # two refiner blocks, five main ones: chunks of 2, 1, 1, 1 by default
+JOB = {"seed": 3, "width": 64, "height": 48, "steps": 3}
+BLOCK = nbytes(small.CONFIGS[MODEL], "transformer", "layers.0", "float32")
+SCHEDULES = {
+    "resident": Memory(schedule="resident"),
+    "swap": Memory(schedule="swap"),
+    "ring": Memory(schedule="ring"),
+    "hybrid": Memory(schedule="hybrid", resident_chunks=2),
+    "auto": Memory(),
+    "low_vram": Memory(low_vram=True),
+    "one chunk": Memory(schedule="ring", chunks=1),
+    "a chunk per block": Memory(schedule="ring", chunks=5),
+    "two chunks, swapped": Memory(schedule="swap", chunks=2),
+    "chunks under a size": Memory(schedule="ring", max_chunk_bytes=2 * BLOCK),
+    "one chunk pinned": Memory(schedule="ring", pins=((1, "resident"),)),
+    "one chunk streamed": Memory(schedule="resident", pins=((0, "streamed"), (2, "streamed"), (3, "streamed"))),
+    "disk": Memory(schedule="ring", host_bytes=4 * BLOCK),
+    "disk, a chunk at a time": Memory(schedule="swap", chunks=5, host_bytes=BLOCK),
+    "text on the host": Memory(schedule="ring", text_encoder="host"),
+    "text staged": Memory(text_encoder="staged"),
+    "a budget": Memory(max_vram_bytes=int(2.6e6)),
+}
+
+
+@pytest.fixture(scope="module")
+def load(native):
+    """(name of a schedule, dtype) -> the model under it, loaded once."""
+    loaded = {}
+
+    def get(name: str, dtype: str = "float32") -> ZImage:
+        if (name, dtype) not in loaded:
+            loaded[name, dtype] = ZImage.load(native(MODEL), dtype=dtype, memory=SCHEDULES[name])
+        return loaded[name, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def resident(request, load):
+    return load("resident", request.param).generate("a red fox", **JOB)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_gives_the_same_bits(name, resident, load):
+    result = load(name, resident.report["dtype"]).generate("a red fox", **JOB)
+    np.testing.assert_array_equal(result.latents, resident.latents)
+    difference = result.pictures[0].pixels.astype(int) - resident.pictures[0].pixels
+    # the VAE in strips sums its statistics in another order
+    assert np.abs(difference).max() <= (1 if result.plan.vae_rows else 0)
+
+
+def test_the_scan_is_near(resident, native):
+    """Another program, so other fusions: 1e-6 in float32, and a rounding or two in bfloat16."""
+    dtype = resident.report["dtype"]
+    result = ZImage.load(native(MODEL), dtype=dtype, memory=Memory(schedule="scan")).generate("a red fox", **JOB)
+    assert relative(result.latents, resident.latents) <= {"float32": 2e-6, "bfloat16": 2e-2}[dtype]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_ledger_agrees_with_the_plan(name, load):
+    pipe = load(name)
+    pipe.generate("a red fox", **JOB)  # what a plan keeps is loaded by the first job, stage by stage
+    report = pipe.generate("a red fox", **JOB).report
+    assert report["peak_device_bytes_by_stage"] == report["predicted_peak_bytes_by_stage"]
+    assert report["peak_device_bytes"] == report["predicted_peak_bytes"]
+
+
+def test_guidance_and_batches_are_planned_for_too(load):
+    pipe = load("ring")
+    job = JOB | {"seed": [1, 2, 3], "guidance": 2.0, "negative_prompt": "blue"}
+    report = pipe.generate(["a", "a red fox", "红色"], **job).report
+    assert report["peak_device_bytes_by_stage"] == report["predicted_peak_bytes_by_stage"]
+
+
+@pytest.mark.parametrize("name", ["ring", "hybrid", "swap"])
+def test_a_batch_copies_what_one_picture_copies(name, load):
+    pipe = load(name)
+    one = pipe.generate("a", **JOB).report
+    prompts = [f"{'very ' * n}red" for n in range(16)]
+    sixteen = pipe.generate(prompts, **JOB | {"seed": list(range(16))}).report
+    assert sixteen["copied_bytes_by_stage"]["denoise"] == one["copied_bytes_by_stage"]["denoise"]
+    assert sixteen["copied_bytes"] == one["copied_bytes"]
+
+
+def test_micro_batches_give_what_single_runs_give(native, monkeypatch):
+    """Four pictures two at a time, different captions, guidance on: a batch may differ in last bits alone."""
+    monkeypatch.setattr("zimage_jax.planner.MICRO_TOKENS", 4 * 64)
+    pipe = ZImage.load(native(MODEL), memory=Memory(schedule="ring"))
+    prompts, seeds = ["a", "a red fox " * 4, "红色", "b"], [1, 2, 3, 4]
+    job = JOB | {"guidance": 2.0, "negative_prompt": "blue"}
+    together = pipe.generate(prompts, **job | {"seed": seeds})
+    for row, prompt, seed in zip(together.latents, prompts, seeds, strict=True):
+        assert relative(row, pipe.generate(prompt, **job | {"seed": seed}).latents[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["ring", "swap", "hybrid", "disk"])
+def test_nothing_is_left_on_the_device(name, load):
+    pipe = load(name)
+    levels = [sum(pipe.generate("a", **JOB | {"seed": n}).ledger.held.values()) for n in range(5)]
+    assert levels == [0] * 5
+
+
+def test_the_text_encoder_has_left_before_the_first_chunk(load):
+    ledger = load("ring").generate("a", **JOB).ledger
+    assert ledger.peak_by_stage["text"] < ledger.peak_by_stage["denoise"]
+    assert not any("text" in name for name in ledger.held)
+
+
+def test_the_ring_copies_ahead_across_nfes(load):
+    """5 chunks (2 refiner blocks in one) over 3 NFEs: 15 copies, of which the first alone is waited for."""
+    events = load("ring").generate("a", **JOB).ledger.events
+    copies = [e for e in events if e.stage == "denoise" and e.lane == "copy" and "chunk" in e.name]
+    runs = [e for e in events if e.stage == "denoise" and e.lane == "compute" and "chunk" in e.name]
+    assert len(copies) == len(runs) == 15
+    alone = [c for c in copies if not any(r.begin >= c.begin and r.end <= c.end for r in runs)]
+    assert [c.name for c in alone] == ["transformer chunk 0"]
+
+
+def test_compilations_are_few_and_once(native):
+    """Ring over chunks of 2, 1, 1, 1 after a refiner chunk of 2: a program per (chunk, next chunk, tokens)."""
+    pipe = ZImage.load(native(MODEL), memory=Memory(schedule="ring"))
+    first = pipe.generate("a", **JOB).report["compilations"]
+    assert pipe.generate("another prompt", **JOB | {"seed": 9}).report["compilations"] == first
+    even = (
+        ZImage.load(native(MODEL), memory=Memory(schedule="ring", chunks=5)).generate("a", **JOB).report["compilations"]
+    )
+    assert even <= first <= 20
+
+
+def test_a_window_smaller_than_a_chunk(native):
+    pipe = ZImage.load(native(MODEL), memory=Memory(schedule="ring", host_bytes=BLOCK // 2))
+    with pytest.raises(UsageError, match=r"the host window of .* is smaller than a chunk"):
+        pipe.generate("a", **JOB)
+
+
+def test_a_damaged_block_is_named_from_the_reading_thread(native, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(native(MODEL), tmp_path / "damaged")
+    file = copy / "transformer" / "layers.3.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"layers\.3"):
+        ZImage.load(copy, memory=SCHEDULES["disk"]).generate("a", **JOB)
+
+
+def test_a_budget_nothing_fits(native):
+    pipe = ZImage.load(native(MODEL), memory=Memory(max_vram_bytes=10_000))
+    with pytest.raises(OutOfMemoryError, match=r"the smallest plan needs .* GiB") as fault:
+        pipe.generate("a", **JOB)
+    assert "no smaller picture fits" in str(fault.value)
+    enough = ZImage.load(native(MODEL), memory=Memory(max_vram_bytes=fault.value.needed)).generate("a", **JOB)
+    assert enough.report["peak_device_bytes"] <= fault.value.needed
+
+
+def test_the_error_names_the_largest_size_that_fits(load):
+    pipe = load("low_vram")
+    small_job = pipe.generate("a", **JOB | {"width": 64, "height": 64}, memory=Memory(low_vram=True)).report
+    with pytest.raises(OutOfMemoryError, match="the largest square picture that fits is 64 x 64"):
+        pipe.generate(
+            "a", **JOB | {"width": 256, "height": 256},
+            memory=Memory(max_vram_bytes=small_job["predicted_peak_bytes"] + 1000),
+        )  # fmt: skip
+
+
+def test_out_of_memory_at_run_time_takes_the_next_smaller_plan(native, monkeypatch):
+    """The device refuses everything above a level that only the program knows; the picture is the same."""
+    import jax
+
+    expected = ZImage.load(native(MODEL)).generate("a", **JOB)
+    level, mark = expected.report["predicted_peak_bytes"] // 2, Ledger.mark
+
+    def strict(self, more=0):
+        mark(self, more)
+        if sum(self.held.values()) + more > level:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+
+    monkeypatch.setattr(Ledger, "mark", strict)
+    plans = []
+    with pytest.warns(ZImageWarning, match="out of device memory with a plan of .*; trying a smaller one"):
+        result = ZImage.load(native(MODEL)).generate("a", **JOB, on_plan=lambda plan, budget: plans.append(plan))
+    assert len(plans) > 1
+    assert plans[-1].peak_bytes <= level
+    np.testing.assert_array_equal(result.latents, expected.latents)
+
+
+def test_no_program_leaves_a_donated_argument_unused(native, recwarn):
+    ZImage.load(native(MODEL), memory=SCHEDULES["a chunk per block"]).generate("a", **JOB | {"height": 32})
+    assert not [w for w in recwarn if "donated" in str(w.message)]
+
+
+def test_the_trace_has_its_lanes(load):
+    trace = json.loads(load("disk").generate("a", **JOB).ledger.trace())
+    rows = [e for e in trace["traceEvents"] if e["ph"] == "X"]
+    assert {row["tid"] for row in rows} == {1, 2, 3}
+    assert all(row["dur"] >= 0 and row["ts"] >= 0 for row in rows)
+    assert sum(row["args"]["bytes"] for row in rows if row["tid"] == 2) > len(
+        units(small.CONFIGS[MODEL], "transformer")
+    )
+
+
+def test_a_program_is_compiled_once_per_shape():
+    program, ledger = Program(lambda x: x + np.float32(1)), Ledger()
+    for size in (3, 3, 4):
+        np.testing.assert_array_equal(program(ledger, np.zeros(size, np.float32)), np.ones(size, np.float32))
+    assert program.compilations == 2
+    assert re.match(r"[\w<>]+", program.name)

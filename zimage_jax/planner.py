@@ -1,0 +1,390 @@
+"""Job, budget and costs to a plan: what lies where and when, its peak of device bytes and its seconds. Pure.
+
+The planner knows shapes and sizes; what a compiled program takes beside its arguments it asks of `Costs`: the compiler
+itself for the machine's own device, or stored figures for a card that is not there.
+
+Levers that leave the picture as it is are used freely, in this order: what stays on the device, the size of chunks, the
+text encoder staged, the VAE in strips of rows. Nothing that changes the picture is touched.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from . import components, dit, schedule
+from .config import ModelConfig
+from .errors import OutOfMemoryError, UsageError
+from .schedule import Schedule
+
+MICRO_TOKENS = 8192  # a micro-batch takes as many pictures as keep its tokens under this
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the user says of memory. None is for the planner to choose."""
+
+    schedule: str = "auto"
+    chunks: int | None = None
+    resident_chunks: int | None = None
+    max_chunk_bytes: int | None = None
+    max_vram_bytes: int | None = None
+    low_vram: bool = False  # the least that works, whatever is free
+    text_encoder: str = "auto"  # device, staged or host
+    host_bytes: int | None = None  # a window on the checkpoint; None: the streamed blocks stay in host memory
+    vae_tile: int | None = None  # pixels; inexact
+    pins: tuple[tuple[int, str], ...] = ()
+
+    def __post_init__(self):
+        if self.schedule not in ("auto", *schedule.NAMES):
+            raise UsageError(f"schedule {self.schedule!r}: expected one of auto, {', '.join(schedule.NAMES)}")
+        if self.text_encoder not in ("auto", "device", "staged", "host"):
+            raise UsageError(f"text encoder {self.text_encoder!r}: expected one of auto, device, staged, host")
+        for name in ("chunks", "max_chunk_bytes", "max_vram_bytes", "host_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name.replace('_', ' ')}: expected a positive number, got {value}")
+        if self.chunks and self.max_chunk_bytes:
+            raise UsageError("chunks and the size of a chunk say the same thing: give one of them")
+
+
+@dataclass(frozen=True)
+class Work:
+    """The shapes of one job.
+
+    Axes: B pictures, G contexts (B, or 2 B with guidance), L caption tokens, I image tokens, T = I + L, P distinct
+    prompts, h, w latent rows and columns.
+    """
+
+    batch: int
+    is_guided: bool
+    prompts: int
+    bucket: int  # L
+    h: int
+    w: int
+    steps: int
+
+    @property
+    def contexts(self) -> int:
+        return self.batch * (2 if self.is_guided else 1)
+
+    @property
+    def image_tokens(self) -> int:
+        return dit.padded(self.h * self.w // 4)
+
+    @property
+    def tokens(self) -> int:
+        return self.image_tokens + self.bucket
+
+    @property
+    def micro_batch(self) -> int:
+        """Pictures computed at once: the largest divisor of B that keeps its tokens under MICRO_TOKENS. It changes last
+        bits, so it follows from the job alone, never from the budget."""
+        per_picture = self.tokens * (2 if self.is_guided else 1)
+        fitting = (m for m in range(2, self.batch + 1) if self.batch % m == 0 and m * per_picture <= MICRO_TOKENS)
+        return max(fitting, default=1)
+
+
+@runtime_checkable
+class Costs(Protocol):
+    """Device bytes that programs take beside their arguments: the most of any program of a stage.
+
+    A pair is the blocks of a chunk and the blocks copied meanwhile (0: none); each is a program of its own.
+    """
+
+    def text(self, work: Work, pairs: frozenset[tuple[int, int]], slot: int) -> int: ...
+    def context(self, work: Work, pairs: frozenset[tuple[int, int]], slot: int) -> int: ...
+    def denoise(
+        self, work: Work, refiner: frozenset[tuple[int, int]], main: frozenset[tuple[int, int]], slot: int
+    ) -> int: ...
+    def decode(self, work: Work, rows: int | None, tile: int | None) -> int: ...
+    def scan(self, work: Work) -> int: ...
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """How the blocks of one stage come to the device: their chunks (units each), and the schedule over those."""
+
+    chunks: tuple[tuple[str, ...], ...]
+    schedule: Schedule
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(len(chunk) for chunk in self.chunks)
+
+    @property
+    def is_resident(self) -> bool:
+        return len(self.schedule.pinned) == len(self.chunks)
+
+    @property
+    def device_blocks(self) -> int:
+        return self.schedule.device_blocks(self.sizes)
+
+    @property
+    def slot_blocks(self) -> int:
+        return max((n for c, n in enumerate(self.sizes) if c not in self.schedule.pinned), default=0)
+
+    def pairs(self, sweeps: int, first: int = 0, last: int | None = None) -> frozenset[tuple[int, int]]:
+        """(blocks, blocks copied meanwhile) of every kind of run of chunks first to last."""
+        sizes, wanted = self.sizes, range(len(self.chunks))[first:last]
+        return frozenset(
+            (sizes[step.chunk], sizes[step.then.chunk] if step.then else 0)
+            for step in schedule.steps(self.schedule, len(sizes), min(sweeps, 3))
+            if isinstance(step, schedule.Run) and step.chunk in wanted
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule with all its numbers filled in for one job."""
+
+    schedule: str
+    text: StreamPlan | None  # None: the text encoder runs on the host
+    context: StreamPlan
+    denoise: StreamPlan
+    kept: bool  # every component stays on the device between pictures
+    vae_rows: int | None  # rows of pixels in a strip; None: the whole picture at once
+    vae_tile: int | None
+    peak_bytes_by_stage: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.peak_bytes_by_stage.values())
+
+    @property
+    def refiner_chunks(self) -> int:
+        return sum(chunk[0].startswith("noise_refiner.") for chunk in self.denoise.chunks)
+
+    @property
+    def main_sizes(self) -> tuple[int, ...]:
+        return self.denoise.sizes[self.refiner_chunks :]
+
+    @property
+    def resident_chunks(self) -> int:
+        return sum(chunk >= self.refiner_chunks for chunk in self.denoise.schedule.pinned)
+
+
+# -- the plan of a job ------------------------------------------------------------------------------------------------
+
+
+class _Option(NamedTuple):
+    """One way to do a stage: its parameters on the device, its other arrays there, and what its programs take beside."""
+
+    choice: Any
+    weights: int
+    activations: int
+    own: Callable[[], int]  # asks the compiler: called for options that may fit, and no others
+
+    @property
+    def held(self) -> int:
+        return self.weights + self.activations
+
+    @property
+    def peak(self) -> int:
+        return self.held + self.own()
+
+
+class Planner:
+    """Plans for one model.
+
+    `dtype` is what the parameters are stored in, `compute_bytes` the size of the dtype that is computed in.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: str, compute_bytes: int, costs: Costs):
+        self._config, self._dtype, self._compute_bytes, self._costs = config, dtype, compute_bytes, costs
+
+    def plan(self, work: Work, memory: Memory, budget: int) -> Plan:
+        """The fastest plan whose predicted peak is within `budget` bytes; with `low_vram` the smallest.
+
+        Raises OutOfMemoryError with the smallest budget that would do when none is.
+        """
+        stages = {
+            "text": list(self._text(work, memory)),
+            "context": list(self._context(work)),
+            "denoise": list(self._denoise(work, memory)),
+            "decode": list(self._decode(work, memory)),
+        }
+        largest = {name: options[0] for name, options in stages.items()}
+        together = sum(option.weights for option in largest.values()) - self._nbytes("transformer", "stem")
+        streams = [largest[name].choice for name in ("text", "context", "denoise")]
+        if together <= budget and not memory.low_vram and all(s is not None and s.is_resident for s in streams):
+            peaks = {name: together + option.activations + option.own() for name, option in largest.items()}
+            if max(peaks.values()) <= budget:
+                return self._filled(largest, memory, peaks, kept=True)
+        chosen = {name: _first_that_fits(options, budget, memory.low_vram) for name, options in stages.items()}
+        peaks = {name: option.peak for name, option in chosen.items()}
+        worst = max(peaks, key=peaks.__getitem__)
+        if peaks[worst] > budget:
+            raise OutOfMemoryError(
+                f"the smallest plan needs {peaks[worst] / GIB:.3f} GiB of device memory, in its stage {worst}; "
+                f"{budget / GIB:.3f} GiB may be used",
+                peaks[worst],
+            )
+        return self._filled(chosen, memory, peaks, kept=False)
+
+    def _filled(self, chosen: dict[str, _Option], memory: Memory, peaks: dict[str, int], *, kept: bool) -> Plan:
+        denoise = chosen["denoise"].choice
+        name = "scan" if memory.schedule == "scan" else denoise.schedule.name
+        rows, tile = chosen["decode"].choice
+        return Plan(name, chosen["text"].choice, chosen["context"].choice, denoise, kept, rows, tile, peaks)
+
+    # -- bytes --------------------------------------------------------------------------------------------------------
+
+    def _nbytes(self, component: str, *units: str) -> int:
+        return sum(components.nbytes(self._config, component, unit, self._dtype) for unit in units)
+
+    def _blocks(self, component: str, *groups: str) -> tuple[str, ...]:
+        units = components.units(self._config, component)
+        return tuple(unit for group in groups for unit in units if unit.startswith(group + "."))
+
+    def _stream_bytes(self, component: str, stream: StreamPlan) -> int:
+        return stream.device_blocks * self._nbytes(component, stream.chunks[0][0])
+
+    def _sides_bytes(self, work: Work) -> int:
+        """Rotations in float32 of caption, image and all tokens, and two lengths per context."""
+        tokens = work.bucket + work.image_tokens + work.tokens
+        return work.contexts * (tokens * self._config.transformer.head_dim * 4 + 2 * 4)
+
+    def _tokens_bytes(self, work: Work, tokens: int, width: int) -> int:
+        return work.contexts * tokens * width * self._compute_bytes
+
+    # -- the ways to do each stage, those that hold most first ----------------------------------------------------------
+
+    def _text(self, work: Work, memory: Memory) -> Iterator[_Option]:
+        if memory.text_encoder == "host":
+            yield _Option(None, 0, 0, lambda: 0)
+            return
+        blocks = self._blocks("text_encoder", "layers")
+        activations = work.prompts * work.bucket * self._config.text_encoder.hidden_size * self._compute_bytes
+        for stream in self._streams((), blocks, memory, staged=memory.text_encoder == "staged"):
+            if memory.text_encoder == "device" and len(stream.schedule.pinned) < len(stream.chunks):
+                return
+            yield _Option(
+                stream,
+                self._stream_bytes("text_encoder", stream),
+                activations,
+                partial(self._costs.text, work, stream.pairs(1), stream.slot_blocks),
+            )
+
+    def _context(self, work: Work) -> Iterator[_Option]:
+        blocks = self._blocks("transformer", "context_refiner")
+        width, features = self._config.transformer.dim, self._config.text_encoder.hidden_size
+        activations = self._sides_bytes(work) + self._tokens_bytes(work, work.bucket, width + features)
+        whole = StreamPlan((blocks,), schedule.make("resident", 1))
+        single = StreamPlan(tuple((b,) for b in blocks), schedule.make("swap", len(blocks)))
+        for stream in (whole, single):
+            yield _Option(
+                stream,
+                self._nbytes("transformer", "stem") + self._stream_bytes("transformer", stream),
+                activations,
+                partial(self._costs.context, work, stream.pairs(1), stream.slot_blocks),
+            )
+
+    def _denoise(self, work: Work, memory: Memory) -> Iterator[_Option]:
+        config = self._config.transformer
+        refiner, main = (self._blocks("transformer", group) for group in ("noise_refiner", "layers"))
+        activations = (
+            self._sides_bytes(work)
+            + self._tokens_bytes(work, work.bucket, config.dim)  # the contexts
+            + self._tokens_bytes(work, work.tokens, config.dim)
+            + work.contexts * config.adaln_dim * 4
+            + work.batch * work.h * work.w * config.in_channels * 4
+        )
+        for stream in self._streams(refiner, main, memory):
+            of_refiner = len(stream.chunks) - len(self._main(stream))
+            if memory.schedule == "scan":
+                own = partial(self._costs.scan, work)
+            else:
+                sweeps = work.steps
+                pairs = stream.pairs(sweeps, 0, of_refiner), stream.pairs(sweeps, of_refiner)
+                own = partial(self._costs.denoise, work, *pairs, stream.slot_blocks)
+            weights = self._nbytes("transformer", "stem") + self._stream_bytes("transformer", stream)
+            yield _Option(stream, weights, activations, own)
+
+    def _decode(self, work: Work, memory: Memory) -> Iterator[_Option]:
+        weights, latents = self._nbytes("vae", "decoder"), work.h * work.w * self._config.vae.latent_channels * 4
+        if memory.vae_tile:
+            yield _Option(
+                (None, memory.vae_tile), weights, latents, partial(self._costs.decode, work, None, memory.vae_tile)
+            )
+            return
+        yield _Option((None, None), weights, latents, partial(self._costs.decode, work, None, None))
+        rows = work.h * self._config.vae.scale // 2
+        while rows >= self._config.vae.scale:
+            # feature maps lie on the host, latents with them
+            yield _Option((rows, None), weights, 0, partial(self._costs.decode, work, rows, None))
+            rows //= 2
+
+    @staticmethod
+    def _main(stream: StreamPlan) -> tuple[tuple[str, ...], ...]:
+        return tuple(chunk for chunk in stream.chunks if chunk[0].startswith("layers."))
+
+    def _streams(
+        self, refiner: tuple[str, ...], main: tuple[str, ...], memory: Memory, *, staged: bool = False
+    ) -> Iterator[StreamPlan]:
+        """Partitions and schedules that the user's words admit, by the blocks they hold, most first.
+
+        The refiner's blocks are chunks of their own, before the main ones and no longer than they are.
+        """
+        found: dict[StreamPlan, int] = {}
+        for count in self._chunk_counts(main, memory):
+            sizes = schedule.partition(len(main), count)
+            early = schedule.partition(len(refiner), -(-len(refiner) // sizes[0])) if refiner else ()
+            chunks = _cut(refiner, early) + _cut(main, sizes)
+            for name, resident in self._schedules(count, memory, staged):
+                if name == "resident":
+                    plan = schedule.make(name, len(chunks))
+                else:
+                    plan = schedule.make(name, count, resident).after(len(early))
+                if refiner:
+                    plan = plan.with_pins(dict(memory.pins), len(early), len(chunks))
+                stream = StreamPlan(chunks, plan)
+                found.setdefault(stream, stream.device_blocks)
+        # of two that hold the same, the one with fewer chunks
+        return iter(sorted(found, key=lambda s: (-found[s], len(s.chunks))))
+
+    def _chunk_counts(self, main: tuple[str, ...], memory: Memory) -> list[int]:
+        blocks = len(main)
+        if memory.chunks:
+            return [min(memory.chunks, blocks)]
+        least = 1
+        if memory.max_chunk_bytes:
+            component = "transformer" if main == self._blocks("transformer", "layers") else "text_encoder"
+            least = schedule.chunks_under(blocks, self._nbytes(component, main[0]), memory.max_chunk_bytes)
+            return [least]
+        # the default, and finer ones down to a chunk per block, each half as long or so
+        counts = [min(schedule.CHUNKS, blocks)]
+        while counts[-1] < blocks:
+            counts.append(min(blocks, counts[-1] * 3 // 2 + 1))
+        return counts
+
+    @staticmethod
+    def _schedules(count: int, memory: Memory, staged: bool) -> Iterator[tuple[str, int]]:
+        """(name, resident chunks) admitted for a partition of `count` chunks."""
+        if memory.schedule in ("auto", "resident", "scan") and not staged:
+            yield "resident", count
+        if memory.schedule in ("auto", "hybrid"):
+            if memory.resident_chunks is not None:
+                yield "hybrid", min(memory.resident_chunks, count)
+            else:
+                yield from (("hybrid", k) for k in range(count - 1, -1, -1))
+        if memory.schedule in ("auto", "ring") or (memory.schedule in ("resident", "scan") and staged):
+            yield "ring", 0
+        if memory.schedule in ("auto", "swap"):
+            yield "swap", 0
+
+
+def _cut(units: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+    ends = list(accumulate(sizes))
+    return tuple(units[end - size : end] for size, end in zip(sizes, ends, strict=True))
+
+
+def _first_that_fits(options: list[_Option], budget: int, smallest: bool) -> _Option:
+    """The first option within the budget, or else the last, which holds least."""
+    if not smallest:
+        for option in options:
+            if option.held <= budget and option.peak <= budget:
+                return option
+    return options[-1]

@@ -1,0 +1,157 @@
+"""The compiled programs of a pipeline, and what they take of the device according to the compiler.
+
+Axes: B pictures, G contexts (B, or 2 B with guidance), P distinct prompts, L caption tokens, I image tokens, T = I + L.
+"""
+
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from . import components, dit, sampling, vae
+from .config import ModelConfig
+from .ops import Attend
+from .planner import Work
+from .staging import Program, ring_step, run_chunk, tree_bytes
+from .vae_strips import strip_programs
+
+
+class Programs:
+    """One Program per function and static arguments, for one model and compute dtype."""
+
+    def __init__(self, config: ModelConfig, stored: str, dtype):
+        self.config, self.stored, self.dtype = config, stored, jnp.dtype(dtype)
+        self._programs: dict[tuple, Program] = {}
+
+    def __call__(self, function: Callable, *, donate: tuple[int, ...] = (), **static) -> Program:
+        key = (function, donate, *sorted(static.items()))
+        if key not in self._programs:
+            self._programs[key] = Program(function, donate=donate, **static)
+        return self._programs[key]
+
+    @property
+    def compile_seconds(self) -> float:
+        return sum(program.compile_seconds for program in self._programs.values())
+
+    @property
+    def compilations(self) -> int:
+        return sum(program.compilations for program in self._programs.values())
+
+    def attend(self, batch: int, tokens: int) -> Attend:
+        heads = self.config.transformer.n_heads
+        return Attend.choose(jax.default_backend(), self.dtype, batch, tokens, tokens, heads)
+
+    def tree(self, component: str, unit: str):
+        """The structure that turns a unit's leaves into its module."""
+        return jax.tree.structure(components.unit_spec(self.config, component, unit))
+
+
+class CompiledCosts:
+    """What the planner asks, answered by compiling the very programs that will run. (planner.Costs)"""
+
+    def __init__(self, programs: Programs):
+        self._programs, self._config = programs, programs.config
+
+    def text(self, work: Work, pairs: frozenset[tuple[int, int]], slot: int) -> int:
+        x = self._like(work.prompts, work.bucket, self._config.text_encoder.hidden_size)
+        return self._blocks("text_encoder", "layers.0", pairs, slot, x, ())
+
+    def context(self, work: Work, pairs: frozenset[tuple[int, int]], slot: int) -> int:
+        features = self._like(work.contexts, work.bucket, self._config.text_encoder.hidden_size)
+        x = self._like(work.contexts, work.bucket, self._config.transformer.dim)
+        lengths = np.zeros(work.contexts, np.int32)
+        side, attend = self._sides(work, work.contexts).caption, self._programs.attend(work.contexts, work.bucket)
+        embed = self._programs(dit.embed_caption).compiled(self._stem(), features, lengths)[1]
+        return max(embed, self._blocks("transformer", "context_refiner.0", pairs, slot, x, (side,), attend=attend))
+
+    def denoise(
+        self, work: Work, refiner: frozenset[tuple[int, int]], main: frozenset[tuple[int, int]], slot: int
+    ) -> int:
+        config, own = self._config.transformer, []
+        contexts = work.micro_batch * work.contexts // work.batch
+        sides = self._sides(work, contexts)
+        image, joint = (self._like(contexts, n, config.dim) for n in (work.image_tokens, work.tokens))
+        time = jax.ShapeDtypeStruct((contexts, config.adaln_dim), jnp.float32)
+        latents = jax.ShapeDtypeStruct((work.micro_batch, work.h, work.w, config.in_channels), jnp.float32)
+        number, is_guided = np.float32(0), work.is_guided
+        enter = self._programs(sampling.enter, is_guided=is_guided, dtype=self._programs.dtype)
+        own.append(enter.compiled(self._stem(), latents, number)[1])
+        context = self._like(contexts, work.bucket, config.dim)
+        own.append(self._programs(dit.join).compiled(image, context)[1])
+        leave = self._programs(sampling.leave, donate=(3,), is_guided=is_guided)
+        own.append(leave.compiled(self._stem(), joint, time, latents, number, number, number)[1])
+        for pairs, x, side, group in (
+            (refiner, image, sides.image, "noise_refiner.0"),
+            (main, joint, sides.joint, "layers.0"),
+        ):
+            side, attend = side._replace(time=time), self._programs.attend(contexts, x.shape[1])  # type: ignore[arg-type]
+            own.append(self._blocks("transformer", group, pairs, slot, x, (side,), attend=attend))
+        return max(own)
+
+    def scan(self, work: Work) -> int:
+        config, sides = self._config.transformer, self._sides(work, work.contexts)
+        model = components.assemble(
+            self._config,
+            "transformer",
+            {u: self._leaves("transformer", u) for u in components.units(self._config, "transformer")},
+        )
+        noise = jax.ShapeDtypeStruct((work.batch, work.h, work.w, config.in_channels), jnp.float32)
+        sigmas = sampling.sigmas(work.steps, self._config.scheduler.shift)
+        context = self._like(work.contexts, work.bucket, config.dim)
+        attend = self._programs.attend(work.contexts, work.tokens)
+        run = self._programs(sampling.sample, is_guided=work.is_guided, attend=attend, on_step=None)
+        return run.compiled(model, noise, sigmas, sampling.times(sigmas), context, sides, np.float32(0))[1]
+
+    def decode(self, work: Work, rows: int | None, tile: int | None) -> int:
+        config = self._config.vae
+        decoder = components.assemble(self._config, "vae", {"decoder": self._leaves("vae", "decoder")})
+        if rows is not None:
+            shape = (1, work.h, work.w, config.latent_channels)
+            calls = strip_programs(decoder.decoder, shape, self._programs.dtype, rows)
+            return max(
+                self._programs(c.function, **c.static).compiled(*c.arguments)[1] + tree_bytes(c.arguments[1:])
+                for c in calls
+            )
+        side = tile // config.scale if tile else None
+        h, w = (min(n, side) if side else n for n in (work.h, work.w))
+        latents = jax.ShapeDtypeStruct((1, h, w, config.latent_channels), jnp.float32)
+        return self._programs(vae.decode, dtype=self._programs.dtype).compiled(decoder, latents)[1]
+
+    # -- abstract arguments -------------------------------------------------------------------------------------------
+
+    def _like(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, self._programs.dtype)
+
+    def _leaves(self, component: str, unit: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return components.leaves(self._config, component, unit, self._programs.stored)
+
+    def _stem(self):
+        return jax.tree.unflatten(self._programs.tree("transformer", "stem"), self._leaves("transformer", "stem"))
+
+    def _sides(self, work: Work, contexts: int) -> dit.Sides:
+        lengths = np.full(contexts, work.bucket, np.int32)
+        return dit.sides(self._config.transformer, work.h, work.w, lengths, work.bucket)
+
+    def _blocks(
+        self, component: str, unit: str, pairs: Iterable[tuple[int, int]], slot: int, x, side: tuple, **static
+    ) -> int:
+        """The most that running a chunk takes, with or without a copy beside it."""
+        leaves, tree = self._leaves(component, unit), self._programs.tree(component, unit)
+        host = SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
+        away = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=host) for a in leaves)
+
+        def chunk(blocks: int, block: tuple) -> tuple:
+            return (block,) * blocks
+
+        own = [0]
+        for blocks, copied in pairs:
+            plain = self._programs(run_chunk, donate=(1,), tree=tree, **static)
+            if copied:
+                ring = self._programs(ring_step, donate=(1, 3), tree=tree, **static)
+                args = chunk(blocks, leaves), chunk(slot, leaves), chunk(copied, away), x, *side
+                own.append(ring.compiled(*args)[1])
+            else:
+                own.append(plain.compiled(chunk(blocks, leaves), x, *side)[1])
+        return max(own)
