@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from zimage_jax import checkpoint
+from zimage_jax import checkpoint, components
 from zimage_jax.errors import ConversionError
 from zimage_jax.prompt import Prompts
 
@@ -47,7 +47,7 @@ def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool =
     files = {f: f.stat() for c in COMPONENTS for f in source.components[c].files}
     fingerprint = [[f.name, s.st_size, s.st_mtime_ns] for f, s in files.items()]
     writer = checkpoint.Writer(dst, source.config, dtype, {"files": fingerprint})
-    units = [(c, u, leaves) for c in COMPONENTS for u, leaves in checkpoint.units(source.config, c).items()]
+    units = [(c, u, leaves) for c in COMPONENTS for u, leaves in components.units(source.config, c).items()]
     total = sum(_native_bytes(leaves, dtype) for _, _, leaves in units)
     origins = {c: _origins(source, c) for c in COMPONENTS}
     with (
@@ -76,7 +76,7 @@ def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool =
 
 
 def _native_bytes(leaves: dict, dtype: str) -> int:
-    return sum(leaf.size for leaf in leaves.values()) * checkpoint.DTYPES[dtype].itemsize
+    return sum(leaf.size for leaf in leaves.values()) * components.DTYPES[dtype].itemsize
 
 
 def _origins(source: Source, component: str) -> dict[str, _Origin]:
@@ -92,7 +92,7 @@ def _runs(origin: _Origin, path: str, dtype: str, bar) -> Iterator[np.ndarray]:
     """The native array in runs of rows, cast and checked."""
     rows = origin.tensor.shape[0] // origin.parts
     first = origin.part * rows
-    target = checkpoint.DTYPES[dtype]
+    target = components.DTYPES[dtype]
     if origin.transform == rules.SAME:
         step = max(1, _RUN_BYTES // max(1, target.itemsize * math.prod(origin.tensor.shape[1:])))
         parts = (

@@ -3,7 +3,8 @@
 import math
 from pathlib import Path
 
-from zimage_jax.checkpoint import COMPONENTS, Checkpoint
+from zimage_jax.checkpoint import Checkpoint
+from zimage_jax.components import COMPONENTS
 from zimage_jax.errors import ForeignError, ZImageError
 
 from . import sources

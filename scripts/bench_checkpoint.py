@@ -22,8 +22,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-from zimage_jax import checkpoint
-from zimage_jax.checkpoint import Checkpoint, Writer, units
+from zimage_jax import components
+from zimage_jax.checkpoint import Checkpoint, Writer
+from zimage_jax.components import units
 from zimage_jax.config import TURBO
 
 PINNED = SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
@@ -33,9 +34,9 @@ def make(folder: Path, blocks: int) -> tuple[Checkpoint, list[str]]:
     """A native checkpoint with `blocks` real blocks and everything else small."""
     small_text = replace(TURBO.text_encoder, vocab_size=600, num_hidden_layers=2)
     config = replace(TURBO, transformer=replace(TURBO.transformer, n_layers=blocks), text_encoder=small_text)
-    values = np.random.default_rng(0).standard_normal(3840 * 10240, np.float32).astype(checkpoint.DTYPES["bfloat16"])
+    values = np.random.default_rng(0).standard_normal(3840 * 10240, np.float32).astype(components.DTYPES["bfloat16"])
     writer = Writer(folder / "native", config, "bfloat16")
-    for component in checkpoint.COMPONENTS:
+    for component in components.COMPONENTS:
         for unit, leaves in units(config, component).items():
             arrays = ((path, iter([values[: leaf.size].reshape(leaf.shape)])) for path, leaf in leaves.items())
             writer.write(component, unit, arrays)

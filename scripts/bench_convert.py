@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoints_convert import rules
-from zimage_jax.checkpoint import COMPONENTS, spec
+from zimage_jax.components import COMPONENTS, spec
 from zimage_jax.config import PRESETS, ModelConfig
 
 # component: table, file stem, shards, dtype as published

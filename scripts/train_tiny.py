@@ -8,6 +8,7 @@ A stage is seeded by (seed, step), so a resumed run sees the data it would have 
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -276,10 +277,13 @@ def make_latents(runs: Path, seed: int, shards: int) -> None:
 
 
 def latent_statistics(runs: Path) -> tuple[float, float]:
-    """(scaling factor, shift) that give the sampler latents of mean 0 and variance 1."""
-    sample = np.concatenate([np.load(f)["latents"][:64].ravel() for f in sorted((runs / "latents").glob("*.npz"))[:40]])
-    sample = sample.astype(np.float64)
-    return round(1 / sample.std(), 4), round(sample.mean(), 4)
+    """(scaling factor, shift) that give the sampler latents of mean 0 and variance 1; computed once for a run."""
+    file = runs / "statistics.json"
+    if not file.exists():
+        files = sorted((runs / "latents").glob("*.npz"))[:40]
+        sample = np.concatenate([np.load(f)["latents"][:64].ravel() for f in files]).astype(np.float64)
+        file.write_text(json.dumps([round(1 / sample.std(), 4), round(sample.mean(), 4)]))
+    return tuple(json.loads(file.read_text()))
 
 
 # -- DiT and text encoder ---------------------------------------------------------------------------------------------
@@ -399,7 +403,13 @@ def export(runs: Path, destination: Path) -> None:
         "vae": with_arrays(vae_spec, lambda p, _: vae_params[p]),
     }
     provenance = {"made by": "scripts/train_tiny.py", "steps": {n: last_step(runs / n) for n in ("vae", "dit")}}
-    checkpoint.save(destination, config, models, (runs / "tokenizer.json").read_bytes(), provenance)
+    fresh = destination.with_name(destination.name + ".new")
+    checkpoint.save(fresh, config, models, (runs / "tokenizer.json").read_bytes(), provenance)
+    card = destination / "README.md"
+    if card.exists():  # the model card is written by hand
+        shutil.copy(card, fresh)
+    shutil.rmtree(destination, ignore_errors=True)
+    fresh.rename(destination)
 
 
 def last_step(folder: Path) -> int:
@@ -436,7 +446,7 @@ def tokenizer_command(runs: Path) -> None:
 @main.command("vae")
 @runs_option
 @seed_option
-@click.option("--steps", default=3200, show_default=True)
+@click.option("--steps", default=3000, show_default=True)
 @click.option("--rate", default=0.01, show_default=True)
 @click.option("--adam-rate", default=2e-3, show_default=True)
 def vae_command(runs: Path, seed: int, steps: int, rate: float, adam_rate: float) -> None:
@@ -448,7 +458,7 @@ def vae_command(runs: Path, seed: int, steps: int, rate: float, adam_rate: float
 @main.command("latents")
 @runs_option
 @seed_option
-@click.option("--shards", default=200, show_default=True, help=f"Of {SHARD} pictures each.")
+@click.option("--shards", default=110, show_default=True, help=f"Of {SHARD} pictures each.")
 def latents_command(runs: Path, seed: int, shards: int) -> None:
     """Encode the DiT's training pictures."""
     make_latents(runs, seed, shards)
@@ -457,7 +467,7 @@ def latents_command(runs: Path, seed: int, shards: int) -> None:
 @main.command("dit")
 @runs_option
 @seed_option
-@click.option("--steps", default=12000, show_default=True)
+@click.option("--steps", default=7000, show_default=True)
 @click.option("--rate", default=0.015, show_default=True)
 @click.option("--adam-rate", default=2e-3, show_default=True)
 def dit_command(runs: Path, seed: int, steps: int, rate: float, adam_rate: float) -> None:

@@ -7,8 +7,9 @@ import pytest
 import small
 from safetensors.numpy import load_file
 
-from zimage_jax import checkpoint
-from zimage_jax.checkpoint import Checkpoint, Writer, units
+from zimage_jax import checkpoint, components
+from zimage_jax.checkpoint import Checkpoint, Writer
+from zimage_jax.components import units
 from zimage_jax.errors import CheckpointError, DamagedError, ForeignError, OutputError
 from zimage_jax.layers import named_arrays
 
@@ -27,7 +28,7 @@ def arrays(component: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
-@pytest.mark.parametrize("component", checkpoint.COMPONENTS)
+@pytest.mark.parametrize("component", components.COMPONENTS)
 def test_what_was_saved_comes_back(native, component, memory_kind):
     model = Checkpoint(native(NAME)).load(component, memory_kind=memory_kind)
     expected = arrays(component)
@@ -155,7 +156,7 @@ def pieces(component, unit):
 
 def test_the_folder_has_no_name_until_all_is_there(tmp_path):
     writer = Writer(tmp_path / "m", small.CONFIGS[NAME], "float32")
-    for component in checkpoint.COMPONENTS:
+    for component in components.COMPONENTS:
         for unit in units(small.CONFIGS[NAME], component):
             writer.write(component, unit, pieces(component, unit))
             assert not (tmp_path / "m").exists()

@@ -15,7 +15,7 @@ from test_config import PUBLISHED
 from checkpoints_convert import rules, sources
 from checkpoints_convert.convert import convert
 from checkpoints_convert.inspect import inspect
-from zimage_jax import checkpoint, dit, text_encoder, vae
+from zimage_jax import components, dit, text_encoder, vae
 from zimage_jax.checkpoint import Checkpoint
 from zimage_jax.config import TURBO
 from zimage_jax.errors import ConfigError, ConversionError, ForeignError, OutputError, UsageError, ZImageError
@@ -73,7 +73,7 @@ def run(folder: Path | None, dst: Path, files=None, config=None, tokenizer=None,
 
 def assert_holds(found: Checkpoint, dtype=np.float32) -> None:
     tensors = small.random_tensors(CONFIG)
-    for component in checkpoint.COMPONENTS:
+    for component in components.COMPONENTS:
         expected = named_arrays(small.our_model(component, CONFIG, tensors[component], dtype))
         got = found.restore(component)
         assert got.keys() == expected.keys()

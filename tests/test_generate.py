@@ -236,3 +236,87 @@ def test_the_converter_as_a_process(tmp_path):
     assert child.returncode == 1
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+# -- words about memory -----------------------------------------------------------------------------------------------
+
+
+def drawn_by(run, tmp_path, *words) -> dict:
+    code, _, err = run("a", *SMALL, "-s", 1, "-o", "m.png", "--overwrite", "--report", "m.json", *words)
+    assert code == 0, err
+    return json.loads((tmp_path / "m.json").read_text())
+
+
+def test_words_about_memory(run, tmp_path):
+    report = drawn_by(run, tmp_path, "--schedule", "ring", "--chunks", 2, "--trace", "t.json")
+    assert (report["schedule"], report["chunks"], report["resident_chunks"]) == ("ring", 2, 0)
+    assert report["copied_bytes"] > 0
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert drawn_by(run, tmp_path, "--chunk", "1=streamed", "--schedule", "resident")["resident_chunks"] == 1
+    peak = drawn_by(run, tmp_path, "--low-vram")["predicted_peak_bytes"]
+    assert drawn_by(run, tmp_path, "--max-vram", 1.001 * peak / 2**30)["peak_device_bytes"] <= 1.001 * peak
+
+
+def test_what_is_planned_is_said_before(run):
+    _, _, err = run("a", *SMALL, "--schedule", "ring", "--max-vram", 1)
+    assert (
+        "schedule ring: 2 chunks of 1, 1 blocks, the next copied meanwhile; predicted peak 0.00 GiB of 1.00 GiB" in err
+    )
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_file(run, tmp_path, monkeypatch):
+    (tmp_path / "c.toml").write_text('schedule = "swap"\nchunks = 1\nsteps = 1\nchunk = ["0=resident"]\n')
+    report = drawn_by(run, tmp_path, "--config", "c.toml")
+    assert (report["chunks"], report["resident_chunks"], report["steps"]) == (1, 1, 2)
+    monkeypatch.setenv("ZIMAGE_SCHEDULE", "ring")
+    monkeypatch.setenv("ZIMAGE_CHUNKS", "2")
+    (tmp_path / "c.toml").write_text('schedule = "swap"\nchunks = 1\n')
+    report = drawn_by(run, tmp_path, "--config", "c.toml")
+    assert (report["schedule"], report["chunks"]) == ("ring", 2)
+    assert drawn_by(run, tmp_path, "--config", "c.toml", "--schedule", "swap")["schedule"] == "swap"
+
+
+@pytest.mark.parametrize(
+    ("variables", "schedule", "resident"),
+    [
+        ({"ZIMAGE_CHUNKED_LOADING": "0"}, "resident", 2),
+        ({"ZIMAGE_CHUNK_COUNT": "1"}, "swap", 0),
+        ({"ZIMAGE_CHUNK_COUNT": "2"}, "ring", 0),
+        ({"ZIMAGE_CHUNK_COUNT": "3"}, "hybrid", 1),
+        ({"ZIMAGE_CHUNK_COUNT": "4"}, "resident", 2),
+    ],
+)
+def test_variables_that_count_chunks(run, tmp_path, monkeypatch, variables, schedule, resident):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    report = drawn_by(run, tmp_path)
+    assert (report["schedule"], report["resident_chunks"]) == (schedule, resident)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--schedule", "magic"), "'magic' is not one of 'auto', 'resident', 'swap', 'ring', 'hybrid', 'scan'"),
+        (("--chunks", 0), "0 is not in the range"),
+        (("--chunks", 2, "--max-chunk-memory", 1), "say the same thing: give one of them"),
+        (("--chunk", "two=resident"), "--chunk two=resident: expected a chunk's number"),
+        (("--chunk", "9=resident"), "chunk 9 is not there: expected 0 to 1"),
+        (("--max-vram", 0), "0.0 is not in the range"),
+        (("--host-memory", 1e-6, "--schedule", "ring"), "the host window of 0.00 GiB is smaller than a chunk"),
+        (("--config", "none.toml"), "--config none.toml: cannot be read as TOML"),
+        (("--config", "bad.toml"), "no such key: magic; keys are the flags' names"),
+        (("--vae-tile", 70), "the side of a tile must be a multiple of"),
+    ],
+)
+def test_words_about_memory_that_are_wrong(run, tmp_path, words, message):
+    (tmp_path / "bad.toml").write_text("magic = 1\n")
+    code, _, err = run("a", *SMALL, *words)
+    assert (code, err.count("error:")) == (2, 1)
+    assert message in err.splitlines()[-1]
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_budget_that_nothing_fits(run, tmp_path):
+    code, _, err = run("a", *SMALL, "--max-vram", 1e-5)
+    assert code == 1
+    assert "the smallest plan needs" in err.splitlines()[-1]

@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors", "config", "ops", "layers", "dit", "text_encoder", "vae", "vae_strips", "prompt", "sampling", "components",
-    "schedule", "planner", "checkpoint", "staging", "programs", "image", "job", "pipeline", "cli", "generate", "__main__",
+    "schedule", "planner", "cards", "checkpoint", "staging", "programs", "deviceless", "image", "job", "pipeline", "cli",
+    "generate", "plan", "__main__",
 ]  # fmt: skip
 CONVERTER_ORDER = ["rules", "sources", "convert", "inspect", "__main__"]
 

@@ -9,7 +9,7 @@ import pytest
 from small import CONFIGS, MODELS, our_model, random_tensors
 from small import inputs as numpy_inputs
 
-from zimage_jax import checkpoint, dit, text_encoder, vae
+from zimage_jax import components, dit, text_encoder, vae
 from zimage_jax.config import PRESETS, TURBO
 from zimage_jax.errors import ConfigError
 from zimage_jax.layers import named_arrays
@@ -123,10 +123,10 @@ def test_the_spec_lists_the_published_tensors():
     count = {name: len(named_arrays(model.spec(getattr(TURBO, name)))) for name, model in MODELS.items()}
     # 398 published for the text encoder, less the 11 of its last layer and the final norm
     assert count == {"transformer": 521, "text_encoder": 398 - 12, "vae": 244}
-    blocks = checkpoint.units(PRESETS["turbo-24"], "transformer")
+    blocks = components.units(PRESETS["turbo-24"], "transformer")
     assert sum(unit.startswith("layers.") for unit in blocks) == 24
 
 
 def test_a_block_is_181_million_parameters():
-    block = checkpoint.units(TURBO, "transformer")["layers.0"]
+    block = components.units(TURBO, "transformer")["layers.0"]
     assert sum(np.prod(leaf.shape) for leaf in block.values()) == pytest.approx(181e6, rel=0.01)

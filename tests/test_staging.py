@@ -35,6 +35,7 @@ SCHEDULES = {
     "text staged": Memory(text_encoder="staged"),
     "a budget": Memory(max_vram_bytes=int(2.6e6)),
 }
+SCAN = {"scan": Memory(schedule="scan")}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def load(native):
 
     def get(name: str, dtype: str = "float32") -> ZImage:
         if (name, dtype) not in loaded:
-            loaded[name, dtype] = ZImage.load(native(MODEL), dtype=dtype, memory=SCHEDULES[name])
+            loaded[name, dtype] = ZImage.load(native(MODEL), dtype=dtype, memory=(SCHEDULES | SCAN)[name])
         return loaded[name, dtype]
 
     return get
@@ -59,19 +60,22 @@ def resident(request, load):
 def test_every_schedule_gives_the_same_bits(name, resident, load):
     result = load(name, resident.report["dtype"]).generate("a red fox", **JOB)
     np.testing.assert_array_equal(result.latents, resident.latents)
-    difference = result.pictures[0].pixels.astype(int) - resident.pictures[0].pixels
-    # the VAE in strips sums its statistics in another order
-    assert np.abs(difference).max() <= (1 if result.plan.vae_rows else 0)
+    difference = np.abs(result.pictures[0].pixels.astype(int) - resident.pictures[0].pixels)
+    if result.plan.vae_rows is None:
+        assert not difference.any()
+    else:  # strips sum a norm's statistics in another order, and in bfloat16 round where the whole program need not
+        assert difference.max() <= {"float32": 1, "bfloat16": 12}[resident.report["dtype"]]
+        assert difference.mean() <= {"float32": 0.01, "bfloat16": 1.5}[resident.report["dtype"]]
 
 
-def test_the_scan_is_near(resident, native):
+def test_the_scan_is_near(resident, load):
     """Another program, so other fusions: 1e-6 in float32, and a rounding or two in bfloat16."""
     dtype = resident.report["dtype"]
-    result = ZImage.load(native(MODEL), dtype=dtype, memory=Memory(schedule="scan")).generate("a red fox", **JOB)
+    result = load("scan", dtype).generate("a red fox", **JOB)
     assert relative(result.latents, resident.latents) <= {"float32": 2e-6, "bfloat16": 2e-2}[dtype]
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", [*SCHEDULES, *SCAN])
 def test_the_ledger_agrees_with_the_plan(name, load):
     pipe = load(name)
     pipe.generate("a red fox", **JOB)  # what a plan keeps is loaded by the first job, stage by stage

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from . import cli, generate
+from . import cli, generate, plan
 from .image import parameters, read_metadata
 
 
@@ -15,6 +15,7 @@ def command() -> None:
 
 
 command.add_command(generate.command, "generate")
+command.add_command(plan.command, "plan")
 
 
 @command.command()

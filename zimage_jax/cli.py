@@ -20,14 +20,13 @@ if TYPE_CHECKING:
     from .planner import Memory
 
 INTERRUPTED = 130
-ENVIRONMENT = "ZIMAGE"
 GIB = 2**30
 
 
 def run(command: click.Command, args: list[str] | None = None, prog: str | None = None) -> None:
     """Run a command and leave the process: 0 done, 1 the job failed, 2 the words were wrong, 130 interrupted."""
     try:
-        command.main(args=args, prog_name=prog, standalone_mode=False, auto_envvar_prefix=ENVIRONMENT)
+        command.main(args=args, prog_name=prog, standalone_mode=False)
     except ZImageError as fault:
         _leave(str(fault), fault.exit_code)
     except click.UsageError as fault:
@@ -91,26 +90,31 @@ def _read_config(context: click.Context, _, file: Path | None) -> None:
     context.default_map = {known[key].name or "": value for key, value in words.items()}
 
 
+def _word(flag: str, *names: str, **attributes) -> Callable:
+    """An option that an environment variable of its name can set too."""
+    return click.option(flag, *names, envvar="ZIMAGE_" + flag.lstrip("-").replace("-", "_").upper(), **attributes)
+
+
 _GIB = click.FloatRange(min=0, min_open=True)
 _MEMORY = [
     click.option(
         "--config", type=click.Path(path_type=Path, dir_okay=False), is_eager=True, expose_value=False,
         callback=_read_config, help="TOML file with any of these words.",
     ),
-    click.option("--schedule", type=click.Choice(["auto", *NAMES]), default="auto", show_default=True,
-                 help="Which parameters are on the device when."),
-    click.option("--chunks", type=click.IntRange(1), help="Chunks the blocks are cut into.  [default: 4, more if need be]"),
-    click.option("--resident-chunks", type=click.IntRange(0), help="Chunks that hybrid keeps.  [default: what fits]"),
-    click.option("--max-chunk-memory", type=_GIB, metavar="GIB", help="The largest chunk, in place of --chunks."),
-    click.option("--chunk", "pins", multiple=True, metavar="N=HOW",
-                 help="Keep or move one chunk: 2=resident, 2=streamed; may be repeated."),
-    click.option("--max-vram", type=_GIB, metavar="GIB", help="Device memory to use.  [default: what is free]"),
-    click.option("--low-vram", is_flag=True, help="The plan that needs least, whatever is free."),
-    click.option("--text-encoder", type=click.Choice(["auto", "device", "staged", "host"]), default="auto",
-                 show_default=True, help="Where the text encoder computes, and whether its blocks are staged."),
-    click.option("--host-memory", type=_GIB, metavar="GIB",
-                 help="Read blocks from disk through a window of this size.  [default: keep them in host memory if they fit]"),
-    click.option("--vae-tile", type=click.IntRange(64), metavar="PIXELS", help="Decode in blended tiles: fast, inexact."),
+    _word("--schedule", type=click.Choice(["auto", *NAMES]), default="auto", show_default=True,
+          help="Which parameters are on the device when."),
+    _word("--chunks", type=click.IntRange(1), help="Chunks the blocks are cut into.  [default: 4, more if need be]"),
+    _word("--resident-chunks", type=click.IntRange(0), help="Chunks that hybrid keeps.  [default: what fits]"),
+    _word("--max-chunk-memory", type=_GIB, metavar="GIB", help="The largest chunk, in place of --chunks."),
+    _word("--chunk", "pins", multiple=True, metavar="N=HOW",
+          help="Keep or move one chunk: 2=resident, 2=streamed; may be repeated."),
+    _word("--max-vram", type=_GIB, metavar="GIB", help="Device memory to use.  [default: what is free]"),
+    _word("--low-vram", is_flag=True, help="The plan that needs least, whatever is free."),
+    _word("--text-encoder", type=click.Choice(["auto", "device", "staged", "host"]), default="auto",
+          show_default=True, help="Where the text encoder computes, and whether its blocks are staged."),
+    _word("--host-memory", type=_GIB, metavar="GIB",
+          help="Read blocks from disk through a window of this size.  [default: keep them in host memory if they fit]"),
+    _word("--vae-tile", type=click.IntRange(64), metavar="PIXELS", help="Decode in blended tiles: fast, inexact."),
 ]  # fmt: skip
 
 

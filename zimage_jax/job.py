@@ -11,9 +11,24 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from . import image, sampling
+from .config import ModelConfig
 from .errors import UsageError
 from .planner import Plan
 from .staging import Ledger
+
+
+def check_size(config: ModelConfig, width: int, height: int) -> None:
+    """Raises UsageError for a size in pixels that the model cannot draw."""
+    multiple = config.pixel_multiple
+    for name, value in (("width", width), ("height", height)):
+        if value < multiple or value % multiple:
+            near = max(multiple, round(value / multiple) * multiple)
+            raise UsageError(f"{name} must be a multiple of {multiple}, got {value} (the nearest is {near})")
+    most_high, most_wide = (n * multiple for n in config.transformer.axes_lens[1:])
+    if height > most_high or width > most_wide:
+        raise UsageError(
+            f"this model draws at most {most_wide} x {most_high} pixels, {width} x {height} were asked for"
+        )
 
 
 class ZImageWarning(UserWarning):

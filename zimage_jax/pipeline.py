@@ -15,7 +15,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jax
@@ -28,12 +28,24 @@ from .checkpoint import Checkpoint
 from .components import COMPONENTS
 from .errors import NonFiniteError, OutOfMemoryError, UsageError
 from .job import Job, Picture, Result, Step, ZImageWarning
-from .planner import GIB, Memory, Plan, Planner, Work
+from .planner import GIB, Memory, Plan, Planner, StreamPlan, Work
 from .programs import CompiledCosts, Programs
-from .staging import Ledger, Tiers, allocator_peak, read_blocks
+from .staging import Ledger, Stream, Tiers, allocator_peak, read_blocks
 from .vae_strips import decode_strips, decode_tiles
 
 TINY = Path(__file__).parent / "assets" / "tiny"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One attempt at a job under a plan."""
+
+    job: Job
+    work: Work
+    plan: Plan
+    memory: Memory
+    on_step: Callable[[Step], None] | None
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 class ZImage:
@@ -47,7 +59,7 @@ class ZImage:
         self._planner = Planner(self.config, checkpoint.dtype, self.dtype.itemsize, CompiledCosts(self._programs))
         self._tiers = Tiers(checkpoint, self._programs)
         self._preview_basis: np.ndarray | None = None
-        self._observer: Callable[[np.ndarray, np.ndarray], None] = lambda index, latents: None
+        self._observer: Callable[..., None] = lambda index, latents: None
         self._warnings: list[str] = []
 
     @classmethod
@@ -106,7 +118,7 @@ class ZImage:
             if on_plan is not None:
                 on_plan(plan, budget)
             try:
-                return self._draw(job, encoded, work, plan, memory, on_step)
+                return self._draw(_Run(job, work, plan, memory, on_step), encoded)
             except jax.errors.JaxRuntimeError as fault:
                 if "RESOURCE_EXHAUSTED" not in str(fault):
                     raise
@@ -141,25 +153,23 @@ class ZImage:
                     continue
         return 0
 
-    def _draw(
-        self, job: Job, encoded: dict[str, prompt.Encoded], work: Work, plan: Plan, memory: Memory, on_step
-    ) -> Result:
-        ledger, began = Ledger(), time.perf_counter()
-        self._tiers.clear(ledger, unless=plan.kept)
+    def _draw(self, run: _Run, encoded: dict[str, prompt.Encoded]) -> Result:
+        ledger, began = run.ledger, time.perf_counter()
+        self._tiers.clear(ledger, unless=run.plan.kept)
         self._tiers.account(ledger)
         try:
             with ledger.stage("text"):
-                features = self._text(encoded, plan, memory, ledger)
+                features = self._text(run, encoded)
             with ledger.stage("context"):
-                context, sides = self._context(job, work, features, plan, memory, ledger)
+                context, sides = self._context(run, features)
             with ledger.stage("denoise"):
-                latents = self._denoise(job, work, context, sides, plan, memory, on_step, ledger)
+                latents = self._denoise(run, context, sides)
             with ledger.stage("decode"):
-                pixels = [self._decode(row, plan, ledger) for row in latents]
+                pixels = [self._decode(run, row) for row in latents]
         finally:
-            self._tiers.clear(ledger, unless=plan.kept)
+            self._tiers.clear(ledger, unless=run.plan.kept)
         ledger.seconds["total"] = time.perf_counter() - began
-        return self._result(job, plan, latents, pixels, ledger)
+        return self._result(run, latents, pixels)
 
     def _job(self, prompt, seed, negative_prompt, width, height, steps, guidance, noise) -> Job:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -208,15 +218,11 @@ class ZImage:
 
     def encode(self, texts: Sequence[str], memory: Memory | None = None) -> list[Float[np.ndarray, "T E"]]:
         """Text features of each prompt, without padding: Qwen3's hidden_states[-2]."""
+        job = self._job(list(texts), 0, "", None, None, 1, 0.0, "torch")
         memory, encoded = memory or self.memory, self._tokens(texts)
-        bucket = prompt.bucket(max(len(e.ids) for e in encoded.values()))
-        work = Work(1, False, len(encoded), bucket, 2, 2, 1)
+        work = self._work(job, encoded)
         plan = self._plan(work, memory, memory.max_vram_bytes or self._tiers.free_device_bytes())
-        ledger = Ledger()
-        try:
-            features = self._text(encoded, plan, memory, ledger)
-        finally:
-            self._tiers.clear(ledger, unless=plan.kept)
+        features = self._text(_Run(job, work, plan, memory, None), encoded)
         return [features[text] for text in texts]
 
     def _tokens(self, texts: Sequence[str]) -> dict[str, prompt.Encoded]:
@@ -227,27 +233,21 @@ class ZImage:
                 self._warn(f"the prompt is longer than {prompt.MAX_TOKENS} tokens; cut off: {e.cut!r}")
         return encoded
 
-    def _text(
-        self, encoded: dict[str, prompt.Encoded], plan: Plan, memory: Memory, ledger: Ledger
-    ) -> dict[str, Float[np.ndarray, "T E"]]:
+    def _text(self, run: _Run, encoded: dict[str, prompt.Encoded]) -> dict[str, Float[np.ndarray, "T E"]]:
         """Features by text. The embedding table is gathered where it lies, on the host."""
         ids, lengths = prompt.batch_ids(list(encoded.values()))
-        (table,) = self._checkpoint.read("text_encoder", "embed_tokens").values()
-        x = np.asarray(text_encoder.embed(table, ids), self.dtype)
-        if plan.text is None:
+        x = np.asarray(text_encoder.embed(self._tiers.on_host("text_encoder", "embed_tokens")[0], ids), self.dtype)
+        if run.plan.text is None:
+            run.ledger.mark()
             features = self._text_on_host(x)
         else:
-            ledger.hold("activations", x)
-            tree = self._programs.tree("text_encoder", "layers.0")
-            xs = [jax.device_put(x)]
-            with self._tiers.stream(
-                "text_encoder", plan.text.chunks, plan.text.schedule, 1, memory.host_bytes, ledger
-            ) as stream:
-                for _ in plan.text.chunks:
+            run.ledger.hold("activations", x)
+            tree, xs = self._programs.tree("text_encoder", "layers.0"), [jax.device_put(x)]
+            with self._stream(run, "text_encoder", run.plan.text, 1) as stream:
+                for _ in run.plan.text.chunks:
                     xs = stream.visit(xs, [()], tree=tree)
             features = np.asarray(xs[0])
-            ledger.drop("activations")
-        self._tiers.clear(ledger, unless=plan.kept)
+        self._end_stage(run)
         return {text: f[:n] for text, f, n in zip(encoded, features, lengths, strict=True)}
 
     def _text_on_host(self, x: Float[np.ndarray, "P L E"]) -> Float[np.ndarray, "P L E"]:
@@ -255,164 +255,165 @@ class ZImage:
         cpu = jax.local_devices(backend="cpu")[0]
         tree = self._programs.tree("text_encoder", "layers.0")
         with jax.default_device(cpu):
-            run = jax.jit(lambda block, x: jax.tree.unflatten(tree, block)(x))
+            apply = jax.jit(lambda block, x: jax.tree.unflatten(tree, block)(x))
             for unit in components.units(self.config, "text_encoder"):
                 if unit.startswith("layers."):
-                    block = read_blocks(self._checkpoint, "text_encoder", [unit], "device", cpu)[unit]
-                    x = run(block, x)
+                    x = apply(read_blocks(self._checkpoint, "text_encoder", [unit], "device", cpu)[unit], x)
         return np.asarray(x)
 
-    def _context(
-        self, job: Job, work: Work, features: dict, plan: Plan, memory: Memory, ledger: Ledger
-    ) -> tuple[Float[jax.Array, "G L D"], dit.Sides]:
-        """The refined contexts, once per prompt, and the rotations and masks of every token run."""
-        texts = job.texts
+    def _context(self, run: _Run, features: dict) -> tuple[Float[np.ndarray, "G L D"], dit.Sides]:
+        """The refined contexts, once per prompt, and the rotations and masks of every token run, all on the host."""
+        work, ledger = run.work, run.ledger
+        texts = run.job.texts
         lengths = np.array([len(features[t]) for t in texts], np.int32)
         padded = np.zeros((len(texts), work.bucket, self.config.text_encoder.hidden_size), self.dtype)
         for row, text in zip(padded, texts, strict=True):
             row[: len(features[text])] = features[text]
-        sides = jax.device_put(dit.sides(self.config.transformer, work.h, work.w, lengths, work.bucket))
-        stem = self._unit("transformer", "stem", ledger)
+        sides = dit.sides(self.config.transformer, work.h, work.w, lengths, work.bucket)
+        stem = self._unit(ledger, "transformer", "stem")
         x = self._programs(dit.embed_caption)(ledger, stem, padded, lengths)
-        ledger.hold("sides", sides)
-        ledger.hold("activations", (padded, x))
+        ledger.hold("activations", (sides.caption, padded, x))
         static = {
             "tree": self._programs.tree("transformer", "context_refiner.0"),
             "attend": self._programs.attend(*padded.shape[:2]),
         }
-        with self._tiers.stream(
-            "transformer", plan.context.chunks, plan.context.schedule, 1, memory.host_bytes, ledger
-        ) as stream:
-            for _ in plan.context.chunks:
+        with self._stream(run, "transformer", run.plan.context, 1) as stream:
+            for _ in run.plan.context.chunks:
                 (x,) = stream.visit([x], [(sides.caption,)], **static)
-        ledger.drop("activations")
-        self._tiers.clear(ledger, unless=plan.kept)
-        return x, sides
+        self._end_stage(run)
+        return np.asarray(x), sides
 
     def _denoise(
-        self, job: Job, work: Work, context, sides: dit.Sides, plan: Plan, memory: Memory, on_step, ledger: Ledger
+        self, run: _Run, context: Float[np.ndarray, "G L D"], sides: dit.Sides
     ) -> Float[np.ndarray, "B h w C"]:
-        """All NFEs: a sweep over the chunks for each, every chunk over every micro-batch while it is there."""
-        noise = [sampling.NOISE[job.noise](seed, work.h, work.w, self.config.vae.latent_channels) for seed in job.seeds]
-        sigmas = sampling.sigmas(job.steps, self.config.scheduler.shift)
+        """Noise to latents, and what is told after every NFE."""
+        job, work, config = run.job, run.work, self.config
+        noise = [sampling.NOISE[job.noise](seed, work.h, work.w, config.transformer.in_channels) for seed in job.seeds]
+        sigmas = sampling.sigmas(job.steps, config.scheduler.shift)
 
-        def report(index, latents) -> None:
+        def observe(index, latents) -> None:
             index, latents = int(index), np.asarray(latents)
             if not np.isfinite(latents).all():
                 raise NonFiniteError(
                     f"the latents are not finite after NFE {index + 1} of {job.steps} in {self.dtype}; the weights are "
                     "damaged or the dtype is too narrow (--dtype float32)"
                 )
-            if on_step is not None:
-                on_step(Step(index, job.steps, float(1000 * sigmas[index]), latents, self._to_rgb))
+            if run.on_step is not None:
+                run.on_step(Step(index, job.steps, float(1000 * sigmas[index]), latents, self._to_rgb))
 
-        sample = self._scan if plan.schedule == "scan" else self._sweeps
-        latents = sample(job, work, np.stack(noise), sigmas, context, sides, plan, memory, report, on_step, ledger)
-        for name in ("activations", "sides"):
-            ledger.drop(name)
-        self._tiers.clear(ledger, unless=plan.kept)
+        self._observer = observe
+        sample = self._scan if run.plan.schedule == "scan" else self._sweeps
+        latents = sample(run, np.stack(noise), sigmas, context, sides)
+        self._end_stage(run)
         return latents
 
-    def _scan(self, job, work, noise, sigmas, context, sides, plan, memory, report, on_step, ledger):
-        """One compiled program for all NFEs."""
-        transformer = {unit: (unit,) for unit in components.units(self.config, "transformer")}
-        leaves = {unit: self._tiers.pin("transformer", units, ledger)[0] for unit, units in transformer.items()}
-        model = components.assemble(self.config, "transformer", leaves)
-        ledger.hold("activations", (noise, context))
-        static = {"is_guided": work.is_guided, "attend": self._programs.attend(work.contexts, work.tokens)}
-        run = self._programs(sampling.sample, **static, on_step=self._observe if on_step else None)
-        self._observer, guidance = report, np.float32(job.guidance)
-        latents = np.asarray(run(ledger, model, noise, sigmas, sampling.times(sigmas), context, sides, guidance))
-        if not on_step:
-            report(job.steps - 1, latents)
-        return latents
-
-    def _observe(self, index: np.ndarray, latents: np.ndarray) -> None:
+    def _observe(self, index: jax.Array | np.ndarray, latents: jax.Array | np.ndarray) -> None:
         """What the scan's program calls: one function for all jobs, or each would be compiled anew."""
         self._observer(index, latents)
 
-    def _sweeps(self, job, work, noise, sigmas, context, sides, plan, memory, report, on_step, ledger):
-        """The driver's loop; its parts are those of sampling.nfe."""
-        programs, guided = self._programs, {"is_guided": work.is_guided}
-        enter = programs(sampling.enter, **guided, dtype=self.dtype)
-        join, leave = programs(dit.join), programs(sampling.leave, donate=(3,), **guided)
+    def _scan(self, run: _Run, noise, sigmas, context, sides) -> Float[np.ndarray, "B h w C"]:
+        """One compiled program for all NFEs."""
+        work, units = run.work, list(components.units(self.config, "transformer"))
+        leaves = dict(zip(units, self._tiers.pin("transformer", units, run.ledger), strict=True))
+        model = components.assemble(self.config, "transformer", leaves)
+        run.ledger.hold("activations", (noise, context, sides))
+        sample = self._programs(
+            sampling.sample, is_guided=work.is_guided, attend=self._programs.attend(work.contexts, work.tokens),
+            on_step=self._observe if run.on_step else None,
+        )  # fmt: skip
+        rest = sampling.times(sigmas), context, sides, np.float32(run.job.guidance)
+        latents = np.asarray(sample(run.ledger, model, noise, sigmas, *rest))
+        if not run.on_step:
+            self._observer(run.job.steps - 1, latents)
+        return latents
+
+    def _sweeps(self, run: _Run, noise, sigmas, context, sides) -> Float[np.ndarray, "B h w C"]:
+        """The driver's loop, a sweep over the chunks per NFE; its parts are those of sampling.nfe. Every chunk serves all
+        micro-batches while it is there."""
+        work, ledger, programs = run.work, run.ledger, self._programs
+        enter = programs(sampling.enter, is_guided=work.is_guided, dtype=self.dtype)
+        join, leave = programs(dit.join), programs(sampling.leave, donate=(3,), is_guided=work.is_guided)
         groups = _micro_batches(work)
         latents = [jax.device_put(noise[g[: work.micro_batch]]) for g in groups]
-        contexts = [context[g] for g in groups]
+        contexts = [jax.device_put(context[g]) for g in groups]
         image, joint = (
-            [jax.tree.map(lambda a, g=g: a[g], side) for g in groups] for side in (sides.image, sides.joint)
+            [jax.device_put(jax.tree.map(lambda a, g=g: a[g], side)) for g in groups]
+            for side in (sides.image, sides.joint)
         )
         tree = programs.tree("transformer", "layers.0")
         early, late = (
             {"tree": tree, "attend": programs.attend(len(groups[0]), tokens)}
             for tokens in (work.image_tokens, work.tokens)
         )
-        stem, guidance = self._unit("transformer", "stem", ledger), np.float32(job.guidance)
-        with self._tiers.stream(
-            "transformer", plan.denoise.chunks, plan.denoise.schedule, job.steps, memory.host_bytes, ledger
-        ) as stream:
+        stem, guidance = self._unit(ledger, "transformer", "stem"), np.float32(run.job.guidance)
+        with self._stream(run, "transformer", run.plan.denoise, run.job.steps) as stream:
             for index, t in enumerate(sampling.times(sigmas)):
                 entered = [enter(ledger, stem, x, t) for x in latents]
                 xs, times = (list(column) for column in zip(*entered, strict=True))
                 beside = [(side._replace(time=time),) for side, time in zip(image, times, strict=True)]
-                for _ in range(plan.refiner_chunks):
+                for _ in range(run.plan.refiner_chunks):
                     xs = stream.visit(xs, beside, **early)
                 xs = [join(ledger, x, c) for x, c in zip(xs, contexts, strict=True)]
-                ledger.hold("activations", (xs, times, contexts, latents))
+                ledger.hold("activations", (xs, times, contexts, latents, image, joint))
                 beside = [(side._replace(time=time),) for side, time in zip(joint, times, strict=True)]
-                for _ in plan.main_sizes:
+                for _ in run.plan.main_sizes:
                     xs = stream.visit(xs, beside, **late)
                 now = sigmas[index], sigmas[index + 1], guidance
                 latents = [leave(ledger, stem, x, time, z, *now) for x, time, z in zip(xs, times, latents, strict=True)]
-                report(index, np.concatenate(latents))
+                self._observer(index, np.concatenate(latents))
         return np.concatenate(latents)
 
-    def _decode(self, latents: Float[np.ndarray, "h w C"], plan: Plan, ledger: Ledger) -> UInt8[np.ndarray, "H W 3"]:
-        decoder = self._decoder(ledger)
+    def _decode(self, run: _Run, latents: Float[np.ndarray, "h w C"]) -> UInt8[np.ndarray, "H W 3"]:
+        plan, ledger = run.plan, run.ledger
+        decoder = components.assemble(self.config, "vae", {"decoder": self._tiers.pin("vae", ["decoder"], ledger)[0]})
 
-        def run(function, *args, **static):
-            return self._programs(function, **static)(ledger, *args)
-
-        def run_strip(function, weights, *strip, **static):
-            ledger.hold("activations", strip)
-            return run(function, weights, *strip, **static)
+        def apply(function, weights, *arrays, **static):
+            ledger.hold("activations", arrays)
+            return self._programs(function, **static)(ledger, weights, *arrays)
 
         if plan.vae_rows is not None:
-            pixels = decode_strips(decoder, latents[None], self.dtype, plan.vae_rows, run_strip)
-            ledger.drop("activations")
+            pixels = decode_strips(decoder, latents[None], self.dtype, plan.vae_rows, apply)
+        elif plan.vae_tile is not None:
+            pixels = decode_tiles(decoder, latents[None], self.dtype, plan.vae_tile, apply)
         else:
-            ledger.hold("activations", latents)
-            if plan.vae_tile is not None:
-                pixels = decode_tiles(decoder, latents[None], self.dtype, plan.vae_tile, run)
-            else:
-                pixels = run(vae.decode, decoder, latents[None], dtype=self.dtype)
-            ledger.drop("activations")
-        return image.to_uint8(np.asarray(pixels[0]))
+            pixels = np.asarray(apply(vae.decode, decoder, latents[None], dtype=self.dtype))
+        ledger.drop("activations")
+        return image.to_uint8(pixels[0])
 
-    def _unit(self, component: str, unit: str, ledger: Ledger):
+    def _unit(self, ledger: Ledger, component: str, unit: str):
         """One unit on the device, as its module."""
         (leaves,) = self._tiers.pin(component, [unit], ledger)
         return jax.tree.unflatten(self._programs.tree(component, unit), leaves)
 
-    def _decoder(self, ledger: Ledger) -> vae.VAE:
-        return components.assemble(self.config, "vae", {"decoder": self._tiers.pin("vae", ["decoder"], ledger)[0]})
+    def _stream(self, run: _Run, component: str, stream: StreamPlan, sweeps: int) -> Stream:
+        host_bytes = run.memory.host_bytes
+        return self._tiers.stream(component, stream.chunks, stream.schedule, sweeps, host_bytes, run.ledger)
+
+    def _end_stage(self, run: _Run) -> None:
+        """What a stage had on the device is given back, but for parameters that the plan keeps."""
+        run.ledger.drop("activations")
+        self._tiers.clear(run.ledger, unless=run.plan.kept)
 
     def _to_rgb(self, latents: Float[np.ndarray, "B h w C"]) -> UInt8[np.ndarray, "B h w 3"]:
-        """Linear in the latents, with the VAE's own answer to each channel: what it decodes from constant latents."""
+        """Linear in the latents, with the VAE's own answer to each channel: what it decodes from constant latents. Asked
+        once, on the CPU: no plan has room for a decode between two NFEs."""
         if self._preview_basis is None:
-            channels = latents.shape[-1]
+            channels, cpu = latents.shape[-1], jax.local_devices(backend="cpu")[0]
             probes = np.concatenate([np.zeros((1, channels)), np.eye(channels), -np.eye(channels)]).astype(np.float32)
-            ledger = Ledger()
-            decode, decoder = self._programs(vae.decode, dtype=self.dtype), self._decoder(ledger)
-            flat = [np.asarray(decode(ledger, decoder, np.tile(p, (1, 4, 4, 1)))).mean((0, 1, 2)) for p in probes]
-            zero, plus, minus = flat[0], np.array(flat[1 : channels + 1]), np.array(flat[channels + 1 :])
+            with jax.default_device(cpu):
+                blocks = read_blocks(self._checkpoint, "vae", ["decoder"], "device", cpu)
+                decoder = components.assemble(self.config, "vae", blocks)
+                flat = jax.jit(vae.decode)(decoder, np.tile(probes[:, None, None], (1, 4, 4, 1)))
+            colours = np.asarray(flat).mean((1, 2))
+            zero, plus, minus = colours[0], colours[1 : channels + 1], colours[channels + 1 :]
             self._preview_basis = np.concatenate([(plus - minus) / 2, zero[None]])
         *basis, zero = self._preview_basis
         return image.to_uint8(latents @ np.array(basis) + zero)
 
     # -- what came of it ----------------------------------------------------------------------------------------------
 
-    def _result(self, job: Job, plan: Plan, latents, pixels, ledger: Ledger) -> Result:
+    def _result(self, run: _Run, latents, pixels) -> Result:
+        job, plan, ledger = run.job, run.plan, run.ledger
         common = {
             "width": job.width,
             "height": job.height,
@@ -429,7 +430,9 @@ class ZImage:
             for text, seed, row in zip(job.prompts, job.seeds, latents, strict=True)
         ]
         pictures = [Picture(p, {**own, **common}) for p, own in zip(pixels, each, strict=True)]
-        seconds = {**ledger.seconds, "compile": self._programs.compile_seconds}
+        # reading parameters goes on while the device computes, so "load" is part of the others
+        load = sum(event.end - event.begin for event in ledger.events if event.lane == "tier")
+        seconds = {**ledger.seconds, "load": load, "compile": self._programs.compile_seconds}
         measured = allocator_peak()
         report = {
             **{key: each[0][key] if len(each) == 1 else [own[key] for own in each] for key in each[0]},

@@ -126,6 +126,17 @@ class StreamPlan:
     def slot_blocks(self) -> int:
         return max((n for c, n in enumerate(self.sizes) if c not in self.schedule.pinned), default=0)
 
+    @property
+    def copied_blocks(self) -> int:
+        """Blocks copied in every sweep but the first: all that do not stay, unless the slots hold them all."""
+        streamed = [n for c, n in enumerate(self.sizes) if c not in self.schedule.pinned]
+        return sum(streamed) if len(streamed) > self.schedule.slots else 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether those copies are waited for: with one slot nothing overlaps."""
+        return self.copied_blocks > 0 and self.schedule.slots == 1
+
     def pairs(self, sweeps: int, first: int = 0, last: int | None = None) -> frozenset[tuple[int, int]]:
         """(blocks, blocks copied meanwhile) of every kind of run of chunks first to last."""
         sizes, wanted = self.sizes, range(len(self.chunks))[first:last]
@@ -242,15 +253,14 @@ class Planner:
     def _stream_bytes(self, component: str, stream: StreamPlan) -> int:
         return stream.device_blocks * self._nbytes(component, stream.chunks[0][0])
 
-    def _sides_bytes(self, work: Work) -> int:
-        """Rotations in float32 of caption, image and all tokens, and two lengths per context."""
-        tokens = work.bucket + work.image_tokens + work.tokens
-        return work.contexts * (tokens * self._config.transformer.head_dim * 4 + 2 * 4)
+    def _side_bytes(self, work: Work, tokens: int, lengths: int) -> int:
+        """Rotations of so many tokens of each context in float32, and masks by length."""
+        return work.contexts * (tokens * self._config.transformer.head_dim * 4 + lengths * 4)
 
     def _tokens_bytes(self, work: Work, tokens: int, width: int) -> int:
         return work.contexts * tokens * width * self._compute_bytes
 
-    # -- the ways to do each stage, those that hold most first ----------------------------------------------------------
+    # -- the ways to do each stage, the fastest first ---------------------------------------------------------------------
 
     def _text(self, work: Work, memory: Memory) -> Iterator[_Option]:
         if memory.text_encoder == "host":
@@ -265,13 +275,13 @@ class Planner:
                 stream,
                 self._stream_bytes("text_encoder", stream),
                 activations,
-                partial(self._costs.text, work, stream.pairs(1), stream.slot_blocks),
+                lambda s=stream: self._costs.text(work, s.pairs(1), s.slot_blocks),
             )
 
     def _context(self, work: Work) -> Iterator[_Option]:
         blocks = self._blocks("transformer", "context_refiner")
         width, features = self._config.transformer.dim, self._config.text_encoder.hidden_size
-        activations = self._sides_bytes(work) + self._tokens_bytes(work, work.bucket, width + features)
+        activations = self._side_bytes(work, work.bucket, 1) + self._tokens_bytes(work, work.bucket, width + features)
         whole = StreamPlan((blocks,), schedule.make("resident", 1))
         single = StreamPlan(tuple((b,) for b in blocks), schedule.make("swap", len(blocks)))
         for stream in (whole, single):
@@ -285,21 +295,16 @@ class Planner:
     def _denoise(self, work: Work, memory: Memory) -> Iterator[_Option]:
         config = self._config.transformer
         refiner, main = (self._blocks("transformer", group) for group in ("noise_refiner", "layers"))
-        activations = (
-            self._sides_bytes(work)
-            + self._tokens_bytes(work, work.bucket, config.dim)  # the contexts
-            + self._tokens_bytes(work, work.tokens, config.dim)
-            + work.contexts * config.adaln_dim * 4
-            + work.batch * work.h * work.w * config.in_channels * 4
-        )
+        latents = work.batch * work.h * work.w * config.in_channels * 4
+        context = self._tokens_bytes(work, work.bucket, config.dim)
+        joint = self._side_bytes(work, work.image_tokens + work.tokens, 1)
+        tokens = self._tokens_bytes(work, work.tokens, config.dim) + work.contexts * config.adaln_dim * 4
         for stream in self._streams(refiner, main, memory):
-            of_refiner = len(stream.chunks) - len(self._main(stream))
-            if memory.schedule == "scan":
+            if memory.schedule == "scan":  # one program: its tokens are temporaries, its arguments hold all sides
+                activations = latents + context + joint + self._side_bytes(work, work.bucket, 1)
                 own = partial(self._costs.scan, work)
             else:
-                sweeps = work.steps
-                pairs = stream.pairs(sweeps, 0, of_refiner), stream.pairs(sweeps, of_refiner)
-                own = partial(self._costs.denoise, work, *pairs, stream.slot_blocks)
+                activations, own = latents + context + joint + tokens, partial(self._denoise_own, work, stream)
             weights = self._nbytes("transformer", "stem") + self._stream_bytes("transformer", stream)
             yield _Option(stream, weights, activations, own)
 
@@ -317,18 +322,20 @@ class Planner:
             yield _Option((rows, None), weights, 0, partial(self._costs.decode, work, rows, None))
             rows //= 2
 
-    @staticmethod
-    def _main(stream: StreamPlan) -> tuple[tuple[str, ...], ...]:
-        return tuple(chunk for chunk in stream.chunks if chunk[0].startswith("layers."))
+    def _denoise_own(self, work: Work, stream: StreamPlan) -> int:
+        of_refiner = sum(not chunk[0].startswith("layers.") for chunk in stream.chunks)
+        pairs = stream.pairs(work.steps, 0, of_refiner), stream.pairs(work.steps, of_refiner)
+        return self._costs.denoise(work, *pairs, stream.slot_blocks)
 
     def _streams(
         self, refiner: tuple[str, ...], main: tuple[str, ...], memory: Memory, *, staged: bool = False
     ) -> Iterator[StreamPlan]:
-        """Partitions and schedules that the user's words admit, by the blocks they hold, most first.
+        """Partitions and schedules that the user's words admit, the fastest first: those that wait for no copy, and of
+        these the ones that copy least.
 
         The refiner's blocks are chunks of their own, before the main ones and no longer than they are.
         """
-        found: dict[StreamPlan, int] = {}
+        found: dict[StreamPlan, None] = {}
         for count in self._chunk_counts(main, memory):
             sizes = schedule.partition(len(main), count)
             early = schedule.partition(len(refiner), -(-len(refiner) // sizes[0])) if refiner else ()
@@ -340,10 +347,9 @@ class Planner:
                     plan = schedule.make(name, count, resident).after(len(early))
                 if refiner:
                     plan = plan.with_pins(dict(memory.pins), len(early), len(chunks))
-                stream = StreamPlan(chunks, plan)
-                found.setdefault(stream, stream.device_blocks)
-        # of two that hold the same, the one with fewer chunks
-        return iter(sorted(found, key=lambda s: (-found[s], len(s.chunks))))
+                found.setdefault(StreamPlan(chunks, plan))
+        # of two that copy the same, the one with fewer chunks
+        return iter(sorted(found, key=lambda s: (s.waits, s.copied_blocks, len(s.chunks))))
 
     def _chunk_counts(self, main: tuple[str, ...], memory: Memory) -> list[int]:
         blocks = len(main)
@@ -369,7 +375,8 @@ class Planner:
             if memory.resident_chunks is not None:
                 yield "hybrid", min(memory.resident_chunks, count)
             else:
-                yield from (("hybrid", k) for k in range(count - 1, -1, -1))
+                least = 0 if memory.schedule == "hybrid" else 1  # with none it is the ring
+                yield from (("hybrid", k) for k in range(count - 1, least - 1, -1))
         if memory.schedule in ("auto", "ring") or (memory.schedule in ("resident", "scan") and staged):
             yield "ring", 0
         if memory.schedule in ("auto", "swap"):
@@ -382,9 +389,9 @@ def _cut(units: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[tuple[str, ...
 
 
 def _first_that_fits(options: list[_Option], budget: int, smallest: bool) -> _Option:
-    """The first option within the budget, or else the last, which holds least."""
+    """The first option within the budget, or else the one that holds least."""
     if not smallest:
         for option in options:
             if option.held <= budget and option.peak <= budget:
                 return option
-    return options[-1]
+    return min(reversed(options), key=lambda option: option.held)

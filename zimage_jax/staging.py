@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from . import components
@@ -387,6 +388,7 @@ class Tiers:
     def __init__(self, checkpoint: Checkpoint, program: Callable[..., Program]):
         self._checkpoint, self._program = checkpoint, program
         self._device: dict[tuple[str, str], Block] = {}  # (component, unit)
+        self._host: dict[tuple[str, str], tuple[np.ndarray, ...]] = {}
         self._sources: dict[tuple[str, int | None], Source] = {}
 
     def pin(self, component: str, units: Sequence[str], ledger: Ledger) -> tuple[Block, ...]:
@@ -394,12 +396,19 @@ class Tiers:
         missing = [unit for unit in units if (component, unit) not in self._device]
         if missing:
             size = sum(self._checkpoint.nbytes(component, unit) for unit in missing)
-            with ledger.event("copy", f"{component} {missing[0]}", size):
+            name = f"{component} {missing[0]}"
+            with ledger.event("tier", name, size), ledger.event("copy", name, size):
                 blocks = read_blocks(self._checkpoint, component, missing, "device")
             for unit, block in blocks.items():
                 self._device[component, unit] = block
                 ledger.hold(f"{component} {unit}", block)
         return tuple(self._device[component, unit] for unit in units)
+
+    def on_host(self, component: str, unit: str) -> tuple[np.ndarray, ...]:
+        """A unit that never reaches the device, read when first asked for."""
+        if (component, unit) not in self._host:
+            self._host[component, unit] = tuple(self._checkpoint.read(component, unit).values())
+        return self._host[component, unit]
 
     def stream(
         self, component: str, chunks: Sequence[tuple[str, ...]], schedule: Schedule, sweeps: int,
@@ -425,8 +434,7 @@ class Tiers:
 
     def account(self, ledger: Ledger) -> None:
         """Enter what is pinned into a new ledger."""
-        for (component, unit), block in self._device.items():
-            ledger.hold(f"{component} {unit}", block)
+        ledger.held |= {f"{component} {unit}": tree_bytes(block) for (component, unit), block in self._device.items()}
 
     def clear(self, ledger: Ledger, *, unless: bool = False) -> None:
         """The device without parameters, `unless` they are to stay for the next picture."""
@@ -437,8 +445,8 @@ class Tiers:
 
     @property
     def host_bytes(self) -> int:
-        """Blocks kept in host memory between jobs."""
-        return sum(source.host_bytes for source in self._sources.values())
+        """What is kept in host memory between jobs."""
+        return sum(source.host_bytes for source in self._sources.values()) + tree_bytes(list(self._host.values()))
 
     def free_device_bytes(self) -> int:
         """Device bytes a plan may use: what is free, and what is pinned and could be given back."""

@@ -158,6 +158,16 @@ class Convolution:
         residual = (self.shortcut or self.conv).kernel.shape[2] if self.ends_block else 0
         return b * (w * c * down // up + w * c * down * up + v * (residual + 2 * d))
 
+    def costs(self, x: Shape) -> tuple[int, int]:
+        """Multiply-adds, and elements that come and go when it runs in strips, halos aside."""
+        read, made = math.prod(x), math.prod(self.shape(x))
+        inner = self.conv.kernel.size
+        if self.ends_block:
+            block_input = (self.shortcut or self.conv).kernel.shape[2]
+            read += made // self.conv.kernel.shape[3] * block_input
+            inner += self.shortcut.kernel.size if self.shortcut is not None else 0
+        return made // self.conv.kernel.shape[3] * inner, read + made
+
     def strip_rows(self, x: Shape, size: int) -> int:
         """Rows of output in a strip of `size` elements, or the fewest there can be; strips come out even."""
         up = self.resample.up
@@ -188,6 +198,10 @@ class Attention:
 
     def row_size(self, x: Shape) -> int:
         return 0
+
+    def costs(self, x: Shape) -> tuple[int, int]:
+        b, h, w, c = x
+        return b * h * w * (4 * c * c + 2 * h * w * c), 2 * math.prod(x)
 
     def strip_rows(self, x: Shape, size: int) -> int:
         return x[1]
@@ -301,6 +315,14 @@ def strip_programs(half: Decoder | Encoder, shape: Shape, dtype, rows: int) -> l
         programs[key] = width, Call(function, abstract, static)
         block_input, x = x, _blank(layer.shape(shape), dtype)
     return [call for _, call in sorted(programs.values(), key=lambda program: -program[0])]
+
+
+def layer_costs(half: Decoder | Encoder, shape: Shape) -> Iterator[tuple[int, int]]:
+    """Of each layer in order: its multiply-adds, and the elements that cross to the device and back when it runs in
+    strips. `shape` is that of the latents or of the picture."""
+    for layer in _layers(half):
+        yield layer.costs(shape)
+        shape = layer.shape(shape)
 
 
 def _blank(shape: Shape, dtype) -> Map:

@@ -1,0 +1,143 @@
+"""python -m zimage_jax.plan as a user runs it."""
+
+import json
+
+import pytest
+
+from zimage_jax import __main__ as commands
+from zimage_jax import cli, plan
+from zimage_jax.cards import CARDS
+from zimage_jax.planner import GIB
+
+KEYS = {"size", "schedule", "chunks", "resident_chunks", "predicted_peak_bytes", "predicted_seconds", "bound_by"}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command; gives exit code, standard output and standard error."""
+    monkeypatch.setattr(cli, "use_compile_cache", lambda: None)
+
+    def call(*words, command=plan.command):
+        with pytest.raises(SystemExit) as leaving:
+            cli.run(command, [*map(str, words)], "plan")
+        out = capsys.readouterr()
+        return leaving.value.code, out.out, out.err
+
+    return call
+
+
+def told(run, *words) -> dict:
+    code, out, err = run(*words, "--json")
+    assert code == 0, err
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_every_card_has_a_row_per_size(run, card):
+    result = told(run, "--card", card)
+    assert result["card"] == card
+    assert result["model"] == "turbo"
+    assert [row["size"] for row in result["sizes"]] == list(plan.SIZES)
+    for row in result["sizes"]:
+        assert row.keys() >= KEYS
+        if row["schedule"] is not None:
+            assert row["predicted_peak_bytes"] <= result["budget_bytes"]
+            assert row["predicted_seconds"] > 0
+            assert row["bound_by"] in ("compute", "link")
+    assert result["sizes"][0]["schedule"] is not None
+    assert result["recommended_size"] == "1024x1024"
+
+
+def test_the_table_says_the_same(run):
+    result = told(run, "--card", "rtx-4090", "--max-vram", 4)
+    assert result["budget_bytes"] == 4 * GIB
+    code, out, err = run("--card", "rtx-4090", "--max-vram", 4, command=plan.command)
+    assert (code, err) == (0, "")
+    head, columns, *lines = out.splitlines()
+    assert head == "turbo on rtx-4090: 4.00 GiB may be used, 8 NFEs"
+    assert columns.split()[:2] == ["size", "schedule"]
+    for row, line in zip(result["sizes"], lines, strict=False):
+        assert line.split()[:2] == [row["size"], row["schedule"]]
+    assert "recommended: 1024x1024" in out
+    assert "temporaries: stored, compiled for sm_89" in out
+    assert "assumed, not measured" in out
+
+
+def test_sizes_by_name_ratio_and_in_a_row(run):
+    sizes = [row["size"] for row in told(run, "--card", "h100", "--size", "16:9", "64x64", "--size", "64x64")["sizes"]]
+    assert sizes == ["1024x576", "64x64"]
+
+
+def test_less_memory_holds_less_and_is_no_faster(run):
+    rows = [
+        told(run, "--card", "rtx-4090", "--max-vram", gib, "--size", "512x512")["sizes"][0] for gib in (1.5, 4, 8, 17)
+    ]
+    peaks, seconds = ([row[key] for row in rows] for key in ("predicted_peak_bytes", "predicted_seconds"))
+    assert peaks == sorted(peaks)
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_words_about_memory_count(run):
+    rows = told(run, "--card", "rtx-4090", "--schedule", "ring", "--chunks", 6, "--size", "512x512")["sizes"]
+    assert (rows[0]["schedule"], rows[0]["chunks"], rows[0]["resident_chunks"]) == ("ring", 6, 0)
+
+
+def test_what_does_not_fit_is_a_row_too(run):
+    result = told(run, "--card", "rtx-4060", "--max-vram", 0.1, "--size", "512x512")
+    (row,) = result["sizes"]
+    assert row["schedule"] is row["predicted_seconds"] is result["recommended_size"] is None
+    assert row["predicted_peak_bytes"] > result["budget_bytes"]
+    assert "none fits" in run("--card", "rtx-4060", "--max-vram", 0.1, "--size", "512x512")[1]
+
+
+def test_this_machines_own_device(run, native):
+    result = told(run, "--model", native("plain"), "--size", "64x48", "--steps", 2)
+    (row,) = result["sizes"]
+    assert result["card"] == "cpu"
+    assert row["schedule"] == "resident"
+    assert result["rates"].startswith("measured: ")
+    assert row["predicted_peak_bytes_by_stage"].keys() == row["predicted_seconds_by_stage"].keys()
+
+
+def test_the_prediction_is_that_of_the_run(run, native):
+    from zimage_jax import Memory, ZImage
+
+    (row,) = told(run, "--model", native("plain"), "--size", "64x48", "--schedule", "ring")["sizes"]
+    pipe = ZImage.load(native("plain"), memory=Memory(schedule="ring"))
+    # a caption of 33 to 64 tokens, as the plan supposes
+    report = pipe.generate("red circle " * 10, seed=1, width=64, height=48).report
+    assert row["predicted_peak_bytes"] == report["predicted_peak_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--card", "voodoo-2"), "card 'voodoo-2': expected one of rtx-3060-laptop"),
+        (
+            ("--model", "turbo-9000", "--card", "h100"),
+            "--model turbo-9000: neither a folder nor one of turbo, turbo-24",
+        ),
+        (("--card", "h100", "--size", "huge"), "--size huge: expected WIDTHxHEIGHT"),
+        (("--card", "h100", "--size", "100x64"), "width must be a multiple of 16, got 100 (the nearest is 96)"),
+        (("--card", "h100", "--size", "16384x64"), "this model draws at most 8192 x 8192 pixels"),
+        (("--model", "turbo", "--compile"), "--compile is for a --card"),
+        (("--card", "h100", "--steps", "0"), "Invalid value for '--steps'"),
+    ],
+)
+def test_wrong_words_are_one_line(run, words, said):
+    code, out, err = run(*words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+
+
+def test_a_model_of_other_widths_has_no_stored_figures(run, native):
+    code, _, err = run("--model", native("plain"), "--card", "rtx-4090")
+    assert code == 2
+    assert "figures are stored for Z-Image's published widths only" in err
+
+
+def test_it_is_among_the_commands(run):
+    code, out, _ = run("plan", "--card", "h200", "--size", "512x512", "--json", command=commands.command)
+    assert code == 0
+    assert json.loads(out)["card"] == "h200"

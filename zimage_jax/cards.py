@@ -1,0 +1,252 @@
+"""Cards by name: what each holds, how fast it is, and what our programs take of it beside their arguments.
+
+The bytes are the compiler's own, stored: scripts/measure_temporaries.py compiles the very programs for each capability.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from . import components
+from .config import TURBO, ModelConfig
+from .errors import UsageError
+from .planner import GIB, Plan, StreamPlan, Work
+from .schedule import Free, Run, Schedule, steps
+from .vae_strips import layer_costs
+
+TEMPORARIES = Path(__file__).parent / "assets" / "temporaries.json"
+
+# Assumed, not measured: large bf16 matrix products reach 60 % of the data sheet's dense tensor FLOP/s, copies from pinned
+# memory 80 % of the link's; and JAX gives a process three quarters of the memory (XLA_CLIENT_MEM_FRACTION)
+ACHIEVED_FLOPS, ACHIEVED_LINK, ALLOWED = 0.6, 0.8, 0.75
+ASSUMED = f"assumed, not measured: {ACHIEVED_FLOPS:.0%} of the data sheet's FLOP/s, {ACHIEVED_LINK:.0%} of the link's"
+PCIE4_X8, PCIE4_X16, PCIE5_X16 = 15.75e9, 31.5e9, 63.0e9  # bytes/s
+
+
+class Rates(NamedTuple):
+    """What a device achieves: bf16 FLOP/s, and bytes/s from host to device."""
+
+    flops: float
+    link: float
+
+
+@dataclass(frozen=True)
+class Card:
+    """An NVIDIA card by its public data sheet."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    clock: float  # GHz, boost
+    l2_bytes: int
+    bandwidth: float  # bytes/s of its own memory
+    memory: int  # bytes
+    pcie: float  # bytes/s, one way
+
+    @property
+    def usable(self) -> int:
+        return int(ALLOWED * self.memory)
+
+    @property
+    def rates(self) -> Rates:
+        # of one multiprocessor in one cycle: dense bf16 products, summed in float32
+        flops = 4096 if self.capability == (9, 0) else 512
+        peak = self.multiprocessors * self.clock * 1e9 * flops
+        return Rates(ACHIEVED_FLOPS * peak, ACHIEVED_LINK * self.pcie)
+
+
+_MIB = 2**20
+CARDS = {
+    card.name: card
+    for card in (
+        # as many laptops wire it: eight lanes
+        Card("rtx-3060-laptop", (8, 6), 30, 1.425, 3 * _MIB, 336e9, 6 * GIB, PCIE4_X8),
+        Card("rtx-3060", (8, 6), 28, 1.777, 3 * _MIB, 360e9, 12 * GIB, PCIE4_X16),
+        Card("rtx-4060", (8, 9), 24, 2.46, 24 * _MIB, 272e9, 8 * GIB, PCIE4_X8),
+        Card("rtx-4070", (8, 9), 46, 2.475, 36 * _MIB, 504e9, 12 * GIB, PCIE4_X16),
+        Card("rtx-4080", (8, 9), 76, 2.505, 64 * _MIB, 717e9, 16 * GIB, PCIE4_X16),
+        Card("rtx-4090", (8, 9), 128, 2.52, 72 * _MIB, 1008e9, 24 * GIB, PCIE4_X16),
+        Card("rtx-5090", (12, 0), 170, 2.407, 96 * _MIB, 1792e9, 32 * GIB, PCIE5_X16),
+        Card("h100", (9, 0), 132, 1.83, 50 * _MIB, 3350e9, 80 * GIB, PCIE5_X16),
+        Card("h200", (9, 0), 132, 1.83, 50 * _MIB, 4800e9, 140 * GIB, PCIE5_X16),
+    )
+}
+
+
+def find(name: str) -> Card:
+    """Raises UsageError for a name that is not in the table."""
+    if name not in CARDS:
+        raise UsageError(f"card {name!r}: expected one of {', '.join(CARDS)}")
+    return CARDS[name]
+
+
+# -- what programs take -----------------------------------------------------------------------------------------------
+
+
+class StoredCosts:
+    """What the planner asks, answered with stored figures of the compiler for the published widths. (planner.Costs)
+
+    Between stored points a figure is linear in tokens or pixels, and in the blocks of a chunk, and never below that of
+    the next smaller point. Below the first point it is that one's, above the last it goes on as between the last two.
+    """
+
+    def __init__(self, config: ModelConfig, card: Card):
+        """Raises UsageError for a model of other widths."""
+        if not _has_published_widths(config):
+            raise UsageError(
+                "figures are stored for Z-Image's published widths only; --compile asks the compiler for this model's"
+            )
+        wanted, table = 10 * card.capability[0] + card.capability[1], _table()["capabilities"]
+        nearest = min(table, key=lambda key: abs(int(key.replace(".", "")) - wanted))
+        self._scale, self._figures = config.vae.scale, table[nearest]
+        of = self._figures
+        self.source = (
+            f"stored, compiled for sm_{nearest.replace('.', '')} ({of['card']}, jax {of['jax']}, {of['date']})"
+        )
+        if nearest != "{}.{}".format(*card.capability):
+            self.source += ", the nearest stored to this card's capability"
+
+    def text(self, work: Work, pairs: frozenset[tuple[int, int]], slot: int) -> int:
+        return self._blocks("text", pairs, work.prompts * work.bucket)
+
+    def context(self, work: Work, pairs: frozenset[tuple[int, int]], slot: int) -> int:
+        return self._blocks("context", pairs, work.contexts * work.bucket)
+
+    def denoise(
+        self, work: Work, refiner: frozenset[tuple[int, int]], main: frozenset[tuple[int, int]], slot: int
+    ) -> int:
+        contexts = work.micro_batch * work.contexts // work.batch
+        return max(
+            self._blocks("denoise", refiner, contexts * work.image_tokens),
+            self._blocks("denoise", main, contexts * work.tokens),
+        )
+
+    def decode(self, work: Work, rows: int | None, tile: int | None) -> int:
+        height, width = (self._scale * n for n in (work.h, work.w))
+        if rows is None:
+            side = tile or max(height, width)
+            return _at(self._figures["decode"], min(height, side) * min(width, side))
+        strips = [(pixels, _at(points, rows * width)) for pixels, points in self._figures["strips"]]
+        return _at(strips, height * width)
+
+    def scan(self, work: Work) -> int:
+        return _at(self._figures["scan"], work.contexts * work.tokens)
+
+    def _blocks(self, stage: str, pairs: frozenset[tuple[int, int]], tokens: int) -> int:
+        """The most that running chunks over so many tokens takes; stored pairs are (n, n) and (n, 0)."""
+        own = [0]
+        for blocks, copied in pairs:
+            points = [
+                (int(key.split(",")[0]), _at(of_tokens, tokens))
+                for key, of_tokens in self._figures[stage].items()
+                if (int(key.split(",")[1]) > 0) == (copied > 0)
+            ]
+            own.append(_at(sorted(points), max(blocks, copied)))
+        return max(own)
+
+
+@cache
+def _table() -> dict:
+    return json.loads(TEMPORARIES.read_text("utf-8"))
+
+
+def _has_published_widths(config: ModelConfig) -> bool:
+    """Numbers of layers, positions and words do not matter."""
+    ours, theirs = config.transformer, TURBO.transformer
+    counts = {name: getattr(ours, name) for name in ("n_layers", "n_refiner_layers", "axes_lens", "rope_theta")}
+    text = {name: getattr(config.text_encoder, name) for name in ("num_hidden_layers", "vocab_size", "rope_theta")}
+    return (
+        ours == replace(theirs, **counts)
+        and config.text_encoder == replace(TURBO.text_encoder, **text)
+        and config.vae.block_out_channels == TURBO.vae.block_out_channels
+        and config.vae.layers_per_block == TURBO.vae.layers_per_block
+    )
+
+
+def _at(points: Sequence[Sequence[int]], x: int) -> int:
+    """The figure at x of points (x, figure) in order."""
+    above = next((i for i, (at, _) in enumerate(points) if at >= x), len(points) - 1)
+    if above == 0:
+        return points[0][1]
+    (x0, y0), (x1, y1) = points[above - 1 : above + 1]
+    least = y1 if x >= x1 else y0
+    return max(least, math.ceil(y0 + (y1 - y0) * (x - x0) / (x1 - x0)))
+
+
+# -- how long a plan takes --------------------------------------------------------------------------------------------
+
+
+def seconds(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rates) -> dict[str, float]:
+    """Seconds of each stage of the first picture: parameters of `dtype` in host memory, programs compiled.
+
+    The driver waits after every program. A copy beside a run therefore costs what it takes longer than the run over the
+    first micro-batch, and every other copy all it takes. A text encoder on the host is not predicted.
+    """
+    text, dit = config.text_encoder, config.transformer
+    groups = work.batch // work.micro_batch
+    copies = {
+        (component, unit): components.nbytes(config, component, unit, dtype) / rates.link
+        for component in ("text_encoder", "transformer", "vae")
+        for unit in components.units(config, component)
+    }
+    at_once = work.contexts // groups
+    runs = {
+        group: _block_seconds(config, "transformer", contexts, tokens, dit.dim, rates)
+        for group, contexts, tokens in (
+            ("context_refiner", work.contexts, work.bucket),
+            ("noise_refiner", at_once, work.image_tokens),
+            ("layers", at_once, work.tokens),
+        )
+    }
+
+    def stage(stream: StreamPlan, component: str, runs: dict[str, float], sweeps: int, groups: int = 1) -> float:
+        copy = [sum(copies[component, unit] for unit in chunk) for chunk in stream.chunks]
+        run = [sum(runs[unit.split(".")[0]] for unit in chunk) for chunk in stream.chunks]
+        return _timeline(stream.schedule, copy, run, sweeps, groups)
+
+    found = {}
+    if plan.text is not None:
+        width = text.num_attention_heads * text.head_dim
+        layer = _block_seconds(config, "text_encoder", work.prompts, work.bucket, width, rates)
+        found["text"] = stage(plan.text, "text_encoder", {"layers": layer}, 1)
+    stem = copies["transformer", "stem"]
+    found["context"] = stem + stage(plan.context, "transformer", runs, 1)
+    found["denoise"] = (0 if plan.kept else stem) + stage(plan.denoise, "transformer", runs, work.steps, groups)
+    found["decode"] = copies["vae", "decoder"] + work.batch * _decode_seconds(plan, work, config, dtype, rates)
+    return found
+
+
+def bound_by(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rates) -> str:
+    """ "compute" or "link": which of the two, were it twice as fast, would make the picture faster."""
+    faster = {"compute": rates._replace(flops=2 * rates.flops), "link": rates._replace(link=2 * rates.link)}
+    return min(faster, key=lambda name: sum(seconds(plan, work, config, dtype, faster[name]).values()))
+
+
+def _timeline(plan: Schedule, copy: list[float], run: list[float], sweeps: int, groups: int) -> float:
+    total = 0.0
+    for step in steps(plan, len(run), sweeps):
+        if isinstance(step, Run):
+            meanwhile = copy[step.then.chunk] if step.then else 0.0
+            total += max(run[step.chunk], meanwhile) + (groups - 1) * run[step.chunk]
+        elif not isinstance(step, Free):
+            total += copy[step.chunk]
+    return total
+
+
+def _block_seconds(config: ModelConfig, component: str, batch: int, tokens: int, width: int, rates: Rates) -> float:
+    """One block over batch x tokens: two operations per parameter and token, four per pair of tokens and channel."""
+    leaves = components.units(config, component)["layers.0"]
+    parameters = sum(leaf.size for path, leaf in leaves.items() if "modulation" not in path)  # that is once per picture
+    return batch * tokens * (2 * parameters + 4 * tokens * width) / rates.flops
+
+
+def _decode_seconds(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rates) -> float:
+    decoder = components.unit_spec(config, "vae", "decoder")
+    shape = (1, work.h, work.w, config.vae.latent_channels)
+    products, elements = (sum(column) for column in zip(*layer_costs(decoder, shape), strict=True))
+    crossing = 0 if plan.vae_rows is None else elements * components.DTYPES[dtype].itemsize
+    return 2 * products / rates.flops + crossing / rates.link
