@@ -8,6 +8,7 @@ replaces the figures of those. Captions are in a bucket of 64 tokens; points are
 """
 
 import json
+import re
 import time
 from datetime import date
 
@@ -76,6 +77,11 @@ def rows(side: int) -> tuple[int, ...]:
     return TURBO.vae.scale, side // 16, side // 2
 
 
+def text_of(table: dict) -> str:
+    """JSON with a point on a line."""
+    return re.sub(r"\[\s+([^][]*?),\s+([^][]*?)\s+\]", r"[\1, \2]", json.dumps(table, indent=1)) + "\n"
+
+
 @click.command(help=__doc__)
 @click.argument("names", nargs=-1)
 def main(names: tuple[str, ...]) -> None:
@@ -87,7 +93,7 @@ def main(names: tuple[str, ...]) -> None:
         made = {"card": name, "jax": jax.__version__, "date": f"{date.today()}", "ring_order": ring_order(programs)}
         table["note"] = NOTE
         table["capabilities"]["{}.{}".format(*card.capability)] = made | measure(CompiledCosts(programs))
-        cards.TEMPORARIES.write_text(json.dumps(table, indent=1) + "\n")
+        cards.TEMPORARIES.write_text(text_of(table))
 
 
 if __name__ == "__main__":

@@ -350,7 +350,17 @@ def first_parameters(seed: int) -> Params:
     return {k: jnp.zeros_like(v) if k.endswith(closed) else v for k, v in params.items()}
 
 
-def train_dit(runs: Path, steps: int, seed: int, rate: float, adam_rate: float) -> None:
+def parameters_of(path: Path) -> Params:
+    """The DiT and text encoder of a native checkpoint, in float32, to train on from."""
+    stored = checkpoint.Checkpoint(path)
+    return {
+        f"{component}.{name}": array.astype(jnp.float32)
+        for component in ("transformer", "text_encoder")
+        for name, array in stored.restore(component).items()
+    }
+
+
+def train_dit(runs: Path, steps: int, seed: int, rate: float, adam_rate: float, start: Path | None) -> None:
     prompts = Prompts.load(runs / "tokenizer.json")
     scaling, shift = latent_statistics(runs)
     config = replace(CONFIG, vae=replace(CONFIG.vae, scaling_factor=scaling, shift_factor=shift))
@@ -381,7 +391,7 @@ def train_dit(runs: Path, steps: int, seed: int, rate: float, adam_rate: float) 
                     verdicts.setdefault(name, []).append(verdict)
         return {name: round(100 * float(np.mean(v)), 1) for name, v in sorted(verdicts.items())}
 
-    params = first_parameters(seed)
+    params = parameters_of(start) if start else first_parameters(seed)
     tx = optimizer(params, schedule(rate, steps), schedule(adam_rate, steps))
     batches = Batches(runs, seed, prompts, scaling, shift)
     fit(runs / "dit", params, tx, dit_loss, batches, steps, 500, 0.9995, evaluate)
@@ -470,10 +480,11 @@ def latents_command(runs: Path, seed: int, shards: int) -> None:
 @click.option("--steps", default=7000, show_default=True)
 @click.option("--rate", default=0.015, show_default=True)
 @click.option("--adam-rate", default=2e-3, show_default=True)
-def dit_command(runs: Path, seed: int, steps: int, rate: float, adam_rate: float) -> None:
+@click.option("--start", type=click.Path(path_type=Path), help="A native checkpoint to train on from.")
+def dit_command(runs: Path, seed: int, steps: int, rate: float, adam_rate: float, start: Path | None) -> None:
     """Train the DiT and the text encoder together."""
     (runs / "dit").mkdir(parents=True, exist_ok=True)
-    train_dit(runs, steps, seed, rate, adam_rate)
+    train_dit(runs, steps, seed, rate, adam_rate, start)
 
 
 @main.command("export")

@@ -66,7 +66,7 @@ def test_the_table_says_the_same(run):
 
 def test_sizes_by_name_ratio_and_in_a_row(run):
     sizes = [row["size"] for row in told(run, "--card", "h100", "--size", "16:9", "64x64", "--size", "64x64")["sizes"]]
-    assert sizes == ["1024x576", "64x64"]
+    assert sizes == ["1280x720", "64x64"]
 
 
 def test_less_memory_holds_less_and_is_no_faster(run):

@@ -109,6 +109,7 @@ class StoredCosts:
         )
         if nearest != "{}.{}".format(*card.capability):
             self.source += ", the nearest stored to this card's capability"
+        self.source += "; attention by query chunks where the card would use cuDNN's: conservative"
 
     def text(self, work: Work, pairs: frozenset[tuple[int, int]], slot: int) -> int:
         return self._blocks("text", pairs, work.prompts * work.bucket)

@@ -245,7 +245,7 @@ class _Talk:
             click.echo(line, err=True)
 
     def start(self, pipe) -> None:
-        self.say(f"{pipe.name}: {pipe.describe()}, loaded in {time.perf_counter() - self._began:.1f} s")
+        self.say(f"{pipe.name}: {pipe.describe()}; ready in {time.perf_counter() - self._began:.1f} s")
 
     def plan(self, plan, budget: int) -> None:
         """What will be done, before it is."""

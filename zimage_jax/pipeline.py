@@ -27,7 +27,7 @@ from . import components, dit, image, prompt, sampling, text_encoder, vae
 from .checkpoint import Checkpoint
 from .components import COMPONENTS
 from .errors import NonFiniteError, OutOfMemoryError, UsageError
-from .job import Job, Picture, Result, Step, ZImageWarning
+from .job import Job, Picture, Result, Step, ZImageWarning, check_size
 from .planner import GIB, Memory, Plan, Planner, StreamPlan, Work
 from .programs import CompiledCosts, Programs
 from .staging import Ledger, Stream, Tiers, allocator_peak, read_blocks
@@ -186,7 +186,7 @@ class ZImage:
             tuple(prompts * count if len(prompts) == 1 else prompts), tuple(drawn), negative_prompt,
             width or default, height or default, steps, float(guidance), noise,
         )  # fmt: skip
-        self.check_size(job.width, job.height)
+        check_size(self.config, job.width, job.height)
         if negative_prompt and not job.guidance:
             self._warn("the negative prompt has no effect while guidance is 0")
         if job.noise == "torch":
@@ -196,19 +196,6 @@ class ZImage:
                         f"seed {s} draws the same noise as {s & 0xFFFFFFFF}: PyTorch uses 32 bits (--noise jax: all)"
                     )
         return job
-
-    def check_size(self, width: int, height: int) -> None:
-        """Raises UsageError for a size the model cannot draw."""
-        multiple = self.config.pixel_multiple
-        for name, value in (("width", width), ("height", height)):
-            if value < multiple or value % multiple:
-                near = max(multiple, round(value / multiple) * multiple)
-                raise UsageError(f"{name} must be a multiple of {multiple}, got {value} (the nearest is {near})")
-        limits = [n * multiple for n in self.config.transformer.axes_lens[1:]]
-        if height > limits[0] or width > limits[1]:
-            raise UsageError(
-                f"this model draws at most {limits[1]} x {limits[0]} pixels, {width} x {height} were asked for"
-            )
 
     def _warn(self, message: str) -> None:
         self._warnings.append(message)

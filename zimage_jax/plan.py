@@ -108,7 +108,7 @@ def _for_card(card: "Card", config: "ModelConfig", stored: str, compiles: bool) 
         from .programs import CompiledCosts
 
         costs: Costs = CompiledCosts(CardPrograms(config, stored, "bfloat16", card))
-        source = "compiled for this card without one, attention by query chunks: conservative"
+        source = "compiled for this card without one; attention by query chunks where the card would use cuDNN's: conservative"
     else:
         costs = StoredCosts(config, card)
         source = costs.source

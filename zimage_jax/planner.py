@@ -8,7 +8,7 @@ text encoder staged, the VAE in strips of rows. Nothing that changes the picture
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -268,15 +268,18 @@ class Planner:
             return
         blocks = self._blocks("text_encoder", "layers")
         activations = work.prompts * work.bucket * self._config.text_encoder.hidden_size * self._compute_bytes
+        if memory.text_encoder == "device":  # whatever the transformer's schedule
+            memory = replace(memory, schedule="resident")
         for stream in self._streams((), blocks, memory, staged=memory.text_encoder == "staged"):
-            if memory.text_encoder == "device" and len(stream.schedule.pinned) < len(stream.chunks):
-                return
             yield _Option(
                 stream,
                 self._stream_bytes("text_encoder", stream),
                 activations,
-                lambda s=stream: self._costs.text(work, s.pairs(1), s.slot_blocks),
+                partial(self._text_own, work, stream),
             )
+
+    def _text_own(self, work: Work, stream: StreamPlan) -> int:
+        return self._costs.text(work, stream.pairs(1), stream.slot_blocks)
 
     def _context(self, work: Work) -> Iterator[_Option]:
         blocks = self._blocks("transformer", "context_refiner")
