@@ -28,7 +28,7 @@ LANGUAGES = {"en": "English", "zh": "Chinese"}
 BATCH = 32
 SHEET = [
     "a red circle above a blue square", "白色背景上的一个绿色三角形", "a yellow star inside a purple circle",
-    "黑色背景上的文字：\"山\"", "a small pink heart at the top", "a green diamond to the left of an orange cross",
+    "黑色背景上的黄色文字：\"山\"", "a small pink heart at the top", "a green diamond to the left of an orange cross",
     'text: "A7"', "橙色背景，写着：\"火\"", "a big cyan cross on a black background", "蓝色的圆形里面有一个黄色的星形",
     "a brown triangle in the bottom right corner", 'text: "K" in red, yellow background', "左上角有一个大紫色的心形",
     "pink background, a white square", "a red heart below a black star", "灰色背景上的一个红色菱形在中间",

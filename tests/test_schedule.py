@@ -15,14 +15,14 @@ PINS = st.dictionaries(st.integers(0, 8), st.sampled_from(["resident", "streamed
 schedules = given(NAMES, st.integers(1, 9), st.integers(0, 9), PINS, st.integers(1, 4))
 
 
-def build(name, chunks, resident, pins, sweeps):
+def build(name, chunks, resident, pins) -> schedule.Schedule:
     made = schedule.make(name, chunks, min(resident, chunks))
-    return made.with_pins({c: how for c, how in pins.items() if c < chunks}, 0, chunks), chunks, sweeps
+    return made.with_pins({c: how for c, how in pins.items() if c < chunks}, 0, chunks)
 
 
 @schedules
-def test_every_chunk_is_on_the_device_when_it_runs(*case):
-    made, chunks, sweeps = build(*case)
+def test_every_chunk_is_on_the_device_when_it_runs(name, chunks, resident, pins, sweeps):
+    made = build(name, chunks, resident, pins)
     slots: dict[int, int] = {}
     pinned: set[int] = set()
     ran = []
@@ -53,8 +53,8 @@ def test_every_chunk_is_on_the_device_when_it_runs(*case):
 
 
 @schedules
-def test_each_load_is_freed_once(*case):
-    case = build(*case)
+def test_each_load_is_freed_once(name, chunks, resident, pins, sweeps):
+    case = build(name, chunks, resident, pins), chunks, sweeps
     steps = list(schedule.steps(*case))
     loaded = Counter(load.chunk for load in schedule.loads(*case)) + Counter(
         s.chunk for s in steps if isinstance(s, Pin)
