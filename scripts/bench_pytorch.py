@@ -92,18 +92,17 @@ def pipeline(size: int, runs: int) -> dict[str, float]:
     tensors = small.random_tensors(SMALL)
     theirs = reference.pipeline(SMALL, tensors)
     models = {c: small.our_model(c, SMALL, tensors[c]) for c in small.MODELS}
+    prompt, job = "a red circle above a blue square", {"width": size, "height": size}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = small.tokenizer().to_str().encode()
         ours = ZImage.load(checkpoint.save(Path(folder) / "m", SMALL, models, tokenizer, {}, "float32"))
-    job = {"width": size, "height": size}
-    return in_turn(
-        lambda: ours.generate("a red circle above a blue square", seed=1, **job),
-        lambda: theirs(
-            "a red circle above a blue square", num_inference_steps=8, guidance_scale=0.0,
-            generator=torch.Generator().manual_seed(1), **job,
-        ),
-        runs,
-    )  # fmt: skip
+        return in_turn(
+            lambda: ours.generate(prompt, seed=1, **job),
+            lambda: theirs(
+                prompt, num_inference_steps=8, guidance_scale=0.0, generator=torch.Generator().manual_seed(1), **job
+            ),
+            runs,
+        )
 
 
 @click.command(help=__doc__)

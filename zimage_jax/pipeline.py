@@ -78,7 +78,12 @@ class ZImage:
 
     def describe(self) -> str:
         """One line for a person: what the model is and where it computes."""
-        held = ", ".join(f"{c.replace('_', ' ')} {self._checkpoint.parameters(c) / 1e9:.3g} B" for c in COMPONENTS)
+
+        def count(component: str) -> str:
+            number = self._checkpoint.parameters(component)
+            return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.3g} M"
+
+        held = ", ".join(f"{component.replace('_', ' ')} {count(component)}" for component in COMPONENTS)
         return f"{held}; computing in {self.dtype} on {jax.local_devices()[0].device_kind}"
 
     # -- the job ------------------------------------------------------------------------------------------------------
