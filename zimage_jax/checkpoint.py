@@ -200,6 +200,8 @@ def _save_manifest(folder: Path, manifest: dict) -> None:
     shutil.rmtree(folder / "manifest", ignore_errors=True)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename="manifest.json")) as checkpointer:
         checkpointer.save((folder / "manifest").absolute(), args=ocp.args.JsonSave(manifest))
+    # it names this machine's folders and nobody reads it: the rename that follows is the commit
+    (folder / "manifest" / "commit_success.txt").unlink(missing_ok=True)
 
 
 @contextmanager
