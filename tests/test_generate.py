@@ -259,9 +259,7 @@ def test_words_about_memory(run, tmp_path):
 
 def test_what_is_planned_is_said_before(run):
     _, _, err = run("a", *SMALL, "--schedule", "ring", "--max-vram", 1)
-    assert (
-        "schedule ring: 2 chunks of 1, 1 blocks, the next copied meanwhile; predicted peak 0.00 GiB of 1.00 GiB" in err
-    )
+    assert "schedule ring: 2 chunks of 1 block, the next copied meanwhile; predicted peak 0.00 GiB of 1.00 GiB" in err
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_file(run, tmp_path, monkeypatch):

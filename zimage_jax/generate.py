@@ -249,13 +249,13 @@ class _Talk:
 
     def plan(self, plan, budget: int) -> None:
         """What will be done, before it is."""
-        sizes = ", ".join(map(str, plan.main_sizes))
+        sizes = plan.main_sizes
+        each = ", ".join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))
+        blocks = "1 block" if each == "1" else f"{each} blocks"
         stay = f", {plan.resident_chunks} of them stay" if plan.schedule == "hybrid" else ""
-        ahead = {"ring": "the next copied meanwhile", "hybrid": "the next copied meanwhile"}.get(
-            plan.schedule, "no prefetch"
-        )
+        ahead = "the next copied meanwhile" if plan.denoise.schedule.slots == 2 else "no prefetch"
         self.say(
-            f"schedule {plan.schedule}: {len(plan.main_sizes)} chunks of {sizes} blocks{stay}, {ahead}; predicted peak "
+            f"schedule {plan.schedule}: {len(sizes)} chunks of {blocks}{stay}, {ahead}; predicted peak "
             f"{plan.peak_bytes / GIB:.2f} GiB of {budget / GIB:.2f} GiB"
         )
 
