@@ -28,10 +28,12 @@ PCIE4_X8, PCIE4_X16, PCIE5_X16 = 15.75e9, 31.5e9, 63.0e9  # bytes/s
 
 
 class Rates(NamedTuple):
-    """What a device achieves: bf16 FLOP/s, and bytes/s from host to device."""
+    """What a device achieves: FLOP/s, bytes/s from host to device, and whether it copies beside computing (a CPU, whose
+    cores do both, does not)."""
 
     flops: float
     link: float
+    overlaps: bool = True
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def seconds(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rate
     def stage(stream: StreamPlan, component: str, runs: dict[str, float], sweeps: int, groups: int = 1) -> float:
         copy = [sum(copies[component, unit] for unit in chunk) for chunk in stream.chunks]
         run = [sum(runs[unit.split(".")[0]] for unit in chunk) for chunk in stream.chunks]
-        return _timeline(stream.schedule, copy, run, sweeps, groups)
+        return _timeline(stream.schedule, copy, run, sweeps, groups, rates.overlaps)
 
     found = {}
     if plan.text is not None:
@@ -227,12 +229,15 @@ def bound_by(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rat
     return min(faster, key=lambda name: sum(seconds(plan, work, config, dtype, faster[name]).values()))
 
 
-def _timeline(plan: Schedule, copy: list[float], run: list[float], sweeps: int, groups: int) -> float:
+def _timeline(
+    plan: Schedule, copy: list[float], run: list[float], sweeps: int, groups: int, overlaps: bool = True
+) -> float:
     total = 0.0
     for step in steps(plan, len(run), sweeps):
         if isinstance(step, Run):
             meanwhile = copy[step.then.chunk] if step.then else 0.0
-            total += max(run[step.chunk], meanwhile) + (groups - 1) * run[step.chunk]
+            first = max(run[step.chunk], meanwhile) if overlaps else run[step.chunk] + meanwhile
+            total += first + (groups - 1) * run[step.chunk]
         elif not isinstance(step, Free):
             total += copy[step.chunk]
     return total
