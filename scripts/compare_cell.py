@@ -12,14 +12,16 @@ _SCRIPT_BEGAN = time.clock_gettime(
 )  # before anything heavy is imported: cold starts count from here
 
 import json  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
 import statistics  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import warnings  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import TYPE_CHECKING  # noqa: E402
+from typing import TYPE_CHECKING, NamedTuple  # noqa: E402
 
 import sweep  # noqa: E402
 
@@ -206,9 +208,21 @@ def _timeline(result: "Result") -> dict:
 # -- what was predicted -----------------------------------------------------------------------------------------------
 
 
+class Speed(NamedTuple):
+    """Bytes/s to the device by the clock, and by the CPU seconds that all threads spend on it."""
+
+    wall: float
+    cpu: float
+
+
 def _predicted_seconds(cell: dict, job: dict, result: "Result", against: list[Drawn]) -> dict:
     """By the planner's model of cost, with this machine's rates: compute as fast in each stage as the resident run in
-    turn was, copies as fast as the driver's own copy of one chunk; without a resident run, plan.measure's rates."""
+    turn was, or without one as plan.measure says; chunks at the speed of the driver's own copy of one, and in the stages
+    whose parameters are read from the checkpoint each time at the speed of such reading.
+
+    On a CPU, where nothing overlaps, CPU seconds are the resident run's and those of the copies.
+    """
+    import jax
     import jax.numpy as jnp
 
     from zimage_jax import plan as planning
@@ -216,23 +230,33 @@ def _predicted_seconds(cell: dict, job: dict, result: "Result", against: list[Dr
     from zimage_jax.pipeline import TINY, default_dtype
 
     if result.plan.text is None:  # the text encoder's seconds on the host are not predicted
-        return {"predicted_seconds": None}
+        return {"predicted_seconds": None, "predicted_cpu_seconds": None}
     checkpoint = Checkpoint(_path(cell) or TINY)
     work, dtype = _work(checkpoint, job), jnp.dtype(cell.get("dtype") or default_dtype()).name
-    rates = planning.measure(dtype)._replace(link=_link(checkpoint, result.plan))
-    stages = dict.fromkeys(("text", "context", "denoise", "decode"), rates)
+    rates, chunks, pins = planning.measure(dtype), _chunk_speed(checkpoint, result.plan), _pin_speed(checkpoint)
+    speeds = {"text": chunks, "context": pins, "denoise": chunks, "decode": pins}
+    flops = dict.fromkeys(speeds, rates.flops)
     if against:
         resident, measured = against[-1].result.plan, _by_stage(against)
         alone = _model(resident, work, checkpoint, rates)
-        stages = {s: rates._replace(flops=rates.flops * alone[s] / measured[s]) for s in stages}
-    by_stage = {s: _model(result.plan, work, checkpoint, at)[s] for s, at in stages.items()}
-    total = sum(by_stage.values())
-    return {
-        "predicted_seconds": round(total, 4),
-        "predicted_seconds_by_stage": {s: round(value, 5) for s, value in by_stage.items()},
+        flops = {s: rates.flops * alone[s] / measured[s] for s in speeds}
+
+    def by_stage(stage: str, **of_stage: float) -> float:
+        return _model(result.plan, work, checkpoint, rates._replace(**of_stage))[stage]
+
+    seconds = {s: by_stage(s, flops=flops[s], link=speed.wall) for s, speed in speeds.items()}
+    row = {
+        "predicted_seconds": round(sum(seconds.values()), 4),
+        "predicted_seconds_by_stage": {s: round(value, 5) for s, value in seconds.items()},
         "predicted_seconds_from": "resident run in turn" if against else "matrix products",
-        "link_bytes_per_sec": round(rates.link),
+        "chunk_copy_bytes_per_sec": round(chunks.wall),
+        "pin_bytes_per_sec": round(pins.wall),
+        "predicted_cpu_seconds": None,
     }
+    if against and jax.default_backend() == "cpu":
+        copies = sum(by_stage(s, flops=math.inf, link=speed.cpu) for s, speed in speeds.items())
+        row["predicted_cpu_seconds"] = round(statistics.median(run.cpu_seconds for run in against) + copies, 4)
+    return row
 
 
 def _work(checkpoint: "Checkpoint", job: dict) -> "Work":
@@ -253,25 +277,42 @@ def _model(plan: "Plan", work: "Work", checkpoint: "Checkpoint", rates: "Rates")
     """Seconds by stage of a picture that is not the first: what stays between pictures is not copied again."""
     from zimage_jax import cards
 
-    again = rates._replace(link=float("inf")) if plan.kept else rates
+    again = rates._replace(link=math.inf) if plan.kept else rates
     return cards.seconds(plan, work, checkpoint.config, checkpoint.dtype, again)
 
 
-def _link(checkpoint: "Checkpoint", plan: "Plan") -> float:
-    """Bytes/s of the driver's own copy of the plan's largest chunk into a slot; the best of nine."""
+def _chunk_speed(checkpoint: "Checkpoint", plan: "Plan") -> Speed:
+    """Of the driver's own copy of the plan's largest chunk into a slot."""
     import jax.numpy as jnp
 
     from zimage_jax.staging import Ledger, Program, fill, read_blocks, tree_bytes
 
     units = max(plan.denoise.chunks, key=len)
     chunk = tuple(read_blocks(checkpoint, "transformer", units, "pinned_host").values())
-    slot = tuple(tuple(jnp.zeros(a.shape, a.dtype) for a in block) for block in chunk)
-    copy, ledger, spent = Program(fill, donate=(0,)), Ledger(), []
-    for _ in range(10):
+    slots = [tuple(tuple(jnp.zeros(a.shape, a.dtype) for a in block) for block in chunk)]
+    copy, ledger = Program(fill, donate=(0,)), Ledger()
+    return _speed(tree_bytes(chunk), lambda: slots.append(copy(ledger, slots.pop(), chunk)))
+
+
+def _pin_speed(checkpoint: "Checkpoint") -> Speed:
+    """Of reading what is no block from the checkpoint to the device."""
+    import jax
+
+    from zimage_jax.staging import read_blocks
+
+    read = lambda: jax.block_until_ready(read_blocks(checkpoint, "vae", ["decoder"], "device"))  # noqa: E731
+    return _speed(checkpoint.nbytes("vae", "decoder"), read)
+
+
+def _speed(nbytes: int, call: Callable[[], object], repeats: int = 9) -> Speed:
+    """Median by the clock, mean by CPU seconds, after a call that warms up."""
+    call()
+    spent, busy = [], time.process_time()
+    for _ in range(repeats):
         began = time.perf_counter()
-        slot = copy(ledger, slot, chunk)
+        call()
         spent.append(time.perf_counter() - began)
-    return tree_bytes(chunk) / min(spent[1:])
+    return Speed(nbytes / statistics.median(spent), nbytes * repeats / max(time.process_time() - busy, 1e-9))
 
 
 def simulate(cell: dict) -> dict:
@@ -291,7 +332,7 @@ def simulate(cell: dict) -> dict:
     budget = min(card.usable, int(cell["max_vram_gib"] * GIB)) if "max_vram_gib" in cell else card.usable
     plan = Planner(config, dtype, 2, costs).plan(work, memory_of(cell), budget)
     by_stage = cards.seconds(plan, work, config, dtype, card.rates)
-    alone = cards.seconds(plan, work, config, dtype, card.rates._replace(link=float("inf")))
+    alone = cards.seconds(plan, work, config, dtype, card.rates._replace(link=math.inf))
     return {
         "schedule": plan.schedule, "chunks": len(plan.main_sizes), "resident_chunks": plan.resident_chunks,
         "vae_rows": plan.vae_rows, "budget_bytes": budget, "predicted_peak_bytes": plan.peak_bytes,
