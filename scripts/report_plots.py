@@ -26,7 +26,7 @@ def _front(ax, rows: list[dict], unit: int, unit_name: str, ylabel: str) -> None
     for row in rows:
         x, y = data.peak(row) / unit, data.cost(row)
         ax.scatter(x, y, s=28, color=SCHEDULES[row["schedule"]], edgecolor="k" if row in best else "none", zorder=2)
-        ax.annotate(data.label(row), (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        ax.annotate(data.label(row), (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7, rotation=30)
     ax.set(xlabel=f"peak of device memory, {unit_name}", ylabel=ylabel, xlim=(0, None))
     ax.margins(0.12)
 
@@ -79,8 +79,8 @@ def predicted_against_measured(rows: list[dict]) -> Figure | None:
 
 
 def _shown(rows: list[dict]) -> list[dict]:
-    """One row per schedule of the usual work: what the timelines are drawn of."""
-    return list({row["schedule"]: row for row in reversed(data.usual(data.of_kind(rows, "measure")))}.values())[::-1]
+    """One row per schedule of the usual work, that of most chunks: what the timelines are drawn of."""
+    return list({row["schedule"]: row for row in data.usual(data.of_kind(rows, "measure"))}.values())
 
 
 def timeline(rows: list[dict]) -> Figure | None:
@@ -109,7 +109,7 @@ def memory(rows: list[dict]) -> Figure | None:
     )
     for row, ax in zip(shown, axes[:, 0], strict=True):
         levels = row["levels"]
-        ends = [at for at, _, _ in levels[1:]] + [levels[-1][0]]
+        ends = [at for at, _, _ in levels[1:]] + [max(end for _, _, _, end, _ in row["events"])]
         for stage, colour in STAGE_COLOURS.items():
             bars = [(a / 1e6, (e - a) / 1e6, n / MIB) for (a, s, n), e in zip(levels, ends, strict=True) if s == stage]
             ax.bar([b[0] for b in bars], [b[2] for b in bars], [b[1] for b in bars], align="edge", color=colour, lw=0)
@@ -140,8 +140,13 @@ def costs(rows: list[dict]) -> Figure | None:
     middle.set(xlabel="pictures in a batch", ylabel="CPU seconds per picture")
     _lines(right, by_chunks, lambda r: r["chunks"], data.cost)
     right.set(xlabel="chunks of 8 blocks", ylabel=RELATIVE)
-    left.legend(frameon=False)
+    _legend(left)
     return figure
+
+
+def _legend(ax) -> None:
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize=7)
 
 
 def _lines(ax, rows: list[dict], x: Callable[[dict], float], y: Callable[[dict], float]) -> None:
@@ -163,7 +168,7 @@ def crossover(rows: list[dict]) -> Figure | None:
         points = sorted((row["width"], data.slowdown(row)) for row in single if row["card"] == card)
         left.plot(*zip(*points, strict=True), marker=".", label=card)
     left.set(xlabel="side of the picture, pixels", ylabel="denoising over computing alone (predicted)", yscale="log")
-    left.legend(frameon=False, fontsize=7)
+    _legend(left)
     many = [row for row in simulated if row.get("batch", 1) > 1]
     for card, side in dict.fromkeys((row["card"], row["width"]) for row in many):
         points = sorted(
@@ -173,7 +178,7 @@ def crossover(rows: list[dict]) -> Figure | None:
         )
         right.plot(*zip(*points, strict=True), marker="o", ms=4, label=f"{card}, {side}x{side}")
     right.set(xlabel="pictures in a batch", ylabel="seconds per picture (predicted)", ylim=(0, None))
-    right.legend(frameon=False, fontsize=7)
+    _legend(right)
     return figure
 
 

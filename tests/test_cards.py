@@ -211,6 +211,8 @@ def test_a_timeline_that_computes_longer_than_it_copies(name, expected):
 def test_a_timeline_that_copies_longer_than_it_computes():
     ring = schedule.make("ring", 4)
     assert cards._timeline(ring, [7.0] * 4, [5.0] * 4, 3, 1) == 7 + 11 * 7 + 5
+    # where copies take the cores that compute, as on a CPU, they come on top
+    assert cards._timeline(ring, [7.0] * 4, [5.0] * 4, 3, 1, overlaps=False) == 12 * (7 + 5)
     # a second micro-batch only computes
     assert cards._timeline(ring, [7.0] * 4, [5.0] * 4, 3, 2) == 7 + 11 * 7 + 5 + 12 * 5
 
