@@ -117,15 +117,12 @@ def measure(cell: dict) -> dict:
     path, job, repeats = _path(cell), job_of(cell), cell.get("repeats", 5)
     pipe = ZImage.load(path, dtype=cell.get("dtype"), memory=memory_of(cell))
     first = draw(pipe, job)
-    row = _peaks(first.result)
     other = ZImage.load(path, dtype=cell.get("dtype"), memory=Memory("resident"))
     plain = {key: value for key, value in job.items() if key != "kv"}
     is_cpu = jax.default_backend() == "cpu"
-    runs: list[Drawn] = []
+    runs = [] if is_cpu else [draw(pipe, job) for _ in range(repeats)]
+    row = {} if is_cpu else _peaks(runs[-1].result)
     against: list[Drawn] = []
-    if not is_cpu:
-        runs = [draw(pipe, job) for _ in range(repeats)]
-        row = _peaks(runs[-1].result)
     try:
         draw(other, plain)
         for _ in range(repeats):
@@ -133,7 +130,9 @@ def measure(cell: dict) -> dict:
                 runs.append(draw(pipe, job))
             against.append(draw(other, plain))
     except OutOfMemoryError:  # the device does not hold the model: nothing to compare with
-        against = []
+        against, runs = [], runs or [draw(pipe, job) for _ in range(repeats)]
+    # of a picture that is not the first: what stays on the device was not there from the start of that one
+    row = row or _peaks(runs[-1].result)
     row |= _seconds(first, runs) | {"process_peak_bytes": process_peak_bytes()}
     row |= _against_resident(runs, against) if against else {"psnr_db": None, "resident_seconds": None}
     return row | _predicted_seconds(cell, job, runs[-1].result, against) | _timeline(runs[-1].result)
@@ -165,8 +164,7 @@ def _seconds(first: Drawn, runs: list[Drawn]) -> dict:
         "cpu_seconds": round(statistics.median(run.cpu_seconds for run in runs), 4),
         "first_picture_seconds": round(first.seconds, 4),
         "first_preview_seconds": round(statistics.median(run.first_preview_seconds for run in runs), 4),
-        "copied_bytes": report["copied_bytes"],
-        "compilations": report["compilations"],
+        "copied_bytes_first": first.result.report["copied_bytes"],
         "latents_sha256": report["latents_sha256"],
     }
 

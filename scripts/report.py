@@ -57,34 +57,36 @@ def schedules(rows: list[dict], drawn: Drawn) -> str:
     measured = data.of_kind(rows, "measure")
     failed = [row for row in rows if row["kind"] == "measure" and "error" in row]
     columns = (
-        "schedule", "size", "batch", "budget MiB", "peak MiB", "predicted", "seconds", "over resident", "predicted s",
-        "CPU s", "first preview s", "copied MiB", "success", "PSNR dB",
+        "schedule", "size", "batch", "budget MiB", "peak MiB", "predicted", "seconds", "predicted", "resident in turn",
+        "CPU s", "predicted", "resident in turn", "first preview s", "copied MiB", "success", "PSNR dB",
     )  # fmt: skip
     lines = [
         (
             data.label(r), f"{r['width']}x{r['height']}", r.get("batch", 1), r.get("max_vram_mib"),
-            _mib(r["peak_device_bytes"]), _mib(r["predicted_peak_bytes"]), _number(r["seconds"]),
-            _number(data.cost(r)) if r["resident_seconds"] else None, _number(r["predicted_seconds"]),
-            _number(r["cpu_seconds"]), _number(r["first_preview_seconds"]), _mib(r["copied_bytes"]), "yes", _psnr(r),
+            _mib(r["peak_device_bytes"]), _mib(r["predicted_peak_bytes"]),
+            *(_number(r[key]) for key in ("seconds", "predicted_seconds", "resident_seconds")),
+            *(_number(r.get(key), 3) for key in ("cpu_seconds", "predicted_cpu_seconds", "resident_cpu_seconds")),
+            _number(r["first_preview_seconds"]), _mib(r["copied_bytes"]), "yes", _psnr(r),
         )
         for r in measured
     ]  # fmt: skip
     lines += [
         (r.get("schedule", "auto"), f"{r['width']}x{r['height']}", r.get("batch", 1),
-         r.get("max_vram_mib"), *[None] * 8, "no", r["error"])
+         r.get("max_vram_mib"), *[None] * 10, "no", r["error"])
         for r in failed
     ]  # fmt: skip
     if not lines:
         return ""
-    front = ", ".join(data.label(row) for row in data.front(data.usual(measured)))
+    usual = data.usual(measured)
+    front, name = ", ".join(data.label(row) for row in data.front(usual)), data.cost_name(usual)
     return page.section(
         "Every schedule on the same work",
         page.text(
             "Medians of repeats after a warm-up. Seconds over resident's: each repeat is followed by the same job",
             "resident in the same process, so what else the machine does falls on both. PSNR is against that picture.",
-            f"On the front of peak and seconds: {front}.",
+            f"On the front of peak and {name}: {front}.",
         ),
-        drawn("pareto", "Peak of device memory against seconds; the grey line is the front"),
+        drawn("pareto", f"Peak of device memory against {name}; the grey line is the front"),
         page.table(columns, lines),
         drawn("costs", "Cost against picture size, batch and chunks"),
     )
@@ -92,18 +94,20 @@ def schedules(rows: list[dict], drawn: Drawn) -> str:
 
 def on_and_off(rows: list[dict]) -> str:
     """Chunked loading off is resident, on is the ring of four chunks, at every size and batch that has both."""
-    measured = [row for row in data.of_kind(rows, "measure") if "max_vram_mib" not in row and "kv" not in row]
-    off = {data.work(row): row for row in measured if row["schedule"] == "resident"}
-    on = {data.work(row): row for row in measured if row["schedule"] == "ring" and row["chunks"] == 4}
-    lines = [
-        (f"{way}, {row['width']}x{row['height']}, batch {row.get('batch', 1)}", _mib(row["peak_device_bytes"]),
-         _number(row["first_preview_seconds"]), _number(row["seconds"]), _number(row["first_picture_seconds"]), "yes",
-         _psnr(row))
-        for key in off.keys() & on.keys()
-        for way, row in (("off", off[key]), ("on", on[key]))
-    ]  # fmt: skip
+    tried = [row for row in rows if row["kind"] == "measure" and not row.keys() & {"max_vram_mib", "kv"}]
+    ways = {
+        "off": {data.work(row): row for row in tried if row["schedule"] == "resident"},
+        "on": {data.work(row): row for row in tried if row["schedule"] == "ring" and row["chunks"] == 4},
+    }
+    lines = []
+    for key in sorted(ways["off"].keys() & ways["on"].keys(), key=str):
+        for way, row in ((way, found[key]) for way, found in ways.items()):
+            name = f"{way}, {row['width']}x{row['height']}, batch {row.get('batch', 1)}"
+            seconds = (_number(row.get(f"{what}seconds")) for what in ("first_preview_", "", "first_picture_"))
+            words = ("yes", _psnr(row)) if row["success"] else ("no", row["error"])
+            lines.append((name, _mib(row.get("peak_device_bytes")), *seconds, *words))
     columns = ("chunked", "peak MiB", "first preview s", "total s", "first picture s", "success", "PSNR dB")
-    return page.section("Chunked loading on and off", page.table(columns, sorted(lines)) if lines else "")
+    return page.section("Chunked loading on and off", page.table(columns, lines) if lines else "")
 
 
 def predictions(rows: list[dict], drawn: Drawn) -> str:

@@ -27,7 +27,7 @@ def work(row: dict) -> tuple:
     """What must be the same for two rows to be compared."""
     return (
         row.get("model"), row.get("card"), row["width"], row["height"], row.get("batch", 1), row.get("steps", 8),
-        row.get("guidance", 0), row.get("dtype"),
+        row.get("guidance", 0),
     )  # fmt: skip
 
 
@@ -44,11 +44,22 @@ def peak(row: dict) -> int:
 
 
 def cost(row: dict) -> float:
-    """Measured: seconds over those of the resident run in turn, which had the same share of the machine; without one,
-    and for a card that is not there, seconds."""
+    """Measured: over the resident run in turn, which had the same share of the machine; of a CPU its seconds of work,
+    which other processes change least, of a GPU seconds. Without such a run, and for a card that is not there: seconds."""
     if row["kind"] == "simulate":
         return row["predicted_seconds"]
-    return row["seconds"] / row["resident_seconds"] if row["resident_seconds"] else row["seconds"]
+    if not row["resident_seconds"]:
+        return row["seconds"]
+    if row["device"] == "cpu":
+        return row["cpu_seconds"] / row["resident_cpu_seconds"]
+    return row["seconds"] / row["resident_seconds"]
+
+
+def cost_name(rows: list[dict]) -> str:
+    """What `cost` is of these measured rows, for a reader."""
+    if not all(row["resident_seconds"] for row in rows):
+        return "seconds"
+    return ("CPU seconds" if rows[0]["device"] == "cpu" else "seconds") + " over resident's, in turn"
 
 
 def front(rows: Iterable[dict]) -> list[dict]:

@@ -9,6 +9,7 @@ from report_data import GIB, MIB, STAGES
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 plt.rcParams |= {
     "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
@@ -17,7 +18,6 @@ plt.rcParams |= {
 SCHEDULES = {"resident": "C0", "hybrid": "C2", "ring": "C1", "swap": "C3", "scan": "C4"}
 LANES = {"compute": "C0", "copy": "C1", "tier": "C7"}
 STAGE_COLOURS = dict(zip(STAGES, ("C5", "C6", "C0", "C2"), strict=True))
-RELATIVE = "seconds over resident's, in turn"
 
 
 def _front(ax, rows: list[dict], unit: int, unit_name: str, ylabel: str) -> None:
@@ -36,8 +36,7 @@ def pareto(rows: list[dict]) -> Figure | None:
     if not measured:
         return None
     figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    is_relative = all(row["resident_seconds"] for row in measured)
-    _front(ax, measured, MIB, "MiB", RELATIVE if is_relative else "seconds")
+    _front(ax, measured, MIB, "MiB", data.cost_name(measured))
     return figure
 
 
@@ -74,6 +73,10 @@ def predicted_against_measured(rows: list[dict]) -> Figure | None:
         for x, y, row in points:
             ax.scatter(x, y, s=18, color=SCHEDULES[row["schedule"]])
         ax.set(xscale="log", yscale="log", xlabel=f"measured {name}", ylabel="predicted")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         ax.set_title(f"band: {band:.0%}", fontsize=8)
     return figure
 
@@ -139,7 +142,7 @@ def costs(rows: list[dict]) -> Figure | None:
     _lines(middle, by_batch, lambda r: r.get("batch", 1), lambda r: r["cpu_seconds"] / r.get("batch", 1))
     middle.set(xlabel="pictures in a batch", ylabel="CPU seconds per picture")
     _lines(right, by_chunks, lambda r: r["chunks"], data.cost)
-    right.set(xlabel="chunks of 8 blocks", ylabel=RELATIVE)
+    right.set(xlabel="chunks of 8 blocks", ylabel=data.cost_name(measured))
     _legend(left)
     return figure
 
