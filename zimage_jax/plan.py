@@ -167,7 +167,7 @@ def measure(dtype: str) -> "Rates":
         copy_began = time.perf_counter()
         jax.device_put(host, SingleDeviceSharding(device)).block_until_ready()
         copies.append(time.perf_counter() - copy_began)
-    return Rates(products * 2 * side**3 / spent, host.nbytes / min(copies))
+    return Rates(products * 2 * side**3 / spent, host.nbytes / min(copies), overlaps=device.platform != "cpu")
 
 
 def _pixels(text: str, config: "ModelConfig") -> tuple[int, int]:
