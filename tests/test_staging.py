@@ -118,6 +118,14 @@ def test_nothing_is_left_on_the_device(name, load):
     assert levels == [0] * 5
 
 
+@pytest.mark.parametrize("name", ["resident", "scan"])
+def test_what_stays_is_the_same_after_every_picture(name, load):
+    pipe = load(name)
+    levels = [pipe.generate("a", **JOB | {"seed": n}).ledger.held for n in range(3)]
+    assert levels[0]
+    assert levels[1:] == levels[:1] * 2
+
+
 def test_the_text_encoder_has_left_before_the_first_chunk(load):
     ledger = load("ring").generate("a", **JOB).ledger
     assert ledger.peak_by_stage["text"] < ledger.peak_by_stage["denoise"]

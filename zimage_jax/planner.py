@@ -159,6 +159,11 @@ class Plan:
     vae_rows: int | None  # rows of pixels in a strip; None: the whole picture at once
     vae_tile: int | None
     peak_bytes_by_stage: dict[str, int]
+    seconds_by_stage: dict[str, float] | None = None  # where the card is known: cards.seconds
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.seconds_by_stage is None else sum(self.seconds_by_stage.values())
 
     @property
     def peak_bytes(self) -> int:
