@@ -8,9 +8,10 @@ import small
 from test_models import relative
 
 from zimage_jax import Memory, ZImage, ZImageWarning
+from zimage_jax.checkpoint import Checkpoint
 from zimage_jax.components import nbytes, units
 from zimage_jax.errors import DamagedError, OutOfMemoryError, UsageError
-from zimage_jax.staging import Ledger, Program
+from zimage_jax.staging import Ledger, Program, Source, tree_bytes
 
 MODEL = "five_blocks"  # two refiner blocks, five main ones: chunks of 2, 1, 1, 1 by default
 JOB = {"seed": 3, "width": 64, "height": 48, "steps": 3}
@@ -157,6 +158,14 @@ def test_a_window_smaller_than_a_chunk(native):
     pipe = ZImage.load(native(MODEL), memory=Memory(schedule="ring", host_bytes=BLOCK // 2))
     with pytest.raises(UsageError, match=r"the host window of .* is smaller than a chunk"):
         pipe.generate("a", **JOB)
+
+
+def test_a_window_larger_than_all_that_is_asked_for(native):
+    source = Source(Checkpoint(native(MODEL)), "transformer", kept=False, window_bytes=2**50)
+    source.open([], Ledger())  # a stage whose chunks are all pinned streams none
+    source.open([("layers.0",)], Ledger())
+    assert [tree_bytes(block) for block in source.take()] == [BLOCK]
+    source.close()
 
 
 def test_a_damaged_block_is_named_from_the_reading_thread(native, tmp_path):

@@ -236,7 +236,7 @@ class Source:
                 "use more chunks or a larger window (--host-memory)"
             )
         self._pool = ThreadPoolExecutor(1)
-        for _ in range(depth):
+        for _ in range(min(depth, len(order))):
             self._read_ahead()
 
     def take(self) -> Chunk:
