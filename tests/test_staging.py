@@ -1,6 +1,7 @@
 """One suite over all memory schedules: the same picture from each, what was promised of memory, and nothing left over."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -141,6 +142,21 @@ def test_the_ring_copies_ahead_across_nfes(load):
     assert len(copies) == len(runs) == 15
     alone = [c for c in copies if not any(r.begin >= c.begin and r.end <= c.end for r in runs)]
     assert [c.name for c in alone] == ["transformer chunk 0"]
+
+
+@pytest.mark.parametrize("name", ["resident", "hybrid", "ring"])
+def test_the_first_chunk_computes_while_others_are_read(name, native, monkeypatch):
+    read = Checkpoint.read
+
+    def slowly(self, component, unit):
+        time.sleep(0.2)
+        return read(self, component, unit)
+
+    monkeypatch.setattr(Checkpoint, "read", slowly)
+    pipe = ZImage.load(native(MODEL), memory=SCHEDULES[name])
+    events = [e for e in pipe.generate("a", **JOB).ledger.events if e.stage == "denoise"]
+    runs, reads = ([e for e in events if e.lane == lane] for lane in ("compute", "tier"))
+    assert min(e.end for e in runs if "chunk" in e.name) < max(e.end for e in reads)
 
 
 def test_compilations_are_few_and_once(native):
