@@ -140,6 +140,13 @@ def test_figures_of_a_data_sheet():
     assert cards.find("rtx-4090").rates.link == pytest.approx(cards.ACHIEVED_LINK * 31.5e9)
 
 
+def test_a_device_is_a_card_by_its_exact_name():
+    assert cards.of_device("NVIDIA GeForce RTX 4090") == cards.find("rtx-4090")
+    assert cards.of_device("NVIDIA H100 80GB HBM3") == cards.find("h100")
+    for other in ("cpu", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4070 Ti", "NVIDIA H100 PCIe"):
+        assert cards.of_device(other) is None
+
+
 @pytest.mark.parametrize("name", CARDS)
 def test_every_card_draws_512_and_says_where_its_figures_come_from(name):
     card = cards.find(name)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from zimage_jax import __main__ as commands
-from zimage_jax import cli, generate
+from zimage_jax import cards, cli, generate
 from zimage_jax.errors import UsageError
 from zimage_jax.image import read_metadata
 
@@ -260,6 +260,23 @@ def test_words_about_memory(run, tmp_path):
 def test_what_is_planned_is_said_before(run):
     _, _, err = run("a", *SMALL, "--schedule", "ring", "--max-vram", 1)
     assert "schedule ring: 2 chunks of 1 block, the next copied meanwhile; predicted peak 0.00 GiB of 1.00 GiB" in err
+
+
+def test_seconds_are_predicted_for_a_known_card_alone(run, tmp_path, monkeypatch):
+    ring = ("a", *SMALL, "-s", 1, "-o", "m.png", "--overwrite", "--report", "m.json", "--schedule", "ring")
+
+    def predicted(*words) -> tuple[float | None, bool]:
+        _, _, err = run(*ring, *words)
+        return json.loads((tmp_path / "m.json").read_text())["predicted_seconds"], "s once parameters are read" in err
+
+    assert predicted() == (None, False)
+    monkeypatch.setattr("zimage_jax.cards.of_device", lambda kind: cards.find("rtx-4090"))
+    seconds, is_said = predicted("--dtype", "bfloat16")
+    assert is_said
+    assert 0 <= seconds < 1
+    assert predicted() == (None, False), "the rates are those of bfloat16"
+    for words in (("--text-encoder", "host"), ("--host-memory", "1")):
+        assert predicted("--dtype", "bfloat16", *words) == (None, False)
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_file(run, tmp_path, monkeypatch):

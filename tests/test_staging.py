@@ -1,6 +1,7 @@
 """One suite over all memory schedules: the same picture from each, what was promised of memory, and nothing left over."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import small
 from test_models import relative
 
 from zimage_jax import Memory, ZImage, ZImageWarning
+from zimage_jax.checkpoint import Checkpoint
 from zimage_jax.components import nbytes, units
 from zimage_jax.errors import DamagedError, OutOfMemoryError, UsageError
-from zimage_jax.staging import Ledger, Program
+from zimage_jax.staging import Ledger, Program, Source, tree_bytes
 
 MODEL = "five_blocks"  # two refiner blocks, five main ones: chunks of 2, 1, 1, 1 by default
 JOB = {"seed": 3, "width": 64, "height": 48, "steps": 3}
@@ -118,6 +120,14 @@ def test_nothing_is_left_on_the_device(name, load):
     assert levels == [0] * 5
 
 
+@pytest.mark.parametrize("name", ["resident", "scan"])
+def test_what_stays_is_the_same_after_every_picture(name, load):
+    pipe = load(name)
+    levels = [pipe.generate("a", **JOB | {"seed": n}).ledger.held for n in range(3)]
+    assert levels[0]
+    assert levels[1:] == levels[:1] * 2
+
+
 def test_the_text_encoder_has_left_before_the_first_chunk(load):
     ledger = load("ring").generate("a", **JOB).ledger
     assert ledger.peak_by_stage["text"] < ledger.peak_by_stage["denoise"]
@@ -132,6 +142,21 @@ def test_the_ring_copies_ahead_across_nfes(load):
     assert len(copies) == len(runs) == 15
     alone = [c for c in copies if not any(r.begin >= c.begin and r.end <= c.end for r in runs)]
     assert [c.name for c in alone] == ["transformer chunk 0"]
+
+
+@pytest.mark.parametrize("name", ["resident", "hybrid", "ring"])
+def test_the_first_chunk_computes_while_others_are_read(name, native, monkeypatch):
+    read = Checkpoint.read
+
+    def slowly(self, component, unit):
+        time.sleep(0.2)
+        return read(self, component, unit)
+
+    monkeypatch.setattr(Checkpoint, "read", slowly)
+    pipe = ZImage.load(native(MODEL), memory=SCHEDULES[name])
+    events = [e for e in pipe.generate("a", **JOB).ledger.events if e.stage == "denoise"]
+    runs, reads = ([e for e in events if e.lane == lane] for lane in ("compute", "tier"))
+    assert min(e.end for e in runs if "chunk" in e.name) < max(e.end for e in reads)
 
 
 def test_compilations_are_few_and_once(native):
@@ -149,6 +174,14 @@ def test_a_window_smaller_than_a_chunk(native):
     pipe = ZImage.load(native(MODEL), memory=Memory(schedule="ring", host_bytes=BLOCK // 2))
     with pytest.raises(UsageError, match=r"the host window of .* is smaller than a chunk"):
         pipe.generate("a", **JOB)
+
+
+def test_a_window_larger_than_all_that_is_asked_for(native):
+    source = Source(Checkpoint(native(MODEL)), "transformer", kept=False, window_bytes=2**50)
+    source.open([], Ledger())  # a stage whose chunks are all pinned streams none
+    source.open([("layers.0",)], Ledger())
+    assert [tree_bytes(block) for block in source.take()] == [BLOCK]
+    source.close()
 
 
 def test_a_damaged_block_is_named_from_the_reading_thread(native, tmp_path):

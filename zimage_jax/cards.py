@@ -45,6 +45,7 @@ class Card:
     """An NVIDIA card by its public data sheet."""
 
     name: str
+    device: str  # what its driver calls it, "NVIDIA " aside
     capability: tuple[int, int]
     multiprocessors: int
     clock: float  # GHz, boost
@@ -70,15 +71,15 @@ CARDS = {
     card.name: card
     for card in (
         # as many laptops wire it: eight lanes
-        Card("rtx-3060-laptop", (8, 6), 30, 1.425, 3 * _MIB, 336e9, 6 * GIB, PCIE4_X8),
-        Card("rtx-3060", (8, 6), 28, 1.777, 3 * _MIB, 360e9, 12 * GIB, PCIE4_X16),
-        Card("rtx-4060", (8, 9), 24, 2.46, 24 * _MIB, 272e9, 8 * GIB, PCIE4_X8),
-        Card("rtx-4070", (8, 9), 46, 2.475, 36 * _MIB, 504e9, 12 * GIB, PCIE4_X16),
-        Card("rtx-4080", (8, 9), 76, 2.505, 64 * _MIB, 717e9, 16 * GIB, PCIE4_X16),
-        Card("rtx-4090", (8, 9), 128, 2.52, 72 * _MIB, 1008e9, 24 * GIB, PCIE4_X16),
-        Card("rtx-5090", (12, 0), 170, 2.407, 96 * _MIB, 1792e9, 32 * GIB, PCIE5_X16),
-        Card("h100", (9, 0), 132, 1.83, 50 * _MIB, 3350e9, 80 * GIB, PCIE5_X16),
-        Card("h200", (9, 0), 132, 1.83, 50 * _MIB, 4800e9, 140 * GIB, PCIE5_X16),
+        Card("rtx-3060-laptop", "GeForce RTX 3060 Laptop GPU", (8, 6), 30, 1.425, 3 * _MIB, 336e9, 6 * GIB, PCIE4_X8),
+        Card("rtx-3060", "GeForce RTX 3060", (8, 6), 28, 1.777, 3 * _MIB, 360e9, 12 * GIB, PCIE4_X16),
+        Card("rtx-4060", "GeForce RTX 4060", (8, 9), 24, 2.46, 24 * _MIB, 272e9, 8 * GIB, PCIE4_X8),
+        Card("rtx-4070", "GeForce RTX 4070", (8, 9), 46, 2.475, 36 * _MIB, 504e9, 12 * GIB, PCIE4_X16),
+        Card("rtx-4080", "GeForce RTX 4080", (8, 9), 76, 2.505, 64 * _MIB, 717e9, 16 * GIB, PCIE4_X16),
+        Card("rtx-4090", "GeForce RTX 4090", (8, 9), 128, 2.52, 72 * _MIB, 1008e9, 24 * GIB, PCIE4_X16),
+        Card("rtx-5090", "GeForce RTX 5090", (12, 0), 170, 2.407, 96 * _MIB, 1792e9, 32 * GIB, PCIE5_X16),
+        Card("h100", "H100 80GB HBM3", (9, 0), 132, 1.83, 50 * _MIB, 3350e9, 80 * GIB, PCIE5_X16),
+        Card("h200", "H200", (9, 0), 132, 1.83, 50 * _MIB, 4800e9, 140 * GIB, PCIE5_X16),
     )
 }
 
@@ -88,6 +89,11 @@ def find(name: str) -> Card:
     if name not in CARDS:
         raise UsageError(f"card {name!r}: expected one of {', '.join(CARDS)}")
     return CARDS[name]
+
+
+def of_device(kind: str) -> Card | None:
+    """The card of a JAX device by its `device_kind`; None for one that is not in the table, however alike its name."""
+    return next((card for card in CARDS.values() if kind == f"NVIDIA {card.device}"), None)
 
 
 # -- what programs take -----------------------------------------------------------------------------------------------

@@ -268,9 +268,10 @@ class _Talk:
         blocks = "1 block" if each == "1" else f"{each} blocks"
         stay = f", {plan.resident_chunks} of them stay" if plan.schedule == "hybrid" else ""
         ahead = "the next copied meanwhile" if plan.denoise.schedule.slots == 2 else "no prefetch"
+        warm = "" if plan.seconds is None else f", {plan.seconds:.1f} s once parameters are read and programs compiled"
         self.say(
             f"schedule {plan.schedule}: {len(sizes)} chunks of {blocks}{stay}, {ahead}; predicted peak "
-            f"{plan.peak_bytes / GIB:.2f} GiB of {budget / GIB:.2f} GiB"
+            f"{plan.peak_bytes / GIB:.2f} GiB of {budget / GIB:.2f} GiB{warm}"
         )
 
     def bar(self):

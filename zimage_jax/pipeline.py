@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from . import components, dit, image, prompt, sampling, text_encoder, vae
+from . import cards, components, dit, image, prompt, sampling, text_encoder, vae
 from .checkpoint import Checkpoint
 from .components import COMPONENTS
 from .denoise import Denoiser
@@ -144,11 +144,20 @@ class ZImage:
 
     def _plan(self, work: Work, memory: Memory, budget: int) -> Plan:
         try:
-            return self._planner.plan(work, memory, budget)
+            plan = self._planner.plan(work, memory, budget)
+            return replace(plan, seconds_by_stage=self._seconds(plan, work, memory))
         except OutOfMemoryError as fault:
             side = self._largest_side(work, memory, budget)
             advice = f"the largest square picture that fits is {side} x {side}" if side else "no smaller picture fits"
             raise OutOfMemoryError(f"{fault}; {advice}", fault.needed) from None
+
+    def _seconds(self, plan: Plan, work: Work, memory: Memory) -> dict[str, float] | None:
+        """Predicted for a picture whose parameters are in host memory: None where the rates of the device, of the host's
+        text encoder or of the disk would have to be known and are not."""
+        card = cards.of_device(jax.local_devices()[0].device_kind)
+        if card is None or self.dtype != jnp.bfloat16 or plan.text is None or memory.host_bytes:
+            return None
+        return cards.seconds(plan, work, self.config, self._checkpoint.dtype, card.rates)
 
     def _largest_side(self, work: Work, memory: Memory, budget: int) -> int:
         """Pixels of the largest square that would fit, of 2048, 1536, 1024 and so on; 0 when none would."""
@@ -398,6 +407,7 @@ class ZImage:
             "seconds": {name: round(value, 4) for name, value in seconds.items()},
             "compilations": self._programs.compilations,
             "warnings": self._warnings,
+            "predicted_seconds": None if plan.seconds is None else round(plan.seconds, 3),
             "predicted_peak_bytes": plan.peak_bytes,
             "predicted_peak_bytes_by_stage": plan.peak_bytes_by_stage,
             "peak_device_bytes": ledger.peak if measured is None else measured,

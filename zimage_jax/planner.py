@@ -206,6 +206,11 @@ class Plan:
     vae_tile: int | None
     peak_bytes_by_stage: dict[str, int]
     kv_on_host: bool = False  # K and V that later NFEs reuse lie there between visits
+    seconds_by_stage: dict[str, float] | None = None  # where the card is known: cards.seconds
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.seconds_by_stage is None else sum(self.seconds_by_stage.values())
 
     @property
     def peak_bytes(self) -> int:

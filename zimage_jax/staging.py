@@ -10,11 +10,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from .schedule import Load, Pin, Run, Schedule, loads, steps
 
 Block = tuple[Array | None, ...]  # the leaves of one block; None for what an NFE does without
 Chunk = tuple[Block, ...]
+Key = TypeVar("Key")
 
 DISK_CHUNKS = 3  # a window of no stated size: the chunk in use and two ahead
 
@@ -58,7 +59,6 @@ class Ledger:
 
     held: dict[str, int] = field(default_factory=dict)
     peak_by_stage: dict[str, int] = field(default_factory=dict)
-    copied_by_stage: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     saved_bytes: int = 0  # not copied, since an NFE reused K and V
@@ -69,6 +69,14 @@ class Ledger:
     @property
     def peak(self) -> int:
         return max(self.peak_by_stage.values(), default=0)
+
+    @property
+    def copied_by_stage(self) -> dict[str, int]:
+        copied: collections.Counter[str] = collections.Counter()
+        for event in self.events:
+            if event.lane == "copy":
+                copied[event.stage] += event.nbytes
+        return dict(copied)
 
     @property
     def copied_bytes(self) -> int:
@@ -90,13 +98,12 @@ class Ledger:
 
     @contextmanager
     def event(self, lane: str, name: str, nbytes: int = 0) -> Iterator[None]:
-        begin = time.perf_counter() - self._began
+        """Reading threads note theirs too."""
+        stage, begin = self._stage, time.perf_counter() - self._began
         try:
             yield
         finally:
-            self.events.append(Event(lane, name, self._stage, begin, time.perf_counter() - self._began, nbytes))
-            if lane == "copy":
-                self.copied_by_stage[self._stage] = self.copied_by_stage.get(self._stage, 0) + nbytes
+            self.events.append(Event(lane, name, stage, begin, time.perf_counter() - self._began, nbytes))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -205,13 +212,14 @@ def own_bytes(memory) -> int:
 class Source:
     """The blocks of a component in host memory: all of them, or a window that is read ahead from the checkpoint.
 
-    `open` says which chunks will be asked for, in order; `take` gives the next. A window holds the chunk in use and as
-    many of the coming ones as fit.
+    `open` says which chunks will be asked for, in order; `take` gives the next. They are read in that order by a thread,
+    so that the first is computed while the others are read. A window holds the chunk in use and as many of the coming
+    ones as fit.
     """
 
     def __init__(self, checkpoint: Checkpoint, component: str, *, kept: bool, window_bytes: int | None = None):
         self._checkpoint, self._component, self._window = checkpoint, component, window_bytes
-        self._kept: dict[str, Block] | None = {} if kept else None
+        self._kept: dict[str, Future[dict[str, Block]]] | None = {} if kept else None
         self._order: Iterator[tuple[str, ...]] = iter(())
         self._ahead: collections.deque[Future] = collections.deque()
         self._pool: ThreadPoolExecutor | None = None
@@ -220,16 +228,16 @@ class Source:
     @property
     def host_bytes(self) -> int:
         """What is kept in host memory between uses."""
-        return tree_bytes(self._kept)
+        return self._bytes(self._kept or ())
 
     def open(self, order: Sequence[tuple[str, ...]], ledger: Ledger) -> None:
         """Raises UsageError when the window is smaller than a chunk."""
         self.close()
-        self._order, self._ledger = iter(order), ledger
+        self._order, self._ledger, self._pool = iter(order), ledger, ThreadPoolExecutor(1)
         if self._kept is not None:
-            missing = [u for u in dict.fromkeys(unit for units in order for unit in units) if u not in self._kept]
-            if missing:
-                self._kept |= self._read(tuple(missing))
+            for units in order:
+                if missing := tuple(unit for unit in units if unit not in self._kept):
+                    self._kept |= dict.fromkeys(missing, self._pool.submit(self._read, missing))
             return
         largest = max((self._bytes(units) for units in order), default=1)
         depth = DISK_CHUNKS if self._window is None else self._window // largest
@@ -238,14 +246,13 @@ class Source:
                 f"the host window of {self._window / 2**30:.2f} GiB is smaller than a chunk of {largest / 2**30:.2f} GiB: "  # type: ignore[operator]
                 "use more chunks or a larger window (--host-memory)"
             )
-        self._pool = ThreadPoolExecutor(1)
-        for _ in range(depth):
+        for _ in range(min(depth, len(order))):
             self._read_ahead()
 
     def take(self, *, lightly: bool = False) -> Chunk:
         """The next chunk of the order, in `pinned_host` memory; `lightly` for an NFE that reuses K and V."""
         if self._kept is not None:
-            blocks = {unit: self._kept[unit] for unit in next(self._order)}
+            blocks = {unit: self._kept[unit].result()[unit] for unit in next(self._order)}
         else:
             blocks = self._ahead.popleft().result()
         if lightly:
@@ -259,12 +266,12 @@ class Source:
             self._read_ahead()
 
     def close(self) -> None:
-        for future in self._ahead:
-            future.cancel()
         self._ahead.clear()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+        if self._kept is not None:
+            self._kept = settled(self._kept)
 
     def leaves(self, unit: str) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of a unit's arrays."""
@@ -281,6 +288,14 @@ class Source:
 
     def _bytes(self, units: Iterable[str]) -> int:
         return sum(self._checkpoint.nbytes(self._component, unit) for unit in units)
+
+
+def settled(futures: dict[Key, Future]) -> dict[Key, Future]:
+    """Those that have their value. The others are cancelled, or waited for, and left out."""
+    for future in futures.values():
+        future.cancel()
+    wait(futures.values())
+    return {key: future for key, future in futures.items() if not future.cancelled() and not future.exception()}
 
 
 def read_blocks(
@@ -326,13 +341,13 @@ class Stream:
 
     def __init__(
         self, source: Source, chunks: Sequence[tuple[str, ...]], schedule: Schedule, sweeps: int, *,
-        program: Callable[..., Program], ledger: Ledger, pin: Callable[[tuple[str, ...]], Chunk], label: str,
+        program: Callable[..., Program], ledger: Ledger, pin: Callable[[tuple[str, ...]], list[Future[Block]]], label: str,
         lightly: Callable[[int, int], bool],
     ):  # fmt: skip
         self._source, self._chunks, self._schedule, self._lightly = source, chunks, schedule, lightly
         self._program, self._ledger, self._pin, self._label = program, ledger, pin, label
         self._steps = steps(schedule, len(chunks), sweeps)
-        self._pinned: dict[int, Chunk] = {}
+        self._pinned: dict[int, list[Future[Block]]] = {}
         self._slots: dict[int, Chunk] = {}
         order = [chunks[load.chunk] for load in loads(schedule, len(chunks), sweeps)]
         source.open(order, ledger)
@@ -384,7 +399,10 @@ class Stream:
 
     def _run(self, step: Run, xs: list, sides: list[tuple], static: dict) -> list:
         size = len(self._chunks[step.chunk])
-        chunk = self._pinned[step.chunk] if step.slot is None else self._slots[step.slot][:size]
+        if step.slot is None:
+            chunk = tuple(block.result() for block in self._pinned[step.chunk])
+        else:
+            chunk = self._slots[step.slot][:size]
         name = f"{self._label} chunk {step.chunk}"
         plain = self._program(run_chunk, donate=(1,), **static)
         done = []
@@ -407,22 +425,28 @@ class Tiers:
 
     def __init__(self, checkpoint: Checkpoint, program: Callable[..., Program]):
         self._checkpoint, self._program = checkpoint, program
-        self._device: dict[tuple[str, str], Block] = {}  # (component, unit)
+        self._device: dict[tuple[str, str], Future[Block]] = {}  # (component, unit)
+        self._readers = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
         self._host: dict[tuple[str, str], tuple[np.ndarray, ...]] = {}
         self._sources: dict[tuple[str, int | None], Source] = {}
 
     def pin(self, component: str, units: Sequence[str], ledger: Ledger) -> tuple[Block, ...]:
         """Units on the device, to stay there until `clear`."""
-        missing = [unit for unit in units if (component, unit) not in self._device]
-        if missing:
-            size = sum(self._checkpoint.nbytes(component, unit) for unit in missing)
-            name = f"{component} {missing[0]}"
-            with ledger.event("tier", name, size), ledger.event("copy", name, size):
-                blocks = read_blocks(self._checkpoint, component, missing, "device")
-            for unit, block in blocks.items():
-                self._device[component, unit] = block
-                ledger.hold(f"{component} {unit}", block)
-        return tuple(self._device[component, unit] for unit in units)
+        return tuple(block.result() for block in self.pin_ahead(component, units, ledger))
+
+    def pin_ahead(self, component: str, units: Sequence[str], ledger: Ledger) -> list[Future[Block]]:
+        """The same, and not waited for: units are read in the order they were asked for. Their bytes count from now on."""
+        for unit in units:
+            if (component, unit) not in self._device:
+                leaves = components.leaves(self._checkpoint.config, component, unit, self._checkpoint.dtype)
+                ledger.hold(f"{component} {unit}", leaves)
+                self._device[component, unit] = self._readers.submit(self._read, component, unit, ledger)
+        return [self._device[component, unit] for unit in units]
+
+    def _read(self, component: str, unit: str, ledger: Ledger) -> Block:
+        name, size = f"{component} {unit}", self._checkpoint.nbytes(component, unit)
+        with ledger.event("tier", name, size), ledger.event("copy", name, size):
+            return read_blocks(self._checkpoint, component, [unit], "device")[unit]
 
     def on_host(self, component: str, unit: str) -> tuple[np.ndarray, ...]:
         """A unit that never reaches the device, read when first asked for."""
@@ -437,7 +461,7 @@ class Tiers:
         """The blocks of a component under a schedule. `host_bytes`: a window on the checkpoint in place of host memory."""
         return Stream(
             self._source(component, host_bytes), chunks, schedule, sweeps, program=self._program, ledger=ledger,
-            pin=lambda units: self.pin(component, units, ledger), label=component, lightly=lightly,
+            pin=lambda units: self.pin_ahead(component, units, ledger), label=component, lightly=lightly,
         )  # fmt: skip
 
     def _source(self, component: str, host_bytes: int | None) -> Source:
@@ -454,14 +478,14 @@ class Tiers:
 
     def account(self, ledger: Ledger) -> None:
         """Enter what is pinned into a new ledger."""
-        ledger.held |= {f"{component} {unit}": tree_bytes(block) for (component, unit), block in self._device.items()}
+        ledger.held |= {f"{component} {unit}": self._bytes((component, unit)) for component, unit in self._device}
 
     def clear(self, ledger: Ledger, *, unless: bool = False) -> None:
         """The device without parameters, `unless` they are to stay for the next picture."""
-        if not unless:
-            for component, unit in self._device:
-                ledger.drop(f"{component} {unit}")
-            self._device.clear()
+        kept = settled(self._device)
+        for component, unit in self._device.keys() - kept.keys() if unless else self._device:
+            ledger.drop(f"{component} {unit}")
+        self._device = kept if unless else {}
 
     @property
     def host_bytes(self) -> int:
@@ -470,4 +494,7 @@ class Tiers:
 
     def free_device_bytes(self) -> int:
         """Device bytes a plan may use: what is free, and what is pinned and could be given back."""
-        return free_device_bytes() + tree_bytes(list(self._device.values()))
+        return free_device_bytes() + sum(map(self._bytes, self._device))
+
+    def _bytes(self, key: tuple[str, str]) -> int:
+        return self._checkpoint.nbytes(*key)
