@@ -207,6 +207,19 @@ def _traced(policy: KVPolicy):
     return jax.jit(run).trace(model, noise, sigmas, sampling.times(sigmas), context, *rest)
 
 
+def test_cudnn_is_asked_for_the_same(monkeypatch):
+    """Its bias, masks and dtypes pass JAX's own checks: 1,088 tokens in groups of 2 x 2, held in float16."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda *_: 91000)
+    how = Hold("fp16", 2, (32, 32))
+    held = jax.eval_shape(lambda: kv.empty(how, 1, 1088, 30, 128))
+    q, lengths = jax.ShapeDtypeStruct((1, 1088, 30, 128), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    attend = partial(kv.attention, how=how, compute=jnp.bfloat16, attend=Attend("cudnn"))
+    traced = jax.jit(attend).trace(q, held, lengths)
+    assert traced.out_info.shape == q.shape
+    assert traced.out_info.dtype == jnp.bfloat16
+    assert "dot_product_attention_fwd" in str(traced.jaxpr)
+
+
 # -- the whole, under every schedule ----------------------------------------------------------------------------------
 
 POLICIES = {
