@@ -58,8 +58,6 @@ def rival(cell: dict) -> dict:
     system, mode, steps = cell["system"], cell.get("mode", "resident"), cell.get("steps", 8)
     if system not in SYSTEMS or mode not in MODES:
         raise sweep.UsageError(f"{system}, {mode}: expected {', '.join(SYSTEMS)}, and for diffusers {', '.join(MODES)}")
-    if mode != "resident" and not torch.cuda.is_available():
-        return {"not_measured": "needs an NVIDIA GPU"}
     width, height = sweep.pixels(cell["size"])
     words = {"width": width, "height": height}
     with tempfile.TemporaryDirectory() as folder:

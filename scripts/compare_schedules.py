@@ -76,6 +76,8 @@ def _outcome(cell: dict, gpu_bytes: int | None) -> dict:
     if cell["kind"] == "loading":
         return _worker("bench_checkpoint.py", [], "--blocks", str(cell["blocks"]))[0]
     if cell["kind"] == "rival":
+        if not gpu_bytes and cell.get("mode", "resident") != "resident":
+            return {"not_measured": "needs an NVIDIA GPU"}
         return _worker("compare_rival.py", [cell])[0]
     words = {}
     if gpu_bytes and "max_vram_mib" in cell:

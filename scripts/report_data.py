@@ -107,6 +107,6 @@ def slowdown(row: dict) -> float:
 
 
 def choices(rows: list[dict]) -> list[dict]:
-    """Rows of `auto` under a budget, by card, size and budget."""
-    budgeted = [row for row in rows if "max_vram_gib" in row]
-    return sorted(budgeted, key=lambda row: (row["card"], row["width"], row["max_vram_gib"]))
+    """Rows of `auto` under a budget that the card has, by card, size and budget."""
+    budgeted = [r for r in rows if "max_vram_gib" in r and r["budget_bytes"] == int(r["max_vram_gib"] * GIB)]
+    return sorted(budgeted, key=lambda r: (r["card"], r["width"], r["max_vram_gib"]))

@@ -3,6 +3,7 @@
 import base64
 import html
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
@@ -39,9 +40,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
     return f'<div class="wide"><table><thead>{cells(columns, "th")}</thead><tbody>{body}</tbody></table></div>'
 
 
-def figure(svg: bytes, caption: str) -> str:
-    data = base64.b64encode(svg).decode()
-    image = f'<img alt="{html.escape(caption)}" src="data:image/svg+xml;base64,{data}">'
+def figure(file: Path, caption: str) -> str:
+    kind = {".svg": "svg+xml", ".png": "png"}[file.suffix]
+    data = base64.b64encode(file.read_bytes()).decode()
+    image = f'<img alt="{html.escape(caption)}" src="data:image/{kind};base64,{data}">'
     return f'<figure><div class="wide">{image}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
