@@ -15,27 +15,35 @@ from datetime import date
 import click
 import jax
 
-from zimage_jax import cards
+from zimage_jax import cards, sampling
 from zimage_jax.config import TURBO
 from zimage_jax.deviceless import CardPrograms, order
-from zimage_jax.planner import Work
+from zimage_jax.kv import KVPolicy
+from zimage_jax.planner import Visit, Work
 from zimage_jax.programs import CompiledCosts
 from zimage_jax.staging import ring_step
 
 SIDES, BUCKETS = (512, 1024, 2048), (64, 512)
 BLOCKS = (1, 2, 4, 8)
 ALONE = (1, 8)  # chunks that run with nothing copied meanwhile
+TIMES = 1000 * sampling.sigmas(8, TURBO.scheduler.shift)[:-1]
 NOTE = "beside their arguments, bytes; published widths, bf16; attention by query chunks, not cuDNN's: conservative"
 
 
 def work(side: int, bucket: int = 64) -> Work:
-    return Work(1, False, 1, bucket, side // TURBO.vae.scale, side // TURBO.vae.scale, 8)
+    h = w = side // TURBO.vae.scale
+    return Work(1, False, 1, bucket, h, w, KVPolicy().phases(TIMES, "bfloat16", h // 2, w // 2))
+
+
+def main_block(work: Work, blocks: int, copied: int) -> frozenset[Visit]:
+    """Such a run of main blocks in every phase."""
+    return frozenset(Visit(blocks, copied, nfe=nfe) for nfe in work.nfes)
 
 
 def measure(costs: CompiledCosts) -> dict:
     """Stage -> kind of program -> points."""
     none: frozenset = frozenset()
-    pairs = [(n, n) for n in BLOCKS] + [(n, 0) for n in ALONE]
+    visits = [Visit(n, n) for n in BLOCKS] + [Visit(n, 0) for n in ALONE]
 
     def series(ask, points) -> list[list[int]]:
         return [[x, say(ask(argument))] for x, argument in points]
@@ -48,12 +56,21 @@ def measure(costs: CompiledCosts) -> dict:
     captions = [(bucket, work(512, bucket)) for bucket in BUCKETS]
     pixels = [(side * side, work(side)) for side in SIDES]
     return {
-        "text": {f"{n},{m}": series(lambda w: costs.text(w, frozenset([(n, m)]), m), captions) for n, m in pairs},  # noqa: B023
-        "context": {f"{n},0": series(lambda w: costs.context(w, frozenset([(n, 0)]), n), captions) for n in (1, 2)},  # noqa: B023
+        "text": {
+            f"{v.blocks},{v.copied}": series(lambda w: costs.text(w, frozenset([v]), v.copied), captions)  # noqa: B023
+            for v in visits
+        },
+        "context": {
+            f"{n},0": series(lambda w: costs.context(w, frozenset([Visit(n, 0)]), n), captions)  # noqa: B023
+            for n in (1, 2)
+        },
         "denoise": {"0,0": series(lambda w: costs.denoise(w, none, none, 0), tokens)}
         | {
-            f"{n},{m}": series(lambda w: costs.denoise(w, none, frozenset([(n, m)]), m), tokens)  # noqa: B023
-            for n, m in pairs
+            f"{v.blocks},{v.copied}": series(
+                lambda w: costs.denoise(w, none, main_block(w, *v[:2]), v.copied),  # noqa: B023
+                tokens,
+            )
+            for v in visits
         },
         "decode": series(lambda w: costs.decode(w, None, None), pixels),
         "strips": [
@@ -67,7 +84,8 @@ def measure(costs: CompiledCosts) -> dict:
 def ring_order(programs: CardPrograms) -> list[tuple[str, int]]:
     """Copies and kernels of a ring step over one block of the transformer, in the order they run."""
     costs = CompiledCosts(programs)
-    costs.denoise(work(512), frozenset(), frozenset([(1, 1)]), 1)
+    of_512 = work(512)
+    costs.denoise(of_512, frozenset(), frozenset([Visit(1, 1, nfe=of_512.nfes[0])]), 1)
     (step,) = programs.executables(ring_step)
     return order(step)
 

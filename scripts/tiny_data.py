@@ -81,11 +81,12 @@ class Scene:
 
 
 def random_scene(
-    rng: np.random.Generator, *, held_out: bool = False, kind: str | None = None, glyphs: int = 0
-) -> Scene:
-    """A scene from the training combinations, or from the held-out ones."""
+    rng: np.random.Generator, *, held_out: bool = False, kind: str | None = None, glyphs: int = 0,
+    shares: tuple[float, float, float] = (0.3, 0.35, 0.35),
+) -> Scene:  # fmt: skip
+    """A scene from the training combinations, or from the held-out ones. `shares` are those of one, pair and text."""
     while True:
-        chosen = kind or rng.choice(["one", "pair", "text"], p=[0.3, 0.35, 0.35])
+        chosen = kind or rng.choice(["one", "pair", "text"], p=shares)
         scene = {"one": _one, "pair": _pair, "text": lambda r: _text(r, glyphs)}[chosen](rng)
         if scene.held_out == held_out:
             return scene

@@ -29,8 +29,9 @@ from tiny_judge import judge
 from tiny_tokenizer import train_tokenizer
 from tqdm import tqdm
 
-from zimage_jax import checkpoint, dit, image, sampling, text_encoder, vae
+from zimage_jax import checkpoint, dit, image, kv, sampling, text_encoder, vae
 from zimage_jax.config import DiTConfig, ModelConfig, SigmasConfig, TextEncoderConfig, VAEConfig
+from zimage_jax.kv import Phase
 from zimage_jax.layers import initialise, named_arrays, with_arrays
 from zimage_jax.ops import Attend
 from zimage_jax.prompt import Prompts, batch_ids
@@ -55,6 +56,11 @@ CAPTION_BUCKET = 32
 SIZES = [((128, 128), 0.7), ((96, 96), 0.06), ((160, 96), 0.05), ((96, 160), 0.05), ((192, 128), 0.04),
          ((128, 192), 0.04), ((192, 192), 0.04), ((256, 256), 0.02)]  # fmt: skip
 SHARD = 512  # pictures a shard of latents holds
+SHARES = (
+    0.4,
+    0.25,
+    0.35,
+)  # of one shape, pairs and texts: a shape alone has more to tell (place, size) and is learned last
 
 
 # -- what every stage needs -------------------------------------------------------------------------------------------
@@ -228,7 +234,7 @@ def make_latents(runs: Path, seed: int, shards: int) -> None:
         if file.exists():
             continue
         rng = np.random.default_rng([seed, 2, index])
-        scenes = [tiny_data.random_scene(rng) for _ in range(SHARD)]
+        scenes = [tiny_data.random_scene(rng, shares=SHARES) for _ in range(SHARD)]
         captions = [[tiny_data.caption(s, language, rng) for language in ("en", "en", "zh", "zh")] for s in scenes]
         pictures = [pixels(tiny_data.draw(s, width, height, rng)) for s in scenes]
         means = np.concatenate([encode(np.stack(pictures[i : i + 16])) for i in range(0, SHARD, 16)])
@@ -332,7 +338,8 @@ def train_dit(runs: Path, steps: int, seed: int, rate: float, adam_rate: float, 
     rng = np.random.default_rng([seed, 98])
     scenes = [tiny_data.random_scene(rng, held_out=True) for _ in range(128)]
     captions = [tiny_data.caption(s, "en" if i % 2 else "zh", rng) for i, s in enumerate(scenes)]
-    sample = jax.jit(partial(sampling.sample, is_guided=False, attend=Attend()))
+    phases = ((Phase(kv.plain(jnp.float32), 8), Attend()),)
+    sample = jax.jit(partial(sampling.sample, is_guided=False, attend=Attend(), phases=phases))
     decode = jax.jit(vae.decode)
 
     def evaluate(params: Params) -> dict:
@@ -347,7 +354,7 @@ def train_dit(runs: Path, steps: int, seed: int, rate: float, adam_rate: float, 
             features = text_encoder.run(text.layers, text.embed_tokens[...][ids])
             context = dit.context(transformer, features, lengths, sides.caption)
             noise = np.stack([sampling.noise_torch(i, 16, 16, 16) for i in range(first, first + len(ids))])
-            latents = sample(transformer, noise, sigmas, sampling.times(sigmas), context, sides, np.float32(0))
+            latents = sample(transformer, noise, sigmas, sampling.times(sigmas), context, sides, (None,), np.float32(0))
             for scene, picture in zip(scenes[group], np.asarray(decode(decoder, latents)), strict=True):
                 for name, verdict in judge(image.to_uint8(picture), scene).items():
                     verdicts.setdefault(name, []).append(verdict)

@@ -11,17 +11,23 @@ import small
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zimage_jax import cards, components, dit, schedule, vae, vae_strips
+from zimage_jax import cards, components, dit, sampling, schedule, vae, vae_strips
 from zimage_jax.cards import CARDS, Rates, StoredCosts, bound_by, seconds
 from zimage_jax.config import PRESETS, TURBO
 from zimage_jax.errors import OutOfMemoryError, UsageError
-from zimage_jax.planner import GIB, Memory, Planner, Work
+from zimage_jax.kv import Hold, KVPolicy, Phase
+from zimage_jax.planner import GIB, Memory, Planner, StreamPlan, Visit, Work
 
 FIVE = small.CONFIGS["five_blocks"]
 
 
-def square(side: int, bucket: int = 64, steps: int = 8) -> Work:
-    return Work(1, False, 1, bucket, side // 8, side // 8, steps)
+def square(side: int, bucket: int = 64, kv: KVPolicy = KVPolicy()) -> Work:  # noqa: B008
+    phases = kv.phases(1000 * sampling.sigmas(8, 3.0)[:-1], jnp.bfloat16, side // 16, side // 16)
+    return Work(1, False, 1, bucket, side // 8, side // 8, phases)
+
+
+def one_phase(steps: int, reuse: int = 1) -> tuple[Phase, ...]:
+    return (Phase(Hold("bf16"), steps, reuse),)
 
 
 class LinearCosts:
@@ -30,11 +36,11 @@ class LinearCosts:
     def __init__(self, token: int, block: int, pixel: int):
         self.token, self.block, self.pixel = token, block, pixel
 
-    def text(self, work, pairs, slot):
-        return work.prompts * work.bucket * self.token + self._blocks(pairs)
+    def text(self, work, visits, slot):
+        return work.prompts * work.bucket * self.token + self._blocks(visits)
 
-    def context(self, work, pairs, slot):
-        return work.contexts * work.bucket * self.token + self._blocks(pairs)
+    def context(self, work, visits, slot):
+        return work.contexts * work.bucket * self.token + self._blocks(visits)
 
     def denoise(self, work, refiner, main, slot):
         return work.contexts * work.tokens * self.token + self._blocks(refiner | main)
@@ -45,8 +51,8 @@ class LinearCosts:
     def scan(self, work):
         return 2 * work.contexts * work.tokens * self.token
 
-    def _blocks(self, pairs):
-        return self.block * max((blocks + copied for blocks, copied in pairs), default=0)
+    def _blocks(self, visits):
+        return self.block * max((visit.blocks + visit.copied for visit in visits), default=0)
 
 
 # words and numbers alone: our own classes are checked with `random`, which a strategy must not use
@@ -66,6 +72,7 @@ SHAPES = st.tuples(
     st.integers(1, 32),
     st.integers(1, 32),
     st.integers(1, 4),
+    st.integers(1, 3),
 )
 COSTS = st.tuples(st.integers(0, 4000), st.integers(0, 10**5), st.integers(0, 2000))
 jobs = given(st.tuples(COSTS, WORDS, st.booleans(), SHAPES, st.integers(10**5, 2 * 10**7)))
@@ -73,8 +80,8 @@ jobs = given(st.tuples(COSTS, WORDS, st.booleans(), SHAPES, st.integers(10**5, 2
 
 def planned(costs, words, low_vram, shape, budget):
     """The plan, or the bytes of the smallest budget that would do."""
-    batch, guided, bucket, h, w, steps = shape
-    work = Work(batch, guided, batch, bucket, 2 * h, 2 * w, steps)
+    batch, guided, bucket, h, w, steps, reuse = shape
+    work = Work(batch, guided, batch, bucket, 2 * h, 2 * w, one_phase(steps, reuse))
     try:
         return Planner(FIVE, "float32", 4, LinearCosts(*costs)).plan(work, Memory(low_vram=low_vram, **words), budget)
     except OutOfMemoryError as fault:
@@ -170,16 +177,17 @@ def test_a_stored_point_is_given_back():
     for n, m in ((1, 1), (8, 8), (8, 0)):
         for side in (512, 1024, 2048):
             value = dict(figures["denoise"][f"{n},{m}"])[square(side).tokens]
-            assert costs.denoise(square(side), frozenset(), frozenset([(n, m)]), m) == value
+            assert costs.denoise(square(side), frozenset(), frozenset([Visit(n, m)]), m) == value
     assert costs.decode(square(1024), None, None) == dict(figures["decode"])[1024 * 1024]
     assert costs.decode(square(2048), None, 1024) == dict(figures["decode"])[1024 * 1024]
-    assert costs.text(square(512), frozenset([(1, 1)]), 1) == dict(figures["text"]["1,1"])[64]
+    assert costs.text(square(512), frozenset([Visit(1, 1)]), 1) == dict(figures["text"]["1,1"])[64]
 
 
 @given(st.integers(1, 256), st.integers(1, 256), st.integers(1, 40), st.integers(0, 40), st.sampled_from([32, 64, 512]))
 def test_no_figure_is_below_that_of_the_next_smaller_point(h, w, blocks, copied, bucket):
-    work, figures = Work(1, False, 1, bucket, 2 * h, 2 * w, 8), stored()
-    found = StoredCosts(TURBO, cards.find("rtx-4070")).denoise(work, frozenset(), frozenset([(blocks, copied)]), copied)
+    work, figures = Work(1, False, 1, bucket, 2 * h, 2 * w, one_phase(8)), stored()
+    costs, visits = StoredCosts(TURBO, cards.find("rtx-4070")), frozenset([Visit(blocks, copied)])
+    found = costs.denoise(work, frozenset(), visits, copied)
     same = {int(k.split(",")[0]): p for k, p in figures["denoise"].items() if (k[-1] != "0") == (copied > 0)}
     smaller = [n for n in same if n <= max(blocks, copied)]
     points = [y for x, y in same[max(smaller)] if x <= work.tokens] or [same[max(smaller)][0][1]]
@@ -211,15 +219,40 @@ def test_another_number_of_blocks_has_figures_and_another_width_has_none():
     ],
 )
 def test_a_timeline_that_computes_longer_than_it_copies(name, expected):
-    copy, run = [2.0] * 4, [5.0] * 4
-    assert cards._timeline(schedule.make(name, 4), copy, run, 3, 1) == expected
+    assert timeline(name, 2.0, 5.0) == expected
 
 
 def test_a_timeline_that_copies_longer_than_it_computes():
-    ring = schedule.make("ring", 4)
-    assert cards._timeline(ring, [7.0] * 4, [5.0] * 4, 3, 1) == 7 + 11 * 7 + 5
+    assert timeline("ring", 7.0, 5.0) == 7 + 11 * 7 + 5
     # a second micro-batch only computes
-    assert cards._timeline(ring, [7.0] * 4, [5.0] * 4, 3, 2) == 7 + 11 * 7 + 5 + 12 * 5
+    assert timeline("ring", 7.0, 5.0, groups=2) == 7 + 11 * 7 + 5 + 12 * 5
+
+
+def timeline(name: str, copy: float, run: float, groups: int = 1) -> float:
+    """Of four chunks of a block over three sweeps."""
+    stream = StreamPlan(tuple((f"layers.{i}",) for i in range(4)), schedule.make(name, 4))
+    return cards._timeline(stream, lambda unit, lightly: copy, lambda unit, nfe: run, (None,) * 3, groups)
+
+
+def test_reuse_of_k_and_v_saves_copies_and_groups_save_products():
+    work, slow_link, slow_device = square(1024), Rates(1e20, 25e9), Rates(50e12, 1e20)
+    plan = plan_of(Memory(schedule="ring"), work)
+
+    def denoise(policy: KVPolicy, rates: Rates) -> float:
+        return seconds(plan, square(1024, kv=policy), TURBO, "bfloat16", rates)["denoise"]
+
+    whole = components.nbytes(TURBO, "transformer", "layers.0", "bfloat16")
+    light = sum(
+        leaf.size * 2
+        for path, leaf in components.units(TURBO, "transformer")["layers.0"].items()
+        if not path.endswith(("to_k.kernel", "to_v.kernel", "norm_k.scale"))
+    )
+    # three of six early NFEs and one of two late ones reuse
+    saved = denoise(KVPolicy(), slow_link) - denoise(KVPolicy(reuse=2), slow_link)
+    assert saved == pytest.approx(4 * 30 * (whole - light) / slow_link.link, rel=1e-6)
+    # 4,096 of 4,160 keys become 1,024 in 30 blocks and 8 NFEs
+    saved = denoise(KVPolicy(), slow_device) - denoise(KVPolicy(group=(2, 2)), slow_device)
+    assert saved == pytest.approx(8 * 30 * 4160 * 4 * 3072 * 3840 / slow_device.flops, rel=1e-6)
 
 
 def plan_of(memory: Memory, work: Work, budget: int = 2**40):
@@ -227,14 +260,16 @@ def plan_of(memory: Memory, work: Work, budget: int = 2**40):
 
 
 def test_operations_are_those_the_compiler_counts():
-    work, config = Work(1, False, 1, 32, 16, 24, 1), small.CONFIGS["eight_heads"]
+    work, config = Work(1, False, 1, 32, 16, 24, one_phase(1)), small.CONFIGS["eight_heads"]
     as_arrays = lambda module: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), module)  # noqa: E731
     x = jax.ShapeDtypeStruct((1, work.tokens, config.transformer.dim), jnp.float32)
     side = dit.sides(config.transformer, work.h, work.w, np.full(1, 32), 32).joint
     block = as_arrays(dit.spec(config.transformer).layers[0])
     time = jax.ShapeDtypeStruct((1, config.transformer.adaln_dim), jnp.float32)
-    counted = jax.jit(lambda b, x, t: b(x, side._replace(time=t), dit.Attend())).lower(block, x, time).cost_analysis()
-    ours = cards._block_seconds(config, "transformer", 1, work.tokens, config.transformer.dim, Rates(1.0, 1.0))
+    run = jax.jit(lambda b, x, t: dit.run([b], x, side._replace(time=t), dit.Attend()))
+    counted = run.lower(block, x, time).cost_analysis()
+    each = {"width": config.transformer.dim, "rates": Rates(1.0, 1.0)}
+    ours = cards._block_seconds(config, "transformer", 1, work.tokens, **each)
     assert ours == pytest.approx(counted["flops"], rel=0.25)  # ours count products alone
     latents = jax.ShapeDtypeStruct((1, work.h, work.w, 16), jnp.float32)
     counted = jax.jit(vae.decode).lower(as_arrays(vae.spec(config.vae)), latents).cost_analysis()
@@ -307,10 +342,13 @@ def test_a_ring_step_compiled_for_a_card_copies_while_it_computes():
     from zimage_jax.programs import CompiledCosts
     from zimage_jax.staging import ring_step
 
-    card, pair = cards.find("rtx-4090"), frozenset([(1, 1)])
+    card, work = cards.find("rtx-4090"), square(512)
+    visits = frozenset(Visit(1, 1, nfe=nfe) for nfe in work.nfes)
     programs = CardPrograms(TURBO, "bfloat16", "bfloat16", card)
     none: frozenset = frozenset()
-    own = CompiledCosts(programs).denoise(square(512), none, pair, 1)
-    assert own == StoredCosts(TURBO, card).denoise(square(512), none, pair, 1)
-    (step,) = programs.executables(ring_step)
-    assert_overlaps(order(step))
+    own = CompiledCosts(programs).denoise(work, none, visits, 1)
+    assert own == StoredCosts(TURBO, card).denoise(work, none, visits, 1)
+    steps = programs.executables(ring_step)
+    assert len(steps) == 2, "K and V in bfloat16, then in float16"
+    for step in steps:
+        assert_overlaps(order(step))

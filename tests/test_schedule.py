@@ -53,6 +53,20 @@ def test_every_chunk_is_on_the_device_when_it_runs(name, chunks, resident, pins,
 
 
 @schedules
+def test_a_load_names_the_sweep_that_first_needs_it(name, chunks, resident, pins, sweeps):
+    made, runs, fresh = build(name, chunks, resident, pins), 0, {}
+    for step in schedule.steps(made, chunks, sweeps):
+        if isinstance(step, Load):
+            fresh[step.chunk] = step.sweep
+        elif isinstance(step, Run):
+            assert fresh.pop(step.chunk, runs // chunks) == runs // chunks
+            runs += 1
+            if step.then is not None:
+                fresh[step.then.chunk] = step.then.sweep
+    assert not fresh
+
+
+@schedules
 def test_each_load_is_freed_once(name, chunks, resident, pins, sweeps):
     case = build(name, chunks, resident, pins), chunks, sweeps
     steps = list(schedule.steps(*case))
@@ -67,7 +81,7 @@ def test_the_ring_copies_each_chunk_once_a_sweep_and_waits_for_the_first_alone(c
     ring = schedule.make("ring", chunks)
     assert len(list(schedule.loads(ring, chunks, sweeps))) == chunks * sweeps
     waits = [step for step in schedule.steps(ring, chunks, sweeps) if isinstance(step, Load)]
-    assert waits == [Load(0, 0)], "every other copy is made while a chunk computes, across the end of a sweep too"
+    assert waits == [Load(0, 0, 0)], "every other copy is made while a chunk computes, across the end of a sweep too"
 
 
 @given(st.integers(3, 12), st.data(), st.integers(2, 4))

@@ -10,9 +10,9 @@ from test_models import relative
 
 from zimage_jax import Memory, ZImage, ZImageWarning
 from zimage_jax.checkpoint import Checkpoint
-from zimage_jax.components import nbytes, units
+from zimage_jax.components import nbytes, tree_bytes, units
 from zimage_jax.errors import DamagedError, OutOfMemoryError, UsageError
-from zimage_jax.staging import Ledger, Program, Source, tree_bytes
+from zimage_jax.staging import Ledger, Program, Source
 
 MODEL = "five_blocks"  # two refiner blocks, five main ones: chunks of 2, 1, 1, 1 by default
 JOB = {"seed": 3, "width": 64, "height": 48, "steps": 3}

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .errors import ZImageError
     from .job import Picture, Result, Step, ZImageWarning
+    from .kv import KVPolicy
     from .pipeline import ZImage
     from .planner import Memory, Plan
 
-__all__ = ["Memory", "Picture", "Plan", "Result", "Step", "ZImage", "ZImageError", "ZImageWarning"]
+__all__ = ["KVPolicy", "Memory", "Picture", "Plan", "Result", "Step", "ZImage", "ZImageError", "ZImageWarning"]
 
 
 def __getattr__(name: str):

@@ -5,17 +5,21 @@ The bytes are the compiler's own, stored: scripts/measure_temporaries.py compile
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from . import components
+from .components import tree_bytes
 from .config import TURBO, ModelConfig
 from .errors import UsageError
-from .planner import GIB, Plan, StreamPlan, Work
-from .schedule import Free, Run, Schedule, steps
+from .kv import UNUSED_WHEN_REUSED, Nfe
+from .planner import GIB, Plan, StreamPlan, Visit, Work
+from .schedule import Free, Load, Run, steps
 from .vae_strips import layer_costs
 
 TEMPORARIES = Path(__file__).parent / "assets" / "temporaries.json"
@@ -108,7 +112,7 @@ class StoredCosts:
             )
         wanted, table = 10 * card.capability[0] + card.capability[1], _table()["capabilities"]
         nearest = min(table, key=lambda key: abs(int(key.replace(".", "")) - wanted))
-        self._scale, self._figures = config.vae.scale, table[nearest]
+        self._transformer, self._scale, self._figures = config.transformer, config.vae.scale, table[nearest]
         of = self._figures
         self.source = (
             f"stored, compiled for sm_{nearest.replace('.', '')} ({of['card']}, jax {of['jax']}, {of['date']})"
@@ -117,15 +121,13 @@ class StoredCosts:
             self.source += ", the nearest stored to this card's capability"
         self.source += "; attention by query chunks where the card would use cuDNN's: conservative"
 
-    def text(self, work: Work, pairs: frozenset[tuple[int, int]], slot: int) -> int:
-        return self._blocks("text", pairs, work.prompts * work.bucket)
+    def text(self, work: Work, visits: frozenset[Visit], slot: int) -> int:
+        return self._blocks("text", visits, work.prompts * work.bucket)
 
-    def context(self, work: Work, pairs: frozenset[tuple[int, int]], slot: int) -> int:
-        return self._blocks("context", pairs, work.contexts * work.bucket)
+    def context(self, work: Work, visits: frozenset[Visit], slot: int) -> int:
+        return self._blocks("context", visits, work.contexts * work.bucket)
 
-    def denoise(
-        self, work: Work, refiner: frozenset[tuple[int, int]], main: frozenset[tuple[int, int]], slot: int
-    ) -> int:
+    def denoise(self, work: Work, refiner: frozenset[Visit], main: frozenset[Visit], slot: int) -> int:
         contexts = work.micro_batch * work.contexts // work.batch
         return max(
             self._blocks("denoise", refiner, contexts * work.image_tokens),
@@ -141,18 +143,20 @@ class StoredCosts:
         return _at(strips, height * width)
 
     def scan(self, work: Work) -> int:
-        return _at(self._figures["scan"], work.contexts * work.tokens)
+        kept = work.kv_bytes(self._transformer) if any(phase.caches for phase in work.phases) else 0
+        return _at(self._figures["scan"], work.contexts * work.tokens) + kept
 
-    def _blocks(self, stage: str, pairs: frozenset[tuple[int, int]], tokens: int) -> int:
-        """The most that running chunks over so many tokens takes; stored pairs are (n, n) and (n, 0)."""
+    def _blocks(self, stage: str, visits: frozenset[Visit], tokens: int) -> int:
+        """The most that running chunks over so many tokens takes; stored are copies of as many blocks as run, and of none.
+        They are of K and V held whole: those in groups take less."""
         own = [0]
-        for blocks, copied in pairs:
+        for visit in visits:
             points = [
                 (int(key.split(",")[0]), _at(of_tokens, tokens))
                 for key, of_tokens in self._figures[stage].items()
-                if (int(key.split(",")[1]) > 0) == (copied > 0)
+                if (int(key.split(",")[1]) > 0) == (visit.copied > 0)
             ]
-            own.append(_at(sorted(points), max(blocks, copied)))
+            own.append(_at(sorted(points), max(visit.blocks, visit.copied)))
         return max(own)
 
 
@@ -195,35 +199,31 @@ def seconds(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rate
     """
     text, dit = config.text_encoder, config.transformer
     groups = work.batch // work.micro_batch
-    copies = {
-        (component, unit): components.nbytes(config, component, unit, dtype) / rates.link
-        for component in ("text_encoder", "transformer", "vae")
-        for unit in components.units(config, component)
-    }
+    stem = components.nbytes(config, "transformer", "stem", dtype) / rates.link
+    once = partial(_block_seconds, config, "transformer", width=dit.dim, rates=rates)
     at_once = work.contexts // groups
-    runs = {
-        group: _block_seconds(config, "transformer", contexts, tokens, dit.dim, rates)
-        for group, contexts, tokens in (
-            ("context_refiner", work.contexts, work.bucket),
-            ("noise_refiner", at_once, work.image_tokens),
-            ("layers", at_once, work.tokens),
-        )
-    }
 
-    def stage(stream: StreamPlan, component: str, runs: dict[str, float], sweeps: int, groups: int = 1) -> float:
-        copy = [sum(copies[component, unit] for unit in chunk) for chunk in stream.chunks]
-        run = [sum(runs[unit.split(".")[0]] for unit in chunk) for chunk in stream.chunks]
-        return _timeline(stream.schedule, copy, run, sweeps, groups)
+    def stage(stream: StreamPlan, component: str, run: Callable[[str, Nfe | None], float], **repeated) -> float:
+        copy = partial(_copy_seconds, config, component, dtype, rates)
+        return _timeline(stream, copy, run, **repeated)
+
+    def of_denoise(unit: str, nfe: Nfe | None) -> float:
+        if not unit.startswith("layers."):
+            return once(at_once, work.image_tokens)
+        keys = nfe.hold.keys(work.tokens) if nfe else work.tokens
+        return once(at_once, work.tokens, keys=keys, reuses=nfe is not None and nfe.reuses)
 
     found = {}
     if plan.text is not None:
         width = text.num_attention_heads * text.head_dim
-        layer = _block_seconds(config, "text_encoder", work.prompts, work.bucket, width, rates)
-        found["text"] = stage(plan.text, "text_encoder", {"layers": layer}, 1)
-    stem = copies["transformer", "stem"]
-    found["context"] = stem + stage(plan.context, "transformer", runs, 1)
-    found["denoise"] = (0 if plan.kept else stem) + stage(plan.denoise, "transformer", runs, work.steps, groups)
-    found["decode"] = copies["vae", "decoder"] + work.batch * _decode_seconds(plan, work, config, dtype, rates)
+        layer = _block_seconds(config, "text_encoder", work.prompts, work.bucket, width=width, rates=rates)
+        found["text"] = stage(plan.text, "text_encoder", lambda unit, nfe: layer)
+    found["context"] = stem + stage(plan.context, "transformer", lambda unit, nfe: once(work.contexts, work.bucket))
+    denoise = stage(plan.denoise, "transformer", of_denoise, nfes=work.nfes, groups=groups)
+    cached = _cache_seconds(work, config, rates) if plan.kv_on_host else 0.0
+    found["denoise"] = (0 if plan.kept else stem) + denoise + cached
+    decoder = components.nbytes(config, "vae", "decoder", dtype) / rates.link
+    found["decode"] = decoder + work.batch * _decode_seconds(plan, work, config, dtype, rates)
     return found
 
 
@@ -233,22 +233,53 @@ def bound_by(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rat
     return min(faster, key=lambda name: sum(seconds(plan, work, config, dtype, faster[name]).values()))
 
 
-def _timeline(plan: Schedule, copy: list[float], run: list[float], sweeps: int, groups: int) -> float:
-    total = 0.0
-    for step in steps(plan, len(run), sweeps):
+def _timeline(
+    stream: StreamPlan, copy: Callable[[str, bool], float], run: Callable[[str, Nfe | None], float],
+    nfes: Sequence[Nfe | None] = (None,), groups: int = 1,
+) -> float:  # fmt: skip
+    """`copy(unit, lightly)` and `run(unit, nfe)` are seconds of one block."""
+    total, runs, chunks = 0.0, 0, stream.chunks
+    for step in steps(stream.schedule, len(chunks), len(nfes)):
+        if isinstance(step, Free):
+            continue
+        load = step.then if isinstance(step, Run) else step
+        copied = 0.0
+        if load is not None:
+            lightly = isinstance(load, Load) and stream.lightly(load.chunk, nfes[load.sweep])
+            copied = sum(copy(unit, lightly) for unit in chunks[load.chunk])
         if isinstance(step, Run):
-            meanwhile = copy[step.then.chunk] if step.then else 0.0
-            total += max(run[step.chunk], meanwhile) + (groups - 1) * run[step.chunk]
-        elif not isinstance(step, Free):
-            total += copy[step.chunk]
+            nfe = nfes[runs // len(chunks)]
+            computed = sum(run(unit, nfe) for unit in chunks[step.chunk])
+            total += max(computed, copied) + (groups - 1) * computed
+            runs += 1
+        else:
+            total += copied
     return total
 
 
-def _block_seconds(config: ModelConfig, component: str, batch: int, tokens: int, width: int, rates: Rates) -> float:
-    """One block over batch x tokens: two operations per parameter and token, four per pair of tokens and channel."""
+def _copy_seconds(config: ModelConfig, component: str, dtype: str, rates: Rates, unit: str, lightly: bool) -> float:
+    leaves = components.leaves(config, component, unit, dtype)
+    if lightly:
+        leaves = components.without_keys_values(config, unit, leaves)
+    return tree_bytes(leaves) / rates.link
+
+
+def _cache_seconds(work: Work, config: ModelConfig, rates: Rates) -> float:
+    """K and V on their way to the host and back: nothing computes meanwhile."""
+    moves = [nfe.keeps or nfe.reuses for nfe in work.nfes]
+    of_block = work.kv_bytes_by_nfe(config.transformer)
+    return config.transformer.n_layers * sum(np.multiply(moves, of_block)) / rates.link
+
+
+def _block_seconds(
+    config: ModelConfig, component: str, batch: int, tokens: int, *, width: int, rates: Rates,
+    keys: int | None = None, reuses: bool = False,
+) -> float:  # fmt: skip
+    """One block over batch x tokens: two operations per parameter and token, four per pair of token and key and channel."""
     leaves = components.units(config, component)["layers.0"]
-    parameters = sum(leaf.size for path, leaf in leaves.items() if "modulation" not in path)  # that is once per picture
-    return batch * tokens * (2 * parameters + 4 * tokens * width) / rates.flops
+    without = ("modulation.kernel", "modulation.bias", *(UNUSED_WHEN_REUSED if reuses else ()))  # once per picture
+    parameters = sum(leaf.size for path, leaf in leaves.items() if not path.endswith(without))
+    return batch * tokens * (2 * parameters + 4 * (keys or tokens) * width) / rates.flops
 
 
 def _decode_seconds(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rates) -> float:

@@ -17,6 +17,7 @@ from .errors import UsageError, ZImageError
 from .schedule import NAMES
 
 if TYPE_CHECKING:
+    from .kv import KVPolicy
     from .planner import Memory
 
 INTERRUPTED = 130
@@ -118,11 +119,37 @@ _MEMORY = [
 ]  # fmt: skip
 
 
+_KV = [
+    _word("--kv-dtype", metavar="EARLY[:LATE]",
+          help="K and V as float32, bf16, fp16 or (early) fp8.  [default: bf16:fp16 computing in bfloat16, else float32]"),
+    _word("--kv-switch-t", type=click.FloatRange(0, 1000), help="Late is from this t down.  [default: 500]"),
+    _word("--kv-group", metavar="EARLY[:LATE]", help="K and V of 1, 2x2 or 4x4 image tokens as one: 1, 2 or 4."),
+    _word("--kv-reuse", type=click.IntRange(1), help="NFEs that K and V serve.  [default: 1]"),
+]  # fmt: skip
+
+
 def memory_options(command: Callable) -> Callable:
-    """The options above; they arrive as keywords that `memory_of` takes."""
-    for option in reversed(_MEMORY):
+    """The options about memory; they arrive as keywords that `memory_of` takes."""
+    return _with(_MEMORY, command)
+
+
+def kv_options(command: Callable) -> Callable:
+    """The options about K and V; they arrive as keywords that `kv_of` takes."""
+    return _with(_KV, command)
+
+
+def _with(options: list[Callable], command: Callable) -> Callable:
+    for option in reversed(options):
         command = option(command)
     return command
+
+
+def kv_of(*, kv_dtype=None, kv_switch_t=None, kv_group=None, kv_reuse=None, repeated=None) -> "KVPolicy":
+    """The words as kv.KVPolicy; a picture's own, `repeated`, count where none was given."""
+    from .kv import KVPolicy
+
+    given = {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
+    return KVPolicy.parse(**(repeated or {}) | {name: word for name, word in given.items() if word is not None})
 
 
 def memory_of(

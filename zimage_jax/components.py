@@ -1,6 +1,7 @@
 """The three models by name, and the units their arrays are stored and moved in: a block, or what is no block."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 from . import dit, text_encoder, vae
 from .config import ModelConfig
+from .kv import UNUSED_WHEN_REUSED
 from .layers import named_arrays, with_arrays
 
 COMPONENTS = {"transformer": dit, "text_encoder": text_encoder, "vae": vae}
@@ -52,6 +54,17 @@ def leaves(config: ModelConfig, component: str, unit: str, dtype: str) -> tuple[
 def nbytes(config: ModelConfig, component: str, unit: str, dtype: str) -> int:
     """Stored bytes of a unit."""
     return sum(a.size for a in units(config, component)[unit].values()) * DTYPES[dtype].itemsize
+
+
+def tree_bytes(tree) -> int:
+    """Bytes of arrays, or of ShapeDtypeStructs."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def without_keys_values(config: ModelConfig, unit: str, leaves: tuple) -> tuple:
+    """A DiT block's leaves for an NFE that reuses K and V: None in place of what makes them."""
+    paths = units(config, "transformer")[unit]
+    return tuple(None if p.endswith(UNUSED_WHEN_REUSED) else leaf for p, leaf in zip(paths, leaves, strict=True))
 
 
 def assemble(config: ModelConfig, component: str, arrays: dict[str, Any]):

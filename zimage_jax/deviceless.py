@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from .cards import Card
 from .config import ModelConfig
 from .errors import UsageError
+from .kv import Hold
 from .ops import Attend
 from .programs import Programs
 from .staging import OVERLAP, own_bytes
@@ -51,8 +52,9 @@ class CardPrograms(Programs):
         made = (program.compiled_already for (of, *_), program in self._made.items() if of is function)
         return [executable for several in made for executable in several]
 
-    def attend(self, batch: int, tokens: int) -> Attend:
-        return Attend.choose("gpu", jnp.float32, batch, tokens, tokens, self.config.transformer.n_heads)
+    def attend(self, batch: int, tokens: int, hold: Hold | None = None) -> Attend:
+        keys = hold.keys(tokens) if hold else tokens
+        return Attend.choose("gpu", jnp.float32, batch, tokens, keys, self.config.transformer.n_heads)
 
 
 class CardProgram:

@@ -4,6 +4,7 @@ Axes:
   B  pictures                 h, w  latent rows and columns     C  latent channels (16)
   I  image tokens, h w / 4 padded to a multiple of 32           L  caption tokens, padded to a bucket
   T  all tokens, I + L: the image first, so that a length masks the tail
+  S  keys: T, with the image tokens in groups where the K/V policy says so
   D  width (3840)             N  heads (30)       H  head width (128)       F  feed-forward width (10240)
   A  adaLN width (256)        E  text feature width (2560)
 
@@ -21,14 +22,23 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from . import ops
+from . import kv, ops
 from .config import DiTConfig
 from .errors import ConfigError
+from .kv import KV, Hold
 from .layers import Linear, RMSNorm, parameter
 from .ops import Attend
 
 TOKEN_MULTIPLE = 32  # the reference pads image and caption to this with learned tokens that take part in attention
 TIME_WIDTH, TIME_HIDDEN = 256, 1024
+
+
+class Keys(NamedTuple):
+    """Rotations and mask of keys that are not the tokens' own: image tokens in groups."""
+
+    cos: Float[Array | np.ndarray, "B S half"]
+    sin: Float[Array | np.ndarray, "B S half"]
+    lengths: Int[Array | np.ndarray, "B"] | None
 
 
 class Side(NamedTuple):
@@ -38,6 +48,7 @@ class Side(NamedTuple):
     sin: Float[Array | np.ndarray, "B T half"]
     lengths: Int[Array | np.ndarray, "B"] | None  # keys from here on are masked; None: all count
     time: Float[Array, "B A"] | None  # None in the context refiner, which is not modulated
+    keys: Keys | None = None  # None: those of the tokens
 
 
 # -- modules ----------------------------------------------------------------------------------------------------------
@@ -50,16 +61,23 @@ class Attention(nnx.Module):
         self.norm_q, self.norm_k = (RMSNorm(config.head_dim, 1e-5) for _ in range(2))
         self.heads = config.n_heads
 
-    def __call__(self, x: Float[Array, "B T D"], side: Side, attend: Attend) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], side: Side, attend: Attend, hold: Hold, held: KV | None
+    ) -> tuple[Float[Array, "B T D"], KV]:
+        """`held`: K and V of an earlier NFE, in place of this one's."""
         batch, tokens, dim = x.shape
-        q, k, v = (project(x).reshape(batch, tokens, self.heads, -1) for project in (self.to_q, self.to_k, self.to_v))
-        # float32 from the norm to the end of the rotation, then one rounding
-        q, k = (
-            ops.rotate_pairs(norm(y, out_dtype=jnp.float32), side.cos, side.sin).astype(x.dtype)
-            for norm, y in ((self.norm_q, q), (self.norm_k, k))
-        )
-        out = ops.attention(q, k, v, lengths=side.lengths, attend=attend)
-        return self.to_out(out.reshape(batch, tokens, dim))
+        q = self.norm_q(self.to_q(x).reshape(batch, tokens, self.heads, -1), out_dtype=jnp.float32)
+        q, keys = ops.rotate_pairs(q, side.cos, side.sin), side.keys or Keys(*side[:3])
+        if held is None:
+            held = self._keys_values(x, keys, hold)
+        out = kv.attention(q, held, keys.lengths, hold, x.dtype, attend)
+        return self.to_out(out.reshape(batch, tokens, dim)), held
+
+    def _keys_values(self, x: Float[Array, "B T D"], keys: Keys, hold: Hold) -> KV:
+        """float32 from the projections to the end of the rotation, then one rounding."""
+        k, v = (project(x, jnp.float32).reshape(*x.shape[:2], self.heads, -1) for project in (self.to_k, self.to_v))
+        k, v = (kv.pool(y, hold) for y in (self.norm_k(k, out_dtype=jnp.float32), v))
+        return kv.hold(ops.rotate_pairs(k, keys.cos, keys.sin), v, keys.lengths, hold)
 
 
 class FeedForward(nnx.Module):
@@ -83,15 +101,18 @@ class Block(nnx.Module):
         )
         self.modulation = Linear(config.adaln_dim, 4 * config.dim) if modulated else None
 
-    def __call__(self, x: Float[Array, "B T D"], side: Side, attend: Attend) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], side: Side, attend: Attend, hold: Hold, held: KV | None = None
+    ) -> tuple[Float[Array, "B T D"], KV]:
+        """The tokens after the block, and the K and V it used: its own, or those `held` from an earlier NFE."""
         scale1, gate1, scale2, gate2 = self._modulate(side.time, x.dtype)
-        y = self.attention(self.attention_norm1(x, scale1), side, attend)
+        y, held = self.attention(self.attention_norm1(x, scale1), side, attend, hold, held)
         x = x + self.attention_norm2(y, gate1)
         y = self.feed_forward(self.ffn_norm1(x, scale2))
         x = x + self.ffn_norm2(y, gate2)
         # XLA fuses across blocks and in bf16 then skips a rounding (1e-2 apart): with a barrier, a block gives the
         # same bits in whatever chunk it runs
-        return lax.optimization_barrier(x)
+        return lax.optimization_barrier(x), held
 
     def _modulate(self, time: Float[Array, "B A"] | None, dtype) -> list[Float[Array, "B 1 D"]] | list[None]:
         if self.modulation is None or time is None:
@@ -138,23 +159,25 @@ def padded(tokens):
     return -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
 
 
-def caption_positions(batch: int, bucket: int) -> Int[np.ndarray, "B L 3"]:
+def caption_positions(batch: int, bucket: int) -> Float[np.ndarray, "B L 3"]:
     """Captions count from 1 on axis 0, their pad tokens go on counting."""
-    positions = np.zeros((batch, bucket, 3), np.int32)
+    positions = np.zeros((batch, bucket, 3))
     positions[..., 0] = 1 + np.arange(bucket)
     return positions
 
 
-def image_positions(h: int, w: int, lengths: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B I 3"]:
-    """Axis 0 is one past the padded caption, axes 1 and 2 are row and column; pad tokens sit at the origin.
+def image_positions(h: int, w: int, lengths: Int[np.ndarray, "B"], group: int = 1) -> Float[np.ndarray, "B I 3"]:
+    """Axis 0 is one past the padded caption, axes 1 and 2 are row and column, or the centre of each group of tokens; pad
+    tokens sit at the origin.
 
     `lengths`: caption tokens of each picture before padding.
     """
-    rows, columns = h // 2, w // 2
-    positions = np.zeros((len(lengths), padded(rows * columns), 3), np.int32)
-    grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 2)
-    positions[:, : rows * columns, 0] = (padded(lengths) + 1)[:, None]
-    positions[:, : rows * columns, 1:] = grid
+    rows, columns = (kv.centres(n // 2, group) for n in (h, w))
+    grid = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
+    pads = padded(h * w // 4) - h * w // 4
+    positions = np.zeros((len(lengths), len(grid) + pads, 3))
+    positions[:, : len(grid), 0] = (padded(lengths) + 1)[:, None]
+    positions[:, : len(grid), 1:] = grid
     return positions
 
 
@@ -175,10 +198,10 @@ def sides(config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], buck
     for axis, limit in enumerate(config.axes_lens):
         last = max(caption[..., axis].max(), image[..., axis].max())
         if last >= limit:
-            raise ConfigError(f"position {last} on axis {axis} is beyond the {limit} this model was made for")
+            raise ConfigError(f"position {last:.0f} on axis {axis} is beyond the {limit} this model was made for")
     caption_lengths = padded(lengths).astype(np.int32)
 
-    def side(positions: Int[np.ndarray, "B T 3"], lengths) -> Side:
+    def side(positions: Float[np.ndarray, "B T 3"], lengths) -> Side:
         cos, sin = ops.rope_table(positions, config.axes_dims, config.rope_theta)
         return Side(cos, sin, lengths, None)
 
@@ -187,6 +210,17 @@ def sides(config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], buck
         side(image, None),
         side(np.concatenate([image, caption], 1), caption_lengths + np.int32(image.shape[1])),
     )
+
+
+def grouped_keys(
+    config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], bucket: int, hold: Hold
+) -> Keys | None:
+    """The keys of the main blocks under a way to hold them; None where they are the tokens' own."""
+    if hold.grid is None:
+        return None
+    caption, image = caption_positions(len(lengths), bucket), image_positions(h, w, lengths, hold.group)
+    cos, sin = ops.rope_table(np.concatenate([image, caption], 1), config.axes_dims, config.rope_theta)
+    return Keys(cos, sin, padded(lengths).astype(np.int32) + np.int32(image.shape[1]))
 
 
 # -- the parts of one NFE ---------------------------------------------------------------------------------------------
@@ -229,11 +263,25 @@ def velocity(
     return ops.unpatchify(x, h, w).astype(jnp.float32)
 
 
-def run(blocks, x: Float[Array, "B T D"], side: Side, attend: Attend) -> Float[Array, "B T D"]:
-    """A run of consecutive blocks, as one chunk holds them."""
+def run(
+    blocks, x: Float[Array, "B T D"], side: Side, attend: Attend, hold: Hold | None = None
+) -> Float[Array, "B T D"]:
+    """A run of consecutive blocks, as one chunk holds them. K and V whole and in x's dtype, unless `hold` says."""
     for block in blocks:
-        x = block(x, side, attend)
+        x, _ = block(x, side, attend, hold or kv.plain(x.dtype))
     return x
+
+
+def run_cached(
+    blocks, carry: tuple[Float[Array, "B T D"], tuple[KV, ...]], side: Side, attend: Attend, hold: Hold, reuses: bool
+) -> tuple[Float[Array, "B T D"], tuple[KV, ...]]:
+    """The same with the K and V of every block in the carry: used again, or made anew."""
+    x, cache = carry
+    made = []
+    for block, held in zip(blocks, cache, strict=True):
+        x, held = block(x, side, attend, hold, held if reuses else None)
+        made.append(held)
+    return x, tuple(made)
 
 
 # -- the model as a whole ---------------------------------------------------------------------------------------------

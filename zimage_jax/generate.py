@@ -84,6 +84,7 @@ def _check_template(template: str) -> None:
 @click.option("--negative-prompt", help="What guidance leads away from.")
 @click.option("--noise", type=click.Choice(["torch", "jax"]), help="Whose noise a seed stands for.  [default: torch]")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="[default: bfloat16 on a GPU, else float32]")
+@cli.kv_options
 @cli.memory_options
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Pictures drawn at once.")
 @click.option(
@@ -102,7 +103,7 @@ def _check_template(template: str) -> None:
 def command(
     prompts, files, model, size, width, height, steps, seeds, count, guidance, cfg_scale, negative_prompt, noise, dtype,
     batch_size, output, overwrite, no_metadata, preview, from_image, report, trace, quiet, as_json,
-    **memory_words,
+    kv_dtype, kv_switch_t, kv_group, kv_reuse, **memory_words,
 ) -> None:  # fmt: skip
     """Draw PROMPT with Z-Image-Turbo and write it as a PNG.
 
@@ -119,6 +120,9 @@ def command(
     _check_template(output)
     memory = cli.memory_of(**memory_words)
     job = _settings(from_image, prompts, files, seeds, negative_prompt, width, height, steps, guidance, noise)
+    kv = cli.kv_of(
+        kv_dtype=kv_dtype, kv_switch_t=kv_switch_t, kv_group=kv_group, kv_reuse=kv_reuse, repeated=job.pop("kv")
+    )  # fmt: skip
     if not job["prompt"]:
         raise click.UsageError("no prompt: give one, or --prompt-file, or - for standard input")
 
@@ -145,7 +149,7 @@ def command(
             with talk.bar() as bar:
                 previews = _Previews(preview, first, bar)
                 result = pipe.generate(
-                    texts, seed=numbers, memory=memory, on_plan=talk.plan, on_step=previews, **settings
+                    texts, seed=numbers, kv=kv, memory=memory, on_plan=talk.plan, on_step=previews, **settings
                 )
             now = datetime.now().strftime("%Y%m%d-%H%M%S")
             paths = []
@@ -180,7 +184,7 @@ def _settings(from_image, prompts, files, seeds, negative_prompt, width, height,
         "guidance": guidance,
         "noise": noise,
     }
-    job: dict = dict.fromkeys(_REPEATED)
+    job: dict = dict.fromkeys((*_REPEATED, "kv"))
     if from_image:
         from .image import read_metadata
 
@@ -191,9 +195,19 @@ def _settings(from_image, prompts, files, seeds, negative_prompt, width, height,
                 raise UsageError(f"{from_image}: its metadata has no usable {key!r}; give it as a flag")
             job[key] = found[key]
         job["prompt"], job["seed"] = [job["prompt"]], [job["seed"]]
+        job["kv"] = _kv_words(from_image, found)
     job |= {key: value for key, value in given.items() if value is not None}
     job["seed"] = job["seed"] or [-1]
     return job
+
+
+def _kv_words(from_image: Path, found: dict) -> dict:
+    """What a picture says of K and V; older ones say nothing."""
+    words = found.get("kv", {})
+    kinds = {"dtype": str | None, "switch_t": float | int, "group": str, "reuse": int}
+    if not isinstance(words, dict) or any(not isinstance(v, kinds.get(k, ())) for k, v in words.items()):
+        raise UsageError(f"{from_image}: its metadata has no usable 'kv'; make the picture anew with flags")
+    return words
 
 
 def _expand(prompts: list[str], seeds: list[int], count: int) -> list[tuple[str, int]]:

@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from . import image, sampling
 from .config import ModelConfig
 from .errors import UsageError
+from .kv import KVPolicy
 from .planner import Plan
 from .staging import Ledger
 
@@ -82,6 +83,7 @@ class Job:
     steps: int
     guidance: float
     noise: str
+    kv: KVPolicy
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 
 
 def last_axis(vector: Float[Array, "D"], ndim: int) -> Float[Array, "..."]:
@@ -57,7 +57,7 @@ def group_norm(
 
 
 def rope_table(
-    positions: Int[np.ndarray, "*b axes"], axes_dims: tuple[int, ...], theta: float
+    positions: Real[np.ndarray, "*b axes"], axes_dims: tuple[int, ...], theta: float
 ) -> tuple[Float[np.ndarray, "*b half"], Float[np.ndarray, "*b half"]]:
     """cos and sin of every position's angles, the axes side by side (diffusers `RopeEmbedder`).
 
@@ -120,35 +120,41 @@ def attention(
     v: Float[Array, "B S M H"],
     *,
     lengths: Int[Array | np.ndarray, "B"] | None = None,
+    bias: Float[np.ndarray, "S"] | None = None,
     causal: bool = False,
     attend: Attend = Attend(),
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k / sqrt(H)) v. Keys from `lengths` on are masked. Scores and softmax in float32."""
+    """softmax(q k / sqrt(H) + bias) v. Keys from `lengths` on are masked. Scores and softmax in float32."""
     if attend.implementation == "cudnn":
         lengths_q = None if lengths is None else jnp.full_like(lengths, q.shape[1])
+        # cuDNN broadcasts a bias over pictures and heads, not over queries
+        shape = (1, 1, q.shape[1], k.shape[1])
+        full_bias = None if bias is None else jnp.broadcast_to(jnp.asarray(bias, q.dtype), shape)
         return jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, query_seq_lengths=lengths_q, key_value_seq_lengths=lengths,
+            q, k, v, full_bias, is_causal=causal, query_seq_lengths=lengths_q, key_value_seq_lengths=lengths,
             implementation="cudnn",
         )  # fmt: skip
     queries, chunk = q.shape[1], attend.query_chunk
     if chunk >= queries:
-        return _attend_chunk(q, k, v, lengths, 0 if causal else None)
+        return _attend_chunk(q, k, v, lengths, bias, 0 if causal else None)
     # Every chunk has the same shape, so one loop body serves them all; the surplus queries are dropped.
     count = math.ceil(queries / chunk)
     q = jnp.pad(q, ((0, 0), (0, count * chunk - queries), (0, 0), (0, 0)))
     q = jnp.moveaxis(q.reshape(q.shape[0], count, chunk, *q.shape[2:]), 1, 0)
     starts = jnp.arange(count) * chunk
-    out = lax.map(lambda c: _attend_chunk(c[0], k, v, lengths, c[1] if causal else None), (q, starts))
+    out = lax.map(lambda c: _attend_chunk(c[0], k, v, lengths, bias, c[1] if causal else None), (q, starts))
     return jnp.moveaxis(out, 0, 1).reshape(k.shape[0], count * chunk, *q.shape[3:])[:, :queries]
 
 
-def _attend_chunk(q, k, v, lengths, first_query):
+def _attend_chunk(q, k, v, lengths, bias, first_query):
     batch, queries, heads, width = q.shape
     # heads before tokens: both products are then plain batched matrix products, twice as fast on a CPU. The query heads
     # of one key head stand in one run of rows
     q = q.swapaxes(1, 2).reshape(batch, k.shape[2], -1, width)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = jnp.einsum("bmth,bmsh->bmts", q, k, preferred_element_type=jnp.float32) / math.sqrt(width)
+    if bias is not None:
+        scores = scores + last_axis(jnp.asarray(bias), 4)
     key = jnp.arange(k.shape[2])[None, None, None]
     if lengths is not None:
         scores = jnp.where(key < lengths[:, None, None, None], scores, -jnp.inf)

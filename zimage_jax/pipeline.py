@@ -21,13 +21,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from . import cards, components, dit, image, prompt, sampling, text_encoder, vae
 from .checkpoint import Checkpoint
 from .components import COMPONENTS
+from .denoise import Denoiser
 from .errors import NonFiniteError, OutOfMemoryError, UsageError
 from .job import Job, Picture, Result, Step, ZImageWarning, check_size
+from .kv import KVPolicy
 from .planner import GIB, Memory, Plan, Planner, StreamPlan, Work
 from .programs import CompiledCosts, Programs
 from .staging import Ledger, Stream, Tiers, allocator_peak, read_blocks
@@ -99,6 +101,7 @@ class ZImage:
         steps: int = 8,
         guidance: float = 0.0,
         noise: str = "torch",
+        kv: KVPolicy | None = None,
         memory: Memory | None = None,
         on_plan: Callable[[Plan, int], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
@@ -106,7 +109,8 @@ class ZImage:
         """Pictures of one size, one per prompt or per seed (one of either serves all of the other).
 
         `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; ComfyUI's cfg minus one).
-        `memory` takes the place of what the model was loaded with. `on_plan` gets the plan and the budget in bytes
+        `kv` says how the DiT holds K and V, which changes the picture: precision, groups, reuse. `memory` takes the place
+        of what the model was loaded with and changes nothing of it. `on_plan` gets the plan and the budget in bytes
         before anything runs, and again when the device ran out of memory and a smaller one is tried. `on_step` is called
         after every NFE and may raise to stop.
 
@@ -114,7 +118,7 @@ class ZImage:
         latents leave the finite numbers.
         """
         self._warnings = []
-        job = self._job(prompt, seed, negative_prompt, width, height, steps, guidance, noise)
+        job = self._job(prompt, seed, negative_prompt, width, height, steps, guidance, noise, kv or KVPolicy())
         memory, encoded = memory or self.memory, self._tokens(job.texts)
         work = self._work(job, encoded)
         budget = memory.max_vram_bytes or self._tiers.free_device_bytes()
@@ -133,10 +137,10 @@ class ZImage:
 
     def _work(self, job: Job, encoded: dict[str, prompt.Encoded]) -> Work:
         bucket, scale = prompt.bucket(max(len(e.ids) for e in encoded.values())), self.config.vae.scale
-        return Work(
-            len(job.prompts), bool(job.guidance), len(encoded), bucket, job.height // scale, job.width // scale,
-            job.steps,
-        )  # fmt: skip
+        h, w = job.height // scale, job.width // scale
+        t = 1000 * sampling.sigmas(job.steps, self.config.scheduler.shift)[:-1]
+        phases = job.kv.phases(t, self.dtype, h // 2, w // 2)
+        return Work(len(job.prompts), bool(job.guidance), len(encoded), bucket, h, w, phases)
 
     def _plan(self, work: Work, memory: Memory, budget: int) -> Plan:
         try:
@@ -175,9 +179,9 @@ class ZImage:
             with ledger.stage("text"):
                 features = self._text(run, encoded)
             with ledger.stage("context"):
-                context, sides = self._context(run, features)
+                context, sides, captions = self._context(run, features)
             with ledger.stage("denoise"):
-                latents = self._denoise(run, context, sides)
+                latents = self._denoise(run, context, sides, captions)
             with ledger.stage("decode"):
                 pixels = [self._decode(run, row) for row in latents]
         finally:
@@ -185,7 +189,7 @@ class ZImage:
         ledger.seconds["total"] = time.perf_counter() - began
         return self._result(run, latents, pixels)
 
-    def _job(self, prompt, seed, negative_prompt, width, height, steps, guidance, noise) -> Job:
+    def _job(self, prompt, seed, negative_prompt, width, height, steps, guidance, noise, kv) -> Job:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = [seed] if isinstance(seed, int) else list(seed)
         count = max(len(prompts), len(seeds))
@@ -198,7 +202,7 @@ class ZImage:
         default = self.config.vae.sample_size
         job = Job(
             tuple(prompts * count if len(prompts) == 1 else prompts), tuple(drawn), negative_prompt,
-            width or default, height or default, steps, float(guidance), noise,
+            width or default, height or default, steps, float(guidance), noise, kv,
         )  # fmt: skip
         check_size(self.config, job.width, job.height)
         if negative_prompt and not job.guidance:
@@ -219,7 +223,7 @@ class ZImage:
 
     def encode(self, texts: Sequence[str], memory: Memory | None = None) -> list[Float[np.ndarray, "T E"]]:
         """Text features of each prompt, without padding: Qwen3's hidden_states[-2]."""
-        job = self._job(list(texts), 0, "", None, None, 1, 0.0, "torch")
+        job = self._job(list(texts), 0, "", None, None, 1, 0.0, "torch", KVPolicy())
         memory, encoded = memory or self.memory, self._tokens(texts)
         work = self._work(job, encoded)
         plan = self._plan(work, memory, memory.max_vram_bytes or self._tiers.free_device_bytes())
@@ -243,10 +247,11 @@ class ZImage:
             features = self._text_on_host(x)
         else:
             run.ledger.hold("activations", x)
-            tree, xs = self._programs.tree("text_encoder", "layers.0"), [jax.device_put(x)]
+            xs = [jax.device_put(x)]
+            static = {"tree": self._programs.tree("text_encoder", "layers.0"), "run": text_encoder.run}
             with self._stream(run, "text_encoder", run.plan.text, 1) as stream:
                 for _ in run.plan.text.chunks:
-                    xs = stream.visit(xs, [()], tree=tree)
+                    xs = stream.visit(xs, [()], **static)
             features = np.asarray(xs[0])
         self._end_stage(run)
         return {text: f[:n] for text, f, n in zip(encoded, features, lengths, strict=True)}
@@ -262,8 +267,9 @@ class ZImage:
                     x = apply(read_blocks(self._checkpoint, "text_encoder", [unit], "device", cpu)[unit], x)
         return np.asarray(x)
 
-    def _context(self, run: _Run, features: dict) -> tuple[Float[np.ndarray, "G L D"], dit.Sides]:
-        """The refined contexts, once per prompt, and the rotations and masks of every token run, all on the host."""
+    def _context(self, run: _Run, features: dict) -> tuple[Float[np.ndarray, "G L D"], dit.Sides, Int[np.ndarray, "G"]]:
+        """The refined contexts, once per prompt, the rotations and masks of every token run, and the captions' lengths, all
+        on the host."""
         work, ledger = run.work, run.ledger
         texts = run.job.texts
         lengths = np.array([len(features[t]) for t in texts], np.int32)
@@ -276,16 +282,17 @@ class ZImage:
         ledger.hold("activations", (sides.caption, padded, x))
         static = {
             "tree": self._programs.tree("transformer", "context_refiner.0"),
+            "run": dit.run,
             "attend": self._programs.attend(*padded.shape[:2]),
         }
         with self._stream(run, "transformer", run.plan.context, 1) as stream:
             for _ in run.plan.context.chunks:
                 (x,) = stream.visit([x], [(sides.caption,)], **static)
         self._end_stage(run)
-        return np.asarray(x), sides
+        return np.asarray(x), sides, lengths
 
     def _denoise(
-        self, run: _Run, context: Float[np.ndarray, "G L D"], sides: dit.Sides
+        self, run: _Run, context: Float[np.ndarray, "G L D"], sides: dit.Sides, captions: Int[np.ndarray, "G"]
     ) -> Float[np.ndarray, "B h w C"]:
         """Noise to latents, and what is told after every NFE."""
         job, work, config = run.job, run.work, self.config
@@ -303,66 +310,20 @@ class ZImage:
                 run.on_step(Step(index, job.steps, float(1000 * sigmas[index]), latents, self._to_rgb))
 
         self._observer = observe
-        sample = self._scan if run.plan.schedule == "scan" else self._sweeps
-        latents = sample(run, np.stack(noise), sigmas, context, sides)
+        denoiser = Denoiser(
+            self._programs, self._tiers, run.plan, work, run.memory.host_bytes, run.ledger, observe
+        )  # fmt: skip
+        job_arrays = np.stack(noise), sigmas, context, sides, captions, job.guidance
+        if run.plan.schedule == "scan":
+            latents = denoiser.scan(*job_arrays, on_step=self._observe if run.on_step else None)
+        else:
+            latents = denoiser.sweep(*job_arrays)
         self._end_stage(run)
         return latents
 
     def _observe(self, index: jax.Array | np.ndarray, latents: jax.Array | np.ndarray) -> None:
         """What the scan's program calls: one function for all jobs, or each would be compiled anew."""
         self._observer(index, latents)
-
-    def _scan(self, run: _Run, noise, sigmas, context, sides) -> Float[np.ndarray, "B h w C"]:
-        """One compiled program for all NFEs."""
-        work, units = run.work, list(components.units(self.config, "transformer"))
-        leaves = dict(zip(units, self._tiers.pin("transformer", units, run.ledger), strict=True))
-        model = components.assemble(self.config, "transformer", leaves)
-        run.ledger.hold("activations", (noise, context, sides))
-        sample = self._programs(
-            sampling.sample, is_guided=work.is_guided, attend=self._programs.attend(work.contexts, work.tokens),
-            on_step=self._observe if run.on_step else None,
-        )  # fmt: skip
-        rest = sampling.times(sigmas), context, sides, np.float32(run.job.guidance)
-        latents = np.asarray(sample(run.ledger, model, noise, sigmas, *rest))
-        if not run.on_step:
-            self._observer(run.job.steps - 1, latents)
-        return latents
-
-    def _sweeps(self, run: _Run, noise, sigmas, context, sides) -> Float[np.ndarray, "B h w C"]:
-        """The driver's loop, a sweep over the chunks per NFE; its parts are those of sampling.nfe. Every chunk serves all
-        micro-batches while it is there."""
-        work, ledger, programs = run.work, run.ledger, self._programs
-        enter = programs(sampling.enter, is_guided=work.is_guided, dtype=self.dtype)
-        join, leave = programs(dit.join), programs(sampling.leave, donate=(3,), is_guided=work.is_guided)
-        groups = _micro_batches(work)
-        latents = [jax.device_put(noise[g[: work.micro_batch]]) for g in groups]
-        contexts = [jax.device_put(context[g]) for g in groups]
-        image, joint = (
-            [jax.device_put(jax.tree.map(lambda a, g=g: a[g], side)) for g in groups]
-            for side in (sides.image, sides.joint)
-        )
-        tree = programs.tree("transformer", "layers.0")
-        early, late = (
-            {"tree": tree, "attend": programs.attend(len(groups[0]), tokens)}
-            for tokens in (work.image_tokens, work.tokens)
-        )
-        stem, guidance = self._unit(ledger, "transformer", "stem"), np.float32(run.job.guidance)
-        with self._stream(run, "transformer", run.plan.denoise, run.job.steps) as stream:
-            for index, t in enumerate(sampling.times(sigmas)):
-                entered = [enter(ledger, stem, x, t) for x in latents]
-                xs, times = (list(column) for column in zip(*entered, strict=True))
-                beside = [(side._replace(time=time),) for side, time in zip(image, times, strict=True)]
-                for _ in range(run.plan.refiner_chunks):
-                    xs = stream.visit(xs, beside, **early)
-                xs = [join(ledger, x, c) for x, c in zip(xs, contexts, strict=True)]
-                ledger.hold("activations", (xs, times, contexts, latents, image, joint))
-                beside = [(side._replace(time=time),) for side, time in zip(joint, times, strict=True)]
-                for _ in run.plan.main_sizes:
-                    xs = stream.visit(xs, beside, **late)
-                now = sigmas[index], sigmas[index + 1], guidance
-                latents = [leave(ledger, stem, x, time, z, *now) for x, time, z in zip(xs, times, latents, strict=True)]
-                self._observer(index, np.concatenate(latents))
-        return np.concatenate(latents)
 
     def _decode(self, run: _Run, latents: Float[np.ndarray, "h w C"]) -> UInt8[np.ndarray, "H W 3"]:
         plan, ledger = run.plan, run.ledger
@@ -422,6 +383,7 @@ class ZImage:
             "guidance": job.guidance,
             "negative_prompt": job.negative_prompt,
             "noise": job.noise,
+            "kv": job.kv.words(),
             "dtype": str(self.dtype),
             "model": self.name,
             "versions": versions(),
@@ -453,15 +415,13 @@ class ZImage:
             "peak_device_bytes_by_stage": ledger.peak_by_stage,
             "copied_bytes": ledger.copied_bytes,
             "copied_bytes_by_stage": ledger.copied_by_stage,
+            "copied_bytes_saved_by_reuse": ledger.saved_bytes,
+            "kv_bytes": run.work.kv_bytes(self.config.transformer),
+            "kv_bytes_without_policy": run.work.without_policy(self.dtype).kv_bytes(self.config.transformer),
+            "kv_bytes_of_a_block_by_nfe": run.work.kv_bytes_by_nfe(self.config.transformer),
             "host_bytes": self._tiers.host_bytes,
         }
         return Result(pictures, report, latents, plan, ledger)
-
-
-def _micro_batches(work: Work) -> list[np.ndarray]:
-    """Rows of the contexts that each micro-batch computes: its prompts', then with guidance their negatives'."""
-    rows = np.arange(work.batch).reshape(-1, work.micro_batch)
-    return [np.concatenate([r, r + work.batch]) if work.is_guided else r for r in rows]
 
 
 def default_dtype() -> str:

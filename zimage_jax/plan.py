@@ -18,6 +18,7 @@ from .generate import parse_size
 if TYPE_CHECKING:
     from .cards import Card, Rates
     from .config import ModelConfig
+    from .kv import KVPolicy
     from .planner import Costs, Memory
 
 SIZES = ("512x512", "768x768", "1024x1024", "1280x720", "720x1280", "1536x1536", "2048x2048")
@@ -50,12 +51,16 @@ class Device:
 @click.option(
     "--steps", type=click.IntRange(1, 1000), default=8, show_default=True, help="Evaluations of the DiT (NFEs)."
 )
+@cli.kv_options
 @cli.memory_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def command(model, card, compiles, sizes, more_sizes, steps, as_json, **memory_words) -> None:
+def command(
+    model, card, compiles, sizes, more_sizes, steps, as_json, kv_dtype, kv_switch_t, kv_group, kv_reuse, **memory_words
+) -> None:
     """Say for each size of picture which memory schedule would be used, its peak of device memory, its seconds, and what
     bounds it; and which size to draw."""
     memory = cli.memory_of(**memory_words)
+    kv = cli.kv_of(kv_dtype=kv_dtype, kv_switch_t=kv_switch_t, kv_group=kv_group, kv_reuse=kv_reuse)
     if compiles and not card:
         raise click.UsageError("--compile is for a --card: for its own device, this machine's compiler is always asked")
     cli.use_compile_cache()
@@ -68,9 +73,9 @@ def command(model, card, compiles, sizes, more_sizes, steps, as_json, **memory_w
         min(device.budget, memory.max_vram_bytes or device.budget) if card else memory.max_vram_bytes or device.budget
     )
     pixels = list(dict.fromkeys(_pixels(text, config) for text in (*sizes, *more_sizes) or device.sizes))
-    rows = list(_rows(config, stored, device, memory, budget, pixels, steps))
+    rows = list(_rows(config, stored, device, memory, kv, budget, pixels, steps))
     result = {
-        "card": device.name, "model": name, "steps": steps, "budget_bytes": budget,
+        "card": device.name, "model": name, "steps": steps, "kv": kv.words(), "budget_bytes": budget,
         "recommended_size": _recommended(rows, config), "sizes": rows, **device.notes,
     }  # fmt: skip
     if as_json:
@@ -177,17 +182,21 @@ def _pixels(text: str, config: "ModelConfig") -> tuple[int, int]:
 
 
 def _rows(
-    config: "ModelConfig", stored: str, device: Device, memory: "Memory", budget: int, pixels: list, steps: int
-) -> Iterator[dict]:
+    config: "ModelConfig", stored: str, device: Device, memory: "Memory", kv: "KVPolicy", budget: int, pixels: list,
+    steps: int,
+) -> Iterator[dict]:  # fmt: skip
     """A row per size. One that no plan fits has no schedule, and the peak of the smallest plan."""
     import jax.numpy as jnp
 
     from .cards import bound_by, seconds
     from .planner import Planner, Work
+    from .sampling import sigmas
 
+    times = 1000 * sigmas(steps, config.scheduler.shift)[:-1]
     planner = Planner(config, stored, jnp.dtype(device.compute).itemsize, device.costs)
     for width, height in pixels:
-        work = Work(1, False, 1, BUCKET, height // config.vae.scale, width // config.vae.scale, steps)
+        h, w = height // config.vae.scale, width // config.vae.scale
+        work = Work(1, False, 1, BUCKET, h, w, kv.phases(times, device.compute, h // 2, w // 2))
         row: dict = {"size": f"{width}x{height}", "width": width, "height": height}
         try:
             plan = planner.plan(work, memory, budget)
@@ -206,6 +215,7 @@ def _rows(
             "predicted_seconds": round(sum(by_stage.values()), 3),
             "predicted_seconds_by_stage": {stage: round(value, 3) for stage, value in by_stage.items()},
             "bound_by": bound_by(plan, work, config, stored, device.rates),
+            "kv_bytes": work.kv_bytes(config.transformer),
         }
 
 

@@ -7,15 +7,16 @@ Levers that leave the picture as it is are used freely, in this order: what stay
 text encoder staged, the VAE in strips of rows. Nothing that changes the picture is touched.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from . import components, dit, schedule
-from .config import ModelConfig
+from . import components, dit, kv, schedule
+from .config import DiTConfig, ModelConfig
 from .errors import OutOfMemoryError, UsageError
+from .kv import Nfe, Phase
 from .schedule import Schedule
 
 MICRO_TOKENS = 8192  # a micro-batch takes as many pictures as keep its tokens under this
@@ -64,7 +65,15 @@ class Work:
     bucket: int  # L
     h: int
     w: int
-    steps: int
+    phases: tuple[Phase, ...]  # of the K/V policy; their NFEs are the job's
+
+    @property
+    def nfes(self) -> tuple[Nfe, ...]:
+        return tuple(nfe for phase in self.phases for nfe in phase.nfes())
+
+    @property
+    def steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
 
     @property
     def contexts(self) -> int:
@@ -78,6 +87,24 @@ class Work:
     def tokens(self) -> int:
         return self.image_tokens + self.bucket
 
+    def without_policy(self, compute) -> "Work":
+        """The same with K and V whole, in the compute dtype, of every NFE its own."""
+        return replace(self, phases=(Phase(kv.plain(compute), self.steps),))
+
+    def kv_bytes_by_nfe(self, config: DiTConfig) -> list[int]:
+        """Of the K and V of one main block, in every NFE, for all contexts."""
+        shape = self.contexts, self.tokens, config.n_heads, config.head_dim
+        return [phase.hold.nbytes(*shape) for phase in self.phases for _ in range(phase.steps)]
+
+    def kv_bytes(self, config: DiTConfig) -> int:
+        """The most K and V held at once: those of every main block where they are reused, else of the one that runs."""
+        shape = self.tokens, config.n_heads, config.head_dim
+        running = self.contexts * self.micro_batch // self.batch
+        return max(
+            p.hold.nbytes(self.contexts, *shape) * config.n_layers if p.caches else p.hold.nbytes(running, *shape)
+            for p in self.phases
+        )
+
     @property
     def micro_batch(self) -> int:
         """Pictures computed at once: the largest divisor of B that keeps its tokens under MICRO_TOKENS. It changes last
@@ -87,18 +114,22 @@ class Work:
         return max(fitting, default=1)
 
 
+class Visit(NamedTuple):
+    """A kind of run of a chunk: each is a program of its own."""
+
+    blocks: int
+    copied: int  # blocks copied meanwhile
+    lightly: bool = False  # without what makes K and V
+    nfe: Nfe | None = None  # what becomes of K and V in the DiT's main blocks
+
+
 @runtime_checkable
 class Costs(Protocol):
-    """Device bytes that programs take beside their arguments: the most of any program of a stage.
+    """Device bytes that programs take beside their arguments: the most of any program of a stage."""
 
-    A pair is the blocks of a chunk and the blocks copied meanwhile (0: none); each is a program of its own.
-    """
-
-    def text(self, work: Work, pairs: frozenset[tuple[int, int]], slot: int) -> int: ...
-    def context(self, work: Work, pairs: frozenset[tuple[int, int]], slot: int) -> int: ...
-    def denoise(
-        self, work: Work, refiner: frozenset[tuple[int, int]], main: frozenset[tuple[int, int]], slot: int
-    ) -> int: ...
+    def text(self, work: Work, visits: frozenset[Visit], slot: int) -> int: ...
+    def context(self, work: Work, visits: frozenset[Visit], slot: int) -> int: ...
+    def denoise(self, work: Work, refiner: frozenset[Visit], main: frozenset[Visit], slot: int) -> int: ...
     def decode(self, work: Work, rows: int | None, tile: int | None) -> int: ...
     def scan(self, work: Work) -> int: ...
 
@@ -137,14 +168,29 @@ class StreamPlan:
         """Whether those copies are waited for: with one slot nothing overlaps."""
         return self.copied_blocks > 0 and self.schedule.slots == 1
 
-    def pairs(self, sweeps: int, first: int = 0, last: int | None = None) -> frozenset[tuple[int, int]]:
-        """(blocks, blocks copied meanwhile) of every kind of run of chunks first to last."""
-        sizes, wanted = self.sizes, range(len(self.chunks))[first:last]
-        return frozenset(
-            (sizes[step.chunk], sizes[step.then.chunk] if step.then else 0)
-            for step in schedule.steps(self.schedule, len(sizes), min(sweeps, 3))
-            if isinstance(step, schedule.Run) and step.chunk in wanted
-        )
+    def is_main(self, chunk: int) -> bool:
+        return self.chunks[chunk][0].startswith("layers.")
+
+    def lightly(self, chunk: int, nfe: Nfe | None) -> bool:
+        """Whether a chunk is copied for an NFE without what makes K and V."""
+        return nfe is not None and nfe.reuses and self.is_main(chunk)
+
+    def visits(self, nfes: Sequence[Nfe | None] = (None,)) -> Iterator[tuple[int, int, Visit]]:
+        """(sweep, chunk, kind of run) for a sweep per NFE, of all sweeps or of as many as differ."""
+        if len(set(nfes)) == 1:
+            nfes = nfes[:3]
+        runs = schedule.steps(self.schedule, len(self.chunks), len(nfes))
+        for index, step in enumerate(step for step in runs if isinstance(step, schedule.Run)):
+            sweep, then = index // len(self.chunks), step.then
+            copied = self.sizes[then.chunk] if then else 0
+            lightly = then is not None and self.lightly(then.chunk, nfes[then.sweep])
+            nfe = nfes[sweep] if self.is_main(step.chunk) else None
+            yield sweep, step.chunk, Visit(self.sizes[step.chunk], copied, lightly, nfe)
+
+    @property
+    def kinds(self) -> frozenset[Visit]:
+        """The kinds of run of a single sweep over blocks that hold no K and V."""
+        return frozenset(visit for *_, visit in self.visits())
 
 
 @dataclass(frozen=True)
@@ -159,6 +205,7 @@ class Plan:
     vae_rows: int | None  # rows of pixels in a strip; None: the whole picture at once
     vae_tile: int | None
     peak_bytes_by_stage: dict[str, int]
+    kv_on_host: bool = False  # K and V that later NFEs reuse lie there between visits
     seconds_by_stage: dict[str, float] | None = None  # where the card is known: cards.seconds
 
     @property
@@ -224,7 +271,7 @@ class Planner:
         }
         largest = {name: options[0] for name, options in stages.items()}
         together = sum(option.weights for option in largest.values()) - self._nbytes("transformer", "stem")
-        streams = [largest[name].choice for name in ("text", "context", "denoise")]
+        streams = [largest["text"].choice, largest["context"].choice, largest["denoise"].choice[0]]
         if together <= budget and not memory.low_vram and all(s is not None and s.is_resident for s in streams):
             peaks = {name: together + option.activations + option.own() for name, option in largest.items()}
             if max(peaks.values()) <= budget:
@@ -241,10 +288,12 @@ class Planner:
         return self._filled(chosen, memory, peaks, kept=False)
 
     def _filled(self, chosen: dict[str, _Option], memory: Memory, peaks: dict[str, int], *, kept: bool) -> Plan:
-        denoise = chosen["denoise"].choice
+        denoise, kv_on_host = chosen["denoise"].choice
         name = "scan" if memory.schedule == "scan" else denoise.schedule.name
         rows, tile = chosen["decode"].choice
-        return Plan(name, chosen["text"].choice, chosen["context"].choice, denoise, kept, rows, tile, peaks)
+        return Plan(
+            name, chosen["text"].choice, chosen["context"].choice, denoise, kept, rows, tile, peaks, kv_on_host
+        )  # fmt: skip
 
     # -- bytes --------------------------------------------------------------------------------------------------------
 
@@ -284,7 +333,7 @@ class Planner:
             )
 
     def _text_own(self, work: Work, stream: StreamPlan) -> int:
-        return self._costs.text(work, stream.pairs(1), stream.slot_blocks)
+        return self._costs.text(work, stream.kinds, stream.slot_blocks)
 
     def _context(self, work: Work) -> Iterator[_Option]:
         blocks = self._blocks("transformer", "context_refiner")
@@ -297,7 +346,7 @@ class Planner:
                 stream,
                 self._nbytes("transformer", "stem") + self._stream_bytes("transformer", stream),
                 activations,
-                partial(self._costs.context, work, stream.pairs(1), stream.slot_blocks),
+                partial(self._costs.context, work, stream.kinds, stream.slot_blocks),
             )
 
     def _denoise(self, work: Work, memory: Memory) -> Iterator[_Option]:
@@ -307,14 +356,36 @@ class Planner:
         context = self._tokens_bytes(work, work.bucket, config.dim)
         joint = self._side_bytes(work, work.image_tokens + work.tokens, 1)
         tokens = self._tokens_bytes(work, work.tokens, config.dim) + work.contexts * config.adaln_dim * 4
-        for stream in self._streams(refiner, main, memory):
+        for stream, kv_on_host in self._with_cache(self._streams(refiner, main, memory), work, memory):
             if memory.schedule == "scan":  # one program: its tokens are temporaries, its arguments hold all sides
-                activations = latents + context + joint + self._side_bytes(work, work.bucket, 1)
+                keys = sum(self._keys_bytes(work, phase) for phase in work.phases)
+                activations = latents + context + joint + keys + self._side_bytes(work, work.bucket, 1)
                 own = partial(self._costs.scan, work)
             else:
-                activations, own = latents + context + joint + tokens, partial(self._denoise_own, work, stream)
+                activations = latents + context + joint + tokens
+                own = partial(self._denoise_own, work, stream, kv_on_host)
             weights = self._nbytes("transformer", "stem") + self._stream_bytes("transformer", stream)
-            yield _Option(stream, weights, activations, own)
+            yield _Option((stream, kv_on_host), weights, activations, own)
+
+    def _with_cache(
+        self, streams: Iterator[StreamPlan], work: Work, memory: Memory
+    ) -> Iterator[tuple[StreamPlan, bool]]:
+        """Each with whether K and V that are reused lie on the host between visits: rather that than wait for blocks."""
+        caches = any(phase.caches for phase in work.phases) and memory.schedule != "scan"
+        ways = [(stream, on_host) for stream in streams for on_host in ((False, True) if caches else (False,))]
+        return iter(sorted(ways, key=lambda way: (way[0].waits, way[1])))
+
+    def _keys_bytes(self, work: Work, phase: Phase) -> int:
+        """Rotations and masks of keys that are not the tokens' own."""
+        return 0 if phase.hold.grid is None else self._side_bytes(work, phase.hold.keys(work.tokens), 1)
+
+    def _cache_bytes(self, work: Work, phase: Phase, stream: StreamPlan, on_host: bool) -> int:
+        """K and V on the device between programs: of every main block, or of the largest chunk."""
+        if not phase.caches:
+            return 0
+        config, sizes = self._config.transformer, [n for c, n in enumerate(stream.sizes) if stream.is_main(c)]
+        of_block = phase.hold.nbytes(work.contexts, work.tokens, config.n_heads, config.head_dim)
+        return of_block * (max(sizes) if on_host else sum(sizes))
 
     def _decode(self, work: Work, memory: Memory) -> Iterator[_Option]:
         weights, latents = self._nbytes("vae", "decoder"), work.h * work.w * self._config.vae.latent_channels * 4
@@ -330,10 +401,21 @@ class Planner:
             yield _Option((rows, None), weights, 0, partial(self._costs.decode, work, rows, None))
             rows //= 2
 
-    def _denoise_own(self, work: Work, stream: StreamPlan) -> int:
-        of_refiner = sum(not chunk[0].startswith("layers.") for chunk in stream.chunks)
-        pairs = stream.pairs(work.steps, 0, of_refiner), stream.pairs(work.steps, of_refiner)
-        return self._costs.denoise(work, *pairs, stream.slot_blocks)
+    def _denoise_own(self, work: Work, stream: StreamPlan, kv_on_host: bool) -> int:
+        """The most of any phase: its programs', with the keys and the cached K and V that lie there meanwhile."""
+        own, first, visits = [], 0, list(stream.visits(work.nfes))
+        for phase in work.phases:
+            within = range(first, first + phase.steps)
+            refiner, main = (
+                frozenset(
+                    visit for sweep, chunk, visit in visits if sweep in within and stream.is_main(chunk) == is_main
+                )
+                for is_main in (False, True)
+            )
+            held = self._keys_bytes(work, phase) + self._cache_bytes(work, phase, stream, kv_on_host)
+            own.append(held + self._costs.denoise(work, refiner, main, stream.slot_blocks))
+            first = within.stop
+        return max(own)
 
     def _streams(
         self, refiner: tuple[str, ...], main: tuple[str, ...], memory: Memory, *, staged: bool = False

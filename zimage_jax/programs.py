@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from . import components, dit, sampling, vae
+from . import components, dit, kv, sampling, text_encoder, vae
+from .components import tree_bytes
 from .config import ModelConfig
+from .kv import Hold
 from .ops import Attend
-from .planner import Work
-from .staging import Program, ring_step, run_chunk, tree_bytes
+from .planner import Visit, Work
+from .staging import Program, ring_step, run_chunk
 from .vae_strips import strip_programs
 
 
@@ -39,9 +41,20 @@ class Programs:
     def compilations(self) -> int:
         return sum(program.compilations for program in self._programs.values())
 
-    def attend(self, batch: int, tokens: int) -> Attend:
-        heads = self.config.transformer.n_heads
-        return Attend.choose(jax.default_backend(), self.dtype, batch, tokens, tokens, heads)
+    def attend(self, batch: int, tokens: int, hold: Hold | None = None) -> Attend:
+        """How so many tokens of so many contexts attend, to K and V that are held as they are or in some other way."""
+        dtype, keys = (hold.attention_dtype(self.dtype), hold.keys(tokens)) if hold else (self.dtype, tokens)
+        return Attend.choose(self.platform, dtype, batch, tokens, keys, self.config.transformer.n_heads)
+
+    @property
+    def platform(self) -> str:
+        return jax.default_backend()
+
+    def sampler(self, work: Work, on_step: Callable | None) -> Program:
+        """The whole sampler as one program."""
+        phases = tuple((phase, self.attend(work.contexts, work.tokens, phase.hold)) for phase in work.phases)
+        attend = self.attend(work.contexts, work.image_tokens)
+        return self(sampling.sample, is_guided=work.is_guided, attend=attend, phases=phases, on_step=on_step)
 
     def tree(self, component: str, unit: str):
         """The structure that turns a unit's leaves into its module."""
@@ -54,21 +67,20 @@ class CompiledCosts:
     def __init__(self, programs: Programs):
         self._programs, self._config = programs, programs.config
 
-    def text(self, work: Work, pairs: frozenset[tuple[int, int]], slot: int) -> int:
+    def text(self, work: Work, visits: frozenset[Visit], slot: int) -> int:
         x = self._like(work.prompts, work.bucket, self._config.text_encoder.hidden_size)
-        return self._blocks("text_encoder", "layers.0", pairs, slot, x, ())
+        return self._most(visits, slot, "text_encoder", "layers.0", lambda _: (text_encoder.run, x, (), {}))
 
-    def context(self, work: Work, pairs: frozenset[tuple[int, int]], slot: int) -> int:
+    def context(self, work: Work, visits: frozenset[Visit], slot: int) -> int:
         features = self._like(work.contexts, work.bucket, self._config.text_encoder.hidden_size)
         x = self._like(work.contexts, work.bucket, self._config.transformer.dim)
         lengths = np.zeros(work.contexts, np.int32)
-        side, attend = self._sides(work, work.contexts).caption, self._programs.attend(work.contexts, work.bucket)
+        side, static = self._sides(work, work.contexts).caption, {"attend": self._programs.attend(*x.shape[:2])}
         embed = self._programs(dit.embed_caption).compiled(self._stem(), features, lengths)[1]
-        return max(embed, self._blocks("transformer", "context_refiner.0", pairs, slot, x, (side,), attend=attend))
+        group = "context_refiner.0"
+        return max(embed, self._most(visits, slot, "transformer", group, lambda _: (dit.run, x, (side,), static)))
 
-    def denoise(
-        self, work: Work, refiner: frozenset[tuple[int, int]], main: frozenset[tuple[int, int]], slot: int
-    ) -> int:
+    def denoise(self, work: Work, refiner: frozenset[Visit], main: frozenset[Visit], slot: int) -> int:
         config, own = self._config.transformer, []
         contexts = work.micro_batch * work.contexts // work.batch
         sides = self._sides(work, contexts)
@@ -82,12 +94,22 @@ class CompiledCosts:
         own.append(self._programs(dit.join).compiled(image, context)[1])
         leave = self._programs(sampling.leave, donate=(3,), is_guided=is_guided)
         own.append(leave.compiled(self._stem(), joint, time, latents, number, number, number)[1])
-        for pairs, x, side, group in (
-            (refiner, image, sides.image, "noise_refiner.0"),
-            (main, joint, sides.joint, "layers.0"),
-        ):
-            side, attend = side._replace(time=time), self._programs.attend(contexts, x.shape[1])  # type: ignore[arg-type]
-            own.append(self._blocks("transformer", group, pairs, slot, x, (side,), attend=attend))
+
+        def of_refiner(_: Visit) -> tuple:
+            static = {"attend": self._programs.attend(contexts, work.image_tokens)}
+            return dit.run, image, (sides.image._replace(time=time),), static  # type: ignore[arg-type]
+
+        def of_main(visit: Visit) -> tuple:
+            hold, keeps, reuses = visit.nfe  # type: ignore[misc]
+            static = {"attend": self._programs.attend(contexts, work.tokens, hold), "hold": hold}
+            side = sides.joint._replace(time=time, keys=self._keys(work, contexts, hold))  # type: ignore[arg-type]
+            if not (keeps or reuses):
+                return dit.run, joint, (side,), static
+            room = jax.eval_shape(lambda: kv.empty(hold, contexts, work.tokens, config.n_heads, config.head_dim))
+            return dit.run_cached, (joint, (room,) * visit.blocks), (side,), static | {"reuses": reuses}
+
+        own.append(self._most(refiner, slot, "transformer", "noise_refiner.0", of_refiner))
+        own.append(self._most(main, slot, "transformer", "layers.0", of_main))
         return max(own)
 
     def scan(self, work: Work) -> int:
@@ -100,9 +122,9 @@ class CompiledCosts:
         noise = jax.ShapeDtypeStruct((work.batch, work.h, work.w, config.in_channels), jnp.float32)
         sigmas = sampling.sigmas(work.steps, self._config.scheduler.shift)
         context = self._like(work.contexts, work.bucket, config.dim)
-        attend = self._programs.attend(work.contexts, work.tokens)
-        run = self._programs(sampling.sample, is_guided=work.is_guided, attend=attend, on_step=None)
-        return run.compiled(model, noise, sigmas, sampling.times(sigmas), context, sides, np.float32(0))[1]
+        keys = tuple(self._keys(work, work.contexts, phase.hold) for phase in work.phases)
+        run = self._programs.sampler(work, None)
+        return run.compiled(model, noise, sigmas, sampling.times(sigmas), context, sides, keys, np.float32(0))[1]
 
     def decode(self, work: Work, rows: int | None, tile: int | None) -> int:
         config = self._config.vae
@@ -134,24 +156,28 @@ class CompiledCosts:
         lengths = np.full(contexts, work.bucket, np.int32)
         return dit.sides(self._config.transformer, work.h, work.w, lengths, work.bucket)
 
-    def _blocks(
-        self, component: str, unit: str, pairs: Iterable[tuple[int, int]], slot: int, x, side: tuple, **static
+    def _keys(self, work: Work, contexts: int, hold: Hold) -> dit.Keys | None:
+        lengths = np.full(contexts, work.bucket, np.int32)
+        return dit.grouped_keys(self._config.transformer, work.h, work.w, lengths, work.bucket, hold)
+
+    def _most(
+        self, visits: Iterable[Visit], slot: int, component: str, unit: str, call: Callable[[Visit], tuple]
     ) -> int:
-        """The most that running a chunk takes, with or without a copy beside it."""
+        """The most that any of these visits takes. `call` gives what runs the blocks, its x, side and static arguments."""
         leaves, tree = self._leaves(component, unit), self._programs.tree(component, unit)
         host = SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
         away = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=host) for a in leaves)
-
-        def chunk(blocks: int, block: tuple) -> tuple:
-            return (block,) * blocks
-
         own = [0]
-        for blocks, copied in pairs:
-            plain = self._programs(run_chunk, donate=(1,), tree=tree, **static)
-            if copied:
-                ring = self._programs(ring_step, donate=(1, 3), tree=tree, **static)
-                args = chunk(blocks, leaves), chunk(slot, leaves), chunk(copied, away), x, *side
+        for visit in visits:
+            run, x, side, static = call(visit)
+            static |= {"tree": tree, "run": run}
+            chunk = (leaves,) * visit.blocks
+            if visit.copied:
+                ring = self._programs(ring_step, donate=(1, 3), **static)
+                block = components.without_keys_values(self._config, unit, away) if visit.lightly else away
+                args = chunk, (leaves,) * slot, (block,) * visit.copied, x, *side
                 own.append(ring.compiled(*args)[1])
             else:
-                own.append(plain.compiled(chunk(blocks, leaves), x, *side)[1])
+                plain = self._programs(run_chunk, donate=(1,), **static)
+                own.append(plain.compiled(chunk, x, *side)[1])
         return max(own)

@@ -12,8 +12,9 @@ from jax import Array, lax
 from jax.experimental import io_callback
 from jaxtyping import Float
 
-from . import dit
+from . import dit, kv
 from .errors import UsageError
+from .kv import KV, Phase
 from .ops import Attend
 
 LARGEST_SEED = 2**64 - 1
@@ -111,27 +112,6 @@ def leave(
     return euler(latents, guided(velocity, guidance) if is_guided else velocity, sigma, sigma_next)
 
 
-def nfe(
-    model: dit.DiT,
-    latents: Float[Array, "B h w C"],
-    sigma: Float[Array, ""],
-    sigma_next: Float[Array, ""],
-    t: Float[Array, ""],
-    context: Float[Array, "G L D"],
-    sides: dit.Sides,
-    guidance: Float[Array, ""],
-    *,
-    is_guided: bool,
-    attend: Attend,
-) -> Float[Array, "B h w C"]:
-    """One evaluation of the DiT and one Euler step. With `is_guided`, G = 2 B: contexts of the prompts, then of the
-    negative prompts; else G = B."""
-    x, time = enter(model.stem, latents, t, is_guided=is_guided, dtype=context.dtype)
-    x = dit.run(model.noise_refiner, x, sides.image._replace(time=time), attend)
-    x = dit.run(model.layers, dit.join(x, context), sides.joint._replace(time=time), attend)
-    return leave(model.stem, x, time, latents, sigma, sigma_next, guidance, is_guided=is_guided)
-
-
 def sample(
     model: dit.DiT,
     noise: Float[Array, "B h w C"],
@@ -139,21 +119,58 @@ def sample(
     times: Float[Array, "nfes"],
     context: Float[Array, "G L D"],
     sides: dit.Sides,
+    keys: tuple[dit.Keys | None, ...],
     guidance: Float[Array, ""],
     *,
     is_guided: bool,
     attend: Attend,
+    phases: tuple[tuple[Phase, Attend], ...],
     on_step: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> Float[Array, "B h w C"]:
-    """All NFEs as one lax.scan, float32 latents in the carry. `on_step(index, latents)` is called from within."""
+    """All NFEs: a lax.scan for each phase of the K/V policy, float32 latents in the carry, and the K and V of every main
+    block where later NFEs reuse them.
 
-    def step(latents, now):
-        index, sigma, sigma_next, t = now
-        latents = nfe(
-            model, latents, sigma, sigma_next, t, context, sides, guidance, is_guided=is_guided, attend=attend
-        )
-        if on_step is not None:
-            io_callback(on_step, None, index, latents, ordered=True)
-        return latents, None
+    With `is_guided`, G = 2 B: contexts of the prompts, then of the negative prompts; else G = B. `keys` has an entry per
+    phase; `attend` is the refiner's, a phase's own that of the main blocks. `on_step(index, latents)` is called from
+    within.
+    """
+    levels = jnp.arange(len(times)), sigmas[:-1], sigmas[1:], times
+    latents, first = noise, 0
+    for (phase, main), of_phase in zip(phases, keys, strict=True):
 
-    return lax.scan(step, noise, (jnp.arange(len(times)), sigmas[:-1], sigmas[1:], times))[0]
+        def step(carry, now, phase=phase, main=main, of_phase=of_phase):
+            latents, cache = carry
+            index, reuses, sigma, sigma_next, t = now
+            x, time = enter(model.stem, latents, t, is_guided=is_guided, dtype=context.dtype)
+            x = dit.run(model.noise_refiner, x, sides.image._replace(time=time), attend)
+            x, side = dit.join(x, context), sides.joint._replace(time=time, keys=of_phase)
+            x, cache = _main_blocks(model.layers, (x, cache), side, main, phase.hold, reuses)
+            latents = leave(model.stem, x, time, latents, sigma, sigma_next, guidance, is_guided=is_guided)
+            if on_step is not None:
+                io_callback(on_step, None, index, latents, ordered=True)
+            return (latents, cache), None
+
+        cache: tuple[KV, ...] | None = None
+        if phase.caches:
+            heads = model.layers[0].attention.heads
+            width = context.shape[-1] // heads
+            tokens = sides.joint.cos.shape[1]
+            cache = tuple(kv.empty(phase.hold, context.shape[0], tokens, heads, width) for _ in model.layers)
+        now = slice(first, first + phase.steps)
+        index, *rest = (level[now] for level in levels)
+        reuses = np.array([nfe.reuses for nfe in phase.nfes()])
+        (latents, _), _ = lax.scan(step, (latents, cache), (index, reuses, *rest))
+        first = now.stop
+    return latents
+
+
+def _main_blocks(blocks, carry, side: dit.Side, attend: Attend, hold: kv.Hold, reuses: Array):
+    """The main blocks of one NFE, with a cache of K and V in the carry or none. Of the two ways only one runs."""
+    x, cache = carry
+    if cache is None:
+        return dit.run(blocks, x, side, attend, hold), None
+    make, take = (
+        lambda carry, reuses=reuses: dit.run_cached(blocks, carry, side, attend, hold, reuses)
+        for reuses in (False, True)
+    )
+    return lax.cond(reuses, take, make, carry)

@@ -20,10 +20,11 @@ class Pin(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Copy a chunk into a slot."""
+    """Copy a chunk into a slot, first to be used in a sweep."""
 
     chunk: int
     slot: int
+    sweep: int
 
 
 class Run(NamedTuple):
@@ -155,10 +156,10 @@ def steps(schedule: Schedule, chunks: int, sweeps: int) -> Iterator[Step]:
         else:
             if chunk not in held.values():  # nothing could be copied ahead
                 slot = next(s for s in range(schedule.slots) if s not in held)
-                yield (load := Load(chunk, slot))
+                yield (load := Load(chunk, slot, i // chunks))
                 held[load.slot] = chunk
             slot = next(s for s, c in held.items() if c == chunk)
-        then = _copy_ahead(schedule, held, visits, i) if schedule.slots == 2 else None
+        then = _copy_ahead(schedule, held, visits, i, chunks) if schedule.slots == 2 else None
         if then is not None:
             if then.slot in held:
                 yield Free(held[then.slot], then.slot)
@@ -176,16 +177,17 @@ def _next_streamed(schedule: Schedule, visits: list[int], now: int) -> int | Non
     return next((chunk for chunk in visits[now + 1 :] if chunk not in schedule.pinned), None)
 
 
-def _copy_ahead(schedule: Schedule, held: dict[int, int], visits: list[int], now: int) -> Load | None:
+def _copy_ahead(schedule: Schedule, held: dict[int, int], visits: list[int], now: int, chunks: int) -> Load | None:
     """What to copy during visit `now`: the next chunk not on the device, where a slot is free of earlier needs."""
     needed = {visits[now]}
-    for chunk in visits[now + 1 :]:
+    for index in range(now + 1, len(visits)):
+        chunk = visits[index]
         if chunk in schedule.pinned or chunk in held.values():
             needed.add(chunk)
             continue
         for slot in range(2):
             if held.get(slot) not in needed:
-                return Load(chunk, slot)
+                return Load(chunk, slot, index // chunks)
         return None
     return None
 

@@ -7,7 +7,6 @@ each time.
 
 import collections
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,10 +23,11 @@ from jax import Array
 
 from . import components
 from .checkpoint import Checkpoint
+from .components import tree_bytes
 from .errors import UsageError
 from .schedule import Load, Pin, Run, Schedule, loads, steps
 
-Block = tuple[Array, ...]  # the leaves of one block
+Block = tuple[Array | None, ...]  # the leaves of one block; None for what an NFE does without
 Chunk = tuple[Block, ...]
 Key = TypeVar("Key")
 
@@ -61,6 +61,7 @@ class Ledger:
     peak_by_stage: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
+    saved_bytes: int = 0  # not copied, since an NFE reused K and V
     _stage: str = "load"
     _began: float = field(default_factory=time.perf_counter)
 
@@ -127,11 +128,6 @@ class Ledger:
             for e in self.events
         ]  # fmt: skip
         return json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"})
-
-
-def tree_bytes(tree) -> int:
-    """Bytes of arrays, or of ShapeDtypeStructs."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def allocator_peak() -> int | None:
@@ -246,11 +242,16 @@ class Source:
         for _ in range(min(depth, len(order))):
             self._read_ahead()
 
-    def take(self) -> Chunk:
-        """The next chunk of the order, in `pinned_host` memory."""
+    def take(self, *, lightly: bool = False) -> Chunk:
+        """The next chunk of the order, in `pinned_host` memory; `lightly` for an NFE that reuses K and V."""
         if self._kept is not None:
-            return tuple(self._kept[unit].result()[unit] for unit in next(self._order))
-        return tuple(self._ahead.popleft().result().values())
+            blocks = {unit: self._kept[unit].result()[unit] for unit in next(self._order)}
+        else:
+            blocks = self._ahead.popleft().result()
+        if lightly:
+            config = self._checkpoint.config
+            return tuple(components.without_keys_values(config, unit, block) for unit, block in blocks.items())
+        return tuple(blocks.values())
 
     def used(self) -> None:
         """The chunk taken last has been copied: its place in the window is free."""
@@ -302,37 +303,41 @@ def read_blocks(
 # -- the driver -------------------------------------------------------------------------------------------------------
 
 
-def run_chunk(chunk: Chunk, x, *side, tree, **static):
-    """A chunk over one micro-batch."""
-    for block in chunk:
-        x = jax.tree.unflatten(tree, block)(x, *side, **static)
-    return x
+def run_chunk(chunk: Chunk, x, *side, tree, run: Callable, **static):
+    """A chunk over one micro-batch. `run` applies blocks to x, which may be any tree of arrays."""
+    return run([jax.tree.unflatten(tree, block) for block in chunk], x, *side, **static)
 
 
-def ring_step(chunk: Chunk, spare: Chunk, following: Chunk, x, *side, tree, **static):
+def ring_step(chunk: Chunk, spare: Chunk, following: Chunk, x, *side, **static):
     """The same, while the chunk that follows is copied from the host into the donated spare slot. A chunk shorter than
     its slot leaves the slot's other blocks as they are."""
-    return run_chunk(chunk, x, *side, tree=tree, **static), fill(spare, following)
+    return run_chunk(chunk, x, *side, **static), fill(spare, following)
 
 
 def fill(spare: Chunk, following: Chunk) -> Chunk:
-    """The slot with a chunk of the host copied into its first blocks."""
-    moved = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Device), following)
-    return moved + spare[len(following) :]
+    """The slot with a chunk of the host copied into its first blocks; what a block comes without stays as it was."""
+
+    def moved(old: Array | None, leaf: Array | None) -> Array | None:
+        return old if leaf is None else jax.device_put(leaf, jax.memory.Space.Device)
+
+    filled = (tuple(map(moved, *blocks)) for blocks in zip(spare, following, strict=False))
+    return (*filled, *spare[len(following) :])
 
 
 class Stream:
     """The blocks of one component on their way over the device, for one job.
 
-    `visit` runs the next chunk in order over every micro-batch. Use as a context manager: it leaves the device as it
-    found it, but for pinned chunks that the owner keeps.
+    `visit` runs the next chunk in order over every micro-batch. `lightly(chunk, sweep)` says which visits do without the
+    parameters that make K and V. Use as a context manager: it leaves the device as it found it, but for pinned chunks
+    that the owner keeps.
     """
 
     def __init__(
         self, source: Source, chunks: Sequence[tuple[str, ...]], schedule: Schedule, sweeps: int, *,
         program: Callable[..., Program], ledger: Ledger, pin: Callable[[tuple[str, ...]], list[Future[Block]]], label: str,
+        lightly: Callable[[int, int], bool],
     ):  # fmt: skip
-        self._source, self._chunks, self._schedule = source, chunks, schedule
+        self._source, self._chunks, self._schedule, self._lightly = source, chunks, schedule, lightly
         self._program, self._ledger, self._pin, self._label = program, ledger, pin, label
         self._steps = steps(schedule, len(chunks), sweeps)
         self._pinned: dict[int, list[Future[Block]]] = {}
@@ -362,11 +367,19 @@ class Stream:
         raise RuntimeError("more chunks were visited than the schedule has")
 
     def _load(self, step: Load) -> None:
-        following = self._source.take()
+        following = self._take(step)
         with self._ledger.event("copy", f"{self._label} chunk {step.chunk}", tree_bytes(following)):
             spare = self._slot(step.slot)
             self._slots[step.slot] = self._program(fill, donate=(0,))(self._ledger, spare, following)
         self._source.used()
+
+    def _take(self, load: Load) -> Chunk:
+        lightly = self._lightly(load.chunk, load.sweep)
+        chunk = self._source.take(lightly=lightly)
+        if lightly:
+            whole = sum(tree_bytes(self._source.leaves(unit)) for unit in self._chunks[load.chunk])
+            self._ledger.saved_bytes += whole - tree_bytes(chunk)
+        return chunk
 
     def _slot(self, slot: int) -> Chunk:
         """The slot's arrays, allocated on first use for the largest chunk that is streamed."""
@@ -388,7 +401,7 @@ class Stream:
         done = []
         if step.then is not None:
             ring = self._program(ring_step, donate=(1, 3), **static)
-            following = self._source.take()
+            following = self._take(step.then)
             spare = self._slot(step.then.slot)
             with self._ledger.event("copy", f"{self._label} chunk {step.then.chunk}", tree_bytes(following)):
                 x, filled = ring(self._ledger, chunk, spare, following, xs[0], *sides[0], name=name)
@@ -436,12 +449,12 @@ class Tiers:
 
     def stream(
         self, component: str, chunks: Sequence[tuple[str, ...]], schedule: Schedule, sweeps: int,
-        host_bytes: int | None, ledger: Ledger,
+        host_bytes: int | None, ledger: Ledger, lightly: Callable[[int, int], bool] = lambda chunk, sweep: False,
     ) -> Stream:  # fmt: skip
         """The blocks of a component under a schedule. `host_bytes`: a window on the checkpoint in place of host memory."""
         return Stream(
             self._source(component, host_bytes), chunks, schedule, sweeps, program=self._program, ledger=ledger,
-            pin=lambda units: self.pin_ahead(component, units, ledger), label=component,
+            pin=lambda units: self.pin_ahead(component, units, ledger), label=component, lightly=lightly,
         )  # fmt: skip
 
     def _source(self, component: str, host_bytes: int | None) -> Source:
