@@ -88,14 +88,24 @@ def block(tokens: int, runs: int) -> dict[str, float]:
     )
 
 
-def pipeline(size: int, runs: int) -> dict[str, float]:
+def diffusers_pipeline():
+    """diffusers' pipeline of the small random model."""
+    return reference.pipeline(SMALL, small.random_tensors(SMALL))
+
+
+def our_pipeline(folder: Path) -> ZImage:
+    """Ours of the same, from a checkpoint written into `folder`."""
     tensors = small.random_tensors(SMALL)
-    theirs = reference.pipeline(SMALL, tensors)
     models = {c: small.our_model(c, SMALL, tensors[c]) for c in small.MODELS}
+    tokenizer = small.tokenizer().to_str().encode()
+    return ZImage.load(checkpoint.save(folder / "m", SMALL, models, tokenizer, {}, "float32"))
+
+
+def pipeline(size: int, runs: int) -> dict[str, float]:
+    theirs = diffusers_pipeline()
     prompt, job = "a red circle above a blue square", {"width": size, "height": size}
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = small.tokenizer().to_str().encode()
-        ours = ZImage.load(checkpoint.save(Path(folder) / "m", SMALL, models, tokenizer, {}, "float32"))
+        ours = our_pipeline(Path(folder))
         return in_turn(
             lambda: ours.generate(prompt, seed=1, **job),
             lambda: theirs(

@@ -224,14 +224,16 @@ def test_a_timeline_that_computes_longer_than_it_copies(name, expected):
 
 def test_a_timeline_that_copies_longer_than_it_computes():
     assert timeline("ring", 7.0, 5.0) == 7 + 11 * 7 + 5
+    # where copies take the cores that compute, as on a CPU, they come on top
+    assert timeline("ring", 7.0, 5.0, overlaps=False) == 12 * (7 + 5)
     # a second micro-batch only computes
     assert timeline("ring", 7.0, 5.0, groups=2) == 7 + 11 * 7 + 5 + 12 * 5
 
 
-def timeline(name: str, copy: float, run: float, groups: int = 1) -> float:
+def timeline(name: str, copy: float, run: float, **repeated) -> float:
     """Of four chunks of a block over three sweeps."""
     stream = StreamPlan(tuple((f"layers.{i}",) for i in range(4)), schedule.make(name, 4))
-    return cards._timeline(stream, lambda unit, lightly: copy, lambda unit, nfe: run, (None,) * 3, groups)
+    return cards._timeline(stream, lambda unit, lightly: copy, lambda unit, nfe: run, (None,) * 3, **repeated)
 
 
 def test_reuse_of_k_and_v_saves_copies_and_groups_save_products():

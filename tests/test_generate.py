@@ -259,7 +259,10 @@ def test_words_about_memory(run, tmp_path):
 
 def test_what_is_planned_is_said_before(run):
     _, _, err = run("a", *SMALL, "--schedule", "ring", "--max-vram", 1)
-    assert "schedule ring: 2 chunks of 1 block, the next copied meanwhile; predicted peak 0.00 GiB of 1.00 GiB" in err
+    assert (
+        "schedule ring: 2 NFEs over 2 chunks of 1 block, the next copied meanwhile; predicted peak 0.00 GiB of 1.00 GiB"
+        in err
+    )
 
 
 def test_seconds_are_predicted_for_a_known_card_alone(run, tmp_path, monkeypatch):
@@ -277,6 +280,20 @@ def test_seconds_are_predicted_for_a_known_card_alone(run, tmp_path, monkeypatch
     assert predicted() == (None, False), "the rates are those of bfloat16"
     for words in (("--text-encoder", "host"), ("--host-memory", "1")):
         assert predicted("--dtype", "bfloat16", *words) == (None, False)
+
+
+def test_words_about_k_and_v(run, tmp_path, monkeypatch):
+    """Flag and variable count, the picture says what they were, and --from-image repeats it, or with a flag does not."""
+    monkeypatch.setenv("ZIMAGE_KV_GROUP", "2:1")
+    told = drawn_by(run, tmp_path, "--kv-dtype", "bf16:fp16", "--kv-switch-t", 800)
+    (tmp_path / "m.png").rename(tmp_path / "x.png")
+    assert told["kv"] == {"dtype": "bf16:fp16", "switch_t": 800.0, "group": "2:1", "reuse": 1}
+    monkeypatch.delenv("ZIMAGE_KV_GROUP")
+    picture = ("--from-image", "x.png")
+    assert drawn_by(run, tmp_path, *picture)["latents_sha256"] == told["latents_sha256"]
+    other = drawn_by(run, tmp_path, *picture, "--kv-reuse", 2)
+    assert other["kv"] == told["kv"] | {"reuse": 2}
+    assert drawn_by(run, tmp_path)["kv"]["dtype"] is None
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_file(run, tmp_path, monkeypatch):
@@ -321,6 +338,10 @@ def test_variables_that_count_chunks(run, tmp_path, monkeypatch, variables, sche
         (("--config", "none.toml"), "--config none.toml: cannot be read as TOML"),
         (("--config", "bad.toml"), "no such key: magic; keys are the flags' names"),
         (("--vae-tile", 70), "the side of a tile must be a multiple of"),
+        (("--kv-dtype", "int8"), "K/V dtype 'int8': expected one of float32, bf16, fp16, fp8"),
+        (("--kv-group", "3"), "K/V group 3: expected one of 1, 2, 4"),
+        (("--kv-group", "2:x"), "expected 1, 2 or 4, or two of them as in 2:1"),
+        (("--kv-reuse", 0), "0 is not in the range"),
     ],
 )
 def test_words_about_memory_that_are_wrong(run, tmp_path, words, message):

@@ -180,7 +180,8 @@ def test_the_rounding_survives_compilation():
 
 def test_the_switch_is_static_in_the_sampler():
     """Two loops, one whose products are of bfloat16 operands and one of float16; with reuse a branch, not both ways."""
-    plain, reused = (_scans(KVPolicy.parse("bf16:fp16", switch_t=800.0, reuse=reuse)) for reuse in (1, 2))
+    traced = [_traced(KVPolicy.parse("bf16:fp16", switch_t=800.0, reuse=reuse)) for reuse in (1, 2)]
+    plain, reused = ([str(eqn) for eqn in sampler.jaxpr.eqns if eqn.primitive.name == "scan"] for sampler in traced)
     assert len(plain) == len(reused) == 2
     early, late = plain
     assert "bf16[" in early
@@ -188,20 +189,35 @@ def test_the_switch_is_static_in_the_sampler():
     assert "f16[" in late
     assert "bf16[" not in late
     assert ["cond[" in scan for scan in plain + reused] == [False, False, True, True]
+    compiled = [sampler.lower().compile().as_text() for sampler in traced]
+    assert [(text.count(" while("), text.count(" conditional(")) for text in compiled] == [(2, 0), (2, 2)]
+    assert all(" bf16[" in text and " f16[" in text for text in compiled)
 
 
-def _scans(policy: KVPolicy) -> list[str]:
-    """The loops of the sampler as traced, for 4 NFEs at 6 x 8 latents: two above t 800 and two below."""
+def _traced(policy: KVPolicy):
+    """The sampler for 4 NFEs at 6 x 8 latents: two above t 800 and two below."""
     config, lengths = CONFIG.transformer, np.array([21])
-    model = dit.spec(config)
+    model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), dit.spec(config))
     sigmas = sampling.sigmas(4, 3.0)
     phases = tuple((phase, Attend()) for phase in policy.phases(1000 * sigmas[:-1], jnp.float32, 3, 4))
     run = partial(sampling.sample, is_guided=False, attend=Attend(), phases=phases)
     context = jax.ShapeDtypeStruct((1, 32, config.dim), jnp.float32)
     noise = jax.ShapeDtypeStruct((1, 6, 8, 16), jnp.float32)
     rest = dit.sides(config, 6, 8, lengths, 32), (None,) * len(phases), np.float32(0)
-    jaxpr = jax.jit(run).trace(model, noise, sigmas, sampling.times(sigmas), context, *rest).jaxpr
-    return [str(eqn) for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+    return jax.jit(run).trace(model, noise, sigmas, sampling.times(sigmas), context, *rest)
+
+
+def test_cudnn_is_asked_for_the_same(monkeypatch):
+    """Its bias, masks and dtypes pass JAX's own checks: 1,088 tokens in groups of 2 x 2, held in float16."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda *_: 91000)
+    how = Hold("fp16", 2, (32, 32))
+    held = jax.eval_shape(lambda: kv.empty(how, 1, 1088, 30, 128))
+    q, lengths = jax.ShapeDtypeStruct((1, 1088, 30, 128), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    attend = partial(kv.attention, how=how, compute=jnp.bfloat16, attend=Attend("cudnn"))
+    traced = jax.jit(attend).trace(q, held, lengths)
+    assert traced.out_info.shape == q.shape
+    assert traced.out_info.dtype == jnp.bfloat16
+    assert "dot_product_attention_fwd" in str(traced.jaxpr)
 
 
 # -- the whole, under every schedule ----------------------------------------------------------------------------------

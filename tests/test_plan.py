@@ -83,6 +83,20 @@ def test_words_about_memory_count(run):
     assert (rows[0]["schedule"], rows[0]["chunks"], rows[0]["resident_chunks"]) == ("ring", 6, 0)
 
 
+def test_words_about_k_and_v_count(run):
+    words = ("--card", "rtx-4090", "--size", "1024x1024", "--schedule", "ring")
+    (plain,), (grouped,), (reused,) = (
+        told(run, *words, *more)["sizes"] for more in ((), ("--kv-group", 2), ("--kv-reuse", 2))
+    )
+    assert plain["kv_bytes"] == 2 * 4160 * 3840 * 2
+    assert grouped["kv_bytes"] == 2 * 1088 * 3840 * 2
+    assert grouped["predicted_seconds"] < plain["predicted_seconds"]
+    assert reused["kv_bytes"] == 30 * plain["kv_bytes"]
+    # every other NFE does without two matrices of 3840 x 3840 and a norm in 30 blocks
+    assert plain["link_bytes"] - reused["link_bytes"] == 4 * 30 * 2 * (2 * 3840**2 + 128)
+    assert reused["predicted_peak_bytes"] - plain["predicted_peak_bytes"] >= reused["kv_bytes"]
+
+
 def test_what_does_not_fit_is_a_row_too(run):
     result = told(run, "--card", "rtx-4060", "--max-vram", 0.1, "--size", "512x512")
     (row,) = result["sizes"]

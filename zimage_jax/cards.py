@@ -32,10 +32,12 @@ PCIE4_X8, PCIE4_X16, PCIE5_X16 = 15.75e9, 31.5e9, 63.0e9  # bytes/s
 
 
 class Rates(NamedTuple):
-    """What a device achieves: bf16 FLOP/s, and bytes/s from host to device."""
+    """What a device achieves: FLOP/s, bytes/s from host to device, and whether it copies beside computing (a CPU, whose
+    cores do both, does not)."""
 
     flops: float
     link: float
+    overlaps: bool = True
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ def seconds(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rate
 
     def stage(stream: StreamPlan, component: str, run: Callable[[str, Nfe | None], float], **repeated) -> float:
         copy = partial(_copy_seconds, config, component, dtype, rates)
-        return _timeline(stream, copy, run, **repeated)
+        return _timeline(stream, copy, run, overlaps=rates.overlaps, **repeated)
 
     def of_denoise(unit: str, nfe: Nfe | None) -> float:
         if not unit.startswith("layers."):
@@ -235,7 +237,7 @@ def bound_by(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rat
 
 def _timeline(
     stream: StreamPlan, copy: Callable[[str, bool], float], run: Callable[[str, Nfe | None], float],
-    nfes: Sequence[Nfe | None] = (None,), groups: int = 1,
+    nfes: Sequence[Nfe | None] = (None,), groups: int = 1, overlaps: bool = True,
 ) -> float:  # fmt: skip
     """`copy(unit, lightly)` and `run(unit, nfe)` are seconds of one block."""
     total, runs, chunks = 0.0, 0, stream.chunks
@@ -250,7 +252,8 @@ def _timeline(
         if isinstance(step, Run):
             nfe = nfes[runs // len(chunks)]
             computed = sum(run(unit, nfe) for unit in chunks[step.chunk])
-            total += max(computed, copied) + (groups - 1) * computed
+            first = max(computed, copied) if overlaps else computed + copied
+            total += first + (groups - 1) * computed
             runs += 1
         else:
             total += copied

@@ -270,7 +270,7 @@ class _Talk:
         ahead = "the next copied meanwhile" if plan.denoise.schedule.slots == 2 else "no prefetch"
         warm = "" if plan.seconds is None else f", {plan.seconds:.1f} s once parameters are read and programs compiled"
         self.say(
-            f"schedule {plan.schedule}: {len(sizes)} chunks of {blocks}{stay}, {ahead}; predicted peak "
+            f"schedule {plan.schedule}: {plan.nfes} NFEs over {len(sizes)} chunks of {blocks}{stay}, {ahead}; predicted peak "
             f"{plan.peak_bytes / GIB:.2f} GiB of {budget / GIB:.2f} GiB{warm}"
         )
 

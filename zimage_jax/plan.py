@@ -167,7 +167,7 @@ def measure(dtype: str) -> "Rates":
         copy_began = time.perf_counter()
         jax.device_put(host, SingleDeviceSharding(device)).block_until_ready()
         copies.append(time.perf_counter() - copy_began)
-    return Rates(products * 2 * side**3 / spent, host.nbytes / min(copies))
+    return Rates(products * 2 * side**3 / spent, host.nbytes / min(copies), overlaps=device.platform != "cpu")
 
 
 def _pixels(text: str, config: "ModelConfig") -> tuple[int, int]:
@@ -188,7 +188,7 @@ def _rows(
     """A row per size. One that no plan fits has no schedule, and the peak of the smallest plan."""
     import jax.numpy as jnp
 
-    from .cards import bound_by, seconds
+    from .cards import Rates, bound_by, seconds
     from .planner import Planner, Work
     from .sampling import sigmas
 
@@ -215,6 +215,7 @@ def _rows(
             "predicted_seconds": round(sum(by_stage.values()), 3),
             "predicted_seconds_by_stage": {stage: round(value, 3) for stage, value in by_stage.items()},
             "bound_by": bound_by(plan, work, config, stored, device.rates),
+            "link_bytes": round(sum(seconds(plan, work, config, stored, Rates(math.inf, 1.0)).values())),
             "kv_bytes": work.kv_bytes(config.transformer),
         }
 

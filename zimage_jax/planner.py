@@ -198,6 +198,7 @@ class Plan:
     """A schedule with all its numbers filled in for one job."""
 
     schedule: str
+    nfes: int
     text: StreamPlan | None  # None: the text encoder runs on the host
     context: StreamPlan
     denoise: StreamPlan
@@ -275,7 +276,7 @@ class Planner:
         if together <= budget and not memory.low_vram and all(s is not None and s.is_resident for s in streams):
             peaks = {name: together + option.activations + option.own() for name, option in largest.items()}
             if max(peaks.values()) <= budget:
-                return self._filled(largest, memory, peaks, kept=True)
+                return self._filled(work, largest, memory, peaks, kept=True)
         chosen = {name: _first_that_fits(options, budget, memory.low_vram) for name, options in stages.items()}
         peaks = {name: option.peak for name, option in chosen.items()}
         worst = max(peaks, key=peaks.__getitem__)
@@ -285,14 +286,16 @@ class Planner:
                 f"{budget / GIB:.3f} GiB may be used",
                 peaks[worst],
             )
-        return self._filled(chosen, memory, peaks, kept=False)
+        return self._filled(work, chosen, memory, peaks, kept=False)
 
-    def _filled(self, chosen: dict[str, _Option], memory: Memory, peaks: dict[str, int], *, kept: bool) -> Plan:
+    def _filled(
+        self, work: Work, chosen: dict[str, _Option], memory: Memory, peaks: dict[str, int], *, kept: bool
+    ) -> Plan:
         denoise, kv_on_host = chosen["denoise"].choice
         name = "scan" if memory.schedule == "scan" else denoise.schedule.name
         rows, tile = chosen["decode"].choice
         return Plan(
-            name, chosen["text"].choice, chosen["context"].choice, denoise, kept, rows, tile, peaks, kv_on_host
+            name, work.steps, chosen["text"].choice, chosen["context"].choice, denoise, kept, rows, tile, peaks, kv_on_host
         )  # fmt: skip
 
     # -- bytes --------------------------------------------------------------------------------------------------------

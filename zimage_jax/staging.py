@@ -62,6 +62,7 @@ class Ledger:
     seconds: dict[str, float] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     saved_bytes: int = 0  # not copied, since an NFE reused K and V
+    levels: list[tuple[float, str, int]] = field(default_factory=list)  # seconds, stage, bytes on the device at a mark
     _stage: str = "load"
     _began: float = field(default_factory=time.perf_counter)
 
@@ -93,6 +94,7 @@ class Ledger:
         """Note the bytes held now, and `more` that a running program takes."""
         now = sum(self.held.values()) + more
         self.peak_by_stage[self._stage] = max(self.peak_by_stage.get(self._stage, 0), now)
+        self.levels.append((time.perf_counter() - self._began, self._stage, now))
 
     @contextmanager
     def event(self, lane: str, name: str, nbytes: int = 0) -> Iterator[None]:
@@ -114,7 +116,8 @@ class Ledger:
             self._stage = outer
 
     def trace(self) -> str:
-        """The events in Chrome's trace format, which Perfetto reads too: one lane each of compute, copy and tier."""
+        """The events in Chrome's trace format, which Perfetto reads too: one lane each of compute, copy and tier, and the
+        bytes on the device as a counter."""
         lanes = {"compute": 1, "copy": 2, "tier": 3}
         rows: list[dict] = [
             {"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": {"name": lane}}
@@ -127,6 +130,10 @@ class Ledger:
             }
             for e in self.events
         ]  # fmt: skip
+        rows += [
+            {"ph": "C", "pid": 1, "name": "device memory", "ts": round(1e6 * at), "args": {"bytes": nbytes}}
+            for at, _, nbytes in self.levels
+        ]
         return json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"})
 
 

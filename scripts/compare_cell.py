@@ -1,0 +1,405 @@
+"""One cell of a sweep, in a process of its own: a list of cells as JSON on standard input, what came of each on standard
+output.
+
+scripts/compare_schedules.py starts it, with a single cell but where nothing runs (simulate). Device memory is the
+process's own, so peaks of cells do not mix.
+"""
+
+import time
+
+_SCRIPT_BEGAN = time.clock_gettime(
+    time.CLOCK_BOOTTIME
+)  # before anything heavy is imported: cold starts count from here
+
+import json  # noqa: E402
+import math  # noqa: E402
+import os  # noqa: E402
+import statistics  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+import warnings  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING, NamedTuple  # noqa: E402
+
+import sweep  # noqa: E402
+
+if TYPE_CHECKING:
+    from zimage_jax import Memory, Plan, Result, ZImage
+    from zimage_jax.cards import Rates
+    from zimage_jax.checkpoint import Checkpoint
+    from zimage_jax.planner import Work
+
+MIB, GIB = 2**20, 2**30
+BUCKET = 64  # caption tokens of a simulated job: a sentence or two
+PROMPT, SEED = "a red circle above a blue square", 7
+
+
+def process_peak_bytes() -> int:
+    """The most of this process that was in memory at once."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+# -- a job on this machine --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One run of a job. CPU seconds are those of all threads: what a busy machine changes least."""
+
+    seconds: float
+    cpu_seconds: float
+    first_preview_seconds: float
+    result: "Result"
+
+
+def memory_of(cell: dict) -> "Memory":
+    from zimage_jax import Memory
+
+    def in_bytes(key: str) -> int | None:
+        return int(cell[key] * MIB) if key in cell else None
+
+    return Memory(
+        schedule=cell.get("schedule", "auto"),
+        chunks=cell.get("chunks"),
+        resident_chunks=cell.get("resident_chunks"),
+        max_vram_bytes=in_bytes("max_vram_mib"),
+        text_encoder=cell.get("text_encoder", "auto"),
+        host_bytes=in_bytes("host_memory_mib"),
+        vae_tile=cell.get("vae_tile"),
+    )
+
+
+def job_of(cell: dict) -> dict:
+    width, height = sweep.pixels(cell["size"])
+    first = cell.get("seed", SEED)
+    job = {
+        "prompt": cell.get("prompt", PROMPT), "seed": [first + k for k in range(cell.get("batch", 1))], "width": width,
+        "height": height, "steps": cell.get("steps", 8), "guidance": cell.get("guidance", 0.0),
+    }  # fmt: skip
+    if "kv" in cell:
+        from zimage_jax.kv import KVPolicy
+
+        policy = {key: tuple(value) if isinstance(value, list) else value for key, value in cell["kv"].items()}
+        job["kv"] = KVPolicy(**policy)
+    return job
+
+
+def draw(pipe: "ZImage", job: dict) -> Drawn:
+    previewed: list[float] = []
+
+    def on_step(step) -> None:
+        if not step.index:
+            step.previews()
+            previewed.append(time.perf_counter())
+
+    cpu, began = time.process_time(), time.perf_counter()
+    result = pipe.generate(**job, on_step=on_step)
+    ended = time.perf_counter()
+    return Drawn(ended - began, time.process_time() - cpu, previewed[0] - began, result)
+
+
+def measure(cell: dict) -> dict:
+    """A job drawn `repeats` times after a warm-up, in turn with the same job resident: what the schedule costs, what was
+    predicted, and whether the picture is the same.
+
+    On a GPU the resident runs come after all others, for its allocator's peak is the process's.
+    """
+    import jax
+
+    from zimage_jax import ZImage, cli
+    from zimage_jax.errors import OutOfMemoryError
+    from zimage_jax.planner import Memory
+
+    cli.use_compile_cache()
+    path, job, repeats = _path(cell), job_of(cell), cell.get("repeats", 5)
+    pipe = ZImage.load(path, dtype=cell.get("dtype"), memory=memory_of(cell))
+    first = draw(pipe, job)
+    other = ZImage.load(path, dtype=cell.get("dtype"), memory=Memory("resident"))
+    plain = {key: value for key, value in job.items() if key != "kv"}
+    is_cpu = jax.default_backend() == "cpu"
+    runs = [] if is_cpu else [draw(pipe, job) for _ in range(repeats)]
+    row = {} if is_cpu else _peaks(runs[-1].result)
+    against: list[Drawn] = []
+    try:
+        draw(other, plain)
+        for _ in range(repeats):
+            if is_cpu:
+                runs.append(draw(pipe, job))
+            against.append(draw(other, plain))
+    except OutOfMemoryError:  # the device does not hold the model: nothing to compare with
+        against, runs = [], runs or [draw(pipe, job) for _ in range(repeats)]
+    # of a picture that is not the first: what stays on the device was not there from the start of that one
+    row = row or _peaks(runs[-1].result)
+    row |= _seconds(first, runs) | {"process_peak_bytes": process_peak_bytes()}
+    row |= _against_resident(runs, against) if against else {"psnr_db": None, "resident_seconds": None}
+    return row | _predicted_seconds(cell, job, runs[-1].result, against) | _timeline(runs[-1].result)
+
+
+def _path(cell: dict) -> str | None:
+    return None if cell.get("model", "tiny") == "tiny" else cell["model"]
+
+
+def _peaks(result: "Result") -> dict:
+    keys = (
+        "schedule", "chunks", "resident_chunks", "device", "dtype", "predicted_peak_bytes",
+        "predicted_peak_bytes_by_stage", "peak_device_bytes", "peak_device_bytes_from", "peak_device_bytes_by_stage",
+        "copied_bytes", "copied_bytes_by_stage", "host_bytes", "compilations", "warnings", "versions", "kv_bytes",
+    )  # fmt: skip
+    told = {key: result.report[key] for key in keys if key in result.report}
+    return told | {
+        "copied_bytes_first": told.pop("copied_bytes"),
+        "compile_seconds": result.report["seconds"]["compile"],
+    }
+
+
+def _seconds(first: Drawn, runs: list[Drawn]) -> dict:
+    report = runs[-1].result.report
+    return {
+        "seconds": round(statistics.median(run.seconds for run in runs), 4),
+        "seconds_of_repeats": [round(run.seconds, 4) for run in runs],
+        "seconds_by_stage": _by_stage(runs),
+        "cpu_seconds": round(statistics.median(run.cpu_seconds for run in runs), 4),
+        "first_picture_seconds": round(first.seconds, 4),
+        "first_preview_seconds": round(statistics.median(run.first_preview_seconds for run in runs), 4),
+        "copied_bytes_first": first.result.report["copied_bytes"],
+        "latents_sha256": report["latents_sha256"],
+    }
+
+
+def _by_stage(runs: list[Drawn]) -> dict[str, float]:
+    stages = ("text", "context", "denoise", "decode")
+    return {s: round(statistics.median(run.result.ledger.seconds[s] for run in runs), 5) for s in stages}
+
+
+def _against_resident(runs: list[Drawn], against: list[Drawn]) -> dict:
+    import numpy as np
+
+    ours, theirs = (np.stack([p.pixels for p in r[-1].result.pictures]).astype(float) for r in (runs, against))
+    error = np.mean((ours - theirs) ** 2)
+    return {
+        "psnr_db": "inf" if error == 0 else round(10 * np.log10(255**2 / error), 2),
+        "identical_latents": bool(np.array_equal(runs[-1].result.latents, against[-1].result.latents)),
+        "resident_seconds": round(statistics.median(run.seconds for run in against), 4),
+        "resident_seconds_of_repeats": [round(run.seconds, 4) for run in against],
+        "resident_cpu_seconds": round(statistics.median(run.cpu_seconds for run in against), 4),
+    }
+
+
+def _timeline(result: "Result") -> dict:
+    """Of the last repeat, in microseconds: [lane, stage, begin, end, bytes] of each event, [at, stage, bytes] of each
+    change of what is on the device."""
+
+    def micro(seconds: float) -> int:
+        return round(1e6 * seconds)
+
+    levels: list[list] = []
+    for at, stage, nbytes in result.ledger.levels:
+        if not levels or levels[-1][1:] != [stage, nbytes]:
+            levels.append([micro(at), stage, nbytes])
+    events = [[e.lane, e.stage, micro(e.begin), micro(e.end), e.nbytes] for e in result.ledger.events]
+    return {"events": events, "levels": levels}
+
+
+# -- what was predicted -----------------------------------------------------------------------------------------------
+
+
+class Speed(NamedTuple):
+    """Bytes/s to the device by the clock, and by the CPU seconds that all threads spend on it."""
+
+    wall: float
+    cpu: float
+
+
+def _predicted_seconds(cell: dict, job: dict, result: "Result", against: list[Drawn]) -> dict:
+    """By the planner's model of cost, with this machine's rates: compute as fast in each stage as the resident run in
+    turn was, or without one as plan.measure says; chunks at the speed of the driver's own copy of one, and in the stages
+    whose parameters are read from the checkpoint each time at the speed of such reading.
+
+    On a CPU, where nothing overlaps, CPU seconds are the resident run's and those of the copies.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from zimage_jax import plan as planning
+    from zimage_jax.checkpoint import Checkpoint
+    from zimage_jax.pipeline import TINY, default_dtype
+
+    if result.plan.text is None:  # the text encoder's seconds on the host are not predicted
+        return {"predicted_seconds": None, "predicted_cpu_seconds": None}
+    checkpoint = Checkpoint(_path(cell) or TINY)
+    work, dtype = _work(checkpoint, job), jnp.dtype(cell.get("dtype") or default_dtype()).name
+    rates, chunks, pins = planning.measure(dtype), _chunk_speed(checkpoint, result.plan), _pin_speed(checkpoint)
+    speeds = {"text": chunks, "context": pins, "denoise": chunks, "decode": pins}
+    flops = dict.fromkeys(speeds, rates.flops)
+    if against:
+        resident, measured = against[-1].result.plan, _by_stage(against)
+        alone = _model(resident, work, checkpoint, rates)
+        flops = {s: rates.flops * alone[s] / measured[s] for s in speeds}
+
+    def by_stage(stage: str, **of_stage: float) -> float:
+        return _model(result.plan, work, checkpoint, rates._replace(**of_stage))[stage]
+
+    seconds = {s: by_stage(s, flops=flops[s], link=speed.wall) for s, speed in speeds.items()}
+    row = {
+        "predicted_seconds": round(sum(seconds.values()), 4),
+        "predicted_seconds_by_stage": {s: round(value, 5) for s, value in seconds.items()},
+        "predicted_seconds_from": "resident run in turn" if against else "matrix products",
+        "chunk_copy_bytes_per_sec": round(chunks.wall),
+        "pin_bytes_per_sec": round(pins.wall),
+        "predicted_cpu_seconds": None,
+    }
+    if against and jax.default_backend() == "cpu":
+        copies = sum(by_stage(s, flops=math.inf, link=speed.cpu) for s, speed in speeds.items())
+        row["predicted_cpu_seconds"] = round(statistics.median(run.cpu_seconds for run in against) + copies, 4)
+    return row
+
+
+def _work(checkpoint: "Checkpoint", job: dict) -> "Work":
+    from zimage_jax import prompt
+    from zimage_jax.planner import Work
+
+    texts = {job["prompt"]} | ({""} if job["guidance"] else set())
+    prompts = prompt.Prompts.load(checkpoint.tokenizer)
+    bucket = prompt.bucket(max(len(prompts.encode(text).ids) for text in texts))
+    scale = checkpoint.config.vae.scale
+    return Work(
+        len(job["seed"]), bool(job["guidance"]), len(texts), bucket, job["height"] // scale, job["width"] // scale,
+        job["steps"],
+    )  # fmt: skip
+
+
+def _model(plan: "Plan", work: "Work", checkpoint: "Checkpoint", rates: "Rates") -> dict[str, float]:
+    """Seconds by stage of a picture that is not the first: what stays between pictures is not copied again."""
+    from zimage_jax import cards
+
+    again = rates._replace(link=math.inf) if plan.kept else rates
+    return cards.seconds(plan, work, checkpoint.config, checkpoint.dtype, again)
+
+
+def _chunk_speed(checkpoint: "Checkpoint", plan: "Plan") -> Speed:
+    """Of the driver's own copy of the plan's largest chunk into a slot."""
+    import jax.numpy as jnp
+
+    from zimage_jax.staging import Ledger, Program, fill, read_blocks, tree_bytes
+
+    units = max(plan.denoise.chunks, key=len)
+    chunk = tuple(read_blocks(checkpoint, "transformer", units, "pinned_host").values())
+    slots = [tuple(tuple(jnp.zeros(a.shape, a.dtype) for a in block) for block in chunk)]
+    copy, ledger = Program(fill, donate=(0,)), Ledger()
+    return _speed(tree_bytes(chunk), lambda: slots.append(copy(ledger, slots.pop(), chunk)))
+
+
+def _pin_speed(checkpoint: "Checkpoint") -> Speed:
+    """Of reading what is no block from the checkpoint to the device."""
+    import jax
+
+    from zimage_jax.staging import read_blocks
+
+    read = lambda: jax.block_until_ready(read_blocks(checkpoint, "vae", ["decoder"], "device"))  # noqa: E731
+    return _speed(checkpoint.nbytes("vae", "decoder"), read)
+
+
+def _speed(nbytes: int, call: Callable[[], object], repeats: int = 9) -> Speed:
+    """Median by the clock, mean by CPU seconds, after a call that warms up."""
+    call()
+    spent, busy = [], time.process_time()
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - began)
+    return Speed(nbytes / statistics.median(spent), nbytes * repeats / max(time.process_time() - busy, 1e-9))
+
+
+def simulate(cell: dict) -> dict:
+    """A job on a card that is not there, by the planner alone."""
+    from zimage_jax import cards
+    from zimage_jax.config import PRESETS
+    from zimage_jax.planner import Planner, Work
+
+    name = cell.get("model", "turbo")
+    if name not in PRESETS:
+        raise sweep.UsageError(f"model {name!r}: a card is simulated with one of {', '.join(PRESETS)}")
+    config, dtype, card = PRESETS[name], "bfloat16", cards.find(cell["card"])
+    width, height = sweep.pixels(cell["size"])
+    scale, steps = config.vae.scale, cell.get("steps", 8)
+    work = Work(cell.get("batch", 1), False, 1, BUCKET, height // scale, width // scale, steps)
+    costs = cards.StoredCosts(config, card)
+    budget = min(card.usable, int(cell["max_vram_gib"] * GIB)) if "max_vram_gib" in cell else card.usable
+    plan = Planner(config, dtype, 2, costs).plan(work, memory_of(cell), budget)
+    by_stage = cards.seconds(plan, work, config, dtype, card.rates)
+    alone = cards.seconds(plan, work, config, dtype, card.rates._replace(link=math.inf))
+    return {
+        "schedule": plan.schedule, "chunks": len(plan.main_sizes), "resident_chunks": plan.resident_chunks,
+        "vae_rows": plan.vae_rows, "budget_bytes": budget, "predicted_peak_bytes": plan.peak_bytes,
+        "predicted_peak_bytes_by_stage": plan.peak_bytes_by_stage,
+        "predicted_seconds": round(sum(by_stage.values()), 4),
+        "predicted_seconds_by_stage": {stage: round(value, 4) for stage, value in by_stage.items()},
+        "predicted_compute_seconds_by_stage": {stage: round(value, 4) for stage, value in alone.items()},
+        "bound_by": cards.bound_by(plan, work, config, dtype, card.rates),
+        "temporaries": costs.source, "rates": cards.ASSUMED,
+    }  # fmt: skip
+
+
+# -- starting ---------------------------------------------------------------------------------------------------------
+
+
+def cold(cell: dict) -> dict:
+    """This very process, from its start to a picture on disk, by part."""
+    parts, cpu = {}, {}
+
+    def part(name: str) -> None:
+        parts[name] = time.clock_gettime(time.CLOCK_BOOTTIME) - _process_began() - sum(parts.values())
+        cpu[name] = time.process_time() - sum(cpu.values())
+
+    part("python")
+    import jax  # noqa: F401
+
+    part("import jax")
+    from zimage_jax import ZImage, cli
+
+    cli.use_compile_cache()
+    ZImage.load  # noqa: B018  the name alone imports the package's modules and flax
+    part("import zimage_jax and flax")
+    pipe = ZImage.load(_path(cell))
+    part("load")
+    result = pipe.generate(cell.get("prompt", PROMPT), seed=SEED)
+    part("compile and run")
+    with tempfile.TemporaryDirectory() as folder:
+        result.pictures[0].save(Path(folder) / "picture.png")
+    part("write")
+    total = sum(parts.values())
+    parts["compile"] = result.report["seconds"]["compile"]
+    parts["run"] = parts.pop("compile and run") - parts["compile"]
+    return {
+        "seconds": round(total, 3),
+        "seconds_by_part": {name: round(value, 3) for name, value in parts.items()},
+        "cpu_seconds_by_part": {name: round(value, 3) for name, value in cpu.items()},
+        "compilations": result.report["compilations"],
+        "versions": result.report["versions"],
+    }
+
+
+def _process_began() -> float:
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def answer(cell: dict) -> dict:
+    from zimage_jax import ZImageError
+
+    try:
+        return {"measure": measure, "simulate": simulate, "cold": cold}[cell["kind"]](cell)
+    except ZImageError as fault:
+        return {"error": str(fault)}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    print(json.dumps([answer(cell) for cell in json.load(sys.stdin)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The comparison of schedules: what a sweep declares, that it resumes, one cell from declaration to report."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import click
+import compare_schedules
+import pytest
+import report
+import report_data
+import sweep
+
+from zimage_jax.errors import UsageError
+
+ROOT = Path(__file__).parent.parent
+SMALL = """
+[defaults]
+size = "96x96"
+[[measure]]
+schedule = "ring"
+steps = 2
+repeats = 1
+[[measure]]
+max_vram_mib = 1
+[[simulate]]
+card = "rtx-4090"
+schedule = ["ring", "resident"]
+chunks = 30
+size = ["256x256", "1024x1024"]
+[[simulate]]
+card = "rtx-3060"
+max_vram_gib = 3
+"""
+
+
+def sweep_of(folder: Path, text: str) -> Path:
+    file = folder / "sweep.toml"
+    file.write_text(text)
+    return file
+
+
+def test_lists_multiply_and_a_cell_counts_once(tmp_path):
+    file = sweep_of(
+        tmp_path,
+        'defaults = {size = "96x96", blocks = 2}\n[[measure]]\nschedule = ["ring", "swap"]\nchunks = [2, 4]\n'
+        '[[measure]]\nchunks = 4\nschedule = "ring"\n[[loading]]\n',
+    )
+    cells = sweep.cells(file, model="elsewhere")
+    assert [(c["kind"], c.get("schedule"), c.get("chunks")) for c in cells] == [
+        ("measure", "ring", 2), ("measure", "ring", 4), ("measure", "swap", 2), ("measure", "swap", 4),
+        ("loading", None, None),
+    ]  # fmt: skip
+    assert cells[0]["size"] == "96x96"
+    assert cells[0]["model"] == "elsewhere"
+    assert cells[-1] == {"kind": "loading", "blocks": 2}
+    assert sweep.identity(cells[0]) == sweep.identity(dict(reversed(cells[0].items())))
+    assert len({sweep.identity(cell) for cell in cells}) == 5
+
+
+@pytest.mark.parametrize("name", ["default.toml", "quick.toml"])
+def test_the_sweeps_that_come_along_are_sound(name):
+    cells = sweep.cells(compare_schedules.SWEEPS / name)
+    assert {"measure", "simulate"} <= {cell["kind"] for cell in cells}
+    for cell in cells:
+        compare_schedules.declared(cell)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = ", "cannot be read as TOML"),
+        ("[[draw]]\n", "unknown: draw"),
+        ("[[measure]]\ncolour = 1\n", r"\[\[measure\]\] has no colour"),
+        ("[measure]\nsteps = 1\n", "expected a list"),
+        ("[defaults]\ncolour = 1\n", "unknown: colour"),
+    ],
+)
+def test_what_a_sweep_cannot_say(tmp_path, text, expected):
+    with pytest.raises(UsageError, match=expected):
+        sweep.cells(sweep_of(tmp_path, text))
+
+
+def test_rows_survive_an_interruption_but_not_damage(tmp_path):
+    file, whole = tmp_path / "r.jsonl", json.dumps({"cell": "a", "kind": "measure"})
+    file.write_text(f"{whole}\n{whole[:9]}")
+    assert [row["cell"] for row in sweep.rows(file)] == ["a"]
+    file.write_text(f"{whole[:9]}\n{whole}\n")
+    with pytest.raises(UsageError, match="line 1"):
+        sweep.rows(file)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """The rows of SMALL, by processes as a user starts them."""
+    folder = tmp_path_factory.mktemp("compare")
+    changed = {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changed.items():
+            patch.setitem(os.environ, name, value)
+        compare_schedules.main.main(
+            [str(sweep_of(folder, SMALL)), "-o", str(folder / "r.jsonl")], standalone_mode=False
+        )
+    return folder / "r.jsonl"
+
+
+def test_a_cell_end_to_end(results):
+    rows = sweep.rows(results)
+    ring, too_small, *simulated = rows
+    assert ring["success"], ring
+    assert (ring["schedule"], ring["chunks"], ring["psnr_db"], ring["identical_latents"]) == ("ring", 4, "inf", True)
+    assert ring["predicted_peak_bytes"] == ring["peak_device_bytes"]
+    assert all(
+        ring[key] > 0 for key in ("seconds", "predicted_seconds", "cpu_seconds", "copied_bytes", "resident_seconds")
+    )
+    assert {lane for lane, *_ in ring["events"]} >= {"compute", "copy"}
+    assert max(nbytes for _, _, nbytes in ring["levels"]) == ring["peak_device_bytes"]
+    assert {"machine", "versions", "commit", "date"} <= ring.keys()
+    assert not too_small["success"]
+    assert "the smallest plan needs" in too_small["error"]
+    assert [row["success"] for row in simulated] == [True] * 5
+    assert not any("seconds" in row or "peak_device_bytes" in row for row in simulated)
+
+
+def test_a_second_run_adds_what_is_missing(results, monkeypatch, capsys):
+    monkeypatch.setattr(compare_schedules, "_worker", lambda *_, **__: pytest.fail("a cell was run again"))
+    words = [str(results.parent / "sweep.toml"), "-o", str(results)]
+    before = results.read_text()
+    compare_schedules.main.main(words, standalone_mode=False)
+    assert results.read_text() == before
+    assert "0 cells done" in capsys.readouterr().out
+    lines = before.splitlines(keepends=True)
+    results.with_name("short.jsonl").write_text("".join(lines[1:]))
+    ran = []
+    monkeypatch.setattr(
+        compare_schedules, "_worker", lambda script, cells, **_: ran.append(cells) or [{"error": "none"}]
+    )
+    compare_schedules.main.main([words[0], "-o", str(results.with_name("short.jsonl"))], standalone_mode=False)
+    assert [cells[0]["schedule"] for cells in ran] == ["ring"]
+
+
+def test_the_report_is_one_page_that_asks_for_nothing(results, tmp_path):
+    text = report.write(sweep.rows(results), tmp_path / "report").read_text("utf-8")
+    assert not re.search(r"<script|<link|(src|href)=\"(?!data:)", text)
+    for word in (
+        "Every schedule",
+        "Predicted against measured",
+        "predicted, nothing measured",
+        "infinite",
+        "@media print",
+    ):
+        assert word in text
+    assert "the smallest plan needs" in text
+    for name in (
+        "pareto",
+        "predicted_against_measured",
+        "timeline",
+        "memory",
+        "costs",
+        "pareto_predicted",
+        "crossover",
+    ):
+        assert (tmp_path / "report" / f"{name}.png").exists()
+        assert (tmp_path / "report" / f"{name}.svg").exists()
+
+
+def test_an_empty_file_is_a_line(tmp_path):
+    (tmp_path / "r.jsonl").touch()
+    with pytest.raises(click.ClickException, match="no rows"):
+        report.main.main([str(tmp_path / "r.jsonl"), "-o", str(tmp_path / "x")], standalone_mode=False)
+
+
+def test_the_front():
+    rows = [
+        {"kind": "simulate", "predicted_peak_bytes": peak, "predicted_seconds": seconds}
+        for peak, seconds in [(3, 1.0), (1, 5.0), (2, 5.0), (2, 3.0), (4, 1.0)]
+    ]
+    assert [report_data.peak(row) for row in report_data.front(rows)] == [1, 2, 3]
+
+
+def test_where_the_ring_is_free(results):
+    found = report_data.crossovers(report_data.of_kind(sweep.rows(results), "simulate"))
+    side, slower = found["rtx-4090"]
+    assert side == 1024
+    assert slower > 5
