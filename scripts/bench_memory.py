@@ -16,8 +16,8 @@ import click
 import jax
 
 from zimage_jax import Memory, ZImage
+from zimage_jax.components import tree_bytes
 from zimage_jax.schedule import NAMES
-from zimage_jax.staging import tree_bytes
 
 
 def resident_bytes() -> int:

@@ -21,10 +21,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import SingleDeviceSharding
 
-from zimage_jax import cards, components, dit, sampling
+from zimage_jax import cards, components, dit, kv, sampling
 from zimage_jax.config import TURBO
 from zimage_jax.deviceless import CardPrograms
-from zimage_jax.planner import Work
+from zimage_jax.kv import Phase
+from zimage_jax.planner import Visit, Work
 
 DTYPE = "bfloat16"
 
@@ -62,7 +63,7 @@ def compiled(programs: CardPrograms, work: Work, run: Callable) -> tuple:
         return tuple(jax.ShapeDtypeStruct((blocks, *leaf.shape), leaf.dtype, sharding=host) for leaf in leaves)
 
     def apply(side: dit.Side) -> Callable:
-        return lambda block, x: jax.tree.unflatten(tree, block)(x, side, attend)
+        return lambda block, x: dit.run([jax.tree.unflatten(tree, block)], x, side, attend)
 
     def sample(stem, refiner, layers, noise, sigmas, times, context):
         def step(latents, now):
@@ -101,11 +102,12 @@ def body_order(executable) -> list[tuple[str, int]]:
 @click.option("--side", default=512, show_default=True, help="Pixels.")
 def main(name: str, side: int) -> None:
     card = cards.find(name)
-    work = Work(1, False, 1, 64, side // TURBO.vae.scale, side // TURBO.vae.scale, 8)
+    h = w = side // TURBO.vae.scale
+    work = Work(1, False, 1, 64, h, w, (Phase(kv.plain(DTYPE), 8),))
     stored, none = cards.StoredCosts(TURBO, card), frozenset()
     block = components.nbytes(TURBO, "transformer", "layers.0", DTYPE)
     blocks = TURBO.transformer.n_layers + TURBO.transformer.n_refiner_layers
-    ring = 2 * block + stored.denoise(work, none, frozenset([(1, 1)]), 1)
+    ring = 2 * block + stored.denoise(work, none, frozenset(Visit(1, 1, nfe=nfe) for nfe in work.nfes), 1)
     lines = {"resident": stored.scan(work) + blocks * block, "ring of single blocks": ring}
     for what, held in lines.items():
         click.echo(json.dumps({"card": name, "side": side, "what": what, "device_bytes": held}))

@@ -151,6 +151,16 @@ def test_a_model_of_other_widths_has_no_stored_figures(run, native):
     assert "figures are stored for Z-Image's published widths only" in err
 
 
+def test_the_compiler_for_a_card_is_asked_about_any_widths(run, native):
+    pytest.importorskip("jax_cuda12_plugin", reason="needs the GPU compiler's wheels")
+    words = "--model", native("plain"), "--card", "rtx-4090", "--compile", "--size", "64x48", "--steps", 2
+    result = told(run, *words)
+    assert result["temporaries"].startswith("compiled for this card without one")
+    (row,) = result["sizes"]
+    assert row["schedule"] == "resident"
+    assert all(0 < bytes_ < GIB for bytes_ in row["predicted_peak_bytes_by_stage"].values())
+
+
 def test_it_is_among_the_commands(run):
     code, out, _ = run("plan", "--card", "h200", "--size", "512x512", "--json", command=commands.command)
     assert code == 0
