@@ -19,7 +19,7 @@ from .config import TURBO, ModelConfig
 from .errors import UsageError
 from .kv import UNUSED_WHEN_REUSED, Nfe
 from .planner import GIB, Plan, StreamPlan, Visit, Work
-from .schedule import Free, Load, Run, steps
+from .schedule import Free, Load, Pin, Run, steps
 from .vae_strips import layer_costs
 
 TEMPORARIES = Path(__file__).parent / "assets" / "temporaries.json"
@@ -239,8 +239,10 @@ def _timeline(
     stream: StreamPlan, copy: Callable[[str, bool], float], run: Callable[[str, Nfe | None], float],
     nfes: Sequence[Nfe | None] = (None,), groups: int = 1, overlaps: bool = True,
 ) -> float:  # fmt: skip
-    """`copy(unit, lightly)` and `run(unit, nfe)` are seconds of one block."""
-    total, runs, chunks = 0.0, 0, stream.chunks
+    """`copy(unit, lightly)` and `run(unit, nfe)` are seconds of one block. What stays is copied in the order of use while
+    others compute, and gives way to what is streamed."""
+    now, runs, chunks = 0.0, 0, stream.chunks
+    pinned, streamed, arrives = 0.0, 0.0, {}  # seconds of the link; of it before a pinned chunk is there
     for step in steps(stream.schedule, len(chunks), len(nfes)):
         if isinstance(step, Free):
             continue
@@ -249,15 +251,22 @@ def _timeline(
         if load is not None:
             lightly = isinstance(load, Load) and stream.lightly(load.chunk, nfes[load.sweep])
             copied = sum(copy(unit, lightly) for unit in chunks[load.chunk])
+        if isinstance(step, Pin) and overlaps:
+            pinned += copied
+            arrives[step.chunk] = pinned
+            continue
         if isinstance(step, Run):
+            if step.chunk in arrives:
+                now = max(now, arrives.pop(step.chunk) + streamed)
             nfe = nfes[runs // len(chunks)]
             computed = sum(run(unit, nfe) for unit in chunks[step.chunk])
-            first = max(computed, copied) if overlaps else computed + copied
-            total += first + (groups - 1) * computed
+            now += max(computed, copied) if overlaps else computed + copied
+            now += (groups - 1) * computed
             runs += 1
         else:
-            total += copied
-    return total
+            now += copied
+        streamed += copied
+    return now
 
 
 def _copy_seconds(config: ModelConfig, component: str, dtype: str, rates: Rates, unit: str, lightly: bool) -> float:
