@@ -3,6 +3,7 @@ program, bytes of K and V, seconds.
 
     python scripts/evaluate_kv.py -o runs/kv                 200 held-out prompts at 256x256, every combination
     python scripts/evaluate_kv.py -o runs/kv --scenes 10     a look
+    python scripts/evaluate_kv.py -o runs/kv --shard 0/2     every second batch: two processes share the work, a third sums up
 
 Every batch of prompts is drawn under all policies in turn, so that their seconds compare; what is drawn is kept in
 RESULTS.jsonl in the folder, and a second run goes on from there. Writes table.md and plot.svg beside it.
@@ -55,9 +56,10 @@ def draw(pipe: ZImage, prompts: list, first: int, words: dict, size: int) -> tup
     }
 
 
-def rows(pipe: ZImage, prompts: list, size: int, done: set) -> Iterator[dict]:
+def rows(pipe: ZImage, prompts: list, size: int, done: set, shard: tuple[int, int]) -> Iterator[dict]:
     """A row per batch and policy."""
-    todo = [(first, words) for first in range(0, len(prompts), BATCH) for words in policies()]
+    index, count = shard
+    todo = [(first, words) for first in range(index * BATCH, len(prompts), count * BATCH) for words in policies()]
     reference, of = None, -1
     for first, words in tqdm(todo, unit="batch"):
         if (first, name(words)) in done:
@@ -65,7 +67,7 @@ def rows(pipe: ZImage, prompts: list, size: int, done: set) -> Iterator[dict]:
         group = prompts[first : first + BATCH]
         if of != first or words == REFERENCE:
             reference, of = draw(pipe, group, first, REFERENCE, size)[0], first
-        if first == 0:
+        if first == index * BATCH:
             draw(pipe, group, first, words, size)  # compiles; what follows is timed
         pixels, cost = draw(pipe, group, first, words, size)
         error = np.square((pixels.astype(np.float64) - reference) / 255).mean((1, 2, 3))
@@ -144,14 +146,16 @@ def plot(result: list[dict], file: Path) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for results.")
 @click.option("--scenes", default=100, show_default=True, help="Held-out scenes; two prompts each.")
 @click.option("--size", default=256, show_default=True)
-def main(output: Path, scenes: int, size: int) -> None:
+@click.option("--shard", default="0/1", show_default=True, help="Index/count of the processes that share the work.")
+def main(output: Path, scenes: int, size: int, shard: str) -> None:
     use_compile_cache()
+    index, count = (int(word) for word in shard.split("/"))
     output.mkdir(parents=True, exist_ok=True)
     results = output / "RESULTS.jsonl"
     found = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     pipe, prompts = ZImage.load(memory=Memory(schedule="resident")), list(held_out(scenes, seed=3))
     with results.open("a") as f:
-        for row in rows(pipe, prompts, size, {(r["first"], r["policy"]) for r in found}):
+        for row in rows(pipe, prompts, size, {(r["first"], r["policy"]) for r in found}, (index, count)):
             f.write(json.dumps(row) + "\n")
             f.flush()
             found.append(row)
