@@ -25,6 +25,7 @@ from zimage_jax.config import PRESETS, ModelConfig
 RUNS = {
     "ring from host memory": ["--schedule", "ring", "--chunks", "30"],
     "ring from disk, 4 GiB window": ["--schedule", "ring", "--chunks", "30", "--host-memory", "4"],
+    "ring, K and V for two NFEs": ["--schedule", "ring", "--chunks", "30", "--kv-reuse", "2"],
     "low vram": ["--low-vram"],
 }
 
@@ -81,6 +82,8 @@ def main(folder: Path, preset: str, size: str, steps: int, chosen: tuple[str, ..
             "predicted_peak_bytes",
             "peak_device_bytes",
             "copied_bytes",
+            "copied_bytes_saved_by_reuse",
+            "kv_bytes",
             "latents_sha256",
         )
         line = {"run": name, "size": size, "steps": steps} | {key: told[key] for key in keys}

@@ -82,8 +82,7 @@ def job_of(cell: dict) -> dict:
     if "kv" in cell:
         from zimage_jax.kv import KVPolicy
 
-        policy = {key: tuple(value) if isinstance(value, list) else value for key, value in cell["kv"].items()}
-        job["kv"] = KVPolicy(**policy)
+        job["kv"] = KVPolicy.parse(**cell["kv"])
     return job
 
 
@@ -135,7 +134,7 @@ def measure(cell: dict) -> dict:
     row = row or _peaks(runs[-1].result)
     row |= _seconds(first, runs) | {"process_peak_bytes": process_peak_bytes()}
     row |= _against_resident(runs, against) if against else {"psnr_db": None, "resident_seconds": None}
-    return row | _predicted_seconds(cell, job, runs[-1].result, against) | _timeline(runs[-1].result)
+    return row | _predicted_seconds(cell, runs[-1].result, against) | _timeline(runs[-1].result)
 
 
 def _path(cell: dict) -> str | None:
@@ -210,7 +209,7 @@ class Speed(NamedTuple):
     cpu: float
 
 
-def _predicted_seconds(cell: dict, job: dict, result: "Result", against: list[Drawn]) -> dict:
+def _predicted_seconds(cell: dict, result: "Result", against: list[Drawn]) -> dict:
     """By the planner's model of cost, with this machine's rates: compute as fast in each stage as the resident run in
     turn was, or without one as plan.measure says; chunks at the speed of the driver's own copy of one, and in the stages
     whose parameters are read from the checkpoint each time at the speed of such reading.
@@ -227,7 +226,7 @@ def _predicted_seconds(cell: dict, job: dict, result: "Result", against: list[Dr
     if result.plan.text is None:  # the text encoder's seconds on the host are not predicted
         return {"predicted_seconds": None, "predicted_cpu_seconds": None}
     checkpoint = Checkpoint(_path(cell) or TINY)
-    work, dtype = _work(checkpoint, job), jnp.dtype(cell.get("dtype") or default_dtype()).name
+    work, dtype = result.work, jnp.dtype(cell.get("dtype") or default_dtype()).name
     rates, chunks, pins = planning.measure(dtype), _chunk_speed(checkpoint, result.plan), _pin_speed(checkpoint)
     speeds = {"text": chunks, "context": pins, "denoise": chunks, "decode": pins}
     flops = dict.fromkeys(speeds, rates.flops)
@@ -252,20 +251,6 @@ def _predicted_seconds(cell: dict, job: dict, result: "Result", against: list[Dr
         copies = sum(by_stage(s, flops=math.inf, link=speed.cpu) for s, speed in speeds.items())
         row["predicted_cpu_seconds"] = round(statistics.median(run.cpu_seconds for run in against) + copies, 4)
     return row
-
-
-def _work(checkpoint: "Checkpoint", job: dict) -> "Work":
-    from zimage_jax import prompt
-    from zimage_jax.planner import Work
-
-    texts = {job["prompt"]} | ({""} if job["guidance"] else set())
-    prompts = prompt.Prompts.load(checkpoint.tokenizer)
-    bucket = prompt.bucket(max(len(prompts.encode(text).ids) for text in texts))
-    scale = checkpoint.config.vae.scale
-    return Work(
-        len(job["seed"]), bool(job["guidance"]), len(texts), bucket, job["height"] // scale, job["width"] // scale,
-        job["steps"],
-    )  # fmt: skip
 
 
 def _model(plan: "Plan", work: "Work", checkpoint: "Checkpoint", rates: "Rates") -> dict[str, float]:
@@ -314,6 +299,7 @@ def simulate(cell: dict) -> dict:
     """A job on a card that is not there, by the planner alone."""
     from zimage_jax import cards
     from zimage_jax.config import PRESETS
+    from zimage_jax.kv import KVPolicy
     from zimage_jax.planner import Planner, Work
 
     name = cell.get("model", "turbo")
@@ -321,8 +307,8 @@ def simulate(cell: dict) -> dict:
         raise sweep.UsageError(f"model {name!r}: a card is simulated with one of {', '.join(PRESETS)}")
     config, dtype, card = PRESETS[name], "bfloat16", cards.find(cell["card"])
     width, height = sweep.pixels(cell["size"])
-    scale, steps = config.vae.scale, cell.get("steps", 8)
-    work = Work(cell.get("batch", 1), False, 1, BUCKET, height // scale, width // scale, steps)
+    policy, steps = KVPolicy.parse(**cell.get("kv", {})), cell.get("steps", 8)
+    work = Work.of(config, width, height, steps, policy, dtype, bucket=BUCKET, batch=cell.get("batch", 1))
     costs = cards.StoredCosts(config, card)
     budget = min(card.usable, int(cell["max_vram_gib"] * GIB)) if "max_vram_gib" in cell else card.usable
     plan = Planner(config, dtype, 2, costs).plan(work, memory_of(cell), budget)

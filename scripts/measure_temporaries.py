@@ -15,7 +15,7 @@ from datetime import date
 import click
 import jax
 
-from zimage_jax import cards, sampling
+from zimage_jax import cards
 from zimage_jax.config import TURBO
 from zimage_jax.deviceless import CardPrograms, order
 from zimage_jax.kv import KVPolicy
@@ -26,13 +26,11 @@ from zimage_jax.staging import ring_step
 SIDES, BUCKETS = (512, 1024, 2048), (64, 512)
 BLOCKS = (1, 2, 4, 8)
 ALONE = (1, 8)  # chunks that run with nothing copied meanwhile
-TIMES = 1000 * sampling.sigmas(8, TURBO.scheduler.shift)[:-1]
 NOTE = "beside their arguments, bytes; published widths, bf16; attention by query chunks, not cuDNN's: conservative"
 
 
 def work(side: int, bucket: int = 64) -> Work:
-    h = w = side // TURBO.vae.scale
-    return Work(1, False, 1, bucket, h, w, KVPolicy().phases(TIMES, "bfloat16", h // 2, w // 2))
+    return Work.of(TURBO, side, side, 8, KVPolicy(), "bfloat16", bucket=bucket)
 
 
 def main_block(work: Work, blocks: int, copied: int) -> frozenset[Visit]:

@@ -20,7 +20,7 @@ KINDS = {
     | {"prompt", "seed", "batch", "guidance", "repeats", "dtype", "max_vram_mib", "text_encoder", "host_memory_mib",
        "vae_tile", "kv"},
     # the same for a card that is not there, by the planner; model: a name in config.PRESETS
-    "simulate": _JOB | {"card", "batch", "max_vram_gib"},
+    "simulate": _JOB | {"card", "batch", "max_vram_gib", "kv"},
     # another program, or ours, with the same random weights
     "rival": {"system", "mode", "size", "steps", "repeats"},
     # process start to the first picture, by part

@@ -11,7 +11,7 @@ import small
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zimage_jax import cards, components, dit, sampling, schedule, vae, vae_strips
+from zimage_jax import cards, components, dit, schedule, vae, vae_strips
 from zimage_jax.cards import CARDS, Rates, StoredCosts, bound_by, seconds
 from zimage_jax.config import PRESETS, TURBO
 from zimage_jax.errors import OutOfMemoryError, UsageError
@@ -22,8 +22,7 @@ FIVE = small.CONFIGS["five_blocks"]
 
 
 def square(side: int, bucket: int = 64, kv: KVPolicy = KVPolicy()) -> Work:  # noqa: B008
-    phases = kv.phases(1000 * sampling.sigmas(8, 3.0)[:-1], jnp.bfloat16, side // 16, side // 16)
-    return Work(1, False, 1, bucket, side // 8, side // 8, phases)
+    return Work.of(TURBO, side, side, 8, kv, jnp.bfloat16, bucket=bucket)
 
 
 def one_phase(steps: int, reuse: int = 1) -> tuple[Phase, ...]:

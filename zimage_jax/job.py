@@ -14,7 +14,7 @@ from . import image, sampling
 from .config import ModelConfig
 from .errors import UsageError
 from .kv import KVPolicy
-from .planner import Plan
+from .planner import Plan, Work
 from .staging import Ledger
 
 
@@ -67,6 +67,7 @@ class Result:
     pictures: list[Picture]
     report: dict  # one value per picture for prompt, seed, latents_sha256: a list when there are several
     latents: Float[np.ndarray, "B h w C"]
+    work: Work
     plan: Plan
     ledger: Ledger  # every copy and every program's run; `ledger.trace()` draws them
 

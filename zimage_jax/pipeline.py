@@ -136,11 +136,11 @@ class ZImage:
             self._warn(f"out of device memory with a plan of {plan.peak_bytes / GIB:.2f} GiB; trying a smaller one")
 
     def _work(self, job: Job, encoded: dict[str, prompt.Encoded]) -> Work:
-        bucket, scale = prompt.bucket(max(len(e.ids) for e in encoded.values())), self.config.vae.scale
-        h, w = job.height // scale, job.width // scale
-        t = 1000 * sampling.sigmas(job.steps, self.config.scheduler.shift)[:-1]
-        phases = job.kv.phases(t, self.dtype, h // 2, w // 2)
-        return Work(len(job.prompts), bool(job.guidance), len(encoded), bucket, h, w, phases)
+        bucket = prompt.bucket(max(len(e.ids) for e in encoded.values()))
+        return Work.of(
+            self.config, job.width, job.height, job.steps, job.kv, self.dtype, bucket=bucket, batch=len(job.prompts),
+            is_guided=bool(job.guidance), prompts=len(encoded),
+        )  # fmt: skip
 
     def _plan(self, work: Work, memory: Memory, budget: int) -> Plan:
         try:
@@ -421,7 +421,7 @@ class ZImage:
             "kv_bytes_of_a_block_by_nfe": run.work.kv_bytes_by_nfe(self.config.transformer),
             "host_bytes": self._tiers.host_bytes,
         }
-        return Result(pictures, report, latents, plan, ledger)
+        return Result(pictures, report, latents, run.work, plan, ledger)
 
 
 def default_dtype() -> str:

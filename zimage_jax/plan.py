@@ -190,13 +190,10 @@ def _rows(
 
     from .cards import Rates, bound_by, seconds
     from .planner import Planner, Work
-    from .sampling import sigmas
 
-    times = 1000 * sigmas(steps, config.scheduler.shift)[:-1]
     planner = Planner(config, stored, jnp.dtype(device.compute).itemsize, device.costs)
     for width, height in pixels:
-        h, w = height // config.vae.scale, width // config.vae.scale
-        work = Work(1, False, 1, BUCKET, h, w, kv.phases(times, device.compute, h // 2, w // 2))
+        work = Work.of(config, width, height, steps, kv, device.compute, bucket=BUCKET)
         row: dict = {"size": f"{width}x{height}", "width": width, "height": height}
         try:
             plan = planner.plan(work, memory, budget)

@@ -13,10 +13,10 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from . import components, dit, kv, schedule
+from . import components, dit, kv, sampling, schedule
 from .config import DiTConfig, ModelConfig
 from .errors import OutOfMemoryError, UsageError
-from .kv import Nfe, Phase
+from .kv import KVPolicy, Nfe, Phase
 from .schedule import Schedule
 
 MICRO_TOKENS = 8192  # a micro-batch takes as many pictures as keep its tokens under this
@@ -66,6 +66,16 @@ class Work:
     h: int
     w: int
     phases: tuple[Phase, ...]  # of the K/V policy; their NFEs are the job's
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, width: int, height: int, steps: int, policy: KVPolicy, compute, *, bucket: int,
+        batch: int = 1, is_guided: bool = False, prompts: int = 1,
+    ) -> "Work":  # fmt: skip
+        """Pictures of a size in pixels, computed in a dtype."""
+        h, w = height // config.vae.scale, width // config.vae.scale
+        times = 1000 * sampling.sigmas(steps, config.scheduler.shift)[:-1]
+        return cls(batch, is_guided, prompts, bucket, h, w, policy.phases(times, compute, h // 2, w // 2))
 
     @property
     def nfes(self) -> tuple[Nfe, ...]:
