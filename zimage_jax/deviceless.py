@@ -82,13 +82,15 @@ class CardProgram:
 
 
 def order(executable) -> list[tuple[str, int]]:
-    """Runs of copies that start, copies that are awaited and kernels, as the compiled program has them in order."""
+    """Runs of copies of matrices that start, of such that are awaited, and of kernels, as the compiled program has them in
+    order. Vectors, of some KiB at most, are left out."""
     (module,) = executable.hlo_modules()
     text = module.to_string()
-    found = re.findall(
-        r" (copy-start|async-start|copy-done|async-done|custom-call|fusion|while)\(", text[text.index("\nENTRY") :]
-    )
-    kinds = (name.split("-")[1] if name[-5:] in ("start", "-done") else "compute" for name in found)
+    kinds = []
+    for line in text[text.index("\nENTRY") :].splitlines():
+        found = re.search(r"= \(?\w+\[([\d,]*)\].* (?:(?:copy|async)-(start|done)|custom-call|fusion|while)\(", line)
+        if found and not (found[2] and "," not in found[1]):
+            kinds.append(found[2] or "compute")
     return [(kind, len(list(same))) for kind, same in itertools.groupby(kinds)]
 
 
