@@ -62,22 +62,23 @@ def draw(pipe: ZImage, prompts: list, first: int, words: dict, size: int) -> tup
 
 
 def rows(pipe: ZImage, prompts: list, size: int, chosen: list[dict], done: set) -> Iterator[dict]:
-    """A row per batch and policy."""
-    todo = [(first, words) for first in range(0, len(prompts), BATCH) for words in chosen]
-    reference, of = None, -1
-    for first, words in tqdm(todo, unit="batch"):
-        if (first, name(words)) in done:
-            continue
+    """A row per batch and policy. The reference is drawn anew for what is missing of a batch: its seconds are of that time."""
+    for first in tqdm(range(0, len(prompts), BATCH), unit="batch"):
         group = prompts[first : first + BATCH]
-        if of != first or words == REFERENCE:
-            reference, of = draw(pipe, group, first, REFERENCE, size)[0], first
-        pixels, cost = draw(pipe, group, first, words, size)
-        error = np.square((pixels.astype(np.float64) - reference) / 255).mean((1, 2, 3))
-        verdicts: dict[str, list[int]] = {}
-        for picture, (scene, *_) in zip(pixels, group, strict=True):
-            for attribute, right in judge(picture, scene).items():
-                verdicts.setdefault(attribute, []).append(int(right))
-        yield {"first": first, "policy": name(words), **words, **cost, "mse": error.tolist(), "verdicts": verdicts}
+        missing = [words for words in chosen if (first, name(words)) not in done]
+        if missing:
+            draw(pipe, group, first, REFERENCE, size)  # warms up
+            reference, cost = draw(pipe, group, first, REFERENCE, size)
+            whole = {"reference_seconds": cost["denoise_seconds"]}
+        for words in missing:
+            pixels, cost = draw(pipe, group, first, words, size)
+            error = np.square((pixels.astype(np.float64) - reference) / 255).mean((1, 2, 3))
+            verdicts: dict[str, list[int]] = {}
+            for picture, (scene, *_) in zip(pixels, group, strict=True):
+                for attribute, right in judge(picture, scene).items():
+                    verdicts.setdefault(attribute, []).append(int(right))
+            row = {"first": first, "policy": name(words), **words, **cost, **whole}
+            yield row | {"mse": error.tolist(), "verdicts": verdicts}
 
 
 def summary(found: list[dict]) -> list[dict]:
@@ -90,10 +91,7 @@ def summary(found: list[dict]) -> list[dict]:
     for policy, batches in by_policy.items():
         mse = np.concatenate([b["mse"] for b in batches]).mean()
         right = [v for b in batches for verdicts in b["verdicts"].values() for v in verdicts]
-        ratios = [
-            b["denoise_seconds"] / next(w["denoise_seconds"] for w in whole if w["first"] == b["first"])
-            for b in batches
-        ]
+        ratios = [b["denoise_seconds"] / b["reference_seconds"] for b in batches]
         result.append({
             "policy": policy,
             "pictures": sum(b["pictures"] for b in batches),
