@@ -214,9 +214,10 @@ def test_a_prompt_from_standard_input(native, tmp_path):
 
 def test_an_interrupt_leaves_finished_pictures(native, tmp_path):
     words = ("--model", native("plain"), "--size", "64x64", "-n", 500, "-o", "{index}.png")
-    # a shell that runs its jobs in the background has them ignore the signal, and children inherit that
-    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    child = process("zimage_jax.generate", "a", *words, cwd=tmp_path, preexec_fn=heeds)
+    # a shell that runs its jobs in the background has them ignore the signal, and children would inherit that
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    child = process("zimage_jax.generate", "a", *words, cwd=tmp_path)
+    signal.signal(signal.SIGINT, ours)
     deadline = time.monotonic() + 300
     while not (tmp_path / "1.png").exists() and time.monotonic() < deadline and child.poll() is None:
         time.sleep(0.05)
