@@ -163,7 +163,7 @@ def test_fp8_has_a_scale_per_head_that_padding_does_not_move():
 
 
 def test_the_rounding_survives_compilation():
-    """XLA may take a rounding away when it widens an operand again: the barrier forbids it."""
+    """What is attended to is what was rounded, not what it was rounded from."""
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, 64, 2, 16), np.float32)
 
     @jax.jit
