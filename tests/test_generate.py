@@ -1,5 +1,6 @@
 """The commands as a user runs them. Most in this process; a few as processes, for exit codes and signals."""
 
+import contextlib
 import json
 import os
 import signal
@@ -223,7 +224,7 @@ def test_an_interrupt_leaves_finished_pictures(native, tmp_path):
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=120)
-    assert child.returncode == 130
+    assert child.returncode == 130, err[-2000:]
     assert err.splitlines()[-1] == "interrupted"
     names = {p.name for p in tmp_path.iterdir()} - {"zimage_jax"}
     assert "1.png" in names
@@ -231,6 +232,21 @@ def test_an_interrupt_leaves_finished_pictures(native, tmp_path):
     for name in names:
         with Image.open(tmp_path / name) as picture:
             picture.load()
+
+
+def test_an_interrupt_that_was_dropped_is_heeded_at_the_next_step(run, tmp_path, monkeypatch):
+    """As in a destructor, where Python prints what is raised and goes on."""
+    from zimage_jax import Picture
+
+    def save(self, *words, **options):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return tmp_path / "x.png"
+
+    monkeypatch.setattr(Picture, "save", save)
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
+    code, _, err = run("a", *SMALL, "-n", 3, "-o", "x.png")
+    assert (code, err.splitlines()[-1]) == (130, "interrupted")
 
 
 def test_the_converter_as_a_process(tmp_path):

@@ -4,9 +4,11 @@ A flag wins over its environment variable (--max-vram: ZIMAGE_MAX_VRAM), that ov
 """
 
 import os
+import signal
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +29,8 @@ GIB = 2**30
 def run(command: click.Command, args: list[str] | None = None, prog: str | None = None) -> None:
     """Run a command and leave the process: 0 done, 1 the job failed, 2 the words were wrong, 130 interrupted."""
     try:
-        command.main(args=args, prog_name=prog, standalone_mode=False)
+        with _remembering_interrupts():
+            command.main(args=args, prog_name=prog, standalone_mode=False)
     except ZImageError as fault:
         _leave(str(fault), fault.exit_code)
     except click.UsageError as fault:
@@ -41,6 +44,34 @@ def run(command: click.Command, args: list[str] | None = None, prog: str | None 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(0)
+
+
+_interrupts: list[int] = []
+
+
+@contextmanager
+def _remembering_interrupts() -> Iterator[None]:
+    """Ctrl-C raises as ever and is remembered for `check_interrupt`: Python drops what is raised in a destructor."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def remember(number, frame) -> None:
+        _interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _interrupts.clear()
+
+
+def check_interrupt() -> None:
+    """Raises KeyboardInterrupt when there was one."""
+    if _interrupts:
+        raise KeyboardInterrupt
 
 
 def _leave(message: str, code: int) -> None:

@@ -224,6 +224,7 @@ class _Previews:
         self._folder, self._first, self._bar = folder, first, bar
 
     def __call__(self, step) -> None:
+        cli.check_interrupt()
         if self._bar.total != step.steps:
             self._bar.reset(step.steps)
         self._bar.update()
