@@ -127,8 +127,10 @@ class Denoiser:
         config = self.programs.config.transformer
         each = self.work.contexts // groups, self.work.tokens, config.n_heads, config.head_dim
         cache = Cache(phase.hold, each, groups, self.plan.main_sizes, self.plan.kv_on_host, self.ledger)
-        yield cache
-        cache.clear()
+        try:
+            yield cache
+        finally:
+            cache.clear()
 
     def _micro_batches(self) -> list[np.ndarray]:
         """Rows of the contexts that each micro-batch computes: its prompts', then with guidance their negatives'."""

@@ -44,11 +44,7 @@ class Programs:
     def attend(self, batch: int, tokens: int, hold: Hold | None = None) -> Attend:
         """How so many tokens of so many contexts attend, to K and V that are held as they are or in some other way."""
         dtype, keys = (hold.attention_dtype(self.dtype), hold.keys(tokens)) if hold else (self.dtype, tokens)
-        return Attend.choose(self.platform, dtype, batch, tokens, keys, self.config.transformer.n_heads)
-
-    @property
-    def platform(self) -> str:
-        return jax.default_backend()
+        return Attend.choose(jax.default_backend(), dtype, batch, tokens, keys, self.config.transformer.n_heads)
 
     def sampler(self, work: Work, on_step: Callable | None) -> Program:
         """The whole sampler as one program."""
