@@ -11,6 +11,8 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import click
@@ -35,21 +37,28 @@ def write_random(folder: Path, config: ModelConfig) -> None:
     pool = np.random.default_rng(0).standard_normal(1 << 24, np.float32)
     writer = Writer(folder, config, "bfloat16")
 
+    @cache
+    def scaled(factor: float) -> np.ndarray:
+        return (pool * np.float32(factor)).astype(DTYPES["bfloat16"])
+
     def values(path: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         if path.endswith((".scale", ".bias")):
             yield np.full(shape, path.endswith(".scale"), DTYPES["bfloat16"])
             return
-        scale = 1 / math.sqrt(math.prod(shape[:-1])) if path.endswith(".kernel") else 1
-        numbers, left = (pool * np.float32(scale)).astype(DTYPES["bfloat16"]), math.prod(shape)
+        numbers = scaled(1 / math.sqrt(math.prod(shape[:-1])) if path.endswith(".kernel") else 1)
+        left = math.prod(shape)
         while left:
             yield numbers[:left]
             left -= min(left, numbers.size)
 
-    todo = [(component, unit) for component in COMPONENTS for unit in units(config, component)]
-    for component, unit in tqdm(todo, desc="write checkpoint", unit="unit"):
+    def write(component: str, unit: str) -> None:
         if not writer.done(component, unit):
             pieces = ((path, values(path, leaf.shape)) for path, leaf in units(config, component)[unit].items())
             writer.write(component, unit, pieces)
+
+    todo = [(component, unit) for component in COMPONENTS for unit in units(config, component)]
+    with ThreadPoolExecutor() as threads:
+        list(tqdm(threads.map(write, *zip(*todo, strict=True)), total=len(todo), desc="write checkpoint", unit="unit"))
     tokenizer = Path(__file__).parent.parent / "zimage_jax/assets/tiny/tokenizer.json"
     writer.finish(tokenizer.read_bytes(), {"made by": "scripts/bench_full_size.py", "weights": "random"})
 

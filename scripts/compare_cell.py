@@ -265,7 +265,8 @@ def _chunk_speed(checkpoint: "Checkpoint", plan: "Plan") -> Speed:
     """Of the driver's own copy of the plan's largest chunk into a slot."""
     import jax.numpy as jnp
 
-    from zimage_jax.staging import Ledger, Program, fill, read_blocks, tree_bytes
+    from zimage_jax.ledger import Ledger
+    from zimage_jax.staging import Program, fill, read_blocks, tree_bytes
 
     units = max(plan.denoise.chunks, key=len)
     chunk = tuple(read_blocks(checkpoint, "transformer", units, "pinned_host").values())

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors", "config", "ops", "kv", "layers", "dit", "text_encoder", "vae", "vae_strips", "prompt", "sampling", "components",
-    "schedule", "planner", "cards", "checkpoint", "staging", "programs", "deviceless", "denoise", "image", "job", "pipeline", "cli",
+    "schedule", "planner", "cards", "device", "ledger", "checkpoint", "staging", "programs", "deviceless", "denoise", "image", "job", "pipeline", "cli",
     "generate", "plan", "__main__",
 ]  # fmt: skip
 CONVERTER_ORDER = ["rules", "sources", "convert", "inspect", "__main__"]

@@ -12,7 +12,8 @@ from zimage_jax import Memory, ZImage, ZImageWarning
 from zimage_jax.checkpoint import Checkpoint
 from zimage_jax.components import nbytes, tree_bytes, units
 from zimage_jax.errors import DamagedError, OutOfMemoryError, UsageError
-from zimage_jax.staging import Ledger, Program, Source
+from zimage_jax.ledger import Ledger
+from zimage_jax.staging import Program, Source
 
 MODEL = "five_blocks"  # two refiner blocks, five main ones: chunks of 2, 1, 1, 1 by default
 JOB = {"seed": 3, "width": 64, "height": 48, "steps": 3}
@@ -154,8 +155,8 @@ def test_the_first_chunk_computes_while_others_are_read(name, native, monkeypatc
             waited.append(has_run.wait(300))
         return read(self, component, unit)
 
-    def noted(self, ledger, *args, name=""):
-        result = call(self, ledger, *args, name=name)
+    def noted(self, ledger, *args, name="", **words):
+        result = call(self, ledger, *args, name=name, **words)
         if ledger._stage == "denoise" and "chunk" in name:
             has_run.set()
         return result

@@ -30,6 +30,7 @@ from jax.sharding import SingleDeviceSharding
 
 from .components import COMPONENTS, DTYPES, spec, units
 from .config import ModelConfig
+from .device import GATE
 from .errors import CheckpointError, ConfigError, DamagedError, ForeignError, OutputError
 from .layers import named_arrays, with_arrays
 
@@ -333,7 +334,9 @@ class Checkpoint:
         names = self.units(component) if units is None else list(units)
 
         def place(unit: str) -> dict[str, jax.Array]:
-            return {path: jax.device_put(a, sharding) for path, a in self.read(component, unit).items()}
+            arrays = self.read(component, unit)
+            with GATE.together():
+                return jax.block_until_ready({path: jax.device_put(a, sharding) for path, a in arrays.items()})
 
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             return {path: array for part in pool.map(place, names) for path, array in part.items()}

@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 from . import components, dit, kv, sampling
 from .components import tree_bytes
 from .kv import KV, Hold, Nfe, Phase
+from .ledger import Ledger
 from .planner import Plan, Work
 from .programs import Programs
-from .staging import Ledger, Stream, Tiers
+from .staging import Stream, Tiers
 
 Held = list[tuple[KV, ...]]  # of a chunk: for each micro-batch the K and V of its blocks
 

@@ -1,7 +1,7 @@
 """What our programs take of a card that is not there: the GPU compiler runs without a GPU.
 
-Needs the wheels jax-cuda12-plugin and jax-cuda12-pjrt (with jax[cuda12] they are there), no driver and no CUDA library.
-It leans on `jax._src` for the compile options; seen to work with jax 0.10.2.
+Needs the wheels jax-cuda12-plugin and jax-cuda12-pjrt, or those of 13 (with jax[cuda12] and jax[cuda13] they are there),
+no driver and no CUDA library. It leans on `jax._src` for the compile options; seen to work with jax 0.10.2 and 0.11.2.
 
 Attention: cuDNN's needs its library to be compiled, so these programs score queries in chunks, as a float32 job on the
 card would. The figures are therefore above what the bf16 job takes.
@@ -27,7 +27,7 @@ from .ops import Attend
 from .programs import Programs
 from .staging import OVERLAP, own_bytes
 
-PLUGIN = "jax_cuda12_plugin"
+PLUGINS = "jax_cuda12_plugin", "jax_cuda13_plugin"
 # by capability: bytes of shared memory per multiprocessor and for one block, threads per multiprocessor
 _MULTIPROCESSOR = {(9, 0): (233472, 232448, 2048)}
 _OTHERWISE = (102400, 101376, 1536)
@@ -103,8 +103,8 @@ def _as_on_a_gpu() -> Iterator[None]:
 
 def compiler(card: Card) -> Callable:
     """lowered -> executable for the card. Raises UsageError where the compiler is not installed."""
-    if importlib.util.find_spec(PLUGIN) is None:
-        raise UsageError("compiling for a card needs the GPU compiler: pip install zimage_jax[cuda12]")
+    if not any(map(importlib.util.find_spec, PLUGINS)):
+        raise UsageError("compiling for a card needs the GPU compiler: pip install zimage_jax[cuda12] or [cuda13]")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from jax._src.compiler import get_compile_options
     from jax._src.lib import xla_client

@@ -14,8 +14,8 @@ from . import image, sampling
 from .config import ModelConfig
 from .errors import UsageError
 from .kv import KVPolicy
+from .ledger import Ledger
 from .planner import Plan, Work
-from .staging import Ledger
 
 
 def check_size(config: ModelConfig, width: int, height: int) -> None:

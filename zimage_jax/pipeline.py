@@ -27,12 +27,14 @@ from . import cards, components, dit, image, prompt, sampling, text_encoder, vae
 from .checkpoint import Checkpoint
 from .components import COMPONENTS
 from .denoise import Denoiser
+from .device import allocator_peak, runs_ahead
 from .errors import NonFiniteError, OutOfMemoryError, UsageError
 from .job import Job, Picture, Result, Step, ZImageWarning, check_size
 from .kv import KVPolicy
+from .ledger import Ledger
 from .planner import GIB, Memory, Plan, Planner, StreamPlan, Work
 from .programs import CompiledCosts, Programs
-from .staging import Ledger, Stream, Tiers, allocator_peak, read_blocks
+from .staging import Stream, Tiers, read_blocks
 from .vae_strips import decode_strips, decode_tiles
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -47,7 +49,7 @@ class _Run:
     plan: Plan
     memory: Memory
     on_step: Callable[[Step], None] | None
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: Ledger = field(default_factory=lambda: Ledger(ahead=runs_ahead()))
 
 
 class ZImage:
@@ -429,5 +431,10 @@ def default_dtype() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in ("zimage_jax", "jax", "jaxlib", "flax")}
-    return found | {"python": platform.python_version()}
+    def of(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+            return "not installed"
+
+    return {name: of(name) for name in ("zimage_jax", "jax", "jaxlib", "flax")} | {"python": platform.python_version()}

@@ -30,7 +30,8 @@ class Programs:
     def __call__(self, function: Callable, *, donate: tuple[int, ...] = (), **static) -> Program:
         key = (function, donate, *sorted(static.items()))
         if key not in self._programs:
-            self._programs[key] = Program(function, donate=donate, **static)
+            precision = "float32" if self.dtype == jnp.float32 else None
+            self._programs[key] = Program(function, donate=donate, precision=precision, **static)
         return self._programs[key]
 
     @property

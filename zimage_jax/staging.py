@@ -1,4 +1,4 @@
-"""Runs chunks of blocks on the device as a schedule says, and keeps the account of memory, copies and time.
+"""Runs chunks of blocks on the device as a schedule says.
 
 It knows units, chunks and slots, not layers: a block is a tuple of arrays, and `tree`, the structure of its module, turns
 it into what is called. Blocks cross program boundaries as plain tuples, for flattening a module in Python costs 0.1 ms
@@ -6,15 +6,12 @@ each time.
 """
 
 import collections
-import json
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +21,9 @@ from jax import Array
 from . import components
 from .checkpoint import Checkpoint
 from .components import tree_bytes
+from .device import GATE, free_device_bytes, free_host_bytes
 from .errors import UsageError
+from .ledger import Ledger
 from .schedule import Load, Pin, Run, Schedule, loads, steps
 
 Block = tuple[Array | None, ...]  # the leaves of one block; None for what an NFE does without
@@ -32,6 +31,7 @@ Chunk = tuple[Block, ...]
 Key = TypeVar("Key")
 
 DISK_CHUNKS = 3  # a window of no stated size: the chunk in use and two ahead
+READERS = min(4, os.cpu_count() or 1)  # threads: most of a read into pinned memory is the pinning, 0.8 GB/s each
 
 # Without the latency-hiding scheduler a GPU copies after it computes; the limit must exceed the arrays of one step, or
 # the first copies are awaited before compute starts
@@ -39,123 +39,6 @@ OVERLAP = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_experimental_parallel_async_compute_limit": 1024,
 }
-
-
-# -- the account ------------------------------------------------------------------------------------------------------
-
-
-class Event(NamedTuple):
-    lane: str  # "compute", "copy" (host to device) or "tier" (disk to host)
-    name: str
-    stage: str
-    begin: float  # seconds since the ledger began
-    end: float
-    nbytes: int
-
-
-@dataclass
-class Ledger:
-    """Device bytes held by name with their peak by stage, copies to the device, and the seconds each stage took."""
-
-    held: dict[str, int] = field(default_factory=dict)
-    peak_by_stage: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    events: list[Event] = field(default_factory=list)
-    saved_bytes: int = 0  # not copied, since an NFE reused K and V
-    levels: list[tuple[float, str, int]] = field(default_factory=list)  # seconds, stage, bytes on the device at a mark
-    _stage: str = "load"
-    _began: float = field(default_factory=time.perf_counter)
-
-    @property
-    def peak(self) -> int:
-        return max(self.peak_by_stage.values(), default=0)
-
-    @property
-    def copied_by_stage(self) -> dict[str, int]:
-        copied: collections.Counter[str] = collections.Counter()
-        for event in self.events:
-            if event.lane == "copy":
-                copied[event.stage] += event.nbytes
-        return dict(copied)
-
-    @property
-    def copied_bytes(self) -> int:
-        return sum(self.copied_by_stage.values())
-
-    def hold(self, name: str, tree) -> None:
-        """`tree` lies on the device from now on; it takes the place of what had this name."""
-        self.held[name] = tree_bytes(tree)
-        self.mark()
-
-    def drop(self, name: str) -> None:
-        self.held.pop(name, None)
-
-    def mark(self, more: int = 0) -> None:
-        """Note the bytes held now, and `more` that a running program takes."""
-        now = sum(self.held.values()) + more
-        self.peak_by_stage[self._stage] = max(self.peak_by_stage.get(self._stage, 0), now)
-        self.levels.append((time.perf_counter() - self._began, self._stage, now))
-
-    @contextmanager
-    def event(self, lane: str, name: str, nbytes: int = 0) -> Iterator[None]:
-        """Reading threads note theirs too."""
-        stage, begin = self._stage, time.perf_counter() - self._began
-        try:
-            yield
-        finally:
-            self.events.append(Event(lane, name, stage, begin, time.perf_counter() - self._began, nbytes))
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        outer, self._stage = self._stage, name
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-            self._stage = outer
-
-    def trace(self) -> str:
-        """The events in Chrome's trace format, which Perfetto reads too: one lane each of compute, copy and tier, and the
-        bytes on the device as a counter."""
-        lanes = {"compute": 1, "copy": 2, "tier": 3}
-        rows: list[dict] = [
-            {"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": {"name": lane}}
-            for lane, number in lanes.items()
-        ]
-        rows += [
-            {
-                "ph": "X", "pid": 1, "tid": lanes[e.lane], "name": e.name, "cat": e.stage, "ts": round(1e6 * e.begin),
-                "dur": round(1e6 * (e.end - e.begin)), "args": {"bytes": e.nbytes, "stage": e.stage},
-            }
-            for e in self.events
-        ]  # fmt: skip
-        rows += [
-            {"ph": "C", "pid": 1, "name": "device memory", "ts": round(1e6 * at), "args": {"bytes": nbytes}}
-            for at, _, nbytes in self.levels
-        ]
-        return json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"})
-
-
-def allocator_peak() -> int | None:
-    """The peak the device's own allocator saw in this process; None on a CPU, which keeps no such count."""
-    stats = jax.local_devices()[0].memory_stats()
-    return None if stats is None else stats.get("peak_bytes_in_use")
-
-
-def free_device_bytes() -> int:
-    """Bytes the device can still give; a CPU's device memory is the host's."""
-    stats = jax.local_devices()[0].memory_stats()
-    return free_host_bytes() if stats is None else stats["bytes_limit"] - stats["bytes_in_use"]
-
-
-def free_host_bytes() -> int:
-    """Host memory that is available without swapping."""
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 # -- programs ---------------------------------------------------------------------------------------------------------
@@ -167,13 +50,20 @@ class Program:
     `static` arguments go to the function as keywords and belong to the program.
     """
 
-    def __init__(self, function: Callable, *, donate: tuple[int, ...] = (), **static):
+    def __init__(
+        self, function: Callable, *, donate: tuple[int, ...] = (), precision: str | None = None, **static
+    ):  # fmt: skip
+        """`precision` of products of float32: a GPU's own default is TF32."""
+
+        def with_token(*args):
+            # what the ledger waits for: the next program may have been given the result itself
+            return function(*args, **static), jnp.zeros((), jnp.int8)
+
         self.name = function.__name__.strip("_")
         options = OVERLAP if jax.default_backend() == "gpu" else None
-        self._jitted = jax.jit(
-            lambda *args: function(*args, **static), donate_argnums=donate, keep_unused=True, compiler_options=options
-        )
+        self._jitted = jax.jit(with_token, donate_argnums=donate, keep_unused=True, compiler_options=options)
         self._compiled: dict = {}
+        self._precision, self._has_run = precision, set[int]()
         self.compile_seconds = 0.0
 
     @property
@@ -187,18 +77,30 @@ class Program:
         key = (tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._compiled:
             began = time.perf_counter()
-            executable = self._jitted.lower(*args).compile()
+            with GATE.alone(), jax.default_matmul_precision(self._precision):
+                executable = self._jitted.lower(*args).compile()
             self.compile_seconds += time.perf_counter() - began
             memory = executable.memory_analysis()
             extra = 0 if memory is None else own_bytes(memory)
             self._compiled[key] = executable, extra
         return self._compiled[key]
 
-    def __call__(self, ledger: Ledger, *args, name: str = ""):
+    def __call__(self, ledger: Ledger, *args, name: str = "", copied: tuple[str, int] | None = None):
+        """`name` what is computed, and `copied` the name and bytes of what is copied to the device meanwhile."""
         executable, extra = self.compiled(*args)
         ledger.mark(extra)
-        with ledger.event("compute", name or self.name):
-            return jax.block_until_ready(executable(*args))
+        kinds = [("compute", name or self.name, 0), *([("copy", *copied)] if copied else [])]
+        if id(executable) in self._has_run:
+            result, token = executable(*args)
+            ledger.launched(token, *kinds)
+            return result
+        ledger.settle()
+        with GATE.alone():
+            result, token = executable(*args)
+            ledger.launched(token, *kinds)
+            ledger.settle()
+        self._has_run.add(id(executable))
+        return result
 
 
 def own_bytes(memory) -> int:
@@ -233,11 +135,11 @@ class Source:
     def open(self, order: Sequence[tuple[str, ...]], ledger: Ledger) -> None:
         """Raises UsageError when the window is smaller than a chunk."""
         self.close()
-        self._order, self._ledger, self._pool = iter(order), ledger, ThreadPoolExecutor(1)
+        self._order, self._ledger, self._pool = iter(order), ledger, ThreadPoolExecutor(READERS)
         if self._kept is not None:
-            for units in order:
-                if missing := tuple(unit for unit in units if unit not in self._kept):
-                    self._kept |= dict.fromkeys(missing, self._pool.submit(self._read, missing))
+            for unit in itertools.chain.from_iterable(order):
+                if unit not in self._kept:
+                    self._kept[unit] = self._pool.submit(self._read, (unit,))
             return
         largest = max((self._bytes(units) for units in order), default=1)
         depth = DISK_CHUNKS if self._window is None else self._window // largest
@@ -261,8 +163,9 @@ class Source:
         return tuple(blocks.values())
 
     def used(self) -> None:
-        """The chunk taken last has been copied: its place in the window is free."""
+        """The chunk taken last is being copied: after that its place in the window is free."""
         if self._kept is None:
+            self._ledger.settle()
             self._read_ahead()
 
     def close(self) -> None:
@@ -375,9 +278,8 @@ class Stream:
 
     def _load(self, step: Load) -> None:
         following = self._take(step)
-        with self._ledger.event("copy", f"{self._label} chunk {step.chunk}", tree_bytes(following)):
-            spare = self._slot(step.slot)
-            self._slots[step.slot] = self._program(fill, donate=(0,))(self._ledger, spare, following)
+        spare, copied = self._slot(step.slot), (f"{self._label} chunk {step.chunk}", tree_bytes(following))
+        self._slots[step.slot] = self._program(fill, donate=(0,))(self._ledger, spare, following, copied=copied)
         self._source.used()
 
     def _take(self, load: Load) -> Chunk:
@@ -410,8 +312,8 @@ class Stream:
             ring = self._program(ring_step, donate=(1, 3), **static)
             following = self._take(step.then)
             spare = self._slot(step.then.slot)
-            with self._ledger.event("copy", f"{self._label} chunk {step.then.chunk}", tree_bytes(following)):
-                x, filled = ring(self._ledger, chunk, spare, following, xs[0], *sides[0], name=name)
+            copied = f"{self._label} chunk {step.then.chunk}", tree_bytes(following)
+            x, filled = ring(self._ledger, chunk, spare, following, xs[0], *sides[0], name=name, copied=copied)
             self._slots[step.then.slot] = filled
             self._source.used()
             done.append(x)
@@ -426,7 +328,7 @@ class Tiers:
     def __init__(self, checkpoint: Checkpoint, program: Callable[..., Program]):
         self._checkpoint, self._program = checkpoint, program
         self._device: dict[tuple[str, str], Future[Block]] = {}  # (component, unit)
-        self._readers = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+        self._readers = ThreadPoolExecutor(READERS)
         self._host: dict[tuple[str, str], tuple[np.ndarray, ...]] = {}
         self._sources: dict[tuple[str, int | None], Source] = {}
 

@@ -1,0 +1,72 @@
+"""The device and the host as they are: what they hold, and what threads may do with the device at once."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+
+class _Gate:
+    """Many threads may be inside together, or one alone; whoever wants to be alone comes before those who wait."""
+
+    def __init__(self) -> None:
+        self._changed, self._inside, self._wanted = threading.Condition(), 0, 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._wanted)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._wanted += 1
+            try:
+                self._changed.wait_for(lambda: not self._inside)
+                yield
+            finally:
+                self._wanted -= 1
+                self._changed.notify_all()
+
+
+# A program is compiled and first run alone, and arrays are placed together: when cuDNN unpacks an attention it captures a
+# CUDA graph, which another thread's allocation or copy spoils, and with it the process (seen on an H100, jax 0.11.2:
+# "capturing stream has unjoined work")
+GATE = _Gate()
+
+
+def runs_ahead() -> int:
+    """Programs to give to the device before the last is done: one on a GPU, which would else wait for the host between any
+    two. A CPU's programs run on the cores that would prepare the next."""
+    return 0 if jax.default_backend() == "cpu" else 1
+
+
+def allocator_peak() -> int | None:
+    """The peak the device's own allocator saw in this process; None on a CPU, which keeps no such count."""
+    stats = jax.local_devices()[0].memory_stats()
+    return None if stats is None else stats.get("peak_bytes_in_use")
+
+
+def free_device_bytes() -> int:
+    """Bytes the device can still give; a CPU's device memory is the host's."""
+    stats = jax.local_devices()[0].memory_stats()
+    return free_host_bytes() if stats is None else stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def free_host_bytes() -> int:
+    """Host memory that is available without swapping."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
