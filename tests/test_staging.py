@@ -1,5 +1,6 @@
 """One suite over all memory schedules: the same picture from each, what was promised of memory, and nothing left over."""
 
+import itertools
 import json
 import threading
 
@@ -8,7 +9,7 @@ import pytest
 import small
 from test_models import relative
 
-from zimage_jax import Memory, ZImage, ZImageWarning
+from zimage_jax import Memory, ZImage, ZImageWarning, device
 from zimage_jax.checkpoint import Checkpoint
 from zimage_jax.components import nbytes, tree_bytes, units
 from zimage_jax.errors import DamagedError, OutOfMemoryError, UsageError
@@ -165,6 +166,69 @@ def test_the_first_chunk_computes_while_others_are_read(name, native, monkeypatc
     monkeypatch.setattr(Program, "__call__", noted)
     ZImage.load(native(MODEL), memory=SCHEDULES[name]).generate("a", **JOB)
     assert waited == [True]
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The driver's ways with a device that has memory of its own: programs run ahead, what was pinned stays on the host."""
+    monkeypatch.setattr("zimage_jax.device.shares_memory", lambda: False)
+    monkeypatch.setattr("zimage_jax.staging.shares_memory", lambda: False)
+
+
+@pytest.mark.parametrize("name", ["ring", "hybrid", "one chunk pinned", "disk", "text staged"])
+def test_a_device_with_memory_of_its_own(name, resident, native, as_on_a_gpu):
+    pipe = ZImage.load(native(MODEL), dtype=resident.report["dtype"], memory=SCHEDULES[name])
+    first, again = (pipe.generate("a red fox", **JOB) for _ in range(2))
+    for result in (first, again):
+        np.testing.assert_array_equal(result.latents, resident.latents)
+        assert result.ledger.peak == result.plan.peak_bytes
+    computed = [event for event in again.ledger.events if event.lane == "compute"]
+    assert len(computed) == sum(event.lane == "compute" for event in first.ledger.events)
+    assert all(a.end <= b.begin for a, b in itertools.pairwise(computed)), "one after the other"
+    read = sum(event.nbytes for event in again.ledger.events if event.lane == "tier")
+    assert (read > 0) == (name == "disk"), "all but a window's blocks stay in host memory"
+    assert again.ledger.copied_bytes == first.ledger.copied_bytes
+
+
+def test_a_program_is_not_waited_for_while_it_runs_ahead():
+    program, ledger = Program(lambda x: x + np.float32(1), donate=(0,)), Ledger(ahead=1)
+    x = np.zeros(4, np.float32)
+    for count in range(4):
+        x = program(ledger, x)
+        # the first run is waited for, and every other when the one after it is given
+        assert len(ledger.events) == max(1, count)
+    ledger.settle()
+    assert len(ledger.events) == 4
+    np.testing.assert_array_equal(x, np.full(4, 4, np.float32))
+
+
+def test_the_gate_lets_one_in_alone_and_before_those_who_wait():
+    gate, order = device.Gate(), []
+    entered, leave = threading.Event(), threading.Event()
+
+    def together(name: str, wait: bool) -> None:
+        with gate.together():
+            order.append(name)
+            entered.set()
+            assert not wait or leave.wait(5)
+
+    def alone() -> None:
+        with gate.alone():
+            order.append("alone")
+
+    first = threading.Thread(target=together, args=("first", True))
+    first.start()
+    assert entered.wait(5)
+    single = threading.Thread(target=alone)
+    single.start()
+    while not gate.is_wanted:
+        threading.Event().wait(0.001)
+    later = threading.Thread(target=together, args=("later", False))
+    later.start()
+    leave.set()
+    for thread in (first, single, later):
+        thread.join(5)
+    assert order == ["first", "alone", "later"]
 
 
 def test_compilations_are_few_and_once(native):

@@ -9,16 +9,21 @@ from pathlib import Path
 import jax
 
 
-class _Gate:
+class Gate:
     """Many threads may be inside together, or one alone; whoever wants to be alone comes before those who wait."""
 
     def __init__(self) -> None:
         self._changed, self._inside, self._wanted = threading.Condition(), 0, 0
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether someone waits to be alone, or is."""
+        return self._wanted > 0
+
     @contextmanager
     def together(self) -> Iterator[None]:
         with self._changed:
-            self._changed.wait_for(lambda: not self._wanted)
+            self._changed.wait_for(lambda: not self.is_wanted)
             self._inside += 1
         try:
             yield
@@ -42,13 +47,18 @@ class _Gate:
 # A program is compiled and first run alone, and arrays are placed together: when cuDNN unpacks an attention it captures a
 # CUDA graph, which another thread's allocation or copy spoils, and with it the process (seen on an H100, jax 0.11.2:
 # "capturing stream has unjoined work")
-GATE = _Gate()
+GATE = Gate()
+
+
+def shares_memory() -> bool:
+    """Whether device memory is the host's."""
+    return jax.default_backend() == "cpu"
 
 
 def runs_ahead() -> int:
     """Programs to give to the device before the last is done: one on a GPU, which would else wait for the host between any
     two. A CPU's programs run on the cores that would prepare the next."""
-    return 0 if jax.default_backend() == "cpu" else 1
+    return 0 if shares_memory() else 1
 
 
 def allocator_peak() -> int | None:

@@ -175,8 +175,7 @@ class ZImage:
 
     def _draw(self, run: _Run, encoded: dict[str, prompt.Encoded]) -> Result:
         ledger, began = run.ledger, time.perf_counter()
-        self._tiers.clear(ledger, unless=run.plan.kept)
-        self._tiers.account(ledger)
+        self._tiers.begin(ledger, kept=run.plan.kept, host_bytes=run.memory.host_bytes)
         try:
             with ledger.stage("text"):
                 features = self._text(run, encoded)

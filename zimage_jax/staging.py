@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import SingleDeviceSharding
 
 from . import components
 from .checkpoint import Checkpoint
 from .components import tree_bytes
-from .device import GATE, free_device_bytes, free_host_bytes
+from .device import GATE, free_device_bytes, free_host_bytes, shares_memory
 from .errors import UsageError
 from .ledger import Ledger
 from .schedule import Load, Pin, Run, Schedule, loads, steps
@@ -130,7 +131,7 @@ class Source:
     @property
     def host_bytes(self) -> int:
         """What is kept in host memory between uses."""
-        return self._bytes(self._kept or ())
+        return self._bytes(list(self._kept or ()))  # readers may be adding to it
 
     def open(self, order: Sequence[tuple[str, ...]], ledger: Ledger) -> None:
         """Raises UsageError when the window is smaller than a chunk."""
@@ -139,7 +140,7 @@ class Source:
         if self._kept is not None:
             for unit in itertools.chain.from_iterable(order):
                 if unit not in self._kept:
-                    self._kept[unit] = self._pool.submit(self._read, (unit,))
+                    self._kept[unit] = self._pool.submit(self._read, (unit,), ledger)
             return
         largest = max((self._bytes(units) for units in order), default=1)
         depth = DISK_CHUNKS if self._window is None else self._window // largest
@@ -162,6 +163,14 @@ class Source:
             return tuple(components.without_keys_values(config, unit, block) for unit, block in blocks.items())
         return tuple(blocks.values())
 
+    def unit(self, unit: str, ledger: Ledger) -> Block:
+        """A unit that is kept in host memory, read when first asked for."""
+        assert self._kept is not None
+        if unit not in self._kept:
+            self._kept[unit] = Future()
+            self._kept[unit].set_result(self._read((unit,), ledger))
+        return self._kept[unit].result()[unit]
+
     def used(self) -> None:
         """The chunk taken last is being copied: after that its place in the window is free."""
         if self._kept is None:
@@ -183,11 +192,16 @@ class Source:
     def _read_ahead(self) -> None:
         units = next(self._order, None)
         if units is not None and self._pool is not None:
-            self._ahead.append(self._pool.submit(self._read, units))
+            self._ahead.append(self._pool.submit(self._read, units, self._ledger))
 
-    def _read(self, units: tuple[str, ...]) -> dict[str, Block]:
-        with self._ledger.event("tier", f"read {units[0]}", self._bytes(units)):
+    def _read(self, units: tuple[str, ...], ledger: Ledger) -> dict[str, Block]:
+        with ledger.event("tier", f"read {units[0]}", self._bytes(units)):
             return read_blocks(self._checkpoint, self._component, units, "pinned_host")
+
+    @property
+    def keeps(self) -> bool:
+        """Whether units stay in host memory, once read."""
+        return self._kept is not None
 
     def _bytes(self, units: Iterable[str]) -> int:
         return sum(self._checkpoint.nbytes(self._component, unit) for unit in units)
@@ -331,6 +345,14 @@ class Tiers:
         self._readers = ThreadPoolExecutor(READERS)
         self._host: dict[tuple[str, str], tuple[np.ndarray, ...]] = {}
         self._sources: dict[tuple[str, int | None], Source] = {}
+        self._pins_from_host = False
+
+    def begin(self, ledger: Ledger, *, kept: bool, host_bytes: int | None) -> None:
+        """A new job: what is on the device stays there if the job's plan keeps it. What a job gives back stays in host memory,
+        so that the next one need not read it again; not where device memory is the host's own."""
+        self.clear(ledger, unless=kept)
+        ledger.held |= {f"{component} {unit}": self._bytes((component, unit)) for component, unit in self._device}
+        self._pins_from_host = not kept and host_bytes is None and not shares_memory()
 
     def pin(self, component: str, units: Sequence[str], ledger: Ledger) -> tuple[Block, ...]:
         """Units on the device, to stay there until `clear`."""
@@ -338,15 +360,20 @@ class Tiers:
 
     def pin_ahead(self, component: str, units: Sequence[str], ledger: Ledger) -> list[Future[Block]]:
         """The same, and not waited for: units are read in the order they were asked for. Their bytes count from now on."""
+        source = self._source(component, None) if self._pins_from_host else None
         for unit in units:
             if (component, unit) not in self._device:
                 leaves = components.leaves(self._checkpoint.config, component, unit, self._checkpoint.dtype)
                 ledger.hold(f"{component} {unit}", leaves)
-                self._device[component, unit] = self._readers.submit(self._read, component, unit, ledger)
+                self._device[component, unit] = self._readers.submit(self._read, component, unit, source, ledger)
         return [self._device[component, unit] for unit in units]
 
-    def _read(self, component: str, unit: str, ledger: Ledger) -> Block:
+    def _read(self, component: str, unit: str, source: Source | None, ledger: Ledger) -> Block:
         name, size = f"{component} {unit}", self._checkpoint.nbytes(component, unit)
+        if source is not None and source.keeps:
+            block = source.unit(unit, ledger)
+            with ledger.event("copy", name, size), GATE.together():
+                return jax.block_until_ready(jax.device_put(block, SingleDeviceSharding(jax.local_devices()[0])))
         with ledger.event("tier", name, size), ledger.event("copy", name, size):
             return read_blocks(self._checkpoint, component, [unit], "device")[unit]
 
@@ -377,10 +404,6 @@ class Tiers:
                 self._checkpoint, component, kept=fits, window_bytes=host_bytes
             )
         return self._sources[component, host_bytes]
-
-    def account(self, ledger: Ledger) -> None:
-        """Enter what is pinned into a new ledger."""
-        ledger.held |= {f"{component} {unit}": self._bytes((component, unit)) for component, unit in self._device}
 
     def clear(self, ledger: Ledger, *, unless: bool = False) -> None:
         """The device without parameters, `unless` they are to stay for the next picture."""
