@@ -1,8 +1,8 @@
-"""One cell of a sweep, in a process of its own: a list of cells as JSON on standard input, what came of each on standard
-output.
+"""One cell of a sweep, in a process of its own: a list of cells as JSON on standard input, what came of each as a line on
+standard output.
 
-scripts/compare_schedules.py starts it, with a single cell but where nothing runs (simulate). Device memory is the
-process's own, so peaks of cells do not mix.
+scripts/compare_schedules.py starts it, with a single cell but where nothing runs (simulate), and on a GPU with the cells of
+one cap of its allocator.
 """
 
 import time
@@ -11,6 +11,7 @@ _SCRIPT_BEGAN = time.clock_gettime(
     time.CLOCK_BOOTTIME
 )  # before anything heavy is imported: cold starts count from here
 
+import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
@@ -52,6 +53,7 @@ class Drawn:
     seconds: float
     cpu_seconds: float
     first_preview_seconds: float
+    seconds_of_nfes: list[float]  # but the first
     result: "Result"
 
 
@@ -87,25 +89,22 @@ def job_of(cell: dict) -> dict:
 
 
 def draw(pipe: "ZImage", job: dict) -> Drawn:
-    previewed: list[float] = []
+    at: list[float] = []
 
     def on_step(step) -> None:
         if not step.index:
             step.previews()
-            previewed.append(time.perf_counter())
+        at.append(time.perf_counter())
 
     cpu, began = time.process_time(), time.perf_counter()
     result = pipe.generate(**job, on_step=on_step)
-    ended = time.perf_counter()
-    return Drawn(ended - began, time.process_time() - cpu, previewed[0] - began, result)
+    ended, busy = time.perf_counter(), time.process_time() - cpu
+    return Drawn(ended - began, busy, at[0] - began, [b - a for a, b in itertools.pairwise(at)], result)
 
 
 def measure(cell: dict) -> dict:
     """A job drawn `repeats` times after a warm-up, in turn with the same job resident: what the schedule costs, what was
-    predicted, and whether the picture is the same.
-
-    On a GPU the resident runs come after all others, for its allocator's peak is the process's.
-    """
+    predicted, and whether the picture is the same."""
     import jax
 
     from zimage_jax import ZImage, cli
@@ -113,28 +112,79 @@ def measure(cell: dict) -> dict:
     from zimage_jax.planner import Memory
 
     cli.use_compile_cache()
+    if jax.default_backend() != "cpu":
+        return _measure_on_gpu(cell)
     path, job, repeats = _path(cell), job_of(cell), cell.get("repeats", 5)
     pipe = ZImage.load(path, dtype=cell.get("dtype"), memory=memory_of(cell))
     first = draw(pipe, job)
     other = ZImage.load(path, dtype=cell.get("dtype"), memory=Memory("resident"))
     plain = {key: value for key, value in job.items() if key != "kv"}
-    is_cpu = jax.default_backend() == "cpu"
-    runs = [] if is_cpu else [draw(pipe, job) for _ in range(repeats)]
-    row = {} if is_cpu else _peaks(runs[-1].result)
+    runs: list[Drawn] = []
     against: list[Drawn] = []
     try:
         draw(other, plain)
         for _ in range(repeats):
-            if is_cpu:
-                runs.append(draw(pipe, job))
+            runs.append(draw(pipe, job))
             against.append(draw(other, plain))
     except OutOfMemoryError:  # the device does not hold the model: nothing to compare with
-        against, runs = [], runs or [draw(pipe, job) for _ in range(repeats)]
+        runs = [draw(pipe, job) for _ in range(repeats)]
     # of a picture that is not the first: what stays on the device was not there from the start of that one
-    row = row or _peaks(runs[-1].result)
-    row |= _seconds(first, runs) | {"process_peak_bytes": process_peak_bytes()}
+    row = _peaks(runs[-1].result) | _seconds(first, runs) | {"process_peak_bytes": process_peak_bytes()}
     row |= _against_resident(runs, against) if against else {"psnr_db": None, "resident_seconds": None}
     return row | _predicted_seconds(cell, runs[-1].result, against) | _timeline(runs[-1].result)
+
+
+_loaded: dict[tuple, "ZImage"] = {}
+_resident: dict[str, list[Drawn]] = {}  # by job
+
+
+def _measure_on_gpu(cell: dict) -> dict:
+    """The same where the model may not fit: the resident run is an earlier cell of this process, if it had one. Peaks are
+    the allocator's, the highest of this cell and those before it."""
+    import gpu_times
+
+    from zimage_jax import ZImage
+
+    key, job, memory = (_path(cell), cell.get("dtype")), job_of(cell), memory_of(cell)
+    if key not in _loaded:
+        _loaded[key] = ZImage.load(key[0], dtype=key[1])
+    pipe, job["memory"] = _loaded[key], memory
+    first, runs = draw(pipe, job), [draw(pipe, job) for _ in range(cell.get("repeats", 5))]
+    result, name = runs[-1].result, json.dumps({k: v for k, v in cell.items() if k in sweep.JOB_WORDS}, sort_keys=True)
+    row = _peaks(result) | _seconds(first, runs) | {"process_peak_bytes": process_peak_bytes()}
+    row["allocator"] = {k: v for k, v in jax_memory().items() if v}
+    row |= {"psnr_db": None, "resident_seconds": None}
+    if result.plan.kept and result.plan.schedule == "resident":
+        _resident[name] = runs
+    elif name in _resident:
+        row |= _against_resident(runs, _resident[name])
+    row["seconds_per_nfe"] = round(statistics.median(s for run in runs for s in run.seconds_of_nfes), 5)
+    if result.plan.schedule != "scan":  # which is one program, of which the profile sees no NFEs
+        row |= gpu_times.of_nfes(pipe, job)
+    row |= _predicted_seconds(cell, result, [])
+    return row | _floor(result, row, pipe) | _timeline(result)
+
+
+def jax_memory() -> dict:
+    import jax
+
+    return jax.local_devices()[0].memory_stats() or {}
+
+
+def _floor(result: "Result", row: dict, pipe: "ZImage") -> dict:
+    """The least seconds an NFE can take: its kernels', or its bytes' over the link, both as measured in this process."""
+    from zimage_jax import components
+
+    if "kernel_seconds_per_nfe" not in row:
+        return {}
+    stream = result.plan.denoise
+    nbytes = stream.copied_blocks * components.nbytes(pipe.config, "transformer", "layers.0", "bfloat16")
+    link = nbytes / row["chunk_copy_bytes_per_sec"] if nbytes else 0.0
+    floor = max(row["kernel_seconds_per_nfe"], link)
+    return {
+        "copied_bytes_per_nfe": nbytes, "link_seconds_per_nfe": round(link, 5), "floor_seconds_per_nfe": round(floor, 5),
+        "over_floor": round(row["seconds_per_nfe"] / floor, 3),
+    }  # fmt: skip
 
 
 def _path(cell: dict) -> str | None:
@@ -227,7 +277,9 @@ def _predicted_seconds(cell: dict, result: "Result", against: list[Drawn]) -> di
         return {"predicted_seconds": None, "predicted_cpu_seconds": None}
     checkpoint = Checkpoint(_path(cell) or TINY)
     work, dtype = result.work, jnp.dtype(cell.get("dtype") or default_dtype()).name
-    rates, chunks, pins = planning.measure(dtype), _chunk_speed(checkpoint, result.plan), _pin_speed(checkpoint)
+    rates, chunks = planning.measure(dtype), _chunk_speed(checkpoint, result.plan)
+    # from host memory too, where the device has its own
+    pins = _pin_speed(checkpoint) if jax.default_backend() == "cpu" else chunks
     speeds = {"text": chunks, "context": pins, "denoise": chunks, "decode": pins}
     flops = dict.fromkeys(speeds, rates.flops)
     if against:
@@ -382,7 +434,8 @@ def answer(cell: dict) -> dict:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    print(json.dumps([answer(cell) for cell in json.load(sys.stdin)]))
+    for cell in json.load(sys.stdin):
+        print(json.dumps(answer(cell)), flush=True)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,8 @@ def answer(cell: dict) -> dict:
 
 @torch.no_grad()
 def main() -> None:
-    print(json.dumps([answer(cell) for cell in json.load(sys.stdin)]))
+    for cell in json.load(sys.stdin):
+        print(json.dumps(answer(cell)), flush=True)
 
 
 if __name__ == "__main__":

@@ -64,12 +64,27 @@ def commit() -> str:
 
 
 def outcomes(cells: list[dict], gpu_bytes: int | None) -> Iterator[dict]:
-    """What came of each cell, one after the other. Simulated ones, for which nothing runs, share a process."""
-    for is_simulated, group in itertools.groupby(cells, lambda cell: cell["kind"] == "simulate"):
-        if is_simulated:
-            yield from _worker("compare_cell.py", list(group))
+    """What came of each cell, one after the other. Simulated ones, for which nothing runs, share a process, and so do jobs
+    on a GPU under one cap, for reading the full-size model takes longer than a picture."""
+
+    def process(cell: dict) -> tuple:
+        if cell["kind"] == "simulate" or (cell["kind"] == "measure" and gpu_bytes):
+            return cell["kind"], cell.get("model"), cell.get("max_vram_mib")
+        return (sweep.identity(cell),)
+
+    for _, group in itertools.groupby(cells, process):
+        together = list(group)
+        if together[0]["kind"] in ("simulate", "measure"):
+            yield from _worker("compare_cell.py", together, **_cap(together[0], gpu_bytes))
         else:
-            yield from (_outcome(cell, gpu_bytes) for cell in group)
+            yield _outcome(together[0], gpu_bytes)
+
+
+def _cap(cell: dict, gpu_bytes: int | None) -> dict[str, str]:
+    """Environment that caps the allocator of a cell's process."""
+    if not (gpu_bytes and "max_vram_mib" in cell):
+        return {}
+    return {"XLA_CLIENT_MEM_FRACTION": f"{cell['max_vram_mib'] * MIB / gpu_bytes:.6f}"}
 
 
 def _outcome(cell: dict, gpu_bytes: int | None) -> dict:
@@ -80,10 +95,6 @@ def _outcome(cell: dict, gpu_bytes: int | None) -> dict:
             return {"not_measured": "needs an NVIDIA GPU"}
         return _worker("compare_rival.py", [cell])[0]
     words = {}
-    if gpu_bytes and "max_vram_mib" in cell:
-        words["XLA_CLIENT_MEM_FRACTION"] = f"{cell['max_vram_mib'] * MIB / gpu_bytes:.4f}"
-    if cell["kind"] == "measure":
-        return _worker("compare_cell.py", [cell], **words)[0]
     if cell["cache"] == "off":
         words["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     else:
@@ -92,16 +103,17 @@ def _outcome(cell: dict, gpu_bytes: int | None) -> dict:
 
 
 def _worker(script: str, cells: list[dict], *words: str, **environment: str) -> list[dict]:
-    """What a script prints last: a row, or a row per cell. A process that died leaves its last line as their error."""
+    """What a script prints: a row, or a row per cell. The cells that a process had no time for, since it died, have its last
+    words as their error."""
     process = subprocess.run(
         [sys.executable, str(HERE / script), *words], input=json.dumps(cells), capture_output=True, text=True,
         env=os.environ | environment, check=False,
     )  # fmt: skip
+    told = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"the process ended with code {process.returncode}"]
-        return [{"error": lines[-1]}] * max(1, len(cells))
-    told = json.loads(process.stdout.splitlines()[-1])
-    return told if isinstance(told, list) else [told]
+        told += [{"error": lines[-1]}] * (max(1, len(cells)) - len(told))
+    return told
 
 
 def _median_start(starts: list[dict]) -> dict:

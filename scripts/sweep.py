@@ -14,6 +14,17 @@ from pathlib import Path
 from zimage_jax.errors import UsageError
 
 _JOB = {"model", "size", "steps", "schedule", "chunks", "resident_chunks"}
+JOB_WORDS = {
+    "model",
+    "size",
+    "steps",
+    "prompt",
+    "seed",
+    "batch",
+    "guidance",
+    "dtype",
+    "kv",
+}  # what a picture depends on
 KINDS = {
     # a job on this machine, in a process of its own
     "measure": _JOB
