@@ -38,9 +38,8 @@ class Denoiser:
     def scan(
         self, noise: Float[np.ndarray, "B h w C"], sigmas: Float[np.ndarray, "levels"],
         context: Float[np.ndarray, "G L D"], sides: dit.Sides, captions: Int[np.ndarray, "G"], guidance: float,
-        on_step: Callable | None,
     ) -> Float[np.ndarray, "B h w C"]:  # fmt: skip
-        """One compiled program for all NFEs; it calls `on_step` from within, or `observe` is called once at the end."""
+        """One compiled program for all NFEs. What `observe` raises is raised when it has ended."""
         config, work = self.programs.config, self.work
         units = list(components.units(config, "transformer"))
         leaves = dict(zip(units, self.tiers.pin("transformer", units, self.ledger), strict=True))
@@ -48,10 +47,9 @@ class Denoiser:
         keys = tuple(self._keys(phase.hold, captions) for phase in work.phases)
         self.ledger.hold("activations", (noise, context, sides, keys))
         rest = sampling.times(sigmas), context, sides, keys, np.float32(guidance)
-        latents = np.asarray(self.programs.sampler(work, on_step)(self.ledger, model, noise, sigmas, *rest))
-        if on_step is None:
-            self.observe(work.steps - 1, latents)
-        return latents
+        assert self.programs.observer is not None
+        with self.programs.observer.shows(self.observe):
+            return np.asarray(self.programs.sampler(work)(self.ledger, model, noise, sigmas, *rest))
 
     def sweep(
         self, noise: Float[np.ndarray, "B h w C"], sigmas: Float[np.ndarray, "levels"],

@@ -40,6 +40,7 @@ class CardPrograms(Programs):
         super().__init__(config, stored, dtype)
         self._compile = compiler(card)
         self._made: dict[tuple, CardProgram] = {}
+        self.observer = None  # a callback is a function of the process, and is not compiled without a device
 
     def __call__(self, function: Callable, *, donate: tuple[int, ...] = (), **static):
         key = (function, donate, *sorted(static.items()))

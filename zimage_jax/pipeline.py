@@ -63,7 +63,6 @@ class ZImage:
         self._planner = Planner(self.config, checkpoint.dtype, self.dtype.itemsize, CompiledCosts(self._programs))
         self._tiers = Tiers(checkpoint, self._programs)
         self._preview_basis: np.ndarray | None = None
-        self._observer: Callable[..., None] = lambda index, latents: None
         self._warnings: list[str] = []
 
     @classmethod
@@ -114,7 +113,7 @@ class ZImage:
         `kv` says how the DiT holds K and V, which changes the picture: precision, groups, reuse. `memory` takes the place
         of what the model was loaded with and changes nothing of it. `on_plan` gets the plan and the budget in bytes
         before anything runs, and again when the device ran out of memory and a smaller one is tried. `on_step` is called
-        after every NFE and may raise to stop.
+        after every NFE and may raise to stop; under `scan`, which cannot be stopped, that is raised at the end.
 
         Raises UsageError for a job that cannot be drawn, OutOfMemoryError when no plan fits, NonFiniteError when the
         latents leave the finite numbers.
@@ -300,8 +299,7 @@ class ZImage:
         noise = [sampling.NOISE[job.noise](seed, work.h, work.w, config.transformer.in_channels) for seed in job.seeds]
         sigmas = sampling.sigmas(job.steps, config.scheduler.shift)
 
-        def observe(index, latents) -> None:
-            index, latents = int(index), np.asarray(latents)
+        def observe(index: int, latents: np.ndarray) -> None:
             if not np.isfinite(latents).all():
                 raise NonFiniteError(
                     f"the latents are not finite after NFE {index + 1} of {job.steps} in {self.dtype}; the weights are "
@@ -310,21 +308,13 @@ class ZImage:
             if run.on_step is not None:
                 run.on_step(Step(index, job.steps, float(1000 * sigmas[index]), latents, self._to_rgb))
 
-        self._observer = observe
         denoiser = Denoiser(
             self._programs, self._tiers, run.plan, work, run.memory.host_bytes, run.ledger, observe
         )  # fmt: skip
         job_arrays = np.stack(noise), sigmas, context, sides, captions, job.guidance
-        if run.plan.schedule == "scan":
-            latents = denoiser.scan(*job_arrays, on_step=self._observe if run.on_step else None)
-        else:
-            latents = denoiser.sweep(*job_arrays)
+        latents = (denoiser.scan if run.plan.schedule == "scan" else denoiser.sweep)(*job_arrays)
         self._end_stage(run)
         return latents
-
-    def _observe(self, index: jax.Array | np.ndarray, latents: jax.Array | np.ndarray) -> None:
-        """What the scan's program calls: one function for all jobs, or each would be compiled anew."""
-        self._observer(index, latents)
 
     def _decode(self, run: _Run, latents: Float[np.ndarray, "h w C"]) -> UInt8[np.ndarray, "H W 3"]:
         plan, ledger = run.plan, run.ledger

@@ -3,7 +3,8 @@
 Axes: B pictures, G contexts (B, or 2 B with guidance), P distinct prompts, L caption tokens, I image tokens, T = I + L.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,41 @@ from .staging import Program, ring_step, run_chunk
 from .vae_strips import strip_programs
 
 
+class Observer:
+    """What the scan's program calls after every NFE: one for all jobs, or each would be compiled anew."""
+
+    def __init__(self) -> None:
+        self._see: Callable[[int, np.ndarray], None] | None = None
+        self._fault: BaseException | None = None
+
+    def __call__(self, index: jax.Array, latents: jax.Array) -> None:
+        try:
+            if self._see is not None:
+                self._see(int(index), np.asarray(latents))
+        except BaseException as fault:
+            self._see, self._fault = None, fault
+
+    @contextmanager
+    def shows(self, see: Callable[[int, np.ndarray], None]) -> Iterator[None]:
+        """While a program runs. What `see` raises is raised when the program has ended: it cannot be stopped from within."""
+        self._see, self._fault = see, None
+        try:
+            yield
+        finally:
+            self._see = None
+        if self._fault is not None:
+            raise self._fault
+
+
 class Programs:
     """One Program per function and static arguments, for one model and compute dtype."""
+
+    observer: Observer | None
 
     def __init__(self, config: ModelConfig, stored: str, dtype):
         self.config, self.stored, self.dtype = config, stored, jnp.dtype(dtype)
         self._programs: dict[tuple, Program] = {}
+        self.observer = Observer()
 
     def __call__(self, function: Callable, *, donate: tuple[int, ...] = (), **static) -> Program:
         key = (function, donate, *sorted(static.items()))
@@ -47,11 +77,11 @@ class Programs:
         dtype, keys = (hold.attention_dtype(self.dtype), hold.keys(tokens)) if hold else (self.dtype, tokens)
         return Attend.choose(jax.default_backend(), dtype, batch, tokens, keys, self.config.transformer.n_heads)
 
-    def sampler(self, work: Work, on_step: Callable | None) -> Program:
-        """The whole sampler as one program."""
+    def sampler(self, work: Work) -> Program:
+        """The whole sampler as one program, which tells the observer of every NFE."""
         phases = tuple((phase, self.attend(work.contexts, work.tokens, phase.hold)) for phase in work.phases)
         attend = self.attend(work.contexts, work.image_tokens)
-        return self(sampling.sample, is_guided=work.is_guided, attend=attend, phases=phases, on_step=on_step)
+        return self(sampling.sample, is_guided=work.is_guided, attend=attend, phases=phases, on_step=self.observer)
 
     def tree(self, component: str, unit: str):
         """The structure that turns a unit's leaves into its module."""
@@ -120,7 +150,7 @@ class CompiledCosts:
         sigmas = sampling.sigmas(work.steps, self._config.scheduler.shift)
         context = self._like(work.contexts, work.bucket, config.dim)
         keys = tuple(self._keys(work, work.contexts, phase.hold) for phase in work.phases)
-        run = self._programs.sampler(work, None)
+        run = self._programs.sampler(work)
         return run.compiled(model, noise, sigmas, sampling.times(sigmas), context, sides, keys, np.float32(0))[1]
 
     def decode(self, work: Work, rows: int | None, tile: int | None) -> int:
