@@ -11,6 +11,7 @@ _SCRIPT_BEGAN = time.clock_gettime(
     time.CLOCK_BOOTTIME
 )  # before anything heavy is imported: cold starts count from here
 
+import collections  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 MIB, GIB = 2**20, 2**30
 BUCKET = 64  # caption tokens of a simulated job: a sentence or two
+CYCLED_BYTES = 2 * GIB  # of chunks in host memory whose copies are timed
 PROMPT, SEED = "a red circle above a blue square", 7
 
 
@@ -253,18 +255,22 @@ def _timeline(result: "Result") -> dict:
 
 
 class Speed(NamedTuple):
-    """Bytes/s to the device by the clock, and by the CPU seconds that all threads spend on it."""
+    """Of copies to the device, in bytes/s by the clock and by the CPU seconds that all threads spend on them, and the seconds
+    by the clock that each takes of however few bytes."""
 
     wall: float
     cpu: float
+    start: float = 0.0
 
 
 def _predicted_seconds(cell: dict, result: "Result", against: list[Drawn]) -> dict:
     """By the planner's model of cost, with this machine's rates: compute as fast in each stage as the resident run in
-    turn was, or without one as plan.measure says; chunks at the speed of the driver's own copy of one, and in the stages
-    whose parameters are read from the checkpoint each time at the speed of such reading.
+    turn was, or without one as plan.measure says; chunks at the speed of the driver's own copies, and in the stages whose
+    parameters are read from the checkpoint each time at the speed of such reading. Outside its stages a job takes as long
+    as the resident one.
 
-    On a CPU, where nothing overlaps, CPU seconds are the resident run's and those of the copies.
+    On a CPU, where nothing overlaps and no start of a program is hidden, CPU seconds are the resident run's and those of
+    the copies.
     """
     import jax
     import jax.numpy as jnp
@@ -279,24 +285,38 @@ def _predicted_seconds(cell: dict, result: "Result", against: list[Drawn]) -> di
     work, dtype = result.work, jnp.dtype(cell.get("dtype") or default_dtype()).name
     rates, chunks = planning.measure(dtype), _chunk_speed(checkpoint, result.plan)
     # from host memory too, where the device has its own
-    pins = _pin_speed(checkpoint) if jax.default_backend() == "cpu" else chunks
+    pins = _pin_speed(checkpoint, "vae", ["decoder"]) if jax.default_backend() == "cpu" else chunks
     speeds = {"text": chunks, "context": pins, "denoise": chunks, "decode": pins}
-    flops = dict.fromkeys(speeds, rates.flops)
+    flops, outside = dict.fromkeys(speeds, rates.flops), 0.0
+    if jax.default_backend() == "cpu":
+        rates = rates._replace(dispatch=chunks.start)
     if against:
         resident, measured = against[-1].result.plan, _by_stage(against)
         alone = _model(resident, work, checkpoint, rates)
-        flops = {s: rates.flops * alone[s] / measured[s] for s in speeds}
+        starts = _model(resident, work, checkpoint, rates._replace(flops=math.inf))
+        flops = {s: rates.flops * (alone[s] - starts[s]) / max(measured[s] - starts[s], 1e-9) for s in speeds}
+        outside = statistics.median(run.seconds for run in against) - sum(measured.values())
 
     def by_stage(stage: str, **of_stage: float) -> float:
         return _model(result.plan, work, checkpoint, rates._replace(**of_stage))[stage]
 
     seconds = {s: by_stage(s, flops=flops[s], link=speed.wall) for s, speed in speeds.items()}
+    if pins is not chunks and not result.plan.kept:  # what stays is read, not copied
+        for s, component, stream in (
+            ("text", "text_encoder", result.plan.text),
+            ("denoise", "transformer", result.plan.denoise),
+        ):
+            if units := [unit for chunk in sorted(stream.schedule.pinned) for unit in stream.chunks[chunk]]:
+                read = _pin_speed(checkpoint, component, units)
+                nbytes = sum(checkpoint.nbytes(component, unit) for unit in units)
+                seconds[s] += nbytes * (1 / read.wall - 1 / chunks.wall)
     row = {
-        "predicted_seconds": round(sum(seconds.values()), 4),
+        "predicted_seconds": round(sum(seconds.values()) + outside, 4),
         "predicted_seconds_by_stage": {s: round(value, 5) for s, value in seconds.items()},
         "predicted_seconds_from": "resident run in turn" if against else "matrix products",
         "chunk_copy_bytes_per_sec": round(chunks.wall),
         "pin_bytes_per_sec": round(pins.wall),
+        "dispatch_seconds": round(chunks.start, 6),
         "predicted_cpu_seconds": None,
     }
     if against and jax.default_backend() == "cpu":
@@ -314,27 +334,43 @@ def _model(plan: "Plan", work: "Work", checkpoint: "Checkpoint", rates: "Rates")
 
 
 def _chunk_speed(checkpoint: "Checkpoint", plan: "Plan") -> Speed:
-    """Of the driver's own copy of the plan's largest chunk into a slot."""
+    """Of the driver's own copies of the plan's largest chunks into two slots, one chunk after the other, so that none lies in
+    the processor's cache from the last time; and of as many arrays of one element."""
+    import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from zimage_jax.ledger import Ledger
     from zimage_jax.staging import Program, fill, read_blocks, tree_bytes
 
-    units = max(plan.denoise.chunks, key=len)
-    chunk = tuple(read_blocks(checkpoint, "transformer", units, "pinned_host").values())
-    slots = [tuple(tuple(jnp.zeros(a.shape, a.dtype) for a in block) for block in chunk)]
+    size = max(plan.denoise.sizes)
+    largest = [chunk for chunk in plan.denoise.chunks if len(chunk) == size]
+    nbytes = sum(checkpoint.nbytes("transformer", unit) for unit in largest[0])
+    host = [
+        tuple(read_blocks(checkpoint, "transformer", units, "pinned_host").values())
+        for units in largest[: max(1, CYCLED_BYTES // nbytes)]
+    ]
     copy, ledger = Program(fill, donate=(0,)), Ledger()
-    return _speed(tree_bytes(chunk), lambda: slots.append(copy(ledger, slots.pop(), chunk)))
+
+    def copies(chunks: list) -> Callable[[], None]:
+        slots = collections.deque(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), chunks[0]) for _ in range(2))
+        turn = itertools.cycle(chunks)
+        return lambda: slots.append(copy(ledger, slots.popleft(), next(turn)))
+
+    small = jax.tree.map(lambda a: jax.device_put(np.zeros(1, a.dtype), a.sharding), host[0])
+    start = nbytes / _speed(nbytes, copies([small])).wall
+    speed = _speed(tree_bytes(host[0]), copies(host))
+    return Speed(nbytes / max(nbytes / speed.wall - start, 1e-9), speed.cpu, start)
 
 
-def _pin_speed(checkpoint: "Checkpoint") -> Speed:
-    """Of reading what is no block from the checkpoint to the device."""
+def _pin_speed(checkpoint: "Checkpoint", component: str, units: list[str]) -> Speed:
+    """Of reading units from the checkpoint to the device."""
     import jax
 
     from zimage_jax.staging import read_blocks
 
-    read = lambda: jax.block_until_ready(read_blocks(checkpoint, "vae", ["decoder"], "device"))  # noqa: E731
-    return _speed(checkpoint.nbytes("vae", "decoder"), read)
+    read = lambda: jax.block_until_ready(read_blocks(checkpoint, component, units, "device"))  # noqa: E731
+    return _speed(sum(checkpoint.nbytes(component, unit) for unit in units), read)
 
 
 def _speed(nbytes: int, call: Callable[[], object], repeats: int = 9) -> Speed:

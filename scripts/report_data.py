@@ -14,13 +14,13 @@ def of_kind(rows: list[dict], kind: str) -> list[dict]:
 
 
 def label(row: dict) -> str:
-    """A schedule with its numbers: "hybrid 8, 2 stay"."""
+    """A schedule with its numbers, and how K and V were held if not as usual: "hybrid 8, 2 stay"."""
     name = row["schedule"]
     if name in ("swap", "ring", "hybrid"):
         name += f" {row['chunks']}"
     if name.startswith("hybrid"):
         name += f", {row['resident_chunks']} stay"
-    return name
+    return name + "".join(f", K/V {key} {value}" for key, value in row.get("kv", {}).items())
 
 
 def work(row: dict) -> tuple:

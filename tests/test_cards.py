@@ -224,17 +224,19 @@ def test_a_timeline_that_computes_longer_than_it_copies(name, expected):
 def test_a_timeline_that_copies_longer_than_it_computes():
     assert timeline("ring", 7.0, 5.0) == 7 + 11 * 7 + 5
     # where copies take the cores that compute, as on a CPU, they come on top
-    assert timeline("ring", 7.0, 5.0, overlaps=False) == 12 * (7 + 5)
+    assert timeline("ring", 7.0, 5.0, Rates(1, 1, overlaps=False)) == 12 * (7 + 5)
     # what stays is needed before it is there in the first sweep alone
     assert timeline("resident", 7.0, 5.0) == 4 * 7 + 5 + 2 * 4 * 5
     # a second micro-batch only computes
     assert timeline("ring", 7.0, 5.0, groups=2) == 7 + 11 * 7 + 5 + 12 * 5
+    # every program takes its time to start: the first load's and the runs', of each micro-batch
+    assert timeline("ring", 7.0, 5.0, Rates(1, 1, dispatch=1.0), groups=2) == 7 + 11 * 7 + 5 + 12 * 5 + 1 + 2 * 12
 
 
-def timeline(name: str, copy: float, run: float, **repeated) -> float:
+def timeline(name: str, copy: float, run: float, rates: Rates = Rates(1, 1), groups: int = 1) -> float:
     """Of four chunks of a block over three sweeps."""
     stream = StreamPlan(tuple((f"layers.{i}",) for i in range(4)), schedule.make(name, 4))
-    return cards._timeline(stream, lambda unit, lightly: copy, lambda unit, nfe: run, (None,) * 3, **repeated)
+    return cards._timeline(stream, lambda unit, lightly: copy, lambda unit, nfe: run, rates, (None,) * 3, groups)
 
 
 def test_reuse_of_k_and_v_saves_copies_and_groups_save_products():

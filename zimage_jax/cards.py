@@ -32,12 +32,13 @@ PCIE4_X8, PCIE4_X16, PCIE5_X16 = 15.75e9, 31.5e9, 63.0e9  # bytes/s
 
 
 class Rates(NamedTuple):
-    """What a device achieves: FLOP/s, bytes/s from host to device, and whether it copies beside computing (a CPU, whose
-    cores do both, does not)."""
+    """What a device achieves: FLOP/s, bytes/s from host to device, whether it copies beside computing (a CPU, whose cores do
+    both, does not), and the seconds that starting and awaiting a chunk's program takes, where they are not hidden."""
 
     flops: float
     link: float
     overlaps: bool = True
+    dispatch: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def seconds(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rate
 
     def stage(stream: StreamPlan, component: str, run: Callable[[str, Nfe | None], float], **repeated) -> float:
         copy = partial(_copy_seconds, config, component, dtype, rates)
-        return _timeline(stream, copy, run, overlaps=rates.overlaps, **repeated)
+        return _timeline(stream, copy, run, rates, **repeated)
 
     def of_denoise(unit: str, nfe: Nfe | None) -> float:
         if not unit.startswith("layers."):
@@ -236,8 +237,8 @@ def bound_by(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rat
 
 
 def _timeline(
-    stream: StreamPlan, copy: Callable[[str, bool], float], run: Callable[[str, Nfe | None], float],
-    nfes: Sequence[Nfe | None] = (None,), groups: int = 1, overlaps: bool = True,
+    stream: StreamPlan, copy: Callable[[str, bool], float], run: Callable[[str, Nfe | None], float], rates: Rates,
+    nfes: Sequence[Nfe | None] = (None,), groups: int = 1,
 ) -> float:  # fmt: skip
     """`copy(unit, lightly)` and `run(unit, nfe)` are seconds of one block. What stays is copied in the order of use while
     others compute, and gives way to what is streamed."""
@@ -251,7 +252,7 @@ def _timeline(
         if load is not None:
             lightly = isinstance(load, Load) and stream.lightly(load.chunk, nfes[load.sweep])
             copied = sum(copy(unit, lightly) for unit in chunks[load.chunk])
-        if isinstance(step, Pin) and overlaps:
+        if isinstance(step, Pin) and rates.overlaps:
             pinned += copied
             arrives[step.chunk] = pinned
             continue
@@ -260,11 +261,11 @@ def _timeline(
                 now = max(now, arrives.pop(step.chunk) + streamed)
             nfe = nfes[runs // len(chunks)]
             computed = sum(run(unit, nfe) for unit in chunks[step.chunk])
-            now += max(computed, copied) if overlaps else computed + copied
-            now += (groups - 1) * computed
+            now += max(computed, copied) if rates.overlaps else computed + copied
+            now += (groups - 1) * computed + groups * rates.dispatch
             runs += 1
         else:
-            now += copied
+            now += copied + (rates.dispatch if isinstance(step, Load) else 0.0)
         streamed += copied
     return now
 
