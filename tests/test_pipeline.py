@@ -76,15 +76,18 @@ def test_the_negative_prompt_counts_with_guidance_alone(pipe):
 
 
 @pytest.mark.parametrize("schedule", ["ring", "scan"])
-def test_the_callback_sees_every_step(pipe, schedule):
-    seen = []
-    result = pipe.generate(
-        "a", seed=1, width=48, height=32, steps=4, memory=Memory(schedule=schedule), on_step=seen.append
-    )
+def test_the_callback_sees_every_step(native, schedule):
+    seen, previews = [], []
+
+    def on_step(step):  # of a model that has made no preview yet
+        seen.append(step)
+        previews.append(step.previews())
+
+    job = {"seed": 1, "width": 48, "height": 32, "steps": 4, "on_step": on_step}
+    result = ZImage.load(native("plain")).generate("a", memory=Memory(schedule=schedule), **job)
     assert [s.index for s in seen] == [0, 1, 2, 3]
     np.testing.assert_allclose([s.t for s in seen], [1000, 900, 750, 500], atol=0.1)
-    assert seen[-1].previews().shape == (1, 32 // 8, 48 // 8, 3)
-    assert seen[-1].previews().dtype == np.uint8
+    assert {(p.shape, p.dtype) for p in previews} == {((1, 32 // 8, 48 // 8, 3), np.dtype(np.uint8))}
     np.testing.assert_array_equal(seen[-1].latents, result.latents)
 
 
