@@ -123,9 +123,10 @@ def predictions(rows: list[dict], drawn: Drawn) -> str:
         "Predicted against measured",
         page.text(
             "Seconds are the planner's, with this machine as the card: each stage computes as fast as it did in the",
-            "resident runs in turn, chunks go at the speed of the driver's own copy of one, measured alone, what is read",
-            "from the checkpoint for each picture at the speed of such reading, and on a CPU, whose cores do both, nothing",
-            "overlaps. CPU seconds, which other work on the machine changes least, are the resident run's and the copies'.",
+            "resident runs in turn, chunks go at the speed of the driver's own copies, measured alone, what is read from",
+            "the checkpoint for each picture at the speed of such reading, and on a CPU, whose cores do both, nothing",
+            "overlaps and each program takes as long to start as one that copies as many arrays of one element. CPU",
+            "seconds, which other work on the machine changes least, are the resident run's and the copies'.",
         ),
         page.table(("what", "cells", "median error", "largest", "within 3 % (peak), 10 %"), lines),
         drawn("predicted_against_measured", "Predicted against measured; a dot is a cell"),
