@@ -308,6 +308,24 @@ def test_out_of_memory_at_run_time_takes_the_next_smaller_plan(native, monkeypat
     np.testing.assert_array_equal(result.latents, expected.latents)
 
 
+def test_out_of_memory_while_programs_run_ahead_is_no_smaller_plan(native, monkeypatch, as_on_a_gpu):
+    import jax
+
+    expected, launched = ZImage.load(native(MODEL), memory=SCHEDULES["ring"]).generate("a", **JOB), Ledger.launched
+
+    def strict(self, *of):
+        launched(self, *of)
+        if self.ahead:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+
+    monkeypatch.setattr(Ledger, "launched", strict)
+    plans, pipe = [], ZImage.load(native(MODEL), memory=SCHEDULES["ring"])
+    with pytest.warns(ZImageWarning, match="out of device memory with a plan of .*; trying a program at a time"):
+        result = pipe.generate("a", **JOB, on_plan=lambda plan, budget: plans.append(plan))
+    assert plans == [expected.plan, expected.plan]
+    np.testing.assert_array_equal(result.latents, expected.latents)
+
+
 def test_no_program_leaves_a_donated_argument_unused(native, recwarn):
     ZImage.load(native(MODEL), memory=SCHEDULES["a chunk per block"]).generate("a", **JOB | {"height": 32})
     assert not [w for w in recwarn if "donated" in str(w.message)]

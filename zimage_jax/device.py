@@ -44,9 +44,8 @@ class Gate:
                 self._changed.notify_all()
 
 
-UNSPLIT_BYTES = (
-    128 * 2**20
-)  # XLA's allocator may leave so much of its last piece unused: 112 MiB seen under a cap of 1.5 GiB
+# What XLA's allocator may leave unused of a piece of memory that it does not split: 112 MiB seen under a cap of 1.5 GiB
+UNSPLIT_BYTES = 128 * 2**20
 
 # A program is compiled and first run alone, and arrays are placed together: when cuDNN unpacks an attention it captures a
 # CUDA graph, which another thread's allocation or copy spoils, and with it the process (seen on an H100, jax 0.11.2:

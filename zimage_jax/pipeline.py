@@ -49,7 +49,7 @@ class _Run:
     plan: Plan
     memory: Memory
     on_step: Callable[[Step], None] | None
-    ledger: Ledger = field(default_factory=lambda: Ledger(ahead=runs_ahead()))
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 class ZImage:
@@ -112,7 +112,7 @@ class ZImage:
         `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; ComfyUI's cfg minus one).
         `kv` says how the DiT holds K and V, which changes the picture: precision, groups, reuse. `memory` takes the place
         of what the model was loaded with and changes nothing of it. `on_plan` gets the plan and the budget in bytes
-        before anything runs, and again when the device ran out of memory and a smaller one is tried. `on_step` is called
+        before anything runs, and again when the device ran out of memory and another try is made. `on_step` is called
         after every NFE and may raise to stop; under `scan`, which cannot be stopped, that is raised at the end.
 
         Raises UsageError for a job that cannot be drawn, OutOfMemoryError when no plan fits, NonFiniteError when the
@@ -122,19 +122,22 @@ class ZImage:
         job = self._job(prompt, seed, negative_prompt, width, height, steps, guidance, noise, kv or KVPolicy())
         memory, encoded = memory or self.memory, self._tokens(job.texts)
         work = self._work(job, encoded)
-        budget = memory.max_vram_bytes or self._tiers.free_device_bytes()
+        budget, ahead = memory.max_vram_bytes or self._tiers.free_device_bytes(), runs_ahead()
         while True:
             plan = self._plan(work, memory, budget)
             if on_plan is not None:
                 on_plan(plan, budget)
             try:
-                return self._draw(_Run(job, work, plan, memory, on_step), encoded)
+                return self._draw(_Run(job, work, plan, memory, on_step, Ledger(ahead)), encoded)
             except jax.errors.JaxRuntimeError as fault:
                 if "RESOURCE_EXHAUSTED" not in str(fault):
                     raise
                 self._tiers.clear(Ledger())
-            budget = plan.peak_bytes - 1  # the next smaller plan, until there is none
-            self._warn(f"out of device memory with a plan of {plan.peak_bytes / GIB:.2f} GiB; trying a smaller one")
+            if ahead:  # two programs at once may hold what each of them takes
+                ahead, then = 0, "trying a program at a time"
+            else:
+                budget, then = plan.peak_bytes - 1, "trying a smaller one"  # until there is none
+            self._warn(f"out of device memory with a plan of {plan.peak_bytes / GIB:.2f} GiB; {then}")
 
     def _work(self, job: Job, encoded: dict[str, prompt.Encoded]) -> Work:
         bucket = prompt.bucket(max(len(e.ids) for e in encoded.values()))
