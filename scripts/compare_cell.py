@@ -152,7 +152,7 @@ def _measure_on_gpu(cell: dict) -> dict:
         _loaded[key] = ZImage.load(key[0], dtype=key[1])
     pipe, job["memory"] = _loaded[key], memory
     first, runs = draw(pipe, job), [draw(pipe, job) for _ in range(cell.get("repeats", 5))]
-    result, name = runs[-1].result, json.dumps({k: v for k, v in cell.items() if k in sweep.JOB_WORDS}, sort_keys=True)
+    result, name = runs[-1].result, sweep.job(cell)
     row = _peaks(result) | _seconds(first, runs) | {"process_peak_bytes": process_peak_bytes()}
     row["allocator"] = {k: v for k, v in jax_memory().items() if v}
     row |= {"psnr_db": None, "resident_seconds": None}

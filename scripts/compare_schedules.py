@@ -143,6 +143,15 @@ def declared(cell: dict) -> dict:
     return row
 
 
+def _compare_with_resident(row: dict, before: list[dict]) -> None:
+    """A picture whose resident run another process made, as where the allocator is capped: the same bits, or not."""
+    if "latents_sha256" in row and "identical_latents" not in row:
+        others = [r for r in before if r.get("job") == row["job"] and r.get("schedule") == "resident"]
+        if others:
+            row["identical_latents"] = row["latents_sha256"] == others[0]["latents_sha256"]
+            row["psnr_db"] = "inf" if row["identical_latents"] else row["psnr_db"]
+
+
 @click.command(help=__doc__)
 @click.argument("file", required=False, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="JSONL, added to.")
@@ -155,7 +164,8 @@ def main(file: Path | None, output: Path, quick: bool, model: str | None, only: 
     if file and quick:
         raise click.UsageError("--quick is a sweep of its own: give it or a file")
     cells = sweep.cells(file or SWEEPS / ("quick.toml" if quick else "default.toml"), model)
-    done = {row["cell"] for row in sweep.rows(output)} if output.exists() else set()
+    before = sweep.rows(output) if output.exists() else []
+    done = {row["cell"] for row in before}
     todo = [c for c in cells if (not only or c["kind"] in only) and sweep.identity(c) not in done]
     shared = {"machine": machine(), "commit": commit()}
     failed = 0
@@ -164,7 +174,9 @@ def main(file: Path | None, output: Path, quick: bool, model: str | None, only: 
         for cell in bar:
             bar.set_postfix_str(" ".join(str(value) for value in cell.values())[:60])
             began, load = time.monotonic(), os.getloadavg()[0]
-            row = {"cell": sweep.identity(cell), **declared(cell), **next(results)}
+            row = {"cell": sweep.identity(cell), "job": sweep.job(cell), **declared(cell), **next(results)}
+            _compare_with_resident(row, before)
+            before.append(row)
             row |= {"success": "error" not in row and "not_measured" not in row, "load_average": round(load, 1)}
             row |= {"cell_seconds": round(time.monotonic() - began, 1), **shared}
             row["date"] = datetime.now(UTC).isoformat(timespec="seconds")

@@ -14,17 +14,7 @@ from pathlib import Path
 from zimage_jax.errors import UsageError
 
 _JOB = {"model", "size", "steps", "schedule", "chunks", "resident_chunks"}
-JOB_WORDS = {
-    "model",
-    "size",
-    "steps",
-    "prompt",
-    "seed",
-    "batch",
-    "guidance",
-    "dtype",
-    "kv",
-}  # what a picture depends on
+_PICTURE = {"model", "size", "steps", "prompt", "seed", "batch", "guidance", "dtype", "kv"}  # what one depends on
 KINDS = {
     # a job on this machine, in a process of its own
     "measure": _JOB
@@ -79,6 +69,11 @@ def _product(kind: str, values: dict) -> Iterator[dict]:
 def identity(cell: dict) -> str:
     """The same for the same declaration, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def job(cell: dict) -> str:
+    """The same for cells whose pictures are the same, however they are made."""
+    return identity({key: value for key, value in cell.items() if key in _PICTURE})
 
 
 def rows(file: Path) -> list[dict]:

@@ -6,13 +6,18 @@ import re
 from pathlib import Path
 
 import click
+import compare_cell
 import compare_schedules
+import gpu_times
 import pytest
 import report
 import report_data
 import sweep
 
+from zimage_jax.checkpoint import Checkpoint
+from zimage_jax.components import nbytes
 from zimage_jax.errors import UsageError
+from zimage_jax.pipeline import TINY
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -184,3 +189,38 @@ def test_where_the_ring_is_free(results):
     side, slower = found["rtx-4090"]
     assert side == 1024
     assert slower > 5
+
+
+def test_a_gpu_cell_has_its_floor_and_the_resident_picture(monkeypatch):
+    """On a CPU, with a profile of two copies and two kernels in two NFEs in place of a GPU's."""
+    events = [("MemcpyH2D", (0.0, 2.0)), ("gemm", (1.0, 4.0)), ("MemcpyD2D", (4.0, 9.0)), ("MemcpyH2D", (9.0, 10.0))]
+    monkeypatch.setattr(gpu_times, "_events", lambda profile: iter(events))
+    shared = {"kind": "measure", "size": "96x96", "steps": 5, "repeats": 1}
+    resident, ring = (
+        compare_cell._measure_on_gpu(shared | words)
+        for words in ({"schedule": "resident"}, {"schedule": "ring", "chunks": 4})
+    )
+    assert ring["identical_latents"]
+    assert ring["psnr_db"] == "inf"
+    # per NFE; the copy from device to device is neither
+    assert (ring["kernel_seconds_per_nfe"], ring["copy_seconds_per_nfe"]) == (1.5, 1.5)
+    assert ring["bare_copy_seconds_per_nfe"] == 1.0
+    assert resident["copied_bytes_per_nfe"] == 0
+    assert resident["floor_seconds_per_nfe"] == ring["floor_seconds_per_nfe"] == 1.5
+    whole = sum(nbytes(Checkpoint(TINY).config, "transformer", f"layers.{i}", "bfloat16") for i in range(8))
+    assert ring["copied_bytes_per_nfe"] > whole, "the noise refiner's blocks are copied too"
+
+
+def test_a_picture_of_another_process_is_compared_by_its_bits():
+    cells = [
+        {"kind": "measure", "size": "96x96", "schedule": s, "max_vram_mib": m}
+        for s, m in (("resident", 9), ("auto", 4))
+    ]
+    rows = [
+        {"job": sweep.job(cell), "schedule": cell["schedule"], "latents_sha256": "a", "psnr_db": None} for cell in cells
+    ]
+    compare_schedules._compare_with_resident(rows[1], rows[:1])
+    assert (rows[1]["identical_latents"], rows[1]["psnr_db"]) == (True, "inf")
+    other = {"job": sweep.job(cells[0] | {"seed": 8}), "latents_sha256": "b", "psnr_db": None}
+    compare_schedules._compare_with_resident(other, rows)
+    assert "identical_latents" not in other
