@@ -1,5 +1,6 @@
 """Strict mode: promotion strict, rank promotion raises, annotations checked, warnings are errors (pyproject.toml)."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -53,6 +54,13 @@ def reference_outputs(request):
             return reference.outputs(name)
 
     return functools.cache(compute)
+
+
+@pytest.fixture(scope="session")
+def gpu_compiler():
+    """Needs no GPU, but the compiler's wheels."""
+    if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+        pytest.skip("needs the GPU compiler's wheels")
 
 
 @pytest.fixture(scope="session")

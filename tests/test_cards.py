@@ -337,8 +337,7 @@ def assert_overlaps(order) -> None:
     assert order[0][1] == order[2][1] == matrices
 
 
-def test_a_ring_step_compiled_for_a_card_copies_while_it_computes():
-    pytest.importorskip("jax_cuda12_plugin", reason="needs the GPU compiler's wheels")
+def test_a_ring_step_compiled_for_a_card_copies_while_it_computes(gpu_compiler):
     from zimage_jax.deviceless import CardPrograms, order
     from zimage_jax.programs import CompiledCosts
     from zimage_jax.staging import ring_step

@@ -151,8 +151,7 @@ def test_a_model_of_other_widths_has_no_stored_figures(run, native):
     assert "figures are stored for Z-Image's published widths only" in err
 
 
-def test_the_compiler_for_a_card_is_asked_about_any_widths(run, native):
-    pytest.importorskip("jax_cuda12_plugin", reason="needs the GPU compiler's wheels")
+def test_the_compiler_for_a_card_is_asked_about_any_widths(run, native, gpu_compiler):
     words = "--model", native("plain"), "--card", "rtx-4090", "--compile", "--size", "64x48", "--steps", 2
     result = told(run, *words)
     assert result["temporaries"].startswith("compiled for this card without one")
