@@ -9,7 +9,7 @@ import pytest
 import small
 from test_models import relative
 
-from zimage_jax import Memory, ZImage, ZImageWarning, device
+from zimage_jax import Memory, ZImage, ZImageWarning, cards, device
 from zimage_jax.checkpoint import Checkpoint
 from zimage_jax.components import nbytes, tree_bytes, units
 from zimage_jax.errors import DamagedError, OutOfMemoryError, UsageError
@@ -285,6 +285,37 @@ def test_the_error_names_the_largest_size_that_fits(load):
             "a", **JOB | {"width": 256, "height": 256},
             memory=Memory(max_vram_bytes=small_job["predicted_peak_bytes"] + 1000),
         )  # fmt: skip
+
+
+def test_a_known_card_advises_without_its_compiler(load, monkeypatch):
+    pipe, asked = load("low_vram"), []
+    budget = pipe.generate("a", **JOB).report["predicted_peak_bytes"] + 1000
+    monkeypatch.setattr(cards, "of_device", lambda kind: cards.CARDS["rtx-4090"])
+    monkeypatch.setattr(cards, "has_published_widths", lambda config: True)  # and figures of the full model's size
+    monkeypatch.setattr(cards.StoredCosts, "context", lambda self, work, *_: asked.append(work.h) or 2**40)
+    with pytest.raises(OutOfMemoryError, match="no smaller picture fits"):
+        pipe.generate("a", **JOB | {"width": 256, "height": 256}, memory=Memory(max_vram_bytes=budget))
+    assert asked, "the stored figures were asked"
+
+
+def test_a_compiler_without_memory_is_a_plan_that_does_not_fit(native, monkeypatch):
+    """As a GPU's under a cap, which tries what it chooses between: the whole decode is then done in strips."""
+    import jax
+
+    expected = ZImage.load(native(MODEL)).generate("a", **JOB)
+    compiled, refused = jax.stages.Lowered.compile, []
+
+    def strict(self):
+        if not refused and "convolution" in self.as_text():
+            refused.append(self)
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+        return compiled(self)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", strict)
+    result = ZImage.load(native(MODEL)).generate("a", **JOB)
+    assert refused
+    assert (expected.plan.vae_rows, result.plan.vae_rows) == (None, JOB["height"] // 2)
+    np.testing.assert_array_equal(result.latents, expected.latents)
 
 
 def test_out_of_memory_at_run_time_takes_the_next_smaller_plan(native, monkeypatch):

@@ -109,7 +109,7 @@ class StoredCosts:
 
     def __init__(self, config: ModelConfig, card: Card):
         """Raises UsageError for a model of other widths."""
-        if not _has_published_widths(config):
+        if not has_published_widths(config):
             raise UsageError(
                 "figures are stored for Z-Image's published widths only; --compile asks the compiler for this model's"
             )
@@ -168,7 +168,7 @@ def _table() -> dict:
     return json.loads(TEMPORARIES.read_text("utf-8"))
 
 
-def _has_published_widths(config: ModelConfig) -> bool:
+def has_published_widths(config: ModelConfig) -> bool:
     """Numbers of layers, positions and words do not matter."""
     ours, theirs = config.transformer, TURBO.transformer
     counts = {name: getattr(ours, name) for name in ("n_layers", "n_refiner_layers", "axes_lens", "rope_theta")}

@@ -34,7 +34,7 @@ from .kv import KVPolicy
 from .ledger import Ledger
 from .planner import GIB, Memory, Plan, Planner, StreamPlan, Work
 from .programs import CompiledCosts, Programs
-from .staging import Stream, Tiers, read_blocks
+from .staging import Stream, Tiers, is_exhausted, read_blocks
 from .vae_strips import decode_strips, decode_tiles
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -130,7 +130,7 @@ class ZImage:
             try:
                 return self._draw(_Run(job, work, plan, memory, on_step, Ledger(ahead)), encoded)
             except jax.errors.JaxRuntimeError as fault:
-                if "RESOURCE_EXHAUSTED" not in str(fault):
+                if not is_exhausted(fault):
                     raise
                 self._tiers.clear(Ledger())
             if ahead:  # two programs at once may hold what each of them takes
@@ -164,12 +164,17 @@ class ZImage:
         return cards.seconds(plan, work, self.config, self._checkpoint.dtype, card.rates)
 
     def _largest_side(self, work: Work, memory: Memory, budget: int) -> int:
-        """Pixels of the largest square that would fit, of 2048, 1536, 1024 and so on; 0 when none would."""
+        """Pixels of the largest square that would fit, of 2048, 1536, 1024 and so on; 0 when none would. By stored figures
+        where there are some: a GPU's compiler takes minutes for all these sizes."""
+        planner, card = self._planner, cards.of_device(jax.local_devices()[0].device_kind)
+        if card is not None and cards.has_published_widths(self.config):
+            costs = cards.StoredCosts(self.config, card)
+            planner = Planner(self.config, self._checkpoint.dtype, self.dtype.itemsize, costs)
         scale = self.config.vae.scale
         for side in (2048, 1536, 1024, 768, 512, 384, 256, 128, 64):
             if (side // scale) ** 2 < work.h * work.w:
                 try:
-                    self._planner.plan(replace(work, h=side // scale, w=side // scale), memory, budget)
+                    planner.plan(replace(work, h=side // scale, w=side // scale), memory, budget)
                     return side
                 except OutOfMemoryError:
                     continue

@@ -45,6 +45,14 @@ OVERLAP = {
 # -- programs ---------------------------------------------------------------------------------------------------------
 
 
+EXHAUSTED, BEYOND = "RESOURCE_EXHAUSTED", 1 << 50  # what XLA says of it; bytes that no device has
+
+
+def is_exhausted(fault: jax.errors.JaxRuntimeError) -> bool:
+    """Whether the device ran out of memory."""
+    return EXHAUSTED in str(fault)
+
+
 class Program:
     """A function compiled once per set of shapes, with the device memory the compiler says it takes.
 
@@ -73,22 +81,29 @@ class Program:
 
     def compiled(self, *args):
         """The executable for arguments of these shapes (arrays or ShapeDtypeStructs), and the device bytes it takes
-        beside its arguments."""
+        beside its arguments; None and BEYOND where the device had no memory to compile it in."""
         leaves, tree = jax.tree.flatten(args)
         key = (tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._compiled:
             began = time.perf_counter()
-            with GATE.alone(), jax.default_matmul_precision(self._precision):
-                executable = self._jitted.lower(*args).compile()
+            try:
+                with GATE.alone(), jax.default_matmul_precision(self._precision):
+                    executable = self._jitted.lower(*args).compile()
+            except jax.errors.JaxRuntimeError as fault:  # a GPU's compiler runs what it chooses between
+                if not is_exhausted(fault):
+                    raise
+                self._compiled[key] = None, BEYOND
+            else:
+                memory = executable.memory_analysis()
+                self._compiled[key] = executable, 0 if memory is None else own_bytes(memory)
             self.compile_seconds += time.perf_counter() - began
-            memory = executable.memory_analysis()
-            extra = 0 if memory is None else own_bytes(memory)
-            self._compiled[key] = executable, extra
         return self._compiled[key]
 
     def __call__(self, ledger: Ledger, *args, name: str = "", copied: tuple[str, int] | None = None):
         """`name` what is computed, and `copied` the name and bytes of what is copied to the device meanwhile."""
         executable, extra = self.compiled(*args)
+        if executable is None:
+            raise jax.errors.JaxRuntimeError(f"{EXHAUSTED}: {self.name} could not be compiled in the device's memory")
         ledger.mark(extra)
         kinds = [("compute", name or self.name, 0), *([("copy", *copied)] if copied else [])]
         if id(executable) in self._has_run:
