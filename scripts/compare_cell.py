@@ -301,15 +301,8 @@ def _predicted_seconds(cell: dict, result: "Result", against: list[Drawn]) -> di
         return _model(result.plan, work, checkpoint, rates._replace(**of_stage))[stage]
 
     seconds = {s: by_stage(s, flops=flops[s], link=speed.wall) for s, speed in speeds.items()}
-    if pins is not chunks and not result.plan.kept:  # what stays is read, not copied
-        for s, component, stream in (
-            ("text", "text_encoder", result.plan.text),
-            ("denoise", "transformer", result.plan.denoise),
-        ):
-            if units := [unit for chunk in sorted(stream.schedule.pinned) for unit in stream.chunks[chunk]]:
-                read = _pin_speed(checkpoint, component, units)
-                nbytes = sum(checkpoint.nbytes(component, unit) for unit in units)
-                seconds[s] += nbytes * (1 / read.wall - 1 / chunks.wall)
+    if pins is not chunks and not result.plan.kept:
+        seconds = {s: value + _reading(s, result.plan, checkpoint, chunks) for s, value in seconds.items()}
     row = {
         "predicted_seconds": round(sum(seconds.values()) + outside, 4),
         "predicted_seconds_by_stage": {s: round(value, 5) for s, value in seconds.items()},
@@ -323,6 +316,17 @@ def _predicted_seconds(cell: dict, result: "Result", against: list[Drawn]) -> di
         copies = sum(by_stage(s, flops=math.inf, link=speed.cpu) for s, speed in speeds.items())
         row["predicted_cpu_seconds"] = round(statistics.median(run.cpu_seconds for run in against) + copies, 4)
     return row
+
+
+def _reading(stage: str, plan: "Plan", checkpoint: "Checkpoint", copied: Speed) -> float:
+    """Seconds that a stage's blocks that stay take longer than copied ones, for they are read from the checkpoint."""
+    streams = {"text": ("text_encoder", plan.text), "denoise": ("transformer", plan.denoise)}
+    component, stream = streams.get(stage, ("", None))
+    units = [unit for chunk in sorted(stream.schedule.pinned) for unit in stream.chunks[chunk]] if stream else []
+    if not units:
+        return 0.0
+    nbytes = sum(checkpoint.nbytes(component, unit) for unit in units)
+    return nbytes * (1 / _pin_speed(checkpoint, component, units).wall - 1 / copied.wall)
 
 
 def _model(plan: "Plan", work: "Work", checkpoint: "Checkpoint", rates: "Rates") -> dict[str, float]:
