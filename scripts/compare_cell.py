@@ -141,8 +141,8 @@ _resident: dict[str, list[Drawn]] = {}  # by job
 
 
 def _measure_on_gpu(cell: dict) -> dict:
-    """The same where the model may not fit: the resident run is an earlier cell of this process, if it had one. Peaks are
-    the allocator's, the highest of this cell and those before it."""
+    """The same where the model may not fit: the resident run is an earlier cell of this process, if it had one. The peak is
+    the allocator's where this cell raised it, and else the ledger's, for an allocator's peak is never taken back."""
     import gpu_times
 
     from zimage_jax import ZImage
@@ -151,10 +151,12 @@ def _measure_on_gpu(cell: dict) -> dict:
     if key not in _loaded:
         _loaded[key] = ZImage.load(key[0], dtype=key[1])
     pipe, job["memory"] = _loaded[key], memory
+    before = _allocator_peak()
     first, runs = draw(pipe, job), [draw(pipe, job) for _ in range(cell.get("repeats", 5))]
     result, name = runs[-1].result, sweep.job(cell)
     row = _peaks(result) | _seconds(first, runs) | {"process_peak_bytes": process_peak_bytes()}
-    row["allocator"] = {k: v for k, v in jax_memory().items() if v}
+    if _allocator_peak() <= before:
+        row |= {"peak_device_bytes": result.ledger.peak, "peak_device_bytes_from": "ledger"}
     row |= {"psnr_db": None, "resident_seconds": None}
     if result.plan.kept and result.plan.schedule == "resident":
         _resident[name] = runs
@@ -167,10 +169,10 @@ def _measure_on_gpu(cell: dict) -> dict:
     return row | _floor(result, row, pipe) | _timeline(result)
 
 
-def jax_memory() -> dict:
-    import jax
+def _allocator_peak() -> int:
+    from zimage_jax.device import allocator_peak
 
-    return jax.local_devices()[0].memory_stats() or {}
+    return allocator_peak() or 0
 
 
 def _floor(result: "Result", row: dict, pipe: "ZImage") -> dict:

@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import small  # noqa: E402
 
-from zimage_jax import checkpoint  # noqa: E402
+from zimage_jax import checkpoint, deviceless  # noqa: E402
 
 # the same examples every time, however slow and busy the machine
 hypothesis.settings.register_profile(
@@ -59,7 +59,7 @@ def reference_outputs(request):
 @pytest.fixture(scope="session")
 def gpu_compiler():
     """Needs no GPU, but the compiler's wheels."""
-    if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+    if not any(map(importlib.util.find_spec, deviceless.PLUGINS)):
         pytest.skip("needs the GPU compiler's wheels")
 
 

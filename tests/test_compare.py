@@ -211,6 +211,18 @@ def test_a_gpu_cell_has_its_floor_and_the_resident_picture(monkeypatch):
     assert ring["copied_bytes_per_nfe"] > whole, "the noise refiner's blocks are copied too"
 
 
+def test_an_allocators_peak_is_of_the_cell_that_raised_it(monkeypatch):
+    monkeypatch.setattr(gpu_times, "_events", lambda profile: iter([("gemm", (0.0, 1.0))]))
+    peaks = iter([0, 2**30, 2**30, 2**30])  # before and after each cell
+    monkeypatch.setattr(compare_cell, "_allocator_peak", lambda: next(peaks))
+    cell = {"kind": "measure", "size": "96x96", "steps": 5, "repeats": 1, "schedule": "ring"}
+    monkeypatch.setattr(compare_cell, "_peaks", lambda result: {"peak_device_bytes": 2**30})
+    first, second = compare_cell._measure_on_gpu(cell), compare_cell._measure_on_gpu(cell)
+    assert first["peak_device_bytes"] == 2**30
+    assert second["peak_device_bytes"] < 2**25
+    assert second["peak_device_bytes_from"] == "ledger"
+
+
 def test_a_picture_of_another_process_is_compared_by_its_bits():
     cells = [
         {"kind": "measure", "size": "96x96", "schedule": s, "max_vram_mib": m}

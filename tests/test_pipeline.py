@@ -1,5 +1,7 @@
 """Prompt to picture: against diffusers' pipeline, batches against single runs, and what a user sees of it."""
 
+import importlib.metadata
+
 import numpy as np
 import pytest
 import small
@@ -9,6 +11,7 @@ from test_models import relative
 from zimage_jax import Memory, ZImage, ZImageWarning, checkpoint
 from zimage_jax.checkpoint import Checkpoint
 from zimage_jax.errors import ForeignError, NonFiniteError, UsageError
+from zimage_jax.pipeline import versions
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +203,11 @@ def test_pictures_are_saved_with_their_making(pipe, tmp_path):
     path = picture.save(tmp_path / "x.png")
     assert read_metadata(path) == picture.metadata
     assert picture.save(tmp_path / "x.png") == tmp_path / "x-2.png"
+
+
+def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert versions()["zimage_jax"] == "not installed"

@@ -9,12 +9,12 @@ import pytest
 import small
 from test_models import relative
 
-from zimage_jax import Memory, ZImage, ZImageWarning, cards, device
+from zimage_jax import Memory, ZImage, ZImageWarning, cards
 from zimage_jax.checkpoint import Checkpoint
 from zimage_jax.components import nbytes, tree_bytes, units
 from zimage_jax.errors import DamagedError, OutOfMemoryError, UsageError
 from zimage_jax.ledger import Ledger
-from zimage_jax.staging import Program, Source
+from zimage_jax.staging import BEYOND, Program, Source, is_exhausted
 
 MODEL = "five_blocks"  # two refiner blocks, five main ones: chunks of 2, 1, 1, 1 by default
 JOB = {"seed": 3, "width": 64, "height": 48, "steps": 3}
@@ -202,35 +202,6 @@ def test_a_program_is_not_waited_for_while_it_runs_ahead():
     np.testing.assert_array_equal(x, np.full(4, 4, np.float32))
 
 
-def test_the_gate_lets_one_in_alone_and_before_those_who_wait():
-    gate, order = device.Gate(), []
-    entered, leave = threading.Event(), threading.Event()
-
-    def together(name: str, wait: bool) -> None:
-        with gate.together():
-            order.append(name)
-            entered.set()
-            assert not wait or leave.wait(5)
-
-    def alone() -> None:
-        with gate.alone():
-            order.append("alone")
-
-    first = threading.Thread(target=together, args=("first", True))
-    first.start()
-    assert entered.wait(5)
-    single = threading.Thread(target=alone)
-    single.start()
-    while not gate.is_wanted:
-        threading.Event().wait(0.001)
-    later = threading.Thread(target=together, args=("later", False))
-    later.start()
-    leave.set()
-    for thread in (first, single, later):
-        thread.join(5)
-    assert order == ["first", "alone", "later"]
-
-
 def test_compilations_are_few_and_once(native):
     """Ring over chunks of 2, 1, 1, 1 after a refiner chunk of 2: a program per (chunk, next chunk, tokens)."""
     pipe = ZImage.load(native(MODEL), memory=Memory(schedule="ring"))
@@ -370,6 +341,32 @@ def test_the_trace_has_its_lanes(load):
     assert sum(row["args"]["bytes"] for row in rows if row["tid"] == 2) > len(
         units(small.CONFIGS[MODEL], "transformer")
     )
+
+
+@pytest.mark.parametrize(("precision", "is_exact"), [("float32", True), (None, False)])
+def test_products_of_float32_are_asked_for_in_full(precision, is_exact, monkeypatch):
+    """A CPU's are so in any case; what a GPU is told is read from the program."""
+    import jax
+
+    compiled, texts = jax.stages.Lowered.compile, []
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: texts.append(self.as_text()) or compiled(self))
+    a = np.ones((4, 4), np.float32)
+    Program(lambda x: x @ x, precision=precision)(Ledger(), a)
+    assert ("HIGHEST" in texts[0]) == is_exact
+
+
+def test_a_program_that_could_not_be_compiled_is_out_of_memory(monkeypatch):
+    import jax
+
+    def refuse(self):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    program, a = Program(lambda x: x), np.ones(4, np.float32)
+    assert program.compiled(a) == (None, BEYOND)
+    with pytest.raises(jax.errors.JaxRuntimeError) as fault:
+        program(Ledger(), a)
+    assert is_exhausted(fault.value)
 
 
 def test_a_program_is_compiled_once_per_shape():

@@ -44,12 +44,13 @@ class Gate:
                 self._changed.notify_all()
 
 
-# What XLA's allocator may leave unused of a piece of memory that it does not split: 112 MiB seen under a cap of 1.5 GiB
+# XLA's allocator gives a free piece whole when less than this, and less than what was asked for, would be left of it
+# (bfc_allocator.cc). Under a cap of 1.5 GiB on an H100 its peak was 112 MiB over the ledger's
 UNSPLIT_BYTES = 128 * 2**20
 
-# A program is compiled and first run alone, and arrays are placed together: when cuDNN unpacks an attention it captures a
-# CUDA graph, which another thread's allocation or copy spoils, and with it the process (seen on an H100, jax 0.11.2:
-# "capturing stream has unjoined work")
+# A program is compiled and first run alone, and arrays are placed together. On an H100 (jax 0.11.2) cuDNN failed to unpack
+# an attention, "capturing stream has unjoined work", and the process with it, while four threads placed arrays; that it was
+# these which spoilt the capture is inferred
 GATE = Gate()
 
 
