@@ -56,11 +56,8 @@ CAPTION_BUCKET = 32
 SIZES = [((128, 128), 0.7), ((96, 96), 0.06), ((160, 96), 0.05), ((96, 160), 0.05), ((192, 128), 0.04),
          ((128, 192), 0.04), ((192, 192), 0.04), ((256, 256), 0.02)]  # fmt: skip
 SHARD = 512  # pictures a shard of latents holds
-SHARES = (
-    0.4,
-    0.25,
-    0.35,
-)  # of one shape, pairs and texts: a shape alone has more to tell (place, size) and is learned last
+# of one shape, pairs and texts: a shape alone has more to tell (place, size) and is learned last
+SHARES = (0.4, 0.25, 0.35)
 
 
 # -- what every stage needs -------------------------------------------------------------------------------------------
