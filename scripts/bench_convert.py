@@ -1,9 +1,10 @@
 """Convert a checkpoint of the published layout at full size (random values): memory, seconds, and the ratio to cp.
 
-    python scripts/bench_convert.py FOLDER [--preset turbo]
+    python scripts/bench_convert.py FOLDER [--preset turbo] [--keep]
 
-Writes FOLDER/published (33 GB for turbo: the DiT in float32, the rest as published), times cp of its files, one
-component at a time, converts it to FOLDER/native (20 GB, which stays), and removes what it wrote beside that.
+Writes FOLDER/sources (33 GB for turbo: the DiT in float32, the rest as published), times cp of its files, one
+component at a time, converts it to FOLDER/native (20 GB, which stays), and removes what it wrote beside that. With
+--keep the sources are one bfloat16 file per component (20 GB) and stay too: what compare_program.py runs on.
 """
 
 import json
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import ml_dtypes
@@ -26,24 +28,40 @@ from checkpoints_convert import rules
 from zimage_jax.components import COMPONENTS, spec
 from zimage_jax.config import PRESETS, ModelConfig
 
-# component: table, file stem, shards, dtype as published
-LAYOUT = {
-    "transformer": (rules.DIT_DIFFUSERS, "diffusion_pytorch_model", 3, "F32"),
-    "text_encoder": (rules.TEXT_ENCODER, "model", 3, "BF16"),
-    "vae": (rules.VAE_DIFFUSERS, "diffusion_pytorch_model", 1, "BF16"),
+
+class Source(NamedTuple):
+    """How a component is written: which names, in how many files."""
+
+    table: list
+    stem: str
+    shards: int
+    dtype: str
+    prefix: str = ""  # of every name
+
+
+PUBLISHED = {
+    "transformer": Source(rules.DIT_DIFFUSERS, "diffusion_pytorch_model", 3, "F32"),
+    "text_encoder": Source(rules.TEXT_ENCODER, "model", 3, "BF16"),
+    "vae": Source(rules.VAE_DIFFUSERS, "diffusion_pytorch_model", 1, "BF16"),
+}
+# a file per component in names that diffusers, stable-diffusion.cpp and our converter all read
+SINGLE_FILES = {
+    "transformer": Source(rules.DIT_COMFY, "diffusion_pytorch_model", 1, "BF16"),
+    "text_encoder": Source(rules.TEXT_ENCODER, "model", 1, "BF16", "model."),
+    "vae": Source(rules.VAE_DIFFUSERS, "diffusion_pytorch_model", 1, "BF16"),
 }
 CONFIG_FILES = {"scheduler": "scheduler/scheduler_config.json"} | {c: f"{c}/config.json" for c in COMPONENTS}
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def published_shapes(config: ModelConfig, component: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the published tensors, the text encoder's unused last layer and norm among them."""
-    shapes = {n: e.shape for n, e in rules.expected(LAYOUT[component][0], spec(config, component)).items()}
+def shapes_of(source: Source, config: ModelConfig, component: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a component's tensors, the text encoder's unused last layer and norm among them."""
+    shapes = {n: e.shape for n, e in rules.expected(source.table, spec(config, component)).items()}
     if component == "text_encoder":
         last = f"layers.{config.text_encoder.n_layers}."
         shapes |= {n.replace("layers.0.", last): s for n, s in shapes.items() if n.startswith("layers.0.")}
         shapes["norm.weight"] = (config.text_encoder.hidden_size,)
-    return shapes
+    return {source.prefix + name: shape for name, shape in shapes.items()}
 
 
 def write_random(file: Path, shapes: dict[str, tuple[int, ...]], dtype: str, noise: np.ndarray, bar: tqdm) -> None:
@@ -64,30 +82,37 @@ def write_random(file: Path, shapes: dict[str, tuple[int, ...]], dtype: str, noi
                 left -= run.size
 
 
-def write_published(folder: Path, config: ModelConfig) -> None:
+def write_sources(folder: Path, config: ModelConfig, layout: dict[str, Source]) -> None:
     values = np.random.default_rng(0).standard_normal(1 << 24, np.float32) * 0.02
-    total = sum(
-        math.prod(s) * DTYPES[LAYOUT[c][3]].itemsize for c in COMPONENTS for s in published_shapes(config, c).values()
-    )
+    every = {component: shapes_of(source, config, component) for component, source in layout.items()}
+    total = sum(math.prod(s) * DTYPES[layout[c].dtype].itemsize for c, shapes in every.items() for s in shapes.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="write sources") as bar:
-        for component, (_, stem, shards, dtype) in LAYOUT.items():
+        for component, (_, stem, shards, dtype, _) in layout.items():
             (folder / component).mkdir(parents=True)
-            shapes = published_shapes(config, component)
-            names, index = list(shapes), {}
+            names, index = list(every[component]), {}
             noise = values.astype(DTYPES[dtype]).view(np.uint16 if dtype == "BF16" else np.uint32)
             for k in range(shards):
                 part = names[k * len(names) // shards : (k + 1) * len(names) // shards]
                 name = f"{stem}-{k + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else f"{stem}.safetensors"
-                write_random(folder / component / name, {n: shapes[n] for n in part}, dtype, noise, bar)
+                write_random(folder / component / name, {n: every[component][n] for n in part}, dtype, noise, bar)
                 index |= dict.fromkeys(part, name)
             if shards > 1:
                 (folder / component / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     for name, part in config.to_json().items():
         file = folder / CONFIG_FILES[name]
         file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(part))
+        file.write_text(json.dumps(part | (_vae_blocks(part) if name == "vae" else {})))
     (folder / "tokenizer").mkdir()
     shutil.copy(Path(__file__).parent.parent / "zimage_jax/assets/tiny/tokenizer.json", folder / "tokenizer")
+
+
+def _vae_blocks(config: dict) -> dict:
+    """What AutoencoderKL's published config says besides numbers."""
+    levels = len(config["block_out_channels"])
+    return {
+        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_quant_conv": False, "use_post_quant_conv": False,
+    }  # fmt: skip
 
 
 def peak_memory(process: subprocess.Popen) -> Iterator[dict[str, int]]:
@@ -126,10 +151,11 @@ def sync() -> None:
 @click.command(help=__doc__)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="turbo", show_default=True)
-def main(folder: Path, preset: str) -> None:
-    source, native, copy = folder / "published", folder / "native", folder / "copy"
+@click.option("--keep", is_flag=True, help="One bfloat16 file per component, which stays.")
+def main(folder: Path, preset: str, keep: bool) -> None:
+    source, native, copy = folder / "sources", folder / "native", folder / "copy"
     folder.mkdir(parents=True, exist_ok=True)
-    write_published(source, PRESETS[preset])
+    write_sources(source, PRESETS[preset], SINGLE_FILES if keep else PUBLISHED)
     copy_seconds = 0.0
     for component in COMPONENTS:
         sync()
@@ -149,7 +175,8 @@ def main(folder: Path, preset: str) -> None:
         sys.exit(f"error: the conversion failed with exit code {process.returncode}")
     read = sum(f.stat().st_size for f in source.rglob("*") if f.is_file())
     written = sum(f.stat().st_size for f in native.rglob("*") if f.is_file())
-    shutil.rmtree(source)
+    if not keep:
+        shutil.rmtree(source)
     result = {
         "preset": preset,
         "source_bytes": read,

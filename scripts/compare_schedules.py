@@ -94,6 +94,8 @@ def _outcome(cell: dict, gpu_bytes: int | None) -> dict:
         if not gpu_bytes and cell.get("mode", "resident") != "resident":
             return {"not_measured": "needs an NVIDIA GPU"}
         return _worker("compare_rival.py", [cell])[0]
+    if cell["kind"] == "program":
+        return _worker("compare_program.py", [cell], **_cap(cell, gpu_bytes))[0]
     words = {}
     if cell["cache"] == "off":
         words["JAX_ENABLE_COMPILATION_CACHE"] = "false"

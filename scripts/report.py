@@ -198,6 +198,27 @@ def rivals(rows: list[dict]) -> str:
     ) if found else ""  # fmt: skip
 
 
+def programs(rows: list[dict]) -> str:
+    found = [row for row in rows if row["kind"] == "program"]
+
+    def line(row: dict) -> tuple:
+        name = f"{row['system']}, {row['mode']}, {row['width']}x{row['height']}"
+        if "budget_bytes" in row:
+            name += f", budget {_number(row['budget_bytes'] / GIB)} GiB"
+        if not row["success"]:
+            return name, row.get("not_measured") or row["error"], *[None] * (len(STAGES) + 1)
+        stages = row["seconds_by_stage"]
+        return name, row["seconds"], *map(stages.get, STAGES), _number(row["process_peak_bytes"] / GIB)
+
+    return page.section(
+        "The full-size model, as each program starts it",
+        page.text(
+            "From process start to PNG: the same random weights, the same words to draw, 8 steps, all in bfloat16."
+        ),
+        page.table(("", "seconds", *STAGES, "process peak GiB"), [line(row) for row in found]),
+    ) if found else ""  # fmt: skip
+
+
 def starts(rows: list[dict]) -> str:
     loading, cold = data.of_kind(rows, "loading"), data.of_kind(rows, "cold")
     speeds = [
@@ -247,7 +268,8 @@ def write(rows: list[dict], folder: Path) -> Path:
     file = folder / "report.html"
     content = page.page(
         "zimage_jax: memory schedules compared", machine(rows), schedules(rows, drawn), on_and_off(rows),
-        predictions(rows, drawn), over_time(drawn), cards(rows, drawn), rivals(rows), starts(rows),
+        predictions(rows, drawn), over_time(drawn), cards(rows, drawn), rivals(rows), programs(rows),
+        starts(rows),
     )  # fmt: skip
     file.write_text(content, "utf-8")
     return file

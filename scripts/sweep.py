@@ -24,6 +24,8 @@ KINDS = {
     "simulate": _JOB | {"card", "batch", "max_vram_gib", "kv"},
     # another program, or ours, with the same random weights
     "rival": {"system", "mode", "size", "steps", "repeats"},
+    # a program as its user starts it, with the full-size model; model: a folder that bench_convert.py --keep left
+    "program": {"model", "system", "mode", "size", "steps", "prompt", "seed", "max_vram_mib", "repeats"},
     # process start to the first picture, by part
     "cold": {"model", "cache", "repeats", "prompt"},
     # disk to pinned host memory
@@ -54,7 +56,7 @@ def cells(file: Path, model: str | None = None) -> list[dict]:
                     f"{file}: [[{kind}]] has no {', '.join(unknown)}; it takes {', '.join(sorted(KINDS[kind]))}"
                 )
             values = {key: value for key, value in defaults.items() if key in KINDS[kind]} | block
-            if model is not None and kind in ("measure", "cold"):
+            if model is not None and kind in ("measure", "program", "cold"):
                 values["model"] = model
             found |= {identity(cell): cell for cell in _product(kind, values)}
     return list(found.values())

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import click
 import compare_cell
+import compare_program
 import compare_schedules
 import gpu_times
 import pytest
@@ -64,12 +66,10 @@ def test_lists_multiply_and_a_cell_counts_once(tmp_path):
     assert len({sweep.identity(cell) for cell in cells}) == 5
 
 
-@pytest.mark.parametrize("name", ["default.toml", "quick.toml"])
-def test_the_sweeps_that_come_along_are_sound(name):
-    cells = sweep.cells(compare_schedules.SWEEPS / name)
-    assert {"measure", "simulate"} <= {cell["kind"] for cell in cells}
-    for cell in cells:
-        compare_schedules.declared(cell)
+@pytest.mark.parametrize("file", sorted(compare_schedules.SWEEPS.glob("*.toml")), ids=lambda file: file.stem)
+def test_the_sweeps_that_come_along_are_sound(file):
+    for cell in sweep.cells(file):
+        assert compare_schedules.declared(cell)["kind"] in sweep.KINDS
 
 
 @pytest.mark.parametrize(
@@ -168,6 +168,53 @@ def test_the_report_is_one_page_that_asks_for_nothing(results, tmp_path):
     ):
         assert (tmp_path / "report" / f"{name}.png").exists()
         assert (tmp_path / "report" / f"{name}.svg").exists()
+
+
+def test_programs_of_others_are_started_and_heard(monkeypatch, tmp_path):
+    """A stand-in for sd-cli: what it is asked, what it says, how it fails; ours draws."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "native").symlink_to(TINY)
+    cells = sweep.cells(
+        sweep_of(
+            tmp_path,
+            '[defaults]\nsize = "64x64"\nsteps = 1\n[[program]]\nsystem = "stable-diffusion.cpp"\n'
+            'mode = ["disk", "resident"]\nmax_vram_mib = 512\n[[program]]\nsystem = "zimage_jax"\nmode = "auto"\n'
+            '[[program]]\nsystem = "paint"\nmode = "auto"\n',
+        ),
+        model=str(tmp_path / "model"),
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "not on PATH" in compare_program.answer(cells[0])["not_measured"]
+    script = tmp_path / "sd-cli"
+    script.write_text(
+        f"""#!{sys.executable}
+import sys
+words = sys.argv
+if "--params-backend" not in words:
+    sys.exit("[ERROR] out of memory")
+open(words[words.index("-o") + 1], "w").close()
+assert words[words.index("--max-vram") + 1] == "0.5"
+assert words[words.index("-W") + 1] == "64"
+print("[INFO ] x.cpp:1 - get_learned_condition completed, taking 1.50s")
+print("[INFO ] x.cpp:2 - sampling completed, taking 20.25s")
+"""
+    )
+    script.chmod(0o755)
+    row = compare_program.answer(cells[0])
+    assert row["seconds_by_stage"] == {"text": 1.5, "denoise": 20.25}
+    assert row["seconds"] > 0
+    assert row["process_peak_bytes"] > 2**20
+    assert compare_program.answer(cells[1]) == {"error": "code 1: [ERROR] out of memory"}
+    ours = compare_program.answer(cells[2])
+    assert ours["seconds_by_stage"].keys() == set(report_data.STAGES)
+    assert ours["peak_device_bytes"] > 2**20
+    assert "expected zimage_jax" in compare_program.answer(cells[3])["error"]
+    shared = {"success": True, "cell": "x"}
+    rows = [shared | compare_schedules.declared(c) | r for c, r in zip(cells[::2], (row, ours), strict=True)]
+    rows.append(compare_schedules.declared(cells[1]) | {"success": False, "error": "code 1"})
+    page = report.programs(rows)
+    for word in ("stable-diffusion.cpp, disk, 64x64, budget 0.50 GiB", "20.25", "zimage_jax, auto", "code 1"):
+        assert word in page
 
 
 def test_an_empty_file_is_a_line(tmp_path):

@@ -1,5 +1,8 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -103,3 +106,19 @@ def test_a_shape_that_does_not_fit_its_annotation_is_refused():
     with pytest.raises(Exception, match=r"(?i)type-check"):
         ops.attention(jnp.zeros((1, 2, 3, 4)), jnp.zeros((1, 2, 3, 5)), jnp.zeros((1, 2, 3, 4)))
     assert jax.config.jax_numpy_dtype_promotion == "strict"
+
+
+@pytest.mark.parametrize(("platform", "sums"), [("cpu", "f32"), ("cuda", "bf16")])
+def test_a_product_of_16_bits_is_summed_in_float32_and_rounded_once(platform, sums):
+    """A CPU is asked for the sums, a GPU for the rounded product: both are the same numbers."""
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16) for shape in ((5, 96), (96, 7)))
+    product = jax.jit(partial(ops.product, dtype=jnp.bfloat16))
+    (line,) = (
+        line
+        for line in product.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text().splitlines()
+        if "dot_general" in line
+    )
+    assert line.rstrip().endswith(f"-> tensor<5x7x{sums}>")
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    np.testing.assert_array_equal(np.asarray(product(x, kernel)), exact.astype(ml_dtypes.bfloat16))

@@ -4,6 +4,7 @@ Axes: B pictures, T queries, S keys, N query heads, M key heads (N is a multiple
 h, w latent rows and columns, C latent channels.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,20 @@ from jaxtyping import Float, Int, Real
 def last_axis(vector: Float[Array, "D"], ndim: int) -> Float[Array, "..."]:
     """The vector in a shape that broadcasts along the last axis of an array of `ndim` axes."""
     return vector.reshape((1,) * (ndim - 1) + (-1,))
+
+
+def product(x: Float[Array, "n i"], kernel: Float[Array, "i o"], dtype) -> Float[Array, "n o"]:
+    """x times kernel, summed in float32 and rounded once.
+
+    A CPU whose product of 16 bits is asked for 16 bits converts both sides to float32 first: 228 against 720 GFLOP/s when
+    asked for the sums (288x3840 by 3840x10240, two cores with AVX-512 BF16).
+    """
+    rounded = functools.partial(lax.dot, preferred_element_type=dtype)
+    if jnp.dtype(dtype).itemsize == 4:
+        return rounded(x, kernel)
+    return lax.platform_dependent(
+        x, kernel, cpu=lambda *both: lax.dot(*both, preferred_element_type=jnp.float32).astype(dtype), default=rounded
+    )
 
 
 def rms_norm(x: Float[Array, "*b D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "*b D"]:
