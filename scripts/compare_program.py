@@ -48,13 +48,10 @@ def zimage_jax(cell: dict, job: dict, folder: Path) -> list:
 
 
 def stable_diffusion_cpp(cell: dict, job: dict, folder: Path) -> list:
-    program = shutil.which("sd-cli")
-    if program is None:
-        raise FileNotFoundError("sd-cli of stable-diffusion.cpp is not on PATH")
     sources, (width, height) = Path(cell["model"]) / "sources", sweep.pixels(cell["size"])
     budget = ["--max-vram", cell["max_vram_mib"] / 1024] if "max_vram_mib" in cell else []
     return [
-        program, "--diffusion-model", sources / "transformer/diffusion_pytorch_model.safetensors",
+        "sd-cli", "--diffusion-model", sources / "transformer/diffusion_pytorch_model.safetensors",
         "--llm", sources / "text_encoder/model.safetensors",
         "--vae", sources / "vae/diffusion_pytorch_model.safetensors", "-p", job["prompt"], "-W", width, "-H", height,
         "--steps", job["steps"], "-s", job["seed"], "--rng", "cpu", "--cfg-scale", 1, "-t", os.cpu_count(), "-v",
@@ -97,6 +94,8 @@ def program(cell: dict) -> dict:
     if cell["system"] not in PROGRAMS:
         return {"error": f"{cell['system']}: expected {', '.join(PROGRAMS)}"}
     command, said = PROGRAMS[cell["system"]]
+    if command is stable_diffusion_cpp and shutil.which("sd-cli") is None:
+        return {"not_measured": "sd-cli of stable-diffusion.cpp is not on PATH"}
     job = {"prompt": cell.get("prompt", PROMPT), "seed": cell.get("seed", SEED), "steps": cell.get("steps", 8)}
     runs = []
     for _ in range(cell.get("repeats", 1)):
@@ -126,8 +125,6 @@ def program(cell: dict) -> dict:
 def answer(cell: dict) -> dict:
     try:
         return program(cell)
-    except FileNotFoundError as fault:
-        return {"not_measured": str(fault)}
     except sweep.UsageError as fault:
         return {"error": str(fault)}
 
