@@ -72,13 +72,17 @@ def _mode(cell: dict, modes: dict[str, list[str]]) -> list[str]:
 def said_by_report(told: str, folder: Path) -> dict:
     report = json.loads((folder / "report.json").read_text())
     seconds = {stage: report["seconds"][stage] for stage in STAGES if stage in report["seconds"]}
-    return {"seconds_by_stage": seconds} | {k: report[k] for k in ("peak_device_bytes",) if k in report}
+    return {"seconds_by_stage": seconds} | {k: report[k] for k in ("peak_device_bytes", "versions") if k in report}
 
 
 def said_by_sd_cpp(told: str, folder: Path) -> dict:
     parts = {"text": "get_learned_condition", "denoise": "sampling", "decode": "decode_first_stage"}
     found = {stage: re.search(rf"{name} completed, taking ([\d.]+)s", told) for stage, name in parts.items()}
-    return {"seconds_by_stage": {stage: float(match[1]) for stage, match in found.items() if match}}
+    version = subprocess.run(["sd-cli", "--version"], capture_output=True, text=True, check=False).stdout
+    return {
+        "seconds_by_stage": {stage: float(match[1]) for stage, match in found.items() if match},
+        "versions": {"stable-diffusion.cpp": version.partition("\n")[0].removeprefix("stable-diffusion.cpp ")},
+    }
 
 
 # a program's command line, and what it tells of itself afterwards

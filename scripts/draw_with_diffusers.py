@@ -5,6 +5,7 @@
 CELL is JSON as compare_program.py has it. Writes FOLDER/picture.png and FOLDER/report.json with seconds by stage.
 """
 
+import importlib.metadata
 import json
 import sys
 import warnings
@@ -69,7 +70,8 @@ def main(cell: dict, folder: Path) -> None:
         generator=torch.Generator().manual_seed(cell["seed"]),
     ).images[0]  # fmt: skip
     picture.save(folder / "picture.png")
-    report: dict = {"seconds": parts.seconds}
+    versions = {package: importlib.metadata.version(package) for package in ("diffusers", "transformers", "torch")}
+    report: dict = {"seconds": parts.seconds, "versions": versions}
     if gpu:
         report["peak_device_bytes"] = torch.cuda.max_memory_reserved()
     (folder / "report.json").write_text(json.dumps(report))

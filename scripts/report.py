@@ -41,13 +41,14 @@ Drawn = Callable[[str, str], str]  # a figure's name and caption -> its HTML, em
 def machine(rows: list[dict]) -> str:
     last = rows[-1]
     told = last["machine"]
-    versions = next((row["versions"] for row in reversed(rows) if "versions" in row), {})
+    versions = next((row["versions"] for row in reversed(rows) if "versions" in row and row["kind"] != "program"), {})
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     loads = [row["load_average"] for row in rows]
     device = told.get("gpu") or "no GPU"
     return page.text(
         f"{told['cpu']}, {told['cores']} cores, {told['memory_bytes'] / GIB:.0f} GiB, {device};",
         ", ".join(f"{name} {version}" for name, version in versions.items()) + ";",
-        f"commit {last['commit']}; {len(rows)} rows, {rows[0]['date'][:10]} to {last['date'][:10]}.",
+        f"commit {commits}; {len(rows)} rows, {rows[0]['date'][:10]} to {last['date'][:10]}.",
         f"Processes that wanted to run when a cell began: {min(loads)} to {max(loads)}, median {statistics.median(loads)}.",
     )
 
@@ -210,12 +211,14 @@ def programs(rows: list[dict]) -> str:
         stages = row["seconds_by_stage"]
         return name, row["seconds"], *map(stages.get, STAGES), _number(row["process_peak_bytes"] / GIB)
 
+    told = {f"{name} {version}": None for row in found for name, version in row.get("versions", {}).items()}
     return page.section(
         "The full-size model, as each program starts it",
         page.text(
             "From process start to PNG: the same random weights, the same words to draw, 8 steps, all in bfloat16."
         ),
         page.table(("", "seconds", *STAGES, "process peak GiB"), [line(row) for row in found]),
+        page.text(", ".join(told) + "."),
     ) if found else ""  # fmt: skip
 
 

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import bench_convert
 import click
 import compare_cell
 import compare_program
@@ -190,6 +192,8 @@ def test_programs_of_others_are_started_and_heard(monkeypatch, tmp_path):
         f"""#!{sys.executable}
 import sys
 words = sys.argv
+if "--version" in words:
+    sys.exit(print("stable-diffusion.cpp version 7"))
 if "--params-backend" not in words:
     sys.exit("[ERROR] out of memory")
 open(words[words.index("-o") + 1], "w").close()
@@ -202,6 +206,7 @@ print("[INFO ] x.cpp:2 - sampling completed, taking 20.25s")
     script.chmod(0o755)
     row = compare_program.answer(cells[0])
     assert row["seconds_by_stage"] == {"text": 1.5, "denoise": 20.25}
+    assert row["versions"] == {"stable-diffusion.cpp": "version 7"}
     assert row["seconds"] > 0
     assert row["process_peak_bytes"] > 2**20
     assert compare_program.answer(cells[1]) == {"error": "code 1: [ERROR] out of memory"}
@@ -213,8 +218,27 @@ print("[INFO ] x.cpp:2 - sampling completed, taking 20.25s")
     rows = [shared | compare_schedules.declared(c) | r for c, r in zip(cells[::2], (row, ours), strict=True)]
     rows.append(compare_schedules.declared(cells[1]) | {"success": False, "error": "code 1"})
     page = report.programs(rows)
-    for word in ("stable-diffusion.cpp, disk, 64x64, budget 0.50 GiB", "20.25", "zimage_jax, auto", "code 1"):
+    for word in (
+        "cpp, disk, 64x64, budget 0.50 GiB",
+        "20.25",
+        "zimage_jax, auto",
+        "code 1",
+        "cpp version 7, zimage_jax",
+    ):
         assert word in page
+
+
+@pytest.mark.live
+def test_whole_programs_draw_from_the_same_sources(tmp_path):
+    """What full_size.toml does, with a small model: sources of random weights, converted for ours and read by diffusers."""
+    bench_convert.write_sources(tmp_path / "sources", Checkpoint(TINY).config, bench_convert.SINGLE_FILES)
+    convert = [sys.executable, "-m", "checkpoints_convert", tmp_path / "sources", tmp_path / "native", "--quiet"]
+    subprocess.run(convert, check=True)
+    shared = {"kind": "program", "model": str(tmp_path), "size": "64x64", "steps": 2}
+    for system, mode in (("zimage_jax", "resident"), ("diffusers", "resident"), ("diffusers", "group block, disk")):
+        row = compare_program.answer(shared | {"system": system, "mode": mode})
+        assert row.get("seconds_by_stage", {}).get("denoise", 0) > 0, row
+        assert system in row["versions"]
 
 
 def test_an_empty_file_is_a_line(tmp_path):
