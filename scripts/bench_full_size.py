@@ -69,12 +69,13 @@ def write_random(folder: Path, config: ModelConfig) -> None:
 @click.option("--size", default="256x256", show_default=True)
 @click.option("--steps", default=8, show_default=True)
 @click.option("--run", "chosen", multiple=True, type=click.Choice(list(RUNS)), help="[default: all]")
-def main(folder: Path, preset: str, size: str, steps: int, chosen: tuple[str, ...]) -> None:
+@click.option("--write-only", is_flag=True, help="The checkpoint, and no run.")
+def main(folder: Path, preset: str, size: str, steps: int, chosen: tuple[str, ...], write_only: bool) -> None:
     model = folder / f"{preset}-random"
     if not model.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_random(model, PRESETS[preset])
-    for name in chosen or RUNS:
+    for name in () if write_only else chosen or RUNS:
         sync()
         report = folder / "report.json"
         words = ["a lighthouse in fog", "--model", model, "--size", size, "--steps", steps, "--seed", 1, *RUNS[name]]
@@ -85,16 +86,9 @@ def main(folder: Path, preset: str, size: str, steps: int, chosen: tuple[str, ..
             raise click.ClickException(f"{name}: generate ended with code {process.returncode}")
         told = json.loads(report.read_text())
         keys = (
-            "schedule",
-            "chunks",
-            "seconds",
-            "predicted_peak_bytes",
-            "peak_device_bytes",
-            "copied_bytes",
-            "copied_bytes_saved_by_reuse",
-            "kv_bytes",
-            "latents_sha256",
-        )
+            "schedule", "chunks", "seconds", "predicted_peak_bytes", "peak_device_bytes", "copied_bytes",
+            "copied_bytes_saved_by_reuse", "kv_bytes", "latents_sha256",
+        )  # fmt: skip
         line = {"run": name, "size": size, "steps": steps} | {key: told[key] for key in keys}
         click.echo(json.dumps(line | {"process_peak_bytes": peak["resident"], "versions": told["versions"]}))
 
