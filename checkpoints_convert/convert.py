@@ -1,4 +1,5 @@
-"""Source to native checkpoint, tensor by tensor: at no time are more than two matrices in memory."""
+"""Source to native checkpoint, tensor by tensor: at no time are more than two matrices in
+memory."""
 
 import math
 from collections.abc import Iterator
@@ -9,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from zimage_jax import checkpoint, components
 from zimage_jax.errors import ConversionError
-from zimage_jax.prompt import Prompts
+from zimage_jax.model.prompt import Prompts
+from zimage_jax.weights import checkpoint, components
+from zimage_jax.weights import names as rules
 
-from . import rules
 from .sources import COMPONENTS, Source, Tensor
 
 _RUN_BYTES = 32 << 20  # of the result, at a time
@@ -34,9 +35,8 @@ class _Origin:
 def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool = False) -> Path:
     """Write `dst` from `source`. An interrupted run goes on where it was when called again.
 
-    Raises ConversionError before anything is written when a tensor is unknown, missing, duplicate or misshapen, and
-    on the way when one holds NaN or infinity.
-    """
+    Raises ConversionError before anything is written when a tensor is unknown, missing, duplicate
+    or misshapen, and on the way when one holds NaN or infinity."""
     source.check()
     vocabulary = Prompts.load(source.tokenizer).vocab_size
     if vocabulary > source.config.text_encoder.vocab_size:
@@ -47,11 +47,17 @@ def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool =
     files = {f: f.stat() for c in COMPONENTS for f in source.components[c].files}
     fingerprint = [[f.name, s.st_size, s.st_mtime_ns] for f, s in files.items()]
     writer = checkpoint.Writer(dst, source.config, dtype, {"files": fingerprint})
-    units = [(c, u, leaves) for c in COMPONENTS for u, leaves in components.units(source.config, c).items()]
+    units = [
+        (c, u, leaves)
+        for c in COMPONENTS
+        for u, leaves in components.units(source.config, c).items()
+    ]
     total = sum(_native_bytes(leaves, dtype) for _, _, leaves in units)
     origins = {c: _origins(source, c) for c in COMPONENTS}
     with (
-        tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="convert", disable=quiet) as bar,
+        tqdm(
+            total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="convert", disable=quiet
+        ) as bar,
         ThreadPoolExecutor(_WORKERS) as pool,
     ):
 

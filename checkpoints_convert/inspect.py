@@ -3,9 +3,9 @@
 import math
 from pathlib import Path
 
-from zimage_jax.checkpoint import Checkpoint
-from zimage_jax.components import COMPONENTS
 from zimage_jax.errors import ForeignError, ZImageError
+from zimage_jax.weights.checkpoint import Checkpoint
+from zimage_jax.weights.components import COMPONENTS
 
 from . import sources
 
@@ -13,7 +13,8 @@ _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4}
 
 
 def inspect(path: Path) -> dict:
-    """{"kind": …, "components": {name: {layout, tensors, parameters, bytes, dtypes}}, "notes": {…}}"""
+    """{"kind": …, "components": {name: {layout, tensors, parameters, bytes, dtypes}}, "notes":
+    {…}}"""
     if (path / "manifest").exists():
         return _native(Checkpoint(path))
     if path.is_dir():
@@ -22,12 +23,21 @@ def inspect(path: Path) -> dict:
             if (path / name).is_dir():
                 components[name] = _describe(sources.open_component_folder(name, path / name))
         if not components:
-            raise ForeignError(f"{path}: neither a native checkpoint nor a folder with {', '.join(sources.COMPONENTS)}")
-        notes = {"tokenizer": "present" if (path / "tokenizer" / "tokenizer.json").is_file() else "missing"}
+            raise ForeignError(
+                f"{path}: neither a native checkpoint nor a folder with {', '.join(sources.COMPONENTS)}"
+            )
+        notes = {
+            "tokenizer": "present"
+            if (path / "tokenizer" / "tokenizer.json").is_file()
+            else "missing"
+        }
         return {"kind": "diffusers folder", "components": components, "notes": notes}
     for name in sources.COMPONENTS:
         try:
-            return {"kind": "single file", "components": {name: _describe(sources.open_file(name, path))}}
+            return {
+                "kind": "single file",
+                "components": {name: _describe(sources.open_file(name, path))},
+            }
         except ForeignError:
             continue
     header = sources.read_header(path)
@@ -35,7 +45,11 @@ def inspect(path: Path) -> dict:
         sources.open_file("transformer", path)
     except ZImageError as fault:
         notes = {"note": str(fault)}
-    return {"kind": "safetensors file", "components": {"unknown": _summary("-", header)}, "notes": notes}
+    return {
+        "kind": "safetensors file",
+        "components": {"unknown": _summary("-", header)},
+        "notes": notes,
+    }
 
 
 def _describe(component: sources.Component) -> dict:
@@ -65,6 +79,12 @@ def _native(checkpoint: Checkpoint) -> dict:
     }
     notes = {
         "units": ", ".join(f"{len(checkpoint.units(name))} of {name}" for name in COMPONENTS),
-        "source": ", ".join(f"{c} from {layout}" for c, layout in checkpoint.provenance.get("layouts", {}).items()),
+        "source": ", ".join(
+            f"{c} from {layout}" for c, layout in checkpoint.provenance.get("layouts", {}).items()
+        ),
     }
-    return {"kind": "native checkpoint", "components": components, "notes": {k: v for k, v in notes.items() if v}}
+    return {
+        "kind": "native checkpoint",
+        "components": components,
+        "notes": {k: v for k, v in notes.items() if v},
+    }

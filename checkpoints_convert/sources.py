@@ -1,8 +1,7 @@
 """What a conversion reads: a folder as diffusers saves it, or single files as ComfyUI keeps them.
 
-Every source is a set of safetensors files. Opening one reads headers alone; the safetensors library refuses a header
-that lies about sizes or offsets. Pickles are never opened: they run code.
-"""
+Every source is a set of safetensors files. Opening one reads headers alone; the safetensors library
+refuses a header that lies about sizes or offsets. Pickles are never opened: they run code."""
 
 import hashlib
 import json
@@ -18,11 +17,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from zimage_jax import dit, text_encoder, vae
-from zimage_jax.config import TURBO, DiTConfig, ModelConfig, SigmasConfig, TextEncoderConfig, VAEConfig
 from zimage_jax.errors import ConfigError, ConversionError, ForeignError, UsageError
-
-from . import rules
+from zimage_jax.model import dit, text_encoder, vae
+from zimage_jax.model.config import (
+    TURBO,
+    DiTConfig,
+    ModelConfig,
+    SigmasConfig,
+    TextEncoderConfig,
+    VAEConfig,
+)
+from zimage_jax.weights import names as rules
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
 _CONFIGS: dict[str, tuple[Any, str]] = {
@@ -31,9 +36,21 @@ _CONFIGS: dict[str, tuple[Any, str]] = {
     "vae": (VAEConfig, "vae/config.json"),
     "scheduler": (SigmasConfig, "scheduler/scheduler_config.json"),
 }
-_WEIGHTS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
-_PREFIXES = {"transformer": "model.diffusion_model.", "text_encoder": "model.", "vae": "first_stage_model."}
-_NUMPY = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+_WEIGHTS = {
+    "transformer": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "vae": "diffusion_pytorch_model",
+}
+_PREFIXES = {
+    "transformer": "model.diffusion_model.",
+    "text_encoder": "model.",
+    "vae": "first_stage_model.",
+}
+_NUMPY = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
 _LARGEST_JSON = 64 << 20
 # tensors a source may carry and the model never uses
 _LEFT_OUT = {
@@ -66,12 +83,16 @@ class Tensor:
     offset: int  # of its first byte in the file
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """Rows of the first axis, read (not mapped: what is mapped counts as this process's memory, and is read in
-        small pieces). float16 is widened to float32, from where it is rounded to what is wanted."""
+        """Rows of the first axis, read (not mapped: what is mapped counts as this process's memory,
+        and is read in small pieces). float16 is widened to float32, from where it is rounded to
+        what is wanted."""
         dtype = _NUMPY[self.dtype]
         width = math.prod(self.shape[1:])
         values = np.fromfile(
-            self.file, dtype, (last - first) * width, offset=self.offset + first * width * dtype.itemsize
+            self.file,
+            dtype,
+            (last - first) * width,
+            offset=self.offset + first * width * dtype.itemsize,
         )
         values = values.reshape(last - first, *self.shape[1:])
         return values.astype(np.float32) if dtype == np.float16 else values
@@ -114,11 +135,14 @@ class Source:
         return rules.expected(self.components[component].table(self.config), spec)
 
     def check(self) -> None:
-        """Raises ConversionError with every unknown, missing, duplicate and misshapen tensor of all components."""
+        """Raises ConversionError with every unknown, missing, duplicate and misshapen tensor of all
+        components."""
         faults = [fault for component in COMPONENTS for fault in self._faults(component)]
         if faults:
             kinds = ", ".join(
-                f"{sum(kind in f for f in faults)} {kind}" for kind in _KINDS if any(kind in f for f in faults)
+                f"{sum(kind in f for f in faults)} {kind}"
+                for kind in _KINDS
+                if any(kind in f for f in faults)
             )
             raise ConversionError(
                 f"the tensors are not exactly those of the configured Z-Image ({kinds}); nothing was written:\n"
@@ -147,13 +171,14 @@ class Source:
 _KINDS = ("missing", "unknown", "duplicate", "misshapen", "unsupported dtype")
 
 
-# -- opening ----------------------------------------------------------------------------------------------------------
+# -- opening ---------------------------------------------------------------------------------------
 
 
 def open_source(
     folder: Path | None, files: dict[str, Path], config_folder: Path | None, tokenizer: Path | None
 ) -> Source:
-    """`folder` as diffusers saves it; `files` take the place of its components, or are all there is."""
+    """`folder` as diffusers saves it; `files` take the place of its components, or are all there
+    is."""
     components = {c: open_file(c, path) for c, path in files.items()}
     missing = [c for c in COMPONENTS if c not in files]
     if folder is not None:
@@ -163,7 +188,9 @@ def open_source(
             )
         components |= {c: open_component_folder(c, folder / c) for c in missing}
     elif missing:
-        flags = ", ".join("--dit" if c == "transformer" else "--" + c.replace("_", "-") for c in missing)
+        flags = ", ".join(
+            "--dit" if c == "transformer" else "--" + c.replace("_", "-") for c in missing
+        )
         raise UsageError(f"without a source folder every component needs a file: {flags} missing")
     configs = config_folder or folder
     if configs is not None:
@@ -198,7 +225,9 @@ def read_json(path: Path) -> dict:
             raise ConfigError(f"{path}: too large for a JSON file of this kind")
         return json.loads(path.read_text("utf-8"))
     except OSError as fault:
-        raise ConfigError(f"{path}: cannot be read ({fault.strerror}); is this the whole folder?") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({fault.strerror}); is this the whole folder?"
+        ) from None
     except ValueError as fault:
         raise ConfigError(f"{path}: not JSON ({fault})") from None
 
@@ -210,7 +239,9 @@ def open_component_folder(component: str, folder: Path) -> Component:
     if index.is_file():
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
-            raise ConversionError(f"{index}: expected a weight_map from tensor names to shard files")
+            raise ConversionError(
+                f"{index}: expected a weight_map from tensor names to shard files"
+            )
         shards = sorted(set(names.values()))
         if bad := [s for s in shards if Path(s).name != s]:
             raise ConversionError(f"{index}: {bad[0]!r} is not the name of a file beside it")
@@ -247,7 +278,8 @@ def _collect(component: str, files: list[Path]) -> Component:
 
 
 def read_header(file: Path) -> list[Tensor]:
-    """The tensors of a safetensors file. The library has checked that its sizes and offsets are those of the file."""
+    """The tensors of a safetensors file. The library has checked that its sizes and offsets are
+    those of the file."""
     try:
         with safe_open(file, "numpy"):
             pass
@@ -255,12 +287,16 @@ def read_header(file: Path) -> list[Tensor]:
             size = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(size))
     except SafetensorError as fault:
-        raise ConversionError(f"{file}: not a whole safetensors file ({fault}); download it again") from None
+        raise ConversionError(
+            f"{file}: not a whole safetensors file ({fault}); download it again"
+        ) from None
     except OSError as fault:
         raise ConversionError(f"{file}: cannot be read ({fault.strerror or fault})") from None
     header.pop("__metadata__", None)
     return [
-        Tensor(file, name, tuple(entry["shape"]), entry["dtype"], 8 + size + entry["data_offsets"][0])
+        Tensor(
+            file, name, tuple(entry["shape"]), entry["dtype"], 8 + size + entry["data_offsets"][0]
+        )
         for name, entry in header.items()
     ]
 
@@ -281,11 +317,13 @@ def _layout(component: str, tensors: dict[str, Tensor], files: list[Path]) -> st
         if has(pattern):
             return layout
     other = next((model for pattern, model in _OTHERS.items() if has(pattern)), None)
-    what = f"these are tensors of {other}" if other else f"found names such as {sorted(tensors)[:2]}"
+    what = (
+        f"these are tensors of {other}" if other else f"found names such as {sorted(tensors)[:2]}"
+    )
     raise ForeignError(f"{files[0]}: not Z-Image's {component.replace('_', ' ')}; {what}")
 
 
-# -- checksums --------------------------------------------------------------------------------------------------------
+# -- checksums -------------------------------------------------------------------------------------
 
 
 def published_md5() -> dict[str, str]:
@@ -294,7 +332,8 @@ def published_md5() -> dict[str, str]:
 
 
 def verify(folder: Path, *, quiet: bool = False) -> None:
-    """Compare the published folder's files with their published MD5. Raises ConversionError naming all that differ."""
+    """Compare the published folder's files with their published MD5. Raises ConversionError naming
+    all that differ."""
     published = published_md5()
     wrong = [f"{name} is missing" for name in published if not (folder / name).is_file()]
     present = [name for name in published if (folder / name).is_file()]
@@ -309,4 +348,6 @@ def verify(folder: Path, *, quiet: bool = False) -> None:
             if digest.hexdigest() != published[name]:
                 wrong.append(f"{name} has MD5 {digest.hexdigest()}, published is {published[name]}")
     if wrong:
-        raise ConversionError(f"{folder}: not the published files:\n" + "\n".join(f"  {w}" for w in wrong))
+        raise ConversionError(
+            f"{folder}: not the published files:\n" + "\n".join(f"  {w}" for w in wrong)
+        )

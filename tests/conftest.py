@@ -1,20 +1,21 @@
-"""Strict mode: promotion strict, rank promotion raises, annotations checked, warnings are errors (pyproject.toml)."""
+"""Strict mode: promotion strict, rank promotion raises, annotations checked, warnings are errors
+(pyproject.toml)."""
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "scripts")]
 
-import jax  # noqa: E402
-import jaxtyping  # noqa: E402
+import jax
+import jaxtyping
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # every test loads its own model, and most of their programs are the same
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
+jax.config.update(
+    "jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "xla")
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # from here on every function of ours checks its annotated shapes
 jaxtyping.install_import_hook(["zimage_jax", "checkpoints_convert"], "beartype.beartype")
@@ -22,13 +23,18 @@ jaxtyping.install_import_hook(["zimage_jax", "checkpoints_convert"], "beartype.b
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import small  # noqa: E402
 
-from zimage_jax import checkpoint, deviceless  # noqa: E402
+from tests import small  # noqa: E402
+from zimage_jax.runtime import deviceless  # noqa: E402
+from zimage_jax.weights import checkpoint  # noqa: E402
 
 # the same examples every time, however slow and busy the machine
 hypothesis.settings.register_profile(
-    "steady", derandomize=True, deadline=None, max_examples=60, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "steady",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("steady")
 
@@ -37,7 +43,8 @@ GOLDENS = Path(__file__).parent / "goldens"
 
 @pytest.fixture(scope="session", params=["golden", pytest.param("live", marks=pytest.mark.live)])
 def reference_outputs(request):
-    """Name of a configuration -> what PyTorch gives for it: read from the goldens, or computed now."""
+    """Name of a configuration -> what PyTorch gives for it: read from the goldens, or computed
+    now."""
     if request.param == "golden":
         return lambda name: np.load(GOLDENS / f"{name}.npz")
     pytest.importorskip("torch", reason="the live comparison needs the reference extra")
@@ -46,7 +53,7 @@ def reference_outputs(request):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import reference
+        from tests import reference
 
     def compute(name):
         with warnings.catch_warnings():
@@ -73,7 +80,12 @@ def native(tmp_path_factory):
             config, tensors = small.CONFIGS[name], small.random_tensors(small.CONFIGS[name])
             models = {c: small.our_model(c, config, tensors[c]) for c in small.MODELS}
             made[name] = checkpoint.save(
-                folder / name, config, models, small.tokenizer().to_str().encode(), {"made by": "tests"}, "float32"
+                folder / name,
+                config,
+                models,
+                small.tokenizer().to_str().encode(),
+                {"made by": "tests"},
+                "float32",
             )
         return made[name]
 

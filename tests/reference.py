@@ -1,15 +1,21 @@
-"""The PyTorch classes of diffusers and transformers, with the weights of `small.random_tensors`. Needs torch.
+"""The PyTorch classes of diffusers and transformers, with the weights of `small.random_tensors`.
+Needs torch.
 
 `outputs` is what goldens hold and live tests compute anew.
 """
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from small import CASES, CONFIGS, inputs, random_tensors, tokenizer
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-from zimage_jax.config import ModelConfig
+from tests.small import CASES, CONFIGS, inputs, random_tensors, tokenizer
+from zimage_jax.model.config import ModelConfig
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -20,10 +26,19 @@ TEMPLATE = (
 def transformer(config: ModelConfig, tensors) -> ZImageTransformer2DModel:
     c = config.transformer
     model = ZImageTransformer2DModel(
-        dim=c.dim, n_layers=c.n_layers, n_refiner_layers=c.n_refiner_layers, n_heads=c.n_heads, n_kv_heads=c.n_heads,
-        in_channels=c.in_channels, cap_feat_dim=c.cap_feat_dim, axes_dims=list(c.axes_dims), axes_lens=list(c.axes_lens),
-        rope_theta=c.rope_theta, t_scale=c.t_scale, norm_eps=c.norm_eps,
-    )  # fmt: skip
+        dim=c.dim,
+        n_layers=c.n_layers,
+        n_refiner_layers=c.n_refiner_layers,
+        n_heads=c.n_heads,
+        n_kv_heads=c.n_heads,
+        in_channels=c.in_channels,
+        cap_feat_dim=c.cap_feat_dim,
+        axes_dims=list(c.axes_dims),
+        axes_lens=list(c.axes_lens),
+        rope_theta=c.rope_theta,
+        t_scale=c.t_scale,
+        norm_eps=c.norm_eps,
+    )
     return _filled(model, tensors["transformer"])
 
 
@@ -31,12 +46,18 @@ def text_encoder(config: ModelConfig, tensors) -> Qwen3Model:
     c = config.text_encoder
     model = Qwen3Model(
         Qwen3Config(
-            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, rms_norm_eps=c.rms_norm_eps,
-            rope_parameters={"rope_theta": c.rope_theta, "rope_type": "default"}, attn_implementation="sdpa",
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_hidden_layers,
+            num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads,
+            head_dim=c.head_dim,
+            rms_norm_eps=c.rms_norm_eps,
+            rope_parameters={"rope_theta": c.rope_theta, "rope_type": "default"},
+            attn_implementation="sdpa",
         )
-    )  # fmt: skip
+    )
     return _filled(model, tensors["text_encoder"], left_out=(f"layers.{c.n_layers}.", "norm."))
 
 
@@ -44,11 +65,17 @@ def vae(config: ModelConfig, tensors) -> AutoencoderKL:
     c = config.vae
     levels = len(c.block_out_channels)
     model = AutoencoderKL(
-        block_out_channels=c.block_out_channels, layers_per_block=c.layers_per_block,
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-        latent_channels=c.latent_channels, norm_num_groups=c.norm_num_groups, scaling_factor=c.scaling_factor,
-        shift_factor=c.shift_factor, use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
+        block_out_channels=c.block_out_channels,
+        layers_per_block=c.layers_per_block,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        latent_channels=c.latent_channels,
+        norm_num_groups=c.norm_num_groups,
+        scaling_factor=c.scaling_factor,
+        shift_factor=c.shift_factor,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
     return _filled(model, tensors["vae"])
 
 
@@ -57,7 +84,9 @@ def scheduler(config: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
 
 
 def _filled(model, tensors: dict[str, np.ndarray], left_out: tuple[str, ...] = ()):
-    missing, unknown = model.load_state_dict({n: torch.from_numpy(a.copy()) for n, a in tensors.items()}, strict=False)
+    missing, unknown = model.load_state_dict(
+        {n: torch.from_numpy(a.copy()) for n, a in tensors.items()}, strict=False
+    )
     assert not unknown
     assert not [n for n in missing if not (left_out and n.startswith(left_out))]
     return model.eval().requires_grad_(False)
@@ -67,15 +96,19 @@ def pipeline(config: ModelConfig, tensors) -> ZImagePipeline:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), pad_token="<|endoftext|>")
     fast.chat_template = TEMPLATE
     pipe = ZImagePipeline(
-        scheduler=scheduler(config), vae=vae(config, tensors), text_encoder=text_encoder(config, tensors),
-        tokenizer=fast, transformer=transformer(config, tensors),
-    )  # fmt: skip
+        scheduler=scheduler(config),
+        vae=vae(config, tensors),
+        text_encoder=text_encoder(config, tensors),
+        tokenizer=fast,
+        transformer=transformer(config, tensors),
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def outputs(name: str) -> dict[str, np.ndarray]:
-    """Everything a test compares for one configuration: each model alone, in float32 and bfloat16, and the pipeline."""
+    """Everything a test compares for one configuration: each model alone, in float32 and bfloat16,
+    and the pipeline."""
     config = CONFIGS[name]
     tensors, given = random_tensors(config), inputs(config)
     found = {}
@@ -92,7 +125,10 @@ def _models(config, tensors, given, dtype) -> dict[str, torch.Tensor]:
     auto = vae(config, tensors).to(dtype)
     put = lambda a: torch.from_numpy(a).to(dtype)  # noqa: E731
     ids = torch.from_numpy(given["ids"])
-    latents, picture = put(given["latents"].transpose(0, 3, 1, 2)), put(given["picture"].transpose(0, 3, 1, 2))
+    latents, picture = (
+        put(given["latents"].transpose(0, 3, 1, 2)),
+        put(given["picture"].transpose(0, 3, 1, 2)),
+    )
     features = [put(f[:n]) for f, n in zip(given["features"], given["lengths"], strict=True)]
     t = torch.from_numpy(given["t"])
     velocity = dit([x[:, None] for x in latents], t, features, return_dict=False)[0]
@@ -109,11 +145,19 @@ def _models(config, tensors, given, dtype) -> dict[str, torch.Tensor]:
 def _pipeline(name, config, tensors) -> dict[str, np.ndarray]:
     case, pipe = CASES[name], pipeline(config, tensors)
     width, height = case.size(config)
-    run = lambda kind: pipe(  # noqa: E731
-        list(case.prompts), width=width, height=height, num_inference_steps=case.steps, guidance_scale=case.guidance,
-        negative_prompt=[case.negative_prompt] * len(case.prompts) if case.guidance else None, output_type=kind,
-        generator=[torch.Generator().manual_seed(seed) for seed in case.seeds],
-    ).images  # fmt: skip
+
+    def run(kind):
+        return pipe(
+            list(case.prompts),
+            width=width,
+            height=height,
+            num_inference_steps=case.steps,
+            guidance_scale=case.guidance,
+            negative_prompt=[case.negative_prompt] * len(case.prompts) if case.guidance else None,
+            output_type=kind,
+            generator=[torch.Generator().manual_seed(seed) for seed in case.seeds],
+        ).images
+
     return {
         "latents": run("latent").permute(0, 2, 3, 1).numpy(),
         "pictures": np.round(run("np") * 255).astype(np.uint8),

@@ -1,7 +1,8 @@
-"""Small random models for tests: configs, weights by PyTorch name, and the same weights as our modules.
+"""Small random models for tests: configs, weights by PyTorch name, and the same weights as our
+modules.
 
-Weights come from numpy alone, so that goldens need no weights on disk and the PyTorch side gets the same ones.
-"""
+Weights come from numpy alone, so that goldens need no weights on disk and the PyTorch side gets the
+same ones."""
 
 import zlib
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from checkpoints_convert import rules
-from zimage_jax import dit, text_encoder, vae
-from zimage_jax.config import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
-from zimage_jax.layers import with_arrays
+from zimage_jax.model import dit, text_encoder, vae
+from zimage_jax.model.config import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
+from zimage_jax.model.layers import with_arrays
+from zimage_jax.weights import names as rules
 
 MODELS = {"transformer": dit, "text_encoder": text_encoder, "vae": vae}
 TABLES = {
@@ -25,32 +26,74 @@ TABLES = {
 
 
 def small_config(
-    *, dim=48, heads=2, axes=(8, 8, 8), layers=2, refiners=1, features=32, theta=256.0, text_layers=3, text_heads=(2, 1),
-    text_width=16, channels=(16, 32), vae_layers=1, groups=8, vocab=320,
-) -> ModelConfig:  # fmt: skip
+    *,
+    dim=48,
+    heads=2,
+    axes=(8, 8, 8),
+    layers=2,
+    refiners=1,
+    features=32,
+    theta=256.0,
+    text_layers=3,
+    text_heads=(2, 1),
+    text_width=16,
+    channels=(16, 32),
+    vae_layers=1,
+    groups=8,
+    vocab=320,
+) -> ModelConfig:
     return ModelConfig(
         transformer=DiTConfig(
-            dim=dim, n_layers=layers, n_refiner_layers=refiners, n_heads=heads, cap_feat_dim=features,
-            axes_dims=axes, axes_lens=(640, 64, 64), rope_theta=theta,
+            dim=dim,
+            n_layers=layers,
+            n_refiner_layers=refiners,
+            n_heads=heads,
+            cap_feat_dim=features,
+            axes_dims=axes,
+            axes_lens=(640, 64, 64),
+            rope_theta=theta,
         ),
         text_encoder=TextEncoderConfig(
-            vocab_size=vocab, hidden_size=features, intermediate_size=2 * features + 16, num_hidden_layers=text_layers,
-            num_attention_heads=text_heads[0], num_key_value_heads=text_heads[1], head_dim=text_width,
+            vocab_size=vocab,
+            hidden_size=features,
+            intermediate_size=2 * features + 16,
+            num_hidden_layers=text_layers,
+            num_attention_heads=text_heads[0],
+            num_key_value_heads=text_heads[1],
+            head_dim=text_width,
             rope_theta=10000.0,
         ),
-        vae=VAEConfig(block_out_channels=channels, layers_per_block=vae_layers, norm_num_groups=groups),
-    )  # fmt: skip
+        vae=VAEConfig(
+            block_out_channels=channels, layers_per_block=vae_layers, norm_num_groups=groups
+        ),
+    )
 
 
-# Odd on purpose: heads of 24 and 40, one refiner and two, five blocks, one and four levels of the VAE, GQA of 1 to 4.
+# Odd on purpose: heads of 24 and 40, one refiner and two, five blocks, one and four levels of the
+# VAE, GQA of 1 to 4.
 CONFIGS = {
     "plain": small_config(channels=(16, 16, 32, 32)),
-    "five_blocks": small_config(layers=5, refiners=2, dim=80, axes=(16, 12, 12), channels=(16, 24, 40, 48)),
-    "one_head": small_config(dim=32, heads=1, axes=(8, 12, 12), text_heads=(4, 1), text_layers=2, channels=(8, 16, 16, 24)),
-    "wide_adaln": small_config(dim=264, heads=11, axes=(8, 8, 8), features=48, text_heads=(4, 2), channels=(16, 16, 16, 16)),
-    "deep_text": small_config(features=64, text_layers=6, text_heads=(4, 4), theta=100.0, vae_layers=2),
-    "eight_heads": small_config(dim=128, heads=8, axes=(4, 6, 6), layers=3, channels=(16, 32, 32, 32), groups=16),
-}  # fmt: skip
+    "five_blocks": small_config(
+        layers=5, refiners=2, dim=80, axes=(16, 12, 12), channels=(16, 24, 40, 48)
+    ),
+    "one_head": small_config(
+        dim=32,
+        heads=1,
+        axes=(8, 12, 12),
+        text_heads=(4, 1),
+        text_layers=2,
+        channels=(8, 16, 16, 24),
+    ),
+    "wide_adaln": small_config(
+        dim=264, heads=11, axes=(8, 8, 8), features=48, text_heads=(4, 2), channels=(16, 16, 16, 16)
+    ),
+    "deep_text": small_config(
+        features=64, text_layers=6, text_heads=(4, 4), theta=100.0, vae_layers=2
+    ),
+    "eight_heads": small_config(
+        dim=128, heads=8, axes=(4, 6, 6), layers=3, channels=(16, 32, 32, 32), groups=16
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -70,12 +113,12 @@ class Case:
         return self.columns * config.pixel_multiple, self.rows * config.pixel_multiple
 
 
-LONG = (
-    "a small red circle, left of a big blue square and above a green star, 画在白色背景上 🎨, as a child would draw it"
-)
+LONG = "a small red circle, left of a big blue square and above a green star, 画在白色背景上 🎨, as a child would draw it"
 CASES = {
     "plain": Case(("a red circle",), (42,), 8, 8),
-    "five_blocks": Case(("红色的圆形", LONG), (0, 2**32 - 1), 5, 7, steps=4),  # 35 tokens, unequal captions
+    "five_blocks": Case(
+        ("红色的圆形", LONG), (0, 2**32 - 1), 5, 7, steps=4
+    ),  # 35 tokens, unequal captions
     "one_head": Case((LONG,), (7,), 3, 5, guidance=3.0, negative_prompt="blurry"),
     "wide_adaln": Case(("a", "b c d e f"), (1, 2), 4, 6, steps=2, guidance=1.5),
     "deep_text": Case(("🙂 three\n lines\n of text",), (9,), 12, 6, steps=9),
@@ -91,9 +134,11 @@ def tokenizer() -> Tokenizer:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=300,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    )  # fmt: skip
+    )
     made.train_from_iterator(["user assistant a red circle a blue square"] * 10, trainer)
     return made
 
@@ -122,7 +167,9 @@ def _random(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return values / np.float32(np.sqrt(np.prod(shape[1:])))
 
 
-def our_model(component: str, config: ModelConfig, tensors: dict[str, np.ndarray], dtype=jnp.float32):
+def our_model(
+    component: str, config: ModelConfig, tensors: dict[str, np.ndarray], dtype=jnp.float32
+):
     """Our module of one component, filled with the tensors of `random_tensors`."""
     spec = MODELS[component].spec(getattr(config, component))
     arrays = {}
@@ -133,7 +180,8 @@ def our_model(component: str, config: ModelConfig, tensors: dict[str, np.ndarray
 
 
 def inputs(config: ModelConfig) -> dict[str, np.ndarray]:
-    """Inputs for each model alone: 15 image tokens (no multiple of 32), captions of 21 and 40 tokens."""
+    """Inputs for each model alone: 15 image tokens (no multiple of 32), captions of 21 and 40
+    tokens."""
     rng = np.random.default_rng(1)
     lengths = np.array([21, 40])
     features = rng.standard_normal((2, 64, config.transformer.cap_feat_dim), np.float32)
@@ -145,5 +193,7 @@ def inputs(config: ModelConfig) -> dict[str, np.ndarray]:
         "lengths": lengths,
         "t": np.array([0.0455, 0.7], np.float32),
         "latents": rng.standard_normal((2, h, w, 16), np.float32),
-        "picture": rng.standard_normal((1, h * config.vae.scale, w * config.vae.scale, 3), np.float32),
+        "picture": rng.standard_normal(
+            (1, h * config.vae.scale, w * config.vae.scale, 3), np.float32
+        ),
     }

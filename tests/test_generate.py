@@ -1,4 +1,5 @@
-"""The commands as a user runs them. Most in this process; a few as processes, for exit codes and signals."""
+"""The commands as a user runs them. Most in this process; a few as processes, for exit codes and
+signals."""
 
 import contextlib
 import json
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from zimage_jax import __main__ as commands
-from zimage_jax import cards, cli, generate
+from zimage_jax import cli, generate
 from zimage_jax.errors import UsageError
-from zimage_jax.image import read_metadata
+from zimage_jax.pipeline.picture import read_metadata
+from zimage_jax.planning import cards
 
 
 @pytest.fixture
@@ -53,7 +55,20 @@ def test_a_prompt_becomes_a_picture(run, tmp_path):
 
 
 def test_info_reads_it_back_and_from_image_repeats_it(run, tmp_path):
-    run("红色", *SMALL, "-s", 2**64 - 1, "--noise", "jax", "--guidance", 1.5, "--negative-prompt", "b", "-o", "x.png")
+    run(
+        "红色",
+        *SMALL,
+        "-s",
+        2**64 - 1,
+        "--noise",
+        "jax",
+        "--guidance",
+        1.5,
+        "--negative-prompt",
+        "b",
+        "-o",
+        "x.png",
+    )
     code, out, _ = run("x.png", "--json", command=commands.info)
     assert code == 0
     told = json.loads(out)
@@ -71,14 +86,27 @@ def test_info_reads_it_back_and_from_image_repeats_it(run, tmp_path):
 def test_prompts_from_files_and_several_of_them(run, tmp_path):
     (tmp_path / "p.txt").write_text("line one\nline two\n", "utf-8")
     code, out, _ = run(
-        "a", "b", "--prompt-file", "p.txt", *SMALL, "-s", 1, "-s", 2, "-o", "{index}-{seed}.png", "--json"
+        "a",
+        "b",
+        "--prompt-file",
+        "p.txt",
+        *SMALL,
+        "-s",
+        1,
+        "-s",
+        2,
+        "-o",
+        "{index}-{seed}.png",
+        "--json",
     )
     reports = [json.loads(line) for line in out.splitlines()]
     assert code == 0
     assert [(r["prompt"], r["seed"]) for r in reports] == [
         (p, s) for p in ("a", "b", "line one\nline two") for s in (1, 2)
     ]
-    assert sorted(p.name for p in tmp_path.glob("*.png")) == sorted(f"{i}-{1 + i % 2}.png" for i in range(6))
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == sorted(
+        f"{i}-{1 + i % 2}.png" for i in range(6)
+    )
 
 
 def test_a_batch_is_one_report(run):
@@ -104,7 +132,10 @@ def test_nothing_is_overwritten_unless_told(run, tmp_path):
 def test_quiet_prints_nothing_and_previews_are_written(run, tmp_path):
     code, out, err = run("a", *SMALL, "--quiet", "--preview", "steps", "-o", "x.png")
     assert (code, out, err) == (0, "", "")
-    assert sorted(p.name for p in (tmp_path / "steps").iterdir()) == ["0-step01.png", "0-step02.png"]
+    assert sorted(p.name for p in (tmp_path / "steps").iterdir()) == [
+        "0-step01.png",
+        "0-step02.png",
+    ]
 
 
 def test_no_metadata(run, tmp_path):
@@ -133,9 +164,17 @@ def without_space(path: Path) -> Path:
         ((), 2, "no prompt: give one, or --prompt-file, or - for standard input"),
         (("",), 2, "the prompt is empty: say what to draw"),
         (("a", "--size", "33x16"), 2, "width must be a multiple of 16, got 33 (the nearest is 32)"),
-        (("a", "--size", "big"), 2, "--size big: expected WIDTHxHEIGHT in pixels or a ratio such as 16:9"),
+        (
+            ("a", "--size", "big"),
+            2,
+            "--size big: expected WIDTHxHEIGHT in pixels or a ratio such as 16:9",
+        ),
         (("a", "--size", "1:0"), 2, "--size 1:0: expected"),
-        (("a", "--size", "1:1", "--width", 16), 2, "--size and --width/--height say the same thing"),
+        (
+            ("a", "--size", "1:1", "--width", 16),
+            2,
+            "--size and --width/--height say the same thing",
+        ),
         (("a", "--steps", 0), 2, "steps must be from 1 to 1000, got 0"),
         (("a", "--steps", "x"), 2, "Invalid value for '--steps'"),
         (("a", "--seed", -2), 2, "seed -2 is out of range"),
@@ -192,35 +231,56 @@ def test_the_ratios_people_use():
         generate.parse_size("16:9:4", 64, 16)
 
 
-# -- as processes -----------------------------------------------------------------------------------------------------
+# -- as processes ----------------------------------------------------------------------------------
 
 
 def process(*words, **options):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "XDG_CACHE_HOME": str(options["cwd"])}
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "XDG_CACHE_HOME": str(options["cwd"]),
+    }
     return subprocess.Popen(
-        [sys.executable, "-m", *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=environment, **options,
-    )  # fmt: skip
+        [sys.executable, "-m", *map(str, words)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
 
 
 def test_a_prompt_from_standard_input(native, tmp_path):
     child = process(
-        "zimage_jax.generate", "-", "--model", native("plain"), *SMALL, "-o", "x.png", "--json", cwd=tmp_path
+        "zimage_jax.generate",
+        "-",
+        "--model",
+        native("plain"),
+        *SMALL,
+        "-o",
+        "x.png",
+        "--json",
+        cwd=tmp_path,
     )
     out, err = child.communicate("a blue star\n", timeout=300)
     assert child.returncode == 0, err
     assert json.loads(out)["prompt"] == "a blue star"
-    assert (tmp_path / "zimage_jax" / "xla").is_dir(), "compiled programs are kept in the user's cache folder"
+    assert (tmp_path / "zimage_jax" / "xla").is_dir(), (
+        "compiled programs are kept in the user's cache folder"
+    )
 
 
 def test_an_interrupt_leaves_finished_pictures(native, tmp_path):
     words = ("--model", native("plain"), "--size", "64x64", "-n", 500, "-o", "{index}.png")
-    # a shell that runs its jobs in the background has them ignore the signal, and children would inherit that
+    # a shell that runs its jobs in the background has them ignore the signal, and children would
+    # inherit that
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     child = process("zimage_jax.generate", "a", *words, cwd=tmp_path)
     signal.signal(signal.SIGINT, ours)
     deadline = time.monotonic() + 300
-    while not (tmp_path / "1.png").exists() and time.monotonic() < deadline and child.poll() is None:
+    while (
+        not (tmp_path / "1.png").exists() and time.monotonic() < deadline and child.poll() is None
+    ):
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=120)
@@ -228,7 +288,9 @@ def test_an_interrupt_leaves_finished_pictures(native, tmp_path):
     assert err.splitlines()[-1] == "interrupted"
     names = {p.name for p in tmp_path.iterdir()} - {"zimage_jax"}
     assert "1.png" in names
-    assert all(name.endswith(".png") and not name.startswith(".") for name in names), "nothing half-written"
+    assert all(name.endswith(".png") and not name.startswith(".") for name in names), (
+        "nothing half-written"
+    )
     for name in names:
         with Image.open(tmp_path / name) as picture:
             picture.load()
@@ -257,11 +319,13 @@ def test_the_converter_as_a_process(tmp_path):
     assert err.count("\n") == 1
 
 
-# -- words about memory -----------------------------------------------------------------------------------------------
+# -- words about memory ----------------------------------------------------------------------------
 
 
 def drawn_by(run, tmp_path, *words) -> dict:
-    code, _, err = run("a", *SMALL, "-s", 1, "-o", "m.png", "--overwrite", "--report", "m.json", *words)
+    code, _, err = run(
+        "a", *SMALL, "-s", 1, "-o", "m.png", "--overwrite", "--report", "m.json", *words
+    )
     assert code == 0, err
     return json.loads((tmp_path / "m.json").read_text())
 
@@ -271,9 +335,17 @@ def test_words_about_memory(run, tmp_path):
     assert (report["schedule"], report["chunks"], report["resident_chunks"]) == ("ring", 2, 0)
     assert report["copied_bytes"] > 0
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
-    assert drawn_by(run, tmp_path, "--chunk", "1=streamed", "--schedule", "resident")["resident_chunks"] == 1
+    assert (
+        drawn_by(run, tmp_path, "--chunk", "1=streamed", "--schedule", "resident")[
+            "resident_chunks"
+        ]
+        == 1
+    )
     peak = drawn_by(run, tmp_path, "--low-vram")["predicted_peak_bytes"]
-    assert drawn_by(run, tmp_path, "--max-vram", 1.001 * peak / 2**30)["peak_device_bytes"] <= 1.001 * peak
+    assert (
+        drawn_by(run, tmp_path, "--max-vram", 1.001 * peak / 2**30)["peak_device_bytes"]
+        <= 1.001 * peak
+    )
 
 
 def test_what_is_planned_is_said_before(run):
@@ -285,11 +357,25 @@ def test_what_is_planned_is_said_before(run):
 
 
 def test_seconds_are_predicted_for_a_known_card_alone(run, tmp_path, monkeypatch):
-    ring = ("a", *SMALL, "-s", 1, "-o", "m.png", "--overwrite", "--report", "m.json", "--schedule", "ring")
+    ring = (
+        "a",
+        *SMALL,
+        "-s",
+        1,
+        "-o",
+        "m.png",
+        "--overwrite",
+        "--report",
+        "m.json",
+        "--schedule",
+        "ring",
+    )
 
     def predicted(*words) -> tuple[float | None, bool]:
         _, _, err = run(*ring, *words)
-        return json.loads((tmp_path / "m.json").read_text())["predicted_seconds"], "s once parameters are read" in err
+        return json.loads((tmp_path / "m.json").read_text())[
+            "predicted_seconds"
+        ], "s once parameters are read" in err
 
     assert predicted() == (None, False)
     monkeypatch.setattr("zimage_jax.cards.of_device", lambda kind: cards.find("rtx-4090"))
@@ -302,7 +388,8 @@ def test_seconds_are_predicted_for_a_known_card_alone(run, tmp_path, monkeypatch
 
 
 def test_words_about_k_and_v(run, tmp_path, monkeypatch):
-    """Flag and variable count, the picture says what they were, and --from-image repeats it, or with a flag does not."""
+    """Flag and variable count, the picture says what they were, and --from-image repeats it, or
+    with a flag does not."""
     monkeypatch.setenv("ZIMAGE_KV_GROUP", "2:1")
     told = drawn_by(run, tmp_path, "--kv-dtype", "bf16:fp16", "--kv-switch-t", 800)
     (tmp_path / "m.png").rename(tmp_path / "x.png")
@@ -316,7 +403,9 @@ def test_words_about_k_and_v(run, tmp_path, monkeypatch):
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_file(run, tmp_path, monkeypatch):
-    (tmp_path / "c.toml").write_text('schedule = "swap"\nchunks = 1\nsteps = 1\nchunk = ["0=resident"]\n')
+    (tmp_path / "c.toml").write_text(
+        'schedule = "swap"\nchunks = 1\nsteps = 1\nchunk = ["0=resident"]\n'
+    )
     report = drawn_by(run, tmp_path, "--config", "c.toml")
     assert (report["chunks"], report["resident_chunks"], report["steps"]) == (1, 1, 2)
     monkeypatch.setenv("ZIMAGE_SCHEDULE", "ring")
@@ -347,13 +436,19 @@ def test_variables_that_count_chunks(run, tmp_path, monkeypatch, variables, sche
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--schedule", "magic"), "'magic' is not one of 'auto', 'resident', 'swap', 'ring', 'hybrid', 'scan'"),
+        (
+            ("--schedule", "magic"),
+            "'magic' is not one of 'auto', 'resident', 'swap', 'ring', 'hybrid', 'scan'",
+        ),
         (("--chunks", 0), "0 is not in the range"),
         (("--chunks", 2, "--max-chunk-memory", 1), "say the same thing: give one of them"),
         (("--chunk", "two=resident"), "--chunk two=resident: expected a chunk's number"),
         (("--chunk", "9=resident"), "chunk 9 is not there: expected 0 to 1"),
         (("--max-vram", 0), "0.0 is not in the range"),
-        (("--host-memory", 1e-6, "--schedule", "ring"), "the host window of 0.00 GiB is smaller than a chunk"),
+        (
+            ("--host-memory", 1e-6, "--schedule", "ring"),
+            "the host window of 0.00 GiB is smaller than a chunk",
+        ),
         (("--config", "none.toml"), "--config none.toml: cannot be read as TOML"),
         (("--config", "bad.toml"), "no such key: magic; keys are the flags' names"),
         (("--vae-tile", 70), "the side of a tile must be a multiple of"),

@@ -6,10 +6,18 @@ import pytest
 
 from zimage_jax import __main__ as commands
 from zimage_jax import cli, plan
-from zimage_jax.cards import CARDS
-from zimage_jax.planner import GIB
+from zimage_jax.planning.cards import CARDS
+from zimage_jax.planning.planner import GIB
 
-KEYS = {"size", "schedule", "chunks", "resident_chunks", "predicted_peak_bytes", "predicted_seconds", "bound_by"}
+KEYS = {
+    "size",
+    "schedule",
+    "chunks",
+    "resident_chunks",
+    "predicted_peak_bytes",
+    "predicted_seconds",
+    "bound_by",
+}
 
 
 @pytest.fixture
@@ -65,21 +73,31 @@ def test_the_table_says_the_same(run):
 
 
 def test_sizes_by_name_ratio_and_in_a_row(run):
-    sizes = [row["size"] for row in told(run, "--card", "h100", "--size", "16:9", "64x64", "--size", "64x64")["sizes"]]
+    sizes = [
+        row["size"]
+        for row in told(run, "--card", "h100", "--size", "16:9", "64x64", "--size", "64x64")[
+            "sizes"
+        ]
+    ]
     assert sizes == ["1280x720", "64x64"]
 
 
 def test_less_memory_holds_less_and_is_no_faster(run):
     rows = [
-        told(run, "--card", "rtx-4090", "--max-vram", gib, "--size", "512x512")["sizes"][0] for gib in (1.5, 4, 8, 17)
+        told(run, "--card", "rtx-4090", "--max-vram", gib, "--size", "512x512")["sizes"][0]
+        for gib in (1.5, 4, 8, 17)
     ]
-    peaks, seconds = ([row[key] for row in rows] for key in ("predicted_peak_bytes", "predicted_seconds"))
+    peaks, seconds = (
+        [row[key] for row in rows] for key in ("predicted_peak_bytes", "predicted_seconds")
+    )
     assert peaks == sorted(peaks)
     assert seconds == sorted(seconds, reverse=True)
 
 
 def test_words_about_memory_count(run):
-    rows = told(run, "--card", "rtx-4090", "--schedule", "ring", "--chunks", 6, "--size", "512x512")["sizes"]
+    rows = told(
+        run, "--card", "rtx-4090", "--schedule", "ring", "--chunks", 6, "--size", "512x512"
+    )["sizes"]
     assert (rows[0]["schedule"], rows[0]["chunks"], rows[0]["resident_chunks"]) == ("ring", 6, 0)
 
 
@@ -133,7 +151,10 @@ def test_the_prediction_is_that_of_the_run(run, native):
             "--model turbo-9000: neither a folder nor one of turbo, turbo-24",
         ),
         (("--card", "h100", "--size", "huge"), "--size huge: expected WIDTHxHEIGHT"),
-        (("--card", "h100", "--size", "100x64"), "width must be a multiple of 16, got 100 (the nearest is 96)"),
+        (
+            ("--card", "h100", "--size", "100x64"),
+            "width must be a multiple of 16, got 100 (the nearest is 96)",
+        ),
         (("--card", "h100", "--size", "16384x64"), "this model draws at most 8192 x 8192 pixels"),
         (("--model", "turbo", "--compile"), "--compile is for a --card"),
         (("--card", "h100", "--steps", "0"), "Invalid value for '--steps'"),
@@ -152,7 +173,17 @@ def test_a_model_of_other_widths_has_no_stored_figures(run, native):
 
 
 def test_the_compiler_for_a_card_is_asked_about_any_widths(run, native, gpu_compiler):
-    words = "--model", native("plain"), "--card", "rtx-4090", "--compile", "--size", "64x48", "--steps", 2
+    words = (
+        "--model",
+        native("plain"),
+        "--card",
+        "rtx-4090",
+        "--compile",
+        "--size",
+        "64x48",
+        "--steps",
+        2,
+    )
     result = told(run, *words)
     assert result["temporaries"].startswith("compiled for this card without one")
     (row,) = result["sizes"]
@@ -161,6 +192,8 @@ def test_the_compiler_for_a_card_is_asked_about_any_widths(run, native, gpu_comp
 
 
 def test_it_is_among_the_commands(run):
-    code, out, _ = run("plan", "--card", "h200", "--size", "512x512", "--json", command=commands.command)
+    code, out, _ = run(
+        "plan", "--card", "h200", "--size", "512x512", "--json", command=commands.command
+    )
     assert code == 0
     assert json.loads(out)["card"] == "h200"

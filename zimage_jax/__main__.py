@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from . import cli, generate, plan
-from .image import parameters, read_metadata
+from .pipeline.picture import parameters, read_metadata
 
 
 @click.group()

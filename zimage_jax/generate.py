@@ -22,13 +22,20 @@ from .errors import UsageError
 FILE = click.Path(path_type=Path, dir_okay=False)
 _FIELDS = ("date", "seed", "index")
 _REPEATED = (
-    "prompt", "negative_prompt", "seed", "width", "height", "steps", "guidance", "noise",
-)  # fmt: skip
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "width",
+    "height",
+    "steps",
+    "guidance",
+    "noise",
+)
 
 
 def parse_size(text: str, side: int, multiple: int) -> tuple[int, int]:
-    """ "1280x720", or a ratio such as "16:9": the largest size of that exact ratio within side x side pixels, or, where
-    multiples of `multiple` have none, the nearest."""
+    """ "1280x720", or a ratio such as "16:9": the largest size of that exact ratio within side x
+    side pixels, or, where multiples of `multiple` have none, the nearest."""
     if match := re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", text):
         return int(match[1]), int(match[2])
     match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)
@@ -39,7 +46,9 @@ def parse_size(text: str, side: int, multiple: int) -> tuple[int, int]:
     if k:
         return a * k * multiple, b * k * multiple
     width = side * math.sqrt(a / b)
-    return tuple(max(multiple, round(v / multiple) * multiple) for v in (width, side * side / width))  # type: ignore[return-value]
+    return tuple(
+        max(multiple, round(v / multiple) * multiple) for v in (width, side * side / width)
+    )  # type: ignore[return-value]
 
 
 def _texts(prompts: tuple[str, ...], files: tuple[Path, ...]) -> list[str]:
@@ -48,7 +57,9 @@ def _texts(prompts: tuple[str, ...], files: tuple[Path, ...]) -> list[str]:
         try:
             texts.append(file.read_text("utf-8"))
         except (OSError, UnicodeDecodeError) as fault:
-            raise UsageError(f"--prompt-file {file}: cannot be read as UTF-8 text ({fault})") from None
+            raise UsageError(
+                f"--prompt-file {file}: cannot be read as UTF-8 text ({fault})"
+            ) from None
     return [text.rstrip("\r\n") for text in texts]
 
 
@@ -58,14 +69,22 @@ def _check_template(template: str) -> None:
     except ValueError:
         fields = {""}
     if not fields <= set(_FIELDS):
-        raise UsageError(f"-o {template}: only {', '.join(f'{{{f}}}' for f in _FIELDS)} are filled in")
+        raise UsageError(
+            f"-o {template}: only {', '.join(f'{{{f}}}' for f in _FIELDS)} are filled in"
+        )
     if not template.lower().endswith(".png"):
         raise UsageError(f"-o {template}: pictures are PNG files, so the name must end in .png")
 
 
 @click.command()
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
-@click.option("--prompt-file", "files", multiple=True, type=FILE, help="A prompt from a UTF-8 file; may be repeated.")
+@click.option(
+    "--prompt-file",
+    "files",
+    multiple=True,
+    type=FILE,
+    help="A prompt from a UTF-8 file; may be repeated.",
+)
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
@@ -76,35 +95,105 @@ def _check_template(template: str) -> None:
 @click.option("--height", "-H", type=int, help="Pixels, a multiple of 16.")
 @click.option("--steps", type=int, help="Evaluations of the DiT (NFEs).  [default: 8]")
 @click.option(
-    "--seed", "-s", "seeds", type=int, multiple=True, help="0 to 2^64-1, -1 for a random one; may be repeated."
+    "--seed",
+    "-s",
+    "seeds",
+    type=int,
+    multiple=True,
+    help="0 to 2^64-1, -1 for a random one; may be repeated.",
 )
-@click.option("-n", "--count", type=click.IntRange(1), default=1, help="Pictures per prompt, with seeds that count up.")
+@click.option(
+    "-n",
+    "--count",
+    type=click.IntRange(1),
+    default=1,
+    help="Pictures per prompt, with seeds that count up.",
+)
 @click.option("--guidance", type=float, help="Guidance scale, 0 is off.  [default: 0]")
 @click.option("--cfg-scale", type=float, help="The same as other programs count it: guidance + 1.")
 @click.option("--negative-prompt", help="What guidance leads away from.")
-@click.option("--noise", type=click.Choice(["torch", "jax"]), help="Whose noise a seed stands for.  [default: torch]")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="[default: bfloat16 on a GPU, else float32]")
+@click.option(
+    "--noise",
+    type=click.Choice(["torch", "jax"]),
+    help="Whose noise a seed stands for.  [default: torch]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    help="[default: bfloat16 on a GPU, else float32]",
+)
 @cli.kv_options
 @cli.memory_options
-@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Pictures drawn at once.")
 @click.option(
-    "-o", "--output", default="{date}-{seed}-{index}.png", show_default=True, help="Name of a picture's file."
+    "--batch-size",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Pictures drawn at once.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace files that exist; else a free name is taken.")
+@click.option(
+    "-o",
+    "--output",
+    default="{date}-{seed}-{index}.png",
+    show_default=True,
+    help="Name of a picture's file.",
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Replace files that exist; else a free name is taken."
+)
 @click.option("--no-metadata", is_flag=True, help="Write pixels alone.")
 @click.option(
-    "--preview", type=click.Path(path_type=Path, file_okay=False), help="Folder for a small picture per step."
+    "--preview",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for a small picture per step.",
 )
-@click.option("--from-image", type=FILE, help="Repeat a picture of ours; flags given beside it win.")
+@click.option(
+    "--from-image", type=FILE, help="Repeat a picture of ours; flags given beside it win."
+)
 @click.option("--report", type=FILE, help="Write what was done and what it cost, as JSON.")
-@click.option("--trace", type=FILE, help="Write when each program ran and each chunk was copied, for Perfetto.")
+@click.option(
+    "--trace",
+    type=FILE,
+    help="Write when each program ran and each chunk was copied, for Perfetto.",
+)
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report, one line of JSON per batch, and nothing else.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the report, one line of JSON per batch, and nothing else.",
+)
 def command(
-    prompts, files, model, size, width, height, steps, seeds, count, guidance, cfg_scale, negative_prompt, noise, dtype,
-    batch_size, output, overwrite, no_metadata, preview, from_image, report, trace, quiet, as_json,
-    kv_dtype, kv_switch_t, kv_group, kv_reuse, **memory_words,
-) -> None:  # fmt: skip
+    prompts,
+    files,
+    model,
+    size,
+    width,
+    height,
+    steps,
+    seeds,
+    count,
+    guidance,
+    cfg_scale,
+    negative_prompt,
+    noise,
+    dtype,
+    batch_size,
+    output,
+    overwrite,
+    no_metadata,
+    preview,
+    from_image,
+    report,
+    trace,
+    quiet,
+    as_json,
+    kv_dtype,
+    kv_switch_t,
+    kv_group,
+    kv_reuse,
+    **memory_words,
+) -> None:
     """Draw PROMPT with Z-Image-Turbo and write it as a PNG.
 
     Several prompts give several pictures; "-" reads one from standard input.
@@ -113,23 +202,33 @@ def command(
         raise click.UsageError("--size and --width/--height say the same thing: give one of them")
     if cfg_scale is not None:
         if guidance is not None:
-            raise click.UsageError("--guidance and --cfg-scale say the same thing: give one of them")
+            raise click.UsageError(
+                "--guidance and --cfg-scale say the same thing: give one of them"
+            )
         guidance = cfg_scale - 1
     if count > 1 and len(seeds) > 1:
         raise click.UsageError("give several seeds or a --count, not both")
     _check_template(output)
     memory = cli.memory_of(**memory_words)
-    job = _settings(from_image, prompts, files, seeds, negative_prompt, width, height, steps, guidance, noise)
+    job = _settings(
+        from_image, prompts, files, seeds, negative_prompt, width, height, steps, guidance, noise
+    )
     kv = cli.kv_of(
-        kv_dtype=kv_dtype, kv_switch_t=kv_switch_t, kv_group=kv_group, kv_reuse=kv_reuse, repeated=job.pop("kv")
-    )  # fmt: skip
+        kv_dtype=kv_dtype,
+        kv_switch_t=kv_switch_t,
+        kv_group=kv_group,
+        kv_reuse=kv_reuse,
+        repeated=job.pop("kv"),
+    )
     if not job["prompt"]:
         raise click.UsageError("no prompt: give one, or --prompt-file, or - for standard input")
 
     talk = _Talk(quiet or as_json)
     with talk.warnings():
         cli.use_compile_cache()
-        from .pipeline import ZImage  # after the words were checked: importing JAX takes a second
+        from .pipeline.pipeline import (
+            ZImage,  # after the words were checked: importing JAX takes a second
+        )
 
         if model is None:
             talk.say(
@@ -138,7 +237,9 @@ def command(
             )
         pipe = ZImage.load(model, dtype=dtype)
         if size:
-            job["width"], job["height"] = parse_size(size, pipe.config.vae.sample_size, pipe.config.pixel_multiple)
+            job["width"], job["height"] = parse_size(
+                size, pipe.config.vae.sample_size, pipe.config.pixel_multiple
+            )
         todo = _expand(job.pop("prompt"), job.pop("seed"), count)
         talk.start(pipe)
         reports = []
@@ -149,7 +250,13 @@ def command(
             with talk.bar() as bar:
                 previews = _Previews(preview, first, bar)
                 result = pipe.generate(
-                    texts, seed=numbers, kv=kv, memory=memory, on_plan=talk.plan, on_step=previews, **settings
+                    texts,
+                    seed=numbers,
+                    kv=kv,
+                    memory=memory,
+                    on_plan=talk.plan,
+                    on_step=previews,
+                    **settings,
                 )
             now = datetime.now().strftime("%Y%m%d-%H%M%S")
             paths = []
@@ -162,18 +269,25 @@ def command(
             if as_json:
                 click.echo(json.dumps(reports[-1], ensure_ascii=False))
             if trace:
-                from .image import write_new
+                from .pipeline.picture import write_new
 
                 write_new(trace, result.ledger.trace().encode(), overwrite=True)
     if report:
-        from .image import write_new
+        from .pipeline.picture import write_new
 
         content = reports[0] if len(reports) == 1 else reports
-        write_new(report, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode(), overwrite=True)
+        write_new(
+            report,
+            (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode(),
+            overwrite=True,
+        )
 
 
-def _settings(from_image, prompts, files, seeds, negative_prompt, width, height, steps, guidance, noise) -> dict:
-    """The job's words: what a picture says of itself under --from-image, and over it the flags that were given."""
+def _settings(
+    from_image, prompts, files, seeds, negative_prompt, width, height, steps, guidance, noise
+) -> dict:
+    """The job's words: what a picture says of itself under --from-image, and over it the flags that
+    were given."""
     given = {
         "prompt": _texts(prompts, files) or None,
         "seed": list(seeds) or None,
@@ -186,13 +300,15 @@ def _settings(from_image, prompts, files, seeds, negative_prompt, width, height,
     }
     job: dict = dict.fromkeys((*_REPEATED, "kv"))
     if from_image:
-        from .image import read_metadata
+        from .pipeline.picture import read_metadata
 
         found = read_metadata(from_image)
         kinds = {"prompt": str, "negative_prompt": str, "guidance": float | int, "noise": str}
         for key in _REPEATED:
             if not isinstance(found.get(key), kinds.get(key, int)):
-                raise UsageError(f"{from_image}: its metadata has no usable {key!r}; give it as a flag")
+                raise UsageError(
+                    f"{from_image}: its metadata has no usable {key!r}; give it as a flag"
+                )
             job[key] = found[key]
         job["prompt"], job["seed"] = [job["prompt"]], [job["seed"]]
         job["kv"] = _kv_words(from_image, found)
@@ -205,8 +321,12 @@ def _kv_words(from_image: Path, found: dict) -> dict:
     """What a picture says of K and V; older ones say nothing."""
     words = found.get("kv", {})
     kinds = {"dtype": str | None, "switch_t": float | int, "group": str, "reuse": int}
-    if not isinstance(words, dict) or any(not isinstance(v, kinds.get(k, ())) for k, v in words.items()):
-        raise UsageError(f"{from_image}: its metadata has no usable 'kv'; make the picture anew with flags")
+    if not isinstance(words, dict) or any(
+        not isinstance(v, kinds.get(k, ())) for k, v in words.items()
+    ):
+        raise UsageError(
+            f"{from_image}: its metadata has no usable 'kv'; make the picture anew with flags"
+        )
     return words
 
 
@@ -230,10 +350,14 @@ class _Previews:
         self._bar.update()
         if self._folder is None:
             return
-        from .image import encode_png, write_new
+        from .pipeline.picture import encode_png, write_new
 
         for index, small in enumerate(step.previews(), self._first):
-            write_new(self._folder / f"{index}-step{step.index + 1:02d}.png", encode_png(small), overwrite=True)
+            write_new(
+                self._folder / f"{index}-step{step.index + 1:02d}.png",
+                encode_png(small),
+                overwrite=True,
+            )
 
 
 class _Talk:
@@ -260,7 +384,9 @@ class _Talk:
             click.echo(line, err=True)
 
     def start(self, pipe) -> None:
-        self.say(f"{pipe.name}: {pipe.describe()}; ready in {time.perf_counter() - self._began:.1f} s")
+        self.say(
+            f"{pipe.name}: {pipe.describe()}; ready in {time.perf_counter() - self._began:.1f} s"
+        )
 
     def plan(self, plan, budget: int) -> None:
         """What will be done, before it is."""
@@ -269,14 +395,24 @@ class _Talk:
         blocks = "1 block" if each == "1" else f"{each} blocks"
         stay = f", {plan.resident_chunks} of them stay" if plan.schedule == "hybrid" else ""
         ahead = "the next copied meanwhile" if plan.denoise.schedule.slots == 2 else "no prefetch"
-        warm = "" if plan.seconds is None else f", {plan.seconds:.1f} s once parameters are read and programs compiled"
+        warm = (
+            ""
+            if plan.seconds is None
+            else f", {plan.seconds:.1f} s once parameters are read and programs compiled"
+        )
         self.say(
             f"schedule {plan.schedule}: {plan.nfes} NFEs over {len(sizes)} chunks of {blocks}{stay}, {ahead}; predicted peak "
             f"{plan.peak_bytes / GIB:.2f} GiB of {budget / GIB:.2f} GiB{warm}"
         )
 
     def bar(self):
-        return tqdm(total=0, unit="NFE", desc="draw", leave=False, disable=self._silent or not sys.stderr.isatty())
+        return tqdm(
+            total=0,
+            unit="NFE",
+            desc="draw",
+            leave=False,
+            disable=self._silent or not sys.stderr.isatty(),
+        )
 
     def picture(self, path: Path, picture, report: dict) -> None:
         if not self._silent:

@@ -16,10 +16,10 @@ from .errors import OutOfMemoryError, UsageError
 from .generate import parse_size
 
 if TYPE_CHECKING:
-    from .cards import Card, Rates
-    from .config import ModelConfig
-    from .kv import KVPolicy
-    from .planner import Costs, Memory
+    from .model.config import ModelConfig
+    from .model.kv import KVPolicy
+    from .planning.cards import Card, Rates
+    from .planning.planner import Costs, Memory
 
 SIZES = ("512x512", "768x768", "1024x1024", "1280x720", "720x1280", "1536x1536", "2048x2048")
 BUCKET = 64  # caption tokens: a sentence or two
@@ -40,63 +40,102 @@ class Device:
 
 @click.command()
 @click.option(
-    "--model", help="Folder written by checkpoints_convert, or turbo, turbo-24: the published widths, no files."
+    "--model",
+    help="Folder written by checkpoints_convert, or turbo, turbo-24: the published widths, no files.",
 )
 @click.option("--card", help="A card by name, as rtx-4090.  [default: this machine's own device]")
 @click.option(
-    "--compile", "compiles", is_flag=True, help="Ask the compiler for the card anew: minutes, needs jax[cuda12]."
+    "--compile",
+    "compiles",
+    is_flag=True,
+    help="Ask the compiler for the card anew: minutes, needs jax[cuda12].",
 )
-@click.option("--size", "sizes", multiple=True, metavar="WxH", help="Or a ratio such as 16:9; more sizes may follow.")
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    metavar="WxH",
+    help="Or a ratio such as 16:9; more sizes may follow.",
+)
 @click.argument("more_sizes", nargs=-1, metavar="[WxH]...")
 @click.option(
-    "--steps", type=click.IntRange(1, 1000), default=8, show_default=True, help="Evaluations of the DiT (NFEs)."
+    "--steps",
+    type=click.IntRange(1, 1000),
+    default=8,
+    show_default=True,
+    help="Evaluations of the DiT (NFEs).",
 )
 @cli.kv_options
 @cli.memory_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def command(
-    model, card, compiles, sizes, more_sizes, steps, as_json, kv_dtype, kv_switch_t, kv_group, kv_reuse, **memory_words
+    model,
+    card,
+    compiles,
+    sizes,
+    more_sizes,
+    steps,
+    as_json,
+    kv_dtype,
+    kv_switch_t,
+    kv_group,
+    kv_reuse,
+    **memory_words,
 ) -> None:
-    """Say for each size of picture which memory schedule would be used, its peak of device memory, its seconds, and what
-    bounds it; and which size to draw."""
+    """Say for each size of picture which memory schedule would be used, its peak of device memory,
+    its seconds, and what bounds it; and which size to draw."""
     memory = cli.memory_of(**memory_words)
     kv = cli.kv_of(kv_dtype=kv_dtype, kv_switch_t=kv_switch_t, kv_group=kv_group, kv_reuse=kv_reuse)
     if compiles and not card:
-        raise click.UsageError("--compile is for a --card: for its own device, this machine's compiler is always asked")
+        raise click.UsageError(
+            "--compile is for a --card: for its own device, this machine's compiler is always asked"
+        )
     cli.use_compile_cache()
-    from .cards import find  # after the words were checked: importing JAX takes a second
+    from .planning.cards import find  # after the words were checked: importing JAX takes a second
 
     wanted = find(card) if card else None
     name, config, stored = _model(model, wanted)
     device = _for_card(wanted, config, stored, compiles) if wanted else _own(config, stored)
     budget = (
-        min(device.budget, memory.max_vram_bytes or device.budget) if card else memory.max_vram_bytes or device.budget
+        min(device.budget, memory.max_vram_bytes or device.budget)
+        if card
+        else memory.max_vram_bytes or device.budget
     )
-    pixels = list(dict.fromkeys(_pixels(text, config) for text in (*sizes, *more_sizes) or device.sizes))
+    pixels = list(
+        dict.fromkeys(_pixels(text, config) for text in (*sizes, *more_sizes) or device.sizes)
+    )
     rows = list(_rows(config, stored, device, memory, kv, budget, pixels, steps))
     result = {
-        "card": device.name, "model": name, "steps": steps, "kv": kv.words(), "budget_bytes": budget,
-        "recommended_size": _recommended(rows, config), "sizes": rows, **device.notes,
-    }  # fmt: skip
+        "card": device.name,
+        "model": name,
+        "steps": steps,
+        "kv": kv.words(),
+        "budget_bytes": budget,
+        "recommended_size": _recommended(rows, config),
+        "sizes": rows,
+        **device.notes,
+    }
     if as_json:
         click.echo(json.dumps(result))
     else:
         _print(result)
 
 
-# -- for what ---------------------------------------------------------------------------------------------------------
+# -- for what --------------------------------------------------------------------------------------
 
 
 def _model(model: str | None, card: "Card | None") -> "tuple[str, ModelConfig, str]":
     """Name, config, and the dtype the parameters are stored in."""
-    from .checkpoint import Checkpoint
-    from .config import PRESETS
-    from .pipeline import TINY
+    from .model.config import PRESETS
+    from .pipeline.pipeline import TINY
+    from .weights.checkpoint import Checkpoint
 
     if model is None and card:
         model = "turbo"
     if model is None and not TINY.joinpath("manifest").exists():
-        raise UsageError(f"--model is needed: a folder written by checkpoints_convert, or one of {', '.join(PRESETS)}")
+        raise UsageError(
+            f"--model is needed: a folder written by checkpoints_convert, or one of {', '.join(PRESETS)}"
+        )
     if model in PRESETS:
         return model, PRESETS[model], "bfloat16"
     if model is not None and not Path(model).exists():
@@ -106,11 +145,11 @@ def _model(model: str | None, card: "Card | None") -> "tuple[str, ModelConfig, s
 
 
 def _for_card(card: "Card", config: "ModelConfig", stored: str, compiles: bool) -> Device:
-    from .cards import ASSUMED, StoredCosts
+    from .planning.cards import ASSUMED, StoredCosts
 
     if compiles:
-        from .deviceless import CardPrograms
-        from .programs import CompiledCosts
+        from .runtime.compiled import CompiledCosts
+        from .runtime.deviceless import CardPrograms
 
         costs: Costs = CompiledCosts(CardPrograms(config, stored, "bfloat16", card))
         source = "compiled for this card without one; attention by query chunks where the card would use cuDNN's: conservative"
@@ -118,16 +157,22 @@ def _for_card(card: "Card", config: "ModelConfig", stored: str, compiles: bool) 
         costs = StoredCosts(config, card)
         source = costs.source
     return Device(
-        card.name, card.usable, card.rates, costs, "bfloat16", SIZES, {"temporaries": source, "rates": ASSUMED}
+        card.name,
+        card.usable,
+        card.rates,
+        costs,
+        "bfloat16",
+        SIZES,
+        {"temporaries": source, "rates": ASSUMED},
     )
 
 
 def _own(config: "ModelConfig", stored: str) -> Device:
     import jax
 
-    from .device import free_device_bytes
-    from .pipeline import default_dtype
-    from .programs import CompiledCosts, Programs
+    from .pipeline.pipeline import default_dtype
+    from .runtime.compiled import CompiledCosts, Programs
+    from .runtime.placement import free_device_bytes
 
     device, side = jax.local_devices()[0], config.vae.sample_size
     is_cpu, dtype = device.platform == "cpu", default_dtype()
@@ -139,18 +184,24 @@ def _own(config: "ModelConfig", stored: str) -> Device:
         "rates": f"measured: {rates.flops / 1e12:.3g} TFLOP/s of {dtype} matrix products, {rates.link / 1e9:.3g} GB/s to the device",
     }
     return Device(
-        device.device_kind, free_device_bytes(), rates, CompiledCosts(Programs(config, stored, dtype)), dtype,
-        tuple(f"{n}x{n}" for n in sides if n <= largest) if is_cpu else SIZES, notes,
-    )  # fmt: skip
+        device.device_kind,
+        free_device_bytes(),
+        rates,
+        CompiledCosts(Programs(config, stored, dtype)),
+        dtype,
+        tuple(f"{n}x{n}" for n in sides if n <= largest) if is_cpu else SIZES,
+        notes,
+    )
 
 
 def measure(dtype: str) -> "Rates":
-    """What this device achieves: products of square matrices for a fifth of a second, the best of three copies of 64 MiB."""
+    """What this device achieves: products of square matrices for a fifth of a second, the best of
+    three copies of 64 MiB."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
-    from .cards import Rates
+    from .planning.cards import Rates
 
     device = jax.local_devices()[0]
     side = 1024 if device.platform == "cpu" else 4096  # 0.2 s of a core, 0.2 ms of an H100
@@ -160,36 +211,46 @@ def measure(dtype: str) -> "Rates":
     while (spent := time.perf_counter() - began) < 0.2 or not products:
         jax.block_until_ready([multiply(a, a) for _ in range(8)])
         products += 8
-    host = jax.device_put(jnp.zeros(2**26, jnp.uint8), SingleDeviceSharding(device, memory_kind="pinned_host"))
+    host = jax.device_put(
+        jnp.zeros(2**26, jnp.uint8), SingleDeviceSharding(device, memory_kind="pinned_host")
+    )
     host.block_until_ready()
     copies = []
     for _ in range(3):
         copy_began = time.perf_counter()
         jax.device_put(host, SingleDeviceSharding(device)).block_until_ready()
         copies.append(time.perf_counter() - copy_began)
-    return Rates(products * 2 * side**3 / spent, host.nbytes / min(copies), overlaps=device.platform != "cpu")
+    return Rates(
+        products * 2 * side**3 / spent, host.nbytes / min(copies), overlaps=device.platform != "cpu"
+    )
 
 
 def _pixels(text: str, config: "ModelConfig") -> tuple[int, int]:
-    from .job import check_size
+    from .pipeline.job import check_size
 
     size = parse_size(text, config.vae.sample_size, config.pixel_multiple)
     check_size(config, *size)
     return size
 
 
-# -- the plans --------------------------------------------------------------------------------------------------------
+# -- the plans -------------------------------------------------------------------------------------
 
 
 def _rows(
-    config: "ModelConfig", stored: str, device: Device, memory: "Memory", kv: "KVPolicy", budget: int, pixels: list,
+    config: "ModelConfig",
+    stored: str,
+    device: Device,
+    memory: "Memory",
+    kv: "KVPolicy",
+    budget: int,
+    pixels: list,
     steps: int,
-) -> Iterator[dict]:  # fmt: skip
+) -> Iterator[dict]:
     """A row per size. One that no plan fits has no schedule, and the peak of the smallest plan."""
     import jax.numpy as jnp
 
-    from .cards import Rates, bound_by, seconds
-    from .planner import Planner, Work
+    from .planning.cards import Rates, bound_by, seconds
+    from .planning.planner import Planner, Work
 
     planner = Planner(config, stored, jnp.dtype(device.compute).itemsize, device.costs)
     for width, height in pixels:
@@ -199,7 +260,15 @@ def _rows(
             plan = planner.plan(work, memory, budget)
         except OutOfMemoryError as fault:
             nothing = dict.fromkeys(("schedule", "chunks", "resident_chunks"))
-            yield row | nothing | {"predicted_peak_bytes": fault.needed, "predicted_seconds": None, "bound_by": None}
+            yield (
+                row
+                | nothing
+                | {
+                    "predicted_peak_bytes": fault.needed,
+                    "predicted_seconds": None,
+                    "bound_by": None,
+                }
+            )
             continue
         by_stage = seconds(plan, work, config, stored, device.rates)
         yield row | {
@@ -210,15 +279,20 @@ def _rows(
             "predicted_peak_bytes": plan.peak_bytes,
             "predicted_peak_bytes_by_stage": plan.peak_bytes_by_stage,
             "predicted_seconds": round(sum(by_stage.values()), 3),
-            "predicted_seconds_by_stage": {stage: round(value, 3) for stage, value in by_stage.items()},
+            "predicted_seconds_by_stage": {
+                stage: round(value, 3) for stage, value in by_stage.items()
+            },
             "bound_by": bound_by(plan, work, config, stored, device.rates),
-            "link_bytes": round(sum(seconds(plan, work, config, stored, Rates(math.inf, 1.0)).values())),
+            "link_bytes": round(
+                sum(seconds(plan, work, config, stored, Rates(math.inf, 1.0)).values())
+            ),
             "kv_bytes": work.kv_bytes(config.transformer),
         }
 
 
 def _recommended(rows: list[dict], config: "ModelConfig") -> str | None:
-    """The largest that fits, up to the size the model was made for; where all are larger, the smallest."""
+    """The largest that fits, up to the size the model was made for; where all are larger, the
+    smallest."""
     fitting = [row for row in rows if row["schedule"]]
     own = config.vae.sample_size**2
     within = [row for row in fitting if row["width"] * row["height"] <= own]
@@ -232,17 +306,31 @@ def _print(result: dict) -> None:
         f"{result['model']} on {result['card']}: {result['budget_bytes'] / GIB:.2f} GiB may be used, {result['steps']} NFEs"
     )
     layout = "{:>11}  {:<9} {:>6} {:>6} {:>9} {:>9}  {}"
-    click.echo(layout.format("size", "schedule", "chunks", "stay", "peak GiB", "seconds", "bound by"))
+    click.echo(
+        layout.format("size", "schedule", "chunks", "stay", "peak GiB", "seconds", "bound by")
+    )
     for row in result["sizes"]:
         peak = math.ceil(row["predicted_peak_bytes"] / GIB * 100) / 100
-        words = ("none fits", "", "", f"{peak:.2f}", "", "memory") if row["schedule"] is None else (
-            row["schedule"], row["chunks"], row["resident_chunks"], f"{peak:.2f}", f"{row['predicted_seconds']:.1f}",
-            row["bound_by"],
-        )  # fmt: skip
+        words = (
+            ("none fits", "", "", f"{peak:.2f}", "", "memory")
+            if row["schedule"] is None
+            else (
+                row["schedule"],
+                row["chunks"],
+                row["resident_chunks"],
+                f"{peak:.2f}",
+                f"{row['predicted_seconds']:.1f}",
+                row["bound_by"],
+            )
+        )
         click.echo(layout.format(row["size"], *words))
-    click.echo(f"recommended: {result['recommended_size'] or 'none of these sizes; a smaller one, or a larger budget'}")
+    click.echo(
+        f"recommended: {result['recommended_size'] or 'none of these sizes; a smaller one, or a larger budget'}"
+    )
     click.echo(f"temporaries: {result['temporaries']}")
-    click.echo(f"rates: {result['rates']}; the first picture, parameters in host memory, programs compiled")
+    click.echo(
+        f"rates: {result['rates']}; the first picture, parameters in host memory, programs compiled"
+    )
 
 
 def main() -> None:

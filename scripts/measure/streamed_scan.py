@@ -1,0 +1,144 @@
+"""The whole sampler as one program with its blocks in host memory: what a card's compiler makes of
+it.
+
+    pip install jax-cuda12-plugin==VERSION_OF_JAX jax-cuda12-pjrt==VERSION_OF_JAX      # no driver, no CUDA library
+    python -m scripts.measure.streamed_scan [--card rtx-4090] [--side 512]
+
+A scan over the NFEs around a scan over the 30 blocks, stacked in pinned_host memory; its body
+copies a block to the device. `use` computes the block it copies, `ahead` the one that the iteration
+before copied. Beside them the resident scan and a ring of single blocks with its two slots, by
+stored figures. One JSON line each: bytes on the device beside the stem, and, for the streamed ones,
+starts, kernels and awaited ends of copies in the body over a block, in order."""
+
+import itertools
+import json
+import re
+from collections.abc import Callable
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import SingleDeviceSharding
+
+from zimage_jax.model import dit, kv, sampling
+from zimage_jax.model.config import TURBO
+from zimage_jax.model.kv import Phase
+from zimage_jax.planning import cards
+from zimage_jax.planning.planner import Visit, Work
+from zimage_jax.runtime.deviceless import CardPrograms
+from zimage_jax.weights import components
+
+DTYPE = "bfloat16"
+
+
+def to_device(leaves: tuple) -> tuple:
+    return tuple(jax.device_put(leaf, jax.memory.Space.Device) for leaf in leaves)
+
+
+def use(apply: Callable, stacked: tuple, x):
+    return lax.scan(lambda x, leaves: (apply(to_device(leaves), x), None), x, stacked)[0]
+
+
+def ahead(apply: Callable, stacked: tuple, x):
+    """`stacked` begins with the second block and ends with the first."""
+
+    def body(carry, leaves):
+        x, block = carry
+        following = to_device(leaves)
+        return (apply(block, x), following), None
+
+    return lax.scan(body, (x, to_device(tuple(leaf[-1] for leaf in stacked))), stacked)[0][0]
+
+
+def compiled(programs: CardPrograms, work: Work, run: Callable) -> tuple:
+    """Executable and device bytes it takes beside its arguments."""
+    tree, host = (
+        programs.tree("transformer", "layers.0"),
+        SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"),
+    )
+    sides = dit.sides(
+        TURBO.transformer, work.h, work.w, np.full(1, work.bucket, np.int32), work.bucket
+    )
+    attend = programs.attend(1, work.tokens)
+
+    def stack(blocks: int) -> tuple:
+        leaves = components.leaves(TURBO, "transformer", "layers.0", DTYPE)
+        return tuple(
+            jax.ShapeDtypeStruct((blocks, *leaf.shape), leaf.dtype, sharding=host)
+            for leaf in leaves
+        )
+
+    def apply(side: dit.Side) -> Callable:
+        return lambda block, x: dit.run([jax.tree.unflatten(tree, block)], x, side, attend)
+
+    def sample(stem, refiner, layers, noise, sigmas, times, context):
+        def step(latents, now):
+            sigma, sigma_next, t = now
+            x, time = sampling.enter(stem, latents, t, is_guided=False, dtype=context.dtype)
+            x = run(apply(sides.image._replace(time=time)), refiner, x)
+            x = run(apply(sides.joint._replace(time=time)), layers, dit.join(x, context))
+            no_guidance = np.float32(0)
+            return sampling.leave(
+                stem, x, time, latents, sigma, sigma_next, no_guidance, is_guided=False
+            ), None
+
+        return lax.scan(step, noise, (sigmas[:-1], sigmas[1:], times))[0]
+
+    stem = jax.tree.unflatten(
+        programs.tree("transformer", "stem"), components.leaves(TURBO, "transformer", "stem", DTYPE)
+    )
+    sigmas = sampling.sigmas(work.steps, TURBO.scheduler.shift)
+    noise = jax.ShapeDtypeStruct((1, work.h, work.w, TURBO.transformer.in_channels), jnp.float32)
+    context = jax.ShapeDtypeStruct((1, work.bucket, TURBO.transformer.dim), DTYPE)
+    blocks = stack(TURBO.transformer.n_refiner_layers), stack(TURBO.transformer.n_layers)
+    return programs(sample).compiled(stem, *blocks, noise, sigmas, sampling.times(sigmas), context)
+
+
+def body_order(executable) -> list[tuple[str, int]]:
+    """Of the loop over the main blocks: the last computation that starts a copy for each of a
+    block's arrays."""
+    (module,), copies = (
+        executable.hlo_modules(),
+        len(components.units(TURBO, "transformer")["layers.0"]),
+    )
+    for computation in reversed(module.to_string().split("\n\n")):
+        parts = re.findall(r" (?:fusion|copy|custom-call)(-start|-done|)\(", computation)
+        if parts.count("-start") == copies:
+            kinds = (part.removeprefix("-") or "compute" for part in parts)
+            return [(kind, len(list(same))) for kind, same in itertools.groupby(kinds)]
+    raise click.ClickException("the compiled program has no loop that copies a block: see its HLO")
+
+
+@click.command(help=__doc__)
+@click.option(
+    "--card", "name", type=click.Choice(list(cards.CARDS)), default="rtx-4090", show_default=True
+)
+@click.option("--side", default=512, show_default=True, help="Pixels.")
+def main(name: str, side: int) -> None:
+    card = cards.find(name)
+    h = w = side // TURBO.vae.scale
+    work = Work(1, False, 1, 64, h, w, (Phase(kv.plain(DTYPE), 8),))
+    stored, none = cards.StoredCosts(TURBO, card), frozenset()
+    block = components.nbytes(TURBO, "transformer", "layers.0", DTYPE)
+    blocks = TURBO.transformer.n_layers + TURBO.transformer.n_refiner_layers
+    ring = 2 * block + stored.denoise(
+        work, none, frozenset(Visit(1, 1, nfe=nfe) for nfe in work.nfes), 1
+    )
+    lines = {"resident": stored.scan(work) + blocks * block, "ring of single blocks": ring}
+    for what, held in lines.items():
+        click.echo(json.dumps({"card": name, "side": side, "what": what, "device_bytes": held}))
+    for run in (use, ahead):
+        executable, own = compiled(CardPrograms(TURBO, DTYPE, DTYPE, card), work, run)
+        line = {
+            "card": name,
+            "side": side,
+            "what": f"streamed, {run.__name__}",
+            "device_bytes": own,
+        }
+        click.echo(json.dumps(line | {"body": body_order(executable)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,398 @@
+"""The K/V policy: precision, groups and reuse, alone and under every schedule."""
+
+import itertools
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import small
+from tests.model.test_models import relative
+from tests.runtime.test_staging import JOB, MODEL, SCHEDULES
+from zimage_jax import KVPolicy, Memory, ZImage
+from zimage_jax.errors import UsageError
+from zimage_jax.model import dit, kv, sampling
+from zimage_jax.model.kv import KV, Hold, Nfe, Phase
+from zimage_jax.model.ops import Attend
+
+TURBO_T = 1000 * sampling.sigmas(8, 3.0)[:-1]
+CONFIG = small.CONFIGS[MODEL]
+
+
+# -- the words -------------------------------------------------------------------------------------
+
+
+def test_the_switch_is_at_500_which_leaves_two_of_eight_nfes():
+    early, late = KVPolicy().phases(TURBO_T, jnp.bfloat16, 8, 8)
+    assert (early.hold.dtype, early.steps, late.hold.dtype, late.steps) == ("bf16", 6, "fp16", 2)
+    assert KVPolicy().phases(TURBO_T, jnp.float32, 8, 8) == (Phase(Hold("float32"), 8),)
+
+
+@pytest.mark.parametrize(
+    ("words", "phases"),
+    [
+        ({"dtype": "fp16"}, [("fp16", 1, 8)]),
+        ({"dtype": "fp8:bf16", "switch_t": 900}, [("fp8", 1, 2), ("bf16", 1, 6)]),
+        ({"group": "4:2", "switch_t": 0}, [("float32", 4, 8)]),
+        ({"group": "2:1"}, [("float32", 2, 6), ("float32", 1, 2)]),
+        ({"switch_t": 1000, "dtype": "bf16:fp16"}, [("fp16", 1, 8)]),
+    ],
+)
+def test_phases(words, phases):
+    found = KVPolicy.parse(**words).phases(TURBO_T, jnp.float32, 8, 8)
+    assert [(p.hold.dtype, p.hold.group, p.steps) for p in found] == phases
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"dtype": "int8"}, "K/V dtype 'int8': expected one of float32, bf16, fp16, fp8"),
+        ({"dtype": "fp8"}, "fp8 is for the early NFEs"),
+        ({"dtype": "bf16:fp16:fp8"}, "expected one word, or two with a colon"),
+        ({"group": "3"}, "K/V group 3: expected one of 1, 2, 4"),
+        ({"group": "two"}, "expected 1, 2 or 4"),
+        ({"reuse": 0}, "K/V reuse 0"),
+        ({"switch_t": 1001}, "expected 0 to 1000"),
+    ],
+)
+def test_words_that_are_wrong(words, message):
+    with pytest.raises(UsageError, match=message):
+        KVPolicy.parse(**words)
+
+
+@given(
+    st.sampled_from([None, "bf16:fp16", "fp8:fp16", "float32"]),
+    st.sampled_from(["1", "2", "4:1"]),
+    st.integers(1, 5),
+)
+def test_words_come_back(dtype, group, reuse):
+    policy = KVPolicy.parse(dtype, 400.0, group, reuse)
+    assert KVPolicy.parse(**json.loads(json.dumps(policy.words()))) == policy
+
+
+@given(st.integers(1, 20), st.integers(1, 6))
+def test_each_nfe_keeps_for_a_later_one_or_reuses_an_earlier_one(steps, reuse):
+    nfes = list(Phase(Hold("bf16"), steps, reuse).nfes())
+    assert len(nfes) == steps
+    for index, nfe in enumerate(nfes):
+        assert nfe.reuses == (index % reuse > 0), (
+            "a run of reuse starts with its phase and has `reuse` NFEs"
+        )
+        assert nfe.keeps == (not nfe.reuses and index + 1 < steps and nfes[index + 1].reuses)
+
+
+# -- groups ----------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([2, 4]))
+def test_groups_have_their_true_count_and_centre(rows, columns, group):
+    how = Hold("float32", group, (rows, columns))
+    tokens = rows * columns + 3
+    position = np.stack(
+        np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1
+    ).reshape(-1, 2)
+    x = np.zeros((1, tokens, 1, 2), np.float32)
+    x[0, : rows * columns, 0] = position
+    x[0, rows * columns :] = 7
+    pooled, bias = np.asarray(kv.pool(jnp.asarray(x), how)), kv.score_bias(how, how.keys(tokens))
+    assert pooled.shape[1] == how.keys(tokens) == len(bias)
+    centres = np.stack(
+        np.meshgrid(kv.centres(rows, group), kv.centres(columns, group), indexing="ij"), -1
+    ).reshape(-1, 2)
+    np.testing.assert_allclose(pooled[0, :-3, 0], centres, rtol=1e-6)
+    np.testing.assert_array_equal(pooled[0, -3:], x[0, -3:])
+    np.testing.assert_allclose(np.exp(bias).sum(), tokens, rtol=1e-6)
+
+
+@pytest.mark.parametrize("attend", [Attend(), Attend("xla", 32)])
+@pytest.mark.parametrize("group", [2, 4])
+@pytest.mark.parametrize("grid", [(8, 8), (5, 7), (1, 3)])
+def test_groups_of_equal_tokens_attend_as_the_tokens_do(grid, group, attend):
+    """The identity that log(count) is there for; a mask and whole caption tokens beside."""
+    rng, (rows, columns) = np.random.default_rng(0), grid
+    how, captions = Hold("float32", group, grid), 20
+    tokens = rows * columns + captions
+    of_group = rng.standard_normal(
+        (2, -(-rows // group), -(-columns // group), 2, 8, 2), np.float32
+    )
+    image = (
+        of_group.repeat(group, 1)
+        .repeat(group, 2)[:, :rows, :columns]
+        .reshape(2, rows * columns, 2, 8, 2)
+    )
+    k, v = np.moveaxis(
+        np.concatenate([image, rng.standard_normal((2, captions, 2, 8, 2), np.float32)], 1), -1, 0
+    )
+    q = jnp.asarray(rng.standard_normal((2, tokens, 2, 8), np.float32))
+    lengths, pooled = np.array([13, 20], np.int32), how.keys(tokens) - captions
+    whole, plain = Hold("float32"), KV(jnp.asarray(k), jnp.asarray(v))
+    expected = kv.attention(
+        q, plain, lengths + np.int32(rows * columns), whole, jnp.float32, attend
+    )
+    held = KV(kv.pool(jnp.asarray(k), how), kv.pool(jnp.asarray(v), how))
+    found = kv.attention(q, held, lengths + np.int32(pooled), how, jnp.float32, attend)
+    assert relative(found, expected) <= 1e-5
+
+
+def test_grouped_keys_take_the_centres_of_their_groups():
+    lengths, config = np.array([21]), CONFIG.transformer
+    keys = dit.grouped_keys(config, 12, 20, lengths, 32, Hold("float32", 2, (6, 10)))
+    tokens = dit.sides(config, 12, 20, lengths, 32).joint
+    pads = dit.padded(60) - 60
+    assert keys.cos.shape[1] == 15 + pads + 32
+    assert keys.lengths == 15 + pads + 32
+    np.testing.assert_array_equal(keys.cos[:, 15:], tokens.cos[:, 60:])
+    # the first group's centre is at row and column 0.5: the mean angle of its tokens
+    angle = np.arctan2(tokens.sin, tokens.cos)[0]
+    np.testing.assert_allclose(
+        np.arctan2(keys.sin, keys.cos)[0, 0, 8:],
+        angle[[0, 1, 10, 11], 8:].mean(0),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+# -- precision -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_k_and_v_are_rounded_once_and_saturate(dtype):
+    x = np.random.default_rng(0).standard_normal((1, 50, 2, 8), np.float32) * np.float32(3e4)
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = 1e38, -1e38
+    held = jax.jit(lambda x: kv.hold(x, -x, None, Hold(dtype)))(x)
+    of = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}[dtype]
+    largest = np.float32(ml_dtypes.finfo(of).max)
+    np.testing.assert_array_equal(np.asarray(held.k), np.clip(x, -largest, largest).astype(of))
+    assert np.isfinite(np.asarray(held.v, np.float32)).all()
+
+
+def test_fp8_has_a_scale_per_head_that_padding_does_not_move():
+    x = np.random.default_rng(0).standard_normal((2, 40, 3, 8), np.float32) * np.array(
+        [[1e-3], [1], [1e3]], np.float32
+    )
+    x[0, 30:] *= 100
+    held = kv.hold(jnp.asarray(x), jnp.asarray(x), np.array([30, 40], np.int32), Hold("fp8"))
+    meant = np.asarray(held.k, np.float32) * np.asarray(held.k_scale)
+    np.testing.assert_allclose(
+        meant[0, :30], x[0, :30], rtol=2**-4, atol=1e-2 * np.abs(x[0, :30]).max((0, 2)).min()
+    )
+    assert held.k_scale.shape == (2, 1, 3, 1)
+    np.testing.assert_allclose(
+        np.asarray(held.k_scale)[0, 0, :, 0] * 448, np.abs(x[0, :30]).max((0, 2)), rtol=1e-6
+    )
+
+
+def test_the_rounding_survives_compilation():
+    """What is attended to is what was rounded, not what it was rounded from."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 64, 2, 16), np.float32)
+
+    @jax.jit
+    def attend(q, k, v):
+        return kv.attention(
+            q, kv.hold(k, v, None, Hold("bf16")), None, Hold("bf16"), jnp.float32, Attend()
+        )
+
+    rounded = [a.astype(ml_dtypes.bfloat16) for a in (q, k, v)]
+    expected = jax.jit(
+        lambda q, k, v: kv.attention(q, KV(k, v), None, Hold("bf16"), jnp.float32, Attend())
+    )(rounded[0].astype(np.float32), *rounded[1:])
+    exact = jax.jit(
+        lambda q, k, v: kv.attention(q, KV(k, v), None, Hold("float32"), jnp.float32, Attend())
+    )(q, k, v)
+    assert relative(attend(q, k, v), expected) < relative(exact, expected) / 10
+
+
+def test_the_switch_is_static_in_the_sampler():
+    """Two loops, one whose products are of bfloat16 operands and one of float16; with reuse a
+    branch, not both ways."""
+    traced = [_traced(KVPolicy.parse("bf16:fp16", switch_t=800.0, reuse=reuse)) for reuse in (1, 2)]
+    plain, reused = (
+        [str(eqn) for eqn in sampler.jaxpr.eqns if eqn.primitive.name == "scan"]
+        for sampler in traced
+    )
+    assert len(plain) == len(reused) == 2
+    early, late = plain
+    assert "bf16[" in early
+    assert "f16[" not in early.replace("bf16[", "")
+    assert "f16[" in late
+    assert "bf16[" not in late
+    assert ["cond[" in scan for scan in plain + reused] == [False, False, True, True]
+    compiled = [sampler.lower().compile().as_text() for sampler in traced]
+    assert [(text.count(" while("), text.count(" conditional(")) for text in compiled] == [
+        (2, 0),
+        (2, 2),
+    ]
+    assert all(" bf16[" in text and " f16[" in text for text in compiled)
+
+
+def _traced(policy: KVPolicy):
+    """The sampler for 4 NFEs at 6 x 8 latents: two above t 800 and two below."""
+    config, lengths = CONFIG.transformer, np.array([21])
+    model = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), dit.spec(config)
+    )
+    sigmas = sampling.sigmas(4, 3.0)
+    phases = tuple(
+        (phase, Attend()) for phase in policy.phases(1000 * sigmas[:-1], jnp.float32, 3, 4)
+    )
+    run = partial(sampling.sample, is_guided=False, attend=Attend(), phases=phases)
+    context = jax.ShapeDtypeStruct((1, 32, config.dim), jnp.float32)
+    noise = jax.ShapeDtypeStruct((1, 6, 8, 16), jnp.float32)
+    rest = dit.sides(config, 6, 8, lengths, 32), (None,) * len(phases), np.float32(0)
+    return jax.jit(run).trace(model, noise, sigmas, sampling.times(sigmas), context, *rest)
+
+
+def test_cudnn_is_asked_for_the_same(monkeypatch):
+    """Its bias, masks and dtypes pass JAX's own checks: 1,088 tokens in groups of 2 x 2, held in
+    float16."""
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda *_: 91000
+    )
+    how = Hold("fp16", 2, (32, 32))
+    held = jax.eval_shape(lambda: kv.empty(how, 1, 1088, 30, 128))
+    q, lengths = (
+        jax.ShapeDtypeStruct((1, 1088, 30, 128), jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
+    attend = partial(kv.attention, how=how, compute=jnp.bfloat16, attend=Attend("cudnn"))
+    traced = jax.jit(attend).trace(q, held, lengths)
+    assert traced.out_info.shape == q.shape
+    assert traced.out_info.dtype == jnp.bfloat16
+    assert "dot_product_attention_fwd" in str(traced.jaxpr)
+
+
+# -- the whole, under every schedule ---------------------------------------------------------------
+
+POLICIES = {
+    "precision": KVPolicy.parse("bf16:fp16", switch_t=700.0),
+    "fp8 early, groups of 2": KVPolicy.parse("fp8:bf16", switch_t=700.0, group="2:1"),
+    "reuse": KVPolicy.parse(reuse=2),
+    "all": KVPolicy.parse("bf16:fp16", switch_t=600.0, group="2:4", reuse=3),
+}
+STEPS = {"steps": 6}
+UNDER = ["swap", "ring", "hybrid", "a chunk per block", "disk", "one chunk"]
+
+
+@pytest.fixture(scope="module")
+def results(native):
+    """(policy, schedule) -> the result, drawn once."""
+    pipes, drawn = {}, {}
+
+    def get(policy: str, name: str):
+        if (policy, name) not in drawn:
+            memory = Memory(schedule="scan") if name == "scan" else SCHEDULES[name]
+            pipe = pipes.setdefault(name, ZImage.load(native(MODEL), memory=memory))
+            for _ in range(2):  # what a plan keeps on the device is loaded by the first job
+                drawn[policy, name] = pipe.generate(
+                    "a red fox", **JOB | STEPS, kv=POLICIES.get(policy)
+                )
+        return drawn[policy, name]
+
+    return get
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", UNDER)
+def test_every_schedule_gives_the_same_bits(policy, name, results):
+    np.testing.assert_array_equal(
+        results(policy, name).latents, results(policy, "resident").latents
+    )
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_scan_is_near(policy, results):
+    """float32 but for K and V: a last bit may fall on the other side of their rounding (half a step
+    of fp8 is 1/32)."""
+    tolerance = {"reuse": 2e-6, "fp8 early, groups of 2": 2e-2}.get(policy, 2e-3)
+    assert (
+        relative(results(policy, "scan").latents, results(policy, "resident").latents) <= tolerance
+    )
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_changes_the_latents_and_keeps_the_picture_near(policy, results):
+    error = relative(results(policy, "resident").latents, results("none", "resident").latents)
+    assert 1e-5 < error < 0.5
+
+
+@pytest.mark.parametrize(
+    ("policy", "name"), [*itertools.product(POLICIES, ["resident", "ring", "swap", "scan"])]
+)
+def test_the_ledger_agrees_with_the_plan(policy, name, results):
+    report = results(policy, name).report
+    assert report["peak_device_bytes_by_stage"] == report["predicted_peak_bytes_by_stage"]
+
+
+def test_nfes_that_reuse_copy_neither_to_k_nor_to_v(results):
+    plain, reused = results("none", "ring").report, results("reuse", "ring").report
+    dim, blocks, nfes = (
+        CONFIG.transformer.dim,
+        CONFIG.transformer.n_layers,
+        3,
+    )  # of six every other one reuses
+    saved = 4 * nfes * blocks * (2 * dim * dim + CONFIG.transformer.head_dim)
+    assert (
+        plain["copied_bytes"] - reused["copied_bytes"]
+        == reused["copied_bytes_saved_by_reuse"]
+        == saved
+    )
+    assert plain["copied_bytes_saved_by_reuse"] == 0
+
+
+def test_the_report_counts_k_and_v(results):
+    config, tokens = CONFIG.transformer, 32 + 32  # 12 image tokens and 20 pads, a bucket of 32
+    whole = 2 * tokens * config.dim * 4
+    assert results("none", "ring").report["kv_bytes"] == whole
+    assert results("precision", "ring").report["kv_bytes"] == whole // 2
+    assert results("precision", "ring").report["kv_bytes_without_policy"] == whole
+    assert results("reuse", "ring").report["kv_bytes"] == config.n_layers * whole
+    grouped = (
+        2 * (tokens - 12 + 4) * config.dim
+    )  # 3 x 4 tokens in four groups, a byte each, and scales
+    scales = 2 * 4 * config.n_heads
+    assert results("fp8 early, groups of 2", "ring").report["kv_bytes_of_a_block_by_nfe"] == (
+        [grouped + scales] * 4 + [whole // 2] * 2
+    )
+
+
+def test_cached_k_and_v_lie_on_the_host_when_the_device_is_short(native):
+    """The same bits, and never more than the plan said."""
+    pipe, job = ZImage.load(native(MODEL)), JOB | STEPS | {"width": 256, "height": 256}
+    memory = Memory(schedule="ring", chunks=5)
+    device = pipe.generate("a red fox", **job, kv=POLICIES["reuse"], memory=memory)
+    short = Memory(
+        schedule="ring", chunks=5, max_vram_bytes=device.plan.peak_bytes_by_stage["denoise"] - 1
+    )
+    host = pipe.generate("a red fox", **job, kv=POLICIES["reuse"], memory=short)
+    assert host.plan.kv_on_host
+    assert not device.plan.kv_on_host
+    assert host.report["peak_device_bytes"] <= host.plan.peak_bytes <= short.max_vram_bytes
+    assert any(event.name.startswith("kv cache") for event in host.ledger.events)
+    np.testing.assert_array_equal(host.latents, device.latents)
+
+
+def test_a_batch_gives_what_single_runs_give(native, monkeypatch):
+    monkeypatch.setattr("zimage_jax.planner.MICRO_TOKENS", 4 * 64)
+    pipe = ZImage.load(native(MODEL), memory=SCHEDULES["ring"])
+    prompts, seeds = ["a", "a red fox " * 4, "红色", "b"], [1, 2, 3, 4]
+    job = JOB | STEPS | {"guidance": 2.0, "kv": KVPolicy.parse("float32", group="2", reuse=2)}
+    together = pipe.generate(prompts, **job | {"seed": seeds})
+    for row, prompt, seed in zip(together.latents, prompts, seeds, strict=True):
+        assert relative(row, pipe.generate(prompt, **job | {"seed": seed}).latents[0]) <= 1e-5
+
+
+def test_nfe_is_what_a_visit_is_told():
+    assert [tuple(n)[1:] for n in Phase(Hold("bf16"), 5, 2).nfes()] == [
+        (True, False),
+        (False, True),
+        (True, False),
+        (False, True),
+        (False, False),
+    ]
+    assert Nfe(Hold("bf16")) == Nfe(Hold("bf16"), keeps=False, reuses=False)

@@ -1,0 +1,150 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zimage_jax.model import ops
+from zimage_jax.model.ops import Attend
+
+
+def attention_in_float64(q, k, v, lengths=None, causal=False):
+    """The definition, one head at a time."""
+    k, v = (np.repeat(np.asarray(a, np.float64), q.shape[2] // a.shape[2], 2) for a in (k, v))
+    scores = np.einsum("btnh,bsnh->bnts", np.asarray(q, np.float64), k) / np.sqrt(q.shape[-1])
+    if lengths is not None:
+        scores = np.where(
+            np.arange(k.shape[1])[None, None, None] < lengths[:, None, None, None], scores, -np.inf
+        )
+    if causal:
+        scores = np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+
+
+@given(
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 70),
+    groups=st.integers(1, 3),
+    key_heads=st.integers(1, 2),
+    chunk=st.sampled_from([1, 7, 32, 1 << 30]),
+    masked=st.booleans(),
+    causal=st.booleans(),
+)
+def test_attention_in_any_chunk_is_the_definition(
+    batch, tokens, groups, key_heads, chunk, masked, causal
+):
+    rng = np.random.default_rng(tokens)
+    q = rng.standard_normal((batch, tokens, groups * key_heads, 8), np.float32)
+    k, v = (rng.standard_normal((batch, tokens, key_heads, 8), np.float32) for _ in range(2))
+    lengths = rng.integers(1, tokens + 1, batch) if masked and not causal else None
+    got = ops.attention(
+        jnp.asarray(q),
+        jnp.asarray(k),
+        jnp.asarray(v),
+        causal=causal,
+        attend=Attend("xla", chunk),
+        lengths=None if lengths is None else jnp.asarray(lengths),
+    )
+    np.testing.assert_allclose(got, attention_in_float64(q, k, v, lengths, causal), atol=2e-6)
+
+
+def test_masked_keys_do_not_count_whatever_they_hold():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 40, 2, 8), np.float32) for _ in range(3))
+    lengths = jnp.array([33])
+    out = ops.attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), lengths=lengths)
+    k[:, 33:], v[:, 33:] = 1e4, 1e4
+    np.testing.assert_array_equal(
+        out, ops.attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), lengths=lengths)
+    )
+
+
+def test_scores_stay_bounded_by_the_chunk():
+    chosen = Attend.choose("cpu", jnp.float32, 1, 4608, 4608, 30)
+    assert chosen.query_chunk * 30 * 4608 * 4 <= 2**25 * 1.5
+    assert chosen.query_chunk % 32 == 0
+    assert Attend.choose("cpu", jnp.float32, 1, 96, 96, 6) == Attend()
+    assert Attend.choose("gpu", jnp.bfloat16, 1, 4608, 4608, 30).implementation == "cudnn"
+    assert Attend.choose("gpu", jnp.float32, 1, 4608, 4608, 30).query_chunk == 480
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_group_norm_is_the_definition(groups):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 5, 3, 8), np.float32) + 3
+    scale, bias = rng.standard_normal((2, 8), np.float32)
+    y = x.astype(np.float64).reshape(2, 15, groups, -1)
+    y = (y - y.mean((1, 3), keepdims=True)) / np.sqrt(y.var((1, 3), keepdims=True) + 1e-6)
+    expected = y.reshape(x.shape) * scale + bias
+    got = ops.group_norm(jnp.asarray(x), jnp.asarray(scale), jnp.asarray(bias), groups, 1e-6)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@given(rows=st.integers(1, 5), columns=st.integers(1, 5), channels=st.integers(1, 4))
+def test_patches_come_back(rows, columns, channels):
+    x = jnp.arange(2 * rows * 2 * columns * 2 * channels, dtype=jnp.float32).reshape(
+        2, 2 * rows, 2 * columns, channels
+    )
+    patches = ops.patchify(x)
+    np.testing.assert_array_equal(ops.unpatchify(patches, 2 * rows, 2 * columns), x)
+    np.testing.assert_array_equal(patches[0, 0].reshape(2, 2, channels), x[0, :2, :2])
+
+
+@given(shift=st.integers(0, 400))
+def test_rotated_scores_depend_on_distance_alone(shift):
+    rng = np.random.default_rng(shift)
+    q, k = (jnp.asarray(rng.standard_normal((1, 1, 1, 16), np.float32)) for _ in range(2))
+
+    def score(rotate, a, b):
+        tables = [ops.rope_table(np.array([[p]]), (16,), 100.0) for p in (a, b)]
+        if rotate is ops.rotate_pairs:
+            tables = [(c[None], s[None]) for c, s in tables]
+        x, y = (
+            rotate(v, jnp.asarray(c), jnp.asarray(s))
+            for v, (c, s) in zip((q, k), tables, strict=True)
+        )
+        return float(jnp.sum(x * y))
+
+    for rotate in (ops.rotate_pairs, ops.rotate_halves):
+        assert score(rotate, 5, 9) == pytest.approx(score(rotate, 5 + shift, 9 + shift), abs=1e-3)
+
+
+def test_the_rope_table_keeps_far_positions_exact():
+    cos, sin = ops.rope_table(np.array([[1500]]), (32,), 256.0)
+    angle = 1500 / 256 ** (np.arange(0, 32, 2) / 32)
+    # one float32 rounding of the angle, 6e-5 at 1500, is all there is (and all PyTorch has)
+    np.testing.assert_allclose(cos[0], np.cos(angle), atol=1e-4)
+    np.testing.assert_allclose(sin[0], np.sin(angle), atol=1e-4)
+
+
+def test_a_shape_that_does_not_fit_its_annotation_is_refused():
+    with pytest.raises(Exception, match=r"(?i)type-check"):
+        ops.attention(jnp.zeros((1, 2, 3, 4)), jnp.zeros((1, 2, 3, 5)), jnp.zeros((1, 2, 3, 4)))
+    assert jax.config.jax_numpy_dtype_promotion == "strict"
+
+
+@pytest.mark.parametrize(("platform", "sums"), [("cpu", "f32"), ("cuda", "bf16")])
+def test_a_product_of_16_bits_is_summed_in_float32_and_rounded_once(platform, sums):
+    """A CPU is asked for the sums, a GPU for the rounded product: both are the same numbers."""
+    rng = np.random.default_rng(0)
+    x, kernel = (
+        jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16)
+        for shape in ((5, 96), (96, 7))
+    )
+    product = jax.jit(partial(ops.product, dtype=jnp.bfloat16))
+    (line,) = (
+        line
+        for line in product.trace(x, kernel)
+        .lower(lowering_platforms=(platform,))
+        .as_text()
+        .splitlines()
+        if "dot_general" in line
+    )
+    assert line.rstrip().endswith(f"-> tensor<5x7x{sums}>")
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    np.testing.assert_array_equal(np.asarray(product(x, kernel)), exact.astype(ml_dtypes.bfloat16))

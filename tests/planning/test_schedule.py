@@ -1,0 +1,149 @@
+"""Schedules as data: whatever the partition and the schedule, every step is possible and none is
+wasted."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zimage_jax.errors import UsageError
+from zimage_jax.planning import schedule
+from zimage_jax.planning.schedule import Free, Load, Pin, Run
+
+NAMES = st.sampled_from(["resident", "swap", "ring", "hybrid"])
+PINS = st.dictionaries(st.integers(0, 8), st.sampled_from(["resident", "streamed"]), max_size=3)
+schedules = given(NAMES, st.integers(1, 9), st.integers(0, 9), PINS, st.integers(1, 4))
+
+
+def build(name, chunks, resident, pins) -> schedule.Schedule:
+    made = schedule.make(name, chunks, min(resident, chunks))
+    return made.with_pins({c: how for c, how in pins.items() if c < chunks}, 0, chunks)
+
+
+@schedules
+def test_every_chunk_is_on_the_device_when_it_runs(name, chunks, resident, pins, sweeps):
+    made = build(name, chunks, resident, pins)
+    slots: dict[int, int] = {}
+    pinned: set[int] = set()
+    ran = []
+    for step in schedule.steps(made, chunks, sweeps):
+        match step:
+            case Pin(chunk):
+                assert chunk not in pinned
+                pinned.add(chunk)
+            case Load(chunk, slot):
+                assert slot not in slots, "a load overwrites nothing that is still there"
+                assert chunk not in slots.values(), "no load of what is already there"
+                slots[slot] = chunk
+            case Run(chunk, slot, then):
+                assert chunk in pinned if slot is None else slots[slot] == chunk
+                ran.append(chunk)
+                if then is not None:
+                    assert then.slot != slot, "nothing is copied over what computes"
+                    assert then.slot not in slots
+                    assert then.chunk not in slots.values() and then.chunk not in pinned  # noqa: PT018
+                    slots[then.slot] = then.chunk
+            case Free(chunk, None):
+                pinned.remove(chunk)
+            case Free(chunk, slot):
+                assert slots.pop(slot) == chunk
+        assert len(slots) <= made.slots
+    assert ran == list(range(chunks)) * sweeps
+    assert not slots and not pinned, "everything is freed at the end"  # noqa: PT018
+
+
+@schedules
+def test_a_load_names_the_sweep_that_first_needs_it(name, chunks, resident, pins, sweeps):
+    made, runs, fresh = build(name, chunks, resident, pins), 0, {}
+    for step in schedule.steps(made, chunks, sweeps):
+        if isinstance(step, Load):
+            fresh[step.chunk] = step.sweep
+        elif isinstance(step, Run):
+            assert fresh.pop(step.chunk, runs // chunks) == runs // chunks
+            runs += 1
+            if step.then is not None:
+                fresh[step.then.chunk] = step.then.sweep
+    assert not fresh
+
+
+@schedules
+def test_each_load_is_freed_once(name, chunks, resident, pins, sweeps):
+    case = build(name, chunks, resident, pins), chunks, sweeps
+    steps = list(schedule.steps(*case))
+    loaded = Counter(load.chunk for load in schedule.loads(*case)) + Counter(
+        s.chunk for s in steps if isinstance(s, Pin)
+    )
+    assert loaded == Counter(s.chunk for s in steps if isinstance(s, Free))
+
+
+@given(st.integers(3, 9), st.integers(1, 4))
+def test_the_ring_copies_each_chunk_once_a_sweep_and_waits_for_the_first_alone(chunks, sweeps):
+    ring = schedule.make("ring", chunks)
+    assert len(list(schedule.loads(ring, chunks, sweeps))) == chunks * sweeps
+    waits = [step for step in schedule.steps(ring, chunks, sweeps) if isinstance(step, Load)]
+    assert waits == [Load(0, 0, 0)], (
+        "every other copy is made while a chunk computes, across the end of a sweep too"
+    )
+
+
+@given(st.integers(3, 12), st.data(), st.integers(2, 4))
+def test_hybrid_copies_what_does_not_stay(chunks, data, sweeps):
+    staying = data.draw(st.integers(0, chunks - 3))
+    made = schedule.make("hybrid", chunks, staying)
+    assert len(made.pinned) == staying
+    assert len(list(schedule.loads(made, chunks, sweeps))) == (chunks - staying) * sweeps
+
+
+@given(st.integers(1, 2), st.integers(1, 4))
+def test_what_fits_the_slots_is_copied_once(chunks, sweeps):
+    assert len(list(schedule.loads(schedule.make("ring", chunks), chunks, sweeps))) == chunks
+
+
+@given(st.integers(1, 60), st.data())
+def test_a_partition_is_whole_and_even(blocks, data):
+    sizes = schedule.partition(blocks, data.draw(st.integers(1, blocks)))
+    assert sum(sizes) == blocks
+    assert max(sizes) - min(sizes) <= 1
+    assert list(sizes) == sorted(sizes, reverse=True)
+
+
+def test_the_published_partitions():
+    assert schedule.partition(30, 4) == (8, 8, 7, 7)
+    assert schedule.partition(24, 4) == (6, 6, 6, 6)
+    assert schedule.partition(30, 30) == (1,) * 30
+
+
+@given(st.integers(1, 60), st.integers(1, 10**9), st.floats(1, 70))
+def test_a_bound_on_chunks_holds_and_is_not_overdone(blocks, block_bytes, factor):
+    bound = int(block_bytes * factor)
+    count = schedule.chunks_under(blocks, block_bytes, bound)
+    assert max(schedule.partition(blocks, count)) * block_bytes <= bound
+    if count > 1:
+        assert max(schedule.partition(blocks, count - 1)) * block_bytes > bound
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda: schedule.make("magic", 4),
+            "schedule 'magic': expected one of resident, swap, ring, hybrid, scan",
+        ),
+        (lambda: schedule.make("hybrid", 4, 5), "5 resident chunks of 4"),
+        (lambda: schedule.partition(30, 31), "31 chunks of 30 blocks: expected 1 to 30"),
+        (lambda: schedule.partition(30, 0), "0 chunks of 30 blocks"),
+        (lambda: schedule.chunks_under(30, 100, 99), "a chunk is at least one block"),
+        (
+            lambda: schedule.make("ring", 4).with_pins({4: "resident"}, 0, 4),
+            "chunk 4 is not there: expected 0 to 3",
+        ),
+        (
+            lambda: schedule.make("ring", 4).with_pins({1: "away"}, 0, 4),
+            "chunk 1=away: expected resident or streamed",
+        ),
+    ],
+)
+def test_words_that_are_wrong(call, words):
+    with pytest.raises(UsageError, match=words.replace("(", r"\(")):
+        call()

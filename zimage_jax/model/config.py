@@ -1,0 +1,359 @@
+"""Frozen configs of the three components, read strictly from the published JSON files.
+
+Attribute names are the published keys. A key in a file is one of: a field, inert (it changes no
+arithmetic), or neutral (it would change arithmetic, so it passes only at the value that changes
+nothing). Any other key is an error: a model that was trained with something this code lacks must
+not run silently without it."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, replace
+
+from ..errors import ConfigError
+
+# Larger numbers cannot be a Z-Image and would let a hostile config exhaust memory.
+_LARGEST, _MOST_LAYERS = 1 << 20, 512
+
+
+def _read(cls, data, where: str, inert=(), neutral=None):
+    """Fields of `cls` from the JSON object `data`, or a ConfigError that names every fault at
+    once."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected a JSON object, got {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    values, faults = {}, []
+    for key, value in data.items():
+        if key in hints:
+            try:
+                values[key] = _coerce(value, hints[key])
+            except ValueError as fault:
+                faults.append(f"{key} {fault}")
+        elif neutral and key in neutral:
+            if value not in neutral[key]:
+                faults.append(f"{key} = {value!r} is not supported (only {neutral[key][0]!r})")
+        elif key not in inert and not key.startswith("_"):
+            faults.append(f"unknown key {key!r} = {value!r}")
+    faults += [f"key {name!r} is missing" for name in hints if name not in data]
+    if faults:
+        raise ConfigError(f"{where}: {'; '.join(faults)}")
+    try:
+        return cls(**values)
+    except ConfigError as fault:
+        raise ConfigError(f"{where}: {fault}") from None
+
+
+def _coerce(value, hint):
+    if (
+        hint is int
+        and isinstance(value, int)
+        and not isinstance(value, bool)
+        and 0 < value <= _LARGEST
+    ):
+        return value
+    if (
+        hint is float
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) < 1e30
+    ):
+        return float(value)
+    if (
+        typing.get_origin(hint) is tuple
+        and isinstance(value, list | tuple)
+        and 0 < len(value) <= 16
+    ):
+        return tuple(_coerce(v, int) for v in value)
+    names = {int: f"a whole number from 1 to {_LARGEST}", float: "a number"}
+    raise ValueError(f"must be {names.get(hint, 'a short list of whole numbers')}, got {value!r}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_layers(**counts: int) -> None:
+    for name, count in counts.items():
+        _require(count <= _MOST_LAYERS, f"{name} must be at most {_MOST_LAYERS}, got {count}")
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The S3-DiT (diffusers `ZImageTransformer2DModel`). Defaults are Z-Image-Turbo's."""
+
+    dim: int = 3840
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    in_channels: int = 16
+    cap_feat_dim: int = 2560
+    axes_dims: tuple[int, ...] = (32, 48, 48)
+    axes_lens: tuple[int, ...] = (1536, 512, 512)
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        _require_layers(n_layers=self.n_layers, n_refiner_layers=self.n_refiner_layers)
+        _require(
+            self.dim % self.n_heads == 0,
+            f"dim {self.dim} is not a multiple of n_heads {self.n_heads}",
+        )
+        _require(
+            len(self.axes_dims) == len(self.axes_lens) == 3
+            and sum(self.axes_dims) == self.head_dim,
+            f"axes_dims {self.axes_dims} must be three numbers that add up to dim / n_heads = {self.head_dim}",
+        )
+        _require(
+            all(d % 2 == 0 for d in self.axes_dims), f"axes_dims {self.axes_dims} must be even"
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def ff_dim(self) -> int:
+        return int(self.dim / 3 * 8)
+
+    @property
+    def adaln_dim(self) -> int:
+        return min(self.dim, 256)
+
+    @property
+    def patch_dim(self) -> int:
+        return 4 * self.in_channels
+
+    @classmethod
+    def from_json(cls, data, where: str = "transformer/config.json") -> "DiTConfig":
+        heads = data.get("n_heads") if isinstance(data, dict) else None
+        neutral = {
+            "n_kv_heads": [heads],
+            "qk_norm": [True],
+            "all_patch_size": [[2]],
+            "all_f_patch_size": [[1]],
+            "siglip_feat_dim": [None],
+        }
+        return _read(cls, data, where, neutral=neutral)
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self) | {"n_kv_heads": self.n_heads, "qk_norm": True}
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Qwen3 (transformers `Qwen3Model`). Defaults are Z-Image-Turbo's Qwen3-4B."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 2560
+    intermediate_size: int = 9728
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+
+    def __post_init__(self):
+        _require_layers(num_hidden_layers=self.num_hidden_layers)
+        _require(
+            self.num_hidden_layers >= 2,
+            "num_hidden_layers must be at least 2: the features are hidden_states[-2]",
+        )
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+            f"{self.num_key_value_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even")
+
+    @property
+    def n_layers(self) -> int:
+        """Layers that are run: the features are the input of the last one."""
+        return self.num_hidden_layers - 1
+
+    @classmethod
+    def from_json(cls, data, where: str = "text_encoder/config.json") -> "TextEncoderConfig":
+        neutral = {
+            "hidden_act": ["silu"],
+            "attention_bias": [False],
+            "model_type": ["qwen3"],
+            "rope_scaling": [None],
+            "rope_type": ["default"],
+            "use_sliding_window": [False],
+            "sliding_window": [None],
+        }
+        inert = {
+            "architectures",
+            "attention_dropout",
+            "bos_token_id",
+            "dtype",
+            "eos_token_id",
+            "initializer_range",
+            "max_position_embeddings",
+            "max_window_layers",
+            "pad_token_id",
+            "tie_word_embeddings",
+            "torch_dtype",
+            "transformers_version",
+            "use_cache",
+            "partial_rotary_factor",
+        }
+        if isinstance(data, dict):
+            data = dict(data)
+            rope = data.pop(
+                "rope_parameters", None
+            )  # transformers >= 5 nests what used to lie flat
+            if isinstance(rope, dict):
+                data |= rope
+            layers = data.pop("layer_types", None) or ["full_attention"]
+            _require(
+                set(layers) == {"full_attention"},
+                f"{where}: layer_types {layers} must all be 'full_attention'",
+            )
+            _require(
+                data.get("partial_rotary_factor", 1.0) == 1.0,
+                f"{where}: partial_rotary_factor must be 1.0",
+            )
+        return _read(cls, data, where, inert, neutral)
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self) | {"model_type": "qwen3"}
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The Flux VAE (diffusers `AutoencoderKL`). Defaults are Z-Image-Turbo's."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 16
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.3611
+    shift_factor: float = 0.1159
+    sample_size: int = 1024  # pixels; the side of a picture when none is asked for
+
+    def __post_init__(self):
+        _require_layers(layers_per_block=self.layers_per_block)
+        _require(
+            len(self.block_out_channels) <= 6, "block_out_channels must be six numbers at most"
+        )
+        _require(
+            all(c % self.norm_num_groups == 0 for c in self.block_out_channels),
+            f"block_out_channels {self.block_out_channels} must be multiples of norm_num_groups {self.norm_num_groups}",
+        )
+        _require(self.scaling_factor != 0, "scaling_factor must not be 0")
+        _require(
+            self.in_channels == self.out_channels == 3,
+            "in_channels and out_channels must be 3 (RGB)",
+        )
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent, in each direction."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_json(cls, data, where: str = "vae/config.json") -> "VAEConfig":
+        levels = len(data.get("block_out_channels") or []) if isinstance(data, dict) else 0
+        neutral = {
+            "act_fn": ["silu"],
+            "down_block_types": [["DownEncoderBlock2D"] * levels],
+            "up_block_types": [["UpDecoderBlock2D"] * levels],
+            "use_quant_conv": [False],
+            "use_post_quant_conv": [False],
+            "mid_block_add_attention": [True],
+            "latents_mean": [None],
+            "latents_std": [None],
+        }
+        return _read(cls, data, where, {"force_upcast"}, neutral)
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class SigmasConfig:
+    """What of the published scheduler config (`FlowMatchEulerDiscreteScheduler`) the sampler
+    uses."""
+
+    shift: float = 3.0
+
+    def __post_init__(self):
+        _require(self.shift > 0, f"shift must be positive, got {self.shift}")
+
+    @classmethod
+    def from_json(cls, data, where: str = "scheduler/scheduler_config.json") -> "SigmasConfig":
+        neutral = {
+            "num_train_timesteps": [1000],
+            "use_dynamic_shifting": [False],
+            "invert_sigmas": [False],
+            "shift_terminal": [None],
+            "stochastic_sampling": [False],
+            "use_beta_sigmas": [False],
+            "use_exponential_sigmas": [False],
+            "use_karras_sigmas": [False],
+        }
+        inert = {
+            "base_image_seq_len",
+            "base_shift",
+            "max_image_seq_len",
+            "max_shift",
+            "time_shift_type",
+        }
+        return _read(cls, data, where, inert, neutral)
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole Z-Image: what one checkpoint holds."""
+
+    transformer: DiTConfig = DiTConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    vae: VAEConfig = VAEConfig()
+    scheduler: SigmasConfig = SigmasConfig()
+
+    def __post_init__(self):
+        _require(
+            self.transformer.cap_feat_dim == self.text_encoder.hidden_size,
+            f"the transformer takes features of width {self.transformer.cap_feat_dim}, "
+            f"the text encoder gives {self.text_encoder.hidden_size}",
+        )
+        _require(
+            self.transformer.in_channels == self.vae.latent_channels,
+            f"the transformer takes {self.transformer.in_channels} latent channels, "
+            f"the VAE has {self.vae.latent_channels}",
+        )
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Width and height must be multiples of this: the VAE's scale times the patch of 2."""
+        return 2 * self.vae.scale
+
+    @classmethod
+    def from_json(cls, data: dict, where: str = "config") -> "ModelConfig":
+        """`data` has one object per component, as `to_json` writes it."""
+        parts = typing.get_type_hints(cls)
+        _require(
+            isinstance(data, dict) and set(data) == set(parts),
+            f"{where}: expected the keys {sorted(parts)}",
+        )
+        return cls(
+            **{name: part.from_json(data[name], f"{where}, {name}") for name, part in parts.items()}
+        )
+
+    def to_json(self) -> dict:
+        return {f.name: getattr(self, f.name).to_json() for f in dataclasses.fields(self)}
+
+
+TURBO = ModelConfig()
+PRESETS = {
+    "turbo": TURBO,
+    # 24 blocks: four chunks of six
+    "turbo-24": replace(TURBO, transformer=replace(TURBO.transformer, n_layers=24)),
+}

@@ -1,0 +1,355 @@
+"""The S3-DiT of Z-Image: one stream of image and caption tokens (diffusers
+`ZImageTransformer2DModel`).
+
+Axes:
+  B  pictures                 h, w  latent rows and columns     C  latent channels (16)
+  I  image tokens, h w / 4 padded to a multiple of 32           L  caption tokens, padded to a bucket
+  T  all tokens, I + L: the image first, so that a length masks the tail
+  S  keys: T, with the image tokens in groups where the K/V policy says so
+  D  width (3840)             N  heads (30)       H  head width (128)       F  feed-forward width (10240)
+  A  adaLN width (256)        E  text feature width (2560)
+
+The model knows nothing of memory: `Stem` is what is no block, a `Block` is what a schedule moves.
+One NFE is `embed_image`, the noise refiner over I tokens, `join` with the caption's context, all
+blocks over T tokens, `velocity`. The context depends on the prompt alone: `embed_caption` and the
+context refiner run once per prompt."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from ..errors import ConfigError
+from . import kv, ops
+from .config import DiTConfig
+from .kv import KV, Hold
+from .layers import Linear, RMSNorm, parameter
+from .ops import Attend
+
+TOKEN_MULTIPLE = 32  # the reference pads image and caption to this with learned tokens that take part in attention
+TIME_WIDTH, TIME_HIDDEN = 256, 1024
+
+
+class Keys(NamedTuple):
+    """Rotations and mask of keys that are not the tokens' own: image tokens in groups."""
+
+    cos: Float[Array | np.ndarray, "B S half"]
+    sin: Float[Array | np.ndarray, "B S half"]
+    lengths: Int[Array | np.ndarray, "B"] | None
+
+
+class Side(NamedTuple):
+    """What every block reads beside its tokens."""
+
+    cos: Float[Array | np.ndarray, "B T half"]
+    sin: Float[Array | np.ndarray, "B T half"]
+    lengths: Int[Array | np.ndarray, "B"] | None  # keys from here on are masked; None: all count
+    time: Float[Array, "B A"] | None  # None in the context refiner, which is not modulated
+    keys: Keys | None = None  # None: those of the tokens
+
+
+# -- modules ---------------------------------------------------------------------------------------
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: DiTConfig):
+        dim = config.dim
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            Linear(dim, dim, bias=False) for _ in range(4)
+        )
+        self.norm_q, self.norm_k = (RMSNorm(config.head_dim, 1e-5) for _ in range(2))
+        self.heads = config.n_heads
+
+    def __call__(
+        self, x: Float[Array, "B T D"], side: Side, attend: Attend, hold: Hold, held: KV | None
+    ) -> tuple[Float[Array, "B T D"], KV]:
+        """`held`: K and V of an earlier NFE, in place of this one's."""
+        batch, tokens, dim = x.shape
+        q = self.norm_q(self.to_q(x).reshape(batch, tokens, self.heads, -1), out_dtype=jnp.float32)
+        q, keys = ops.rotate_pairs(q, side.cos, side.sin), side.keys or Keys(*side[:3])
+        if held is None:
+            held = self._keys_values(x, keys, hold)
+        out = kv.attention(q, held, keys.lengths, hold, x.dtype, attend)
+        return self.to_out(out.reshape(batch, tokens, dim)), held
+
+    def _keys_values(self, x: Float[Array, "B T D"], keys: Keys, hold: Hold) -> KV:
+        """float32 from the projections to the end of the rotation, then one rounding."""
+        k, v = (
+            project(x, jnp.float32).reshape(*x.shape[:2], self.heads, -1)
+            for project in (self.to_k, self.to_v)
+        )
+        k, v = (kv.pool(y, hold) for y in (self.norm_k(k, out_dtype=jnp.float32), v))
+        return kv.hold(ops.rotate_pairs(k, keys.cos, keys.sin), v, keys.lengths, hold)
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, config: DiTConfig):
+        self.w1 = Linear(config.dim, config.ff_dim, bias=False)
+        self.w2 = Linear(config.ff_dim, config.dim, bias=False)
+        self.w3 = Linear(config.dim, config.ff_dim, bias=False)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.w2(jax.nn.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nnx.Module):
+    """One transformer block: norms before and after attention and feed-forward, modulated by time
+    or not."""
+
+    def __init__(self, config: DiTConfig, *, modulated: bool = True):
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2 = (
+            RMSNorm(config.dim, config.norm_eps) for _ in range(4)
+        )
+        self.modulation = Linear(config.adaln_dim, 4 * config.dim) if modulated else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        side: Side,
+        attend: Attend,
+        hold: Hold,
+        held: KV | None = None,
+    ) -> tuple[Float[Array, "B T D"], KV]:
+        """The tokens after the block, and the K and V it used: its own, or those `held` from an
+        earlier NFE."""
+        scale1, gate1, scale2, gate2 = self._modulate(side.time, x.dtype)
+        y, held = self.attention(self.attention_norm1(x, scale1), side, attend, hold, held)
+        x = x + self.attention_norm2(y, gate1)
+        y = self.feed_forward(self.ffn_norm1(x, scale2))
+        x = x + self.ffn_norm2(y, gate2)
+        # XLA fuses across blocks and in bf16 then skips a rounding (1e-2 apart): with a barrier, a
+        # block gives the same bits in whatever chunk it runs
+        return lax.optimization_barrier(x), held
+
+    def _modulate(
+        self, time: Float[Array, "B A"] | None, dtype
+    ) -> list[Float[Array, "B 1 D"]] | list[None]:
+        if self.modulation is None or time is None:
+            return [None] * 4
+        m = self.modulation(time.astype(dtype)).astype(jnp.float32)[:, None]
+        scale1, gate1, scale2, gate2 = jnp.split(m, 4, -1)
+        return [1 + scale1, jnp.tanh(gate1), 1 + scale2, jnp.tanh(gate2)]
+
+
+class Stem(nnx.Module):
+    """Embedders, pad tokens and final layer: the parameters that belong to no block."""
+
+    def __init__(self, config: DiTConfig):
+        self.x_embedder = Linear(config.patch_dim, config.dim)
+        self.x_pad_token = parameter(1, config.dim)
+        self.cap_norm = RMSNorm(config.cap_feat_dim, config.norm_eps)
+        self.cap_embedder = Linear(config.cap_feat_dim, config.dim)
+        self.cap_pad_token = parameter(1, config.dim)
+        self.time_in = Linear(TIME_WIDTH, TIME_HIDDEN)
+        self.time_out = Linear(TIME_HIDDEN, config.adaln_dim)
+        self.final_modulation = Linear(config.adaln_dim, config.dim)
+        self.final = Linear(config.dim, config.patch_dim)
+        self.t_scale = config.t_scale
+
+
+class DiT(nnx.Module):
+    def __init__(self, config: DiTConfig):
+        self.stem = Stem(config)
+        self.noise_refiner = nnx.List(Block(config) for _ in range(config.n_refiner_layers))
+        self.context_refiner = nnx.List(
+            Block(config, modulated=False) for _ in range(config.n_refiner_layers)
+        )
+        self.layers = nnx.List(Block(config) for _ in range(config.n_layers))
+
+
+def spec(config: DiTConfig) -> DiT:
+    """The model with a ShapeDtypeStruct for every parameter: the one list of its tensors."""
+    return DiT(config)
+
+
+# -- shapes and positions, on the host -------------------------------------------------------------
+
+
+def padded(tokens):
+    """A count of tokens (a number or an array of them) rounded up to what the reference pads to."""
+    return -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+
+def caption_positions(batch: int, bucket: int) -> Float[np.ndarray, "B L 3"]:
+    """Captions count from 1 on axis 0, their pad tokens go on counting."""
+    positions = np.zeros((batch, bucket, 3))
+    positions[..., 0] = 1 + np.arange(bucket)
+    return positions
+
+
+def image_positions(
+    h: int, w: int, lengths: Int[np.ndarray, "B"], group: int = 1
+) -> Float[np.ndarray, "B I 3"]:
+    """Axis 0 is one past the padded caption, axes 1 and 2 are row and column, or the centre of each
+    group of tokens; pad tokens sit at the origin.
+
+    `lengths`: caption tokens of each picture before padding.
+    """
+    rows, columns = (kv.centres(n // 2, group) for n in (h, w))
+    grid = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
+    pads = padded(h * w // 4) - h * w // 4
+    positions = np.zeros((len(lengths), len(grid) + pads, 3))
+    positions[:, : len(grid), 0] = (padded(lengths) + 1)[:, None]
+    positions[:, : len(grid), 1:] = grid
+    return positions
+
+
+class Sides(NamedTuple):
+    """The sides of the three token runs; `time` is filled in per NFE."""
+
+    caption: Side
+    image: Side
+    joint: Side
+
+
+def sides(config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], bucket: int) -> Sides:
+    """Rotations and masks of pictures of h x w latents with captions of `lengths` tokens in a
+    bucket of L.
+
+    Raises ConfigError when a position lies beyond the model's `axes_lens`.
+    """
+    caption, image = caption_positions(len(lengths), bucket), image_positions(h, w, lengths)
+    for axis, limit in enumerate(config.axes_lens):
+        last = max(caption[..., axis].max(), image[..., axis].max())
+        if last >= limit:
+            raise ConfigError(
+                f"position {last:.0f} on axis {axis} is beyond the {limit} this model was made for"
+            )
+    caption_lengths = padded(lengths).astype(np.int32)
+
+    def side(positions: Float[np.ndarray, "B T 3"], lengths) -> Side:
+        cos, sin = ops.rope_table(positions, config.axes_dims, config.rope_theta)
+        return Side(cos, sin, lengths, None)
+
+    return Sides(
+        side(caption, caption_lengths),
+        side(image, None),
+        side(np.concatenate([image, caption], 1), caption_lengths + np.int32(image.shape[1])),
+    )
+
+
+def grouped_keys(
+    config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], bucket: int, hold: Hold
+) -> Keys | None:
+    """The keys of the main blocks under a way to hold them; None where they are the tokens' own."""
+    if hold.grid is None:
+        return None
+    caption, image = (
+        caption_positions(len(lengths), bucket),
+        image_positions(h, w, lengths, hold.group),
+    )
+    cos, sin = ops.rope_table(
+        np.concatenate([image, caption], 1), config.axes_dims, config.rope_theta
+    )
+    return Keys(cos, sin, padded(lengths).astype(np.int32) + np.int32(image.shape[1]))
+
+
+# -- the parts of one NFE --------------------------------------------------------------------------
+
+
+def embed_time(stem: Stem, t: Float[Array, "B"]) -> Float[Array, "B A"]:
+    """t is 1 - sigma, in [0, 1). Float32. (diffusers `TimestepEmbedder`)"""
+    half = TIME_WIDTH // 2
+    frequency = np.exp(
+        np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    )
+    angle = (t.astype(jnp.float32) * stem.t_scale)[:, None] * jnp.asarray(frequency)[None]
+    x = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+    return stem.time_out(jax.nn.silu(stem.time_in(x)))
+
+
+def embed_caption(
+    stem: Stem, features: Float[Array, "B L E"], lengths: Int[Array, "B"]
+) -> Float[Array, "B L D"]:
+    """Text features to caption tokens; rows from `lengths` on become the learned pad token."""
+    x = stem.cap_embedder(stem.cap_norm(features))
+    valid = (jnp.arange(x.shape[1])[None] < lengths[:, None])[..., None]
+    return jnp.where(valid, x, stem.cap_pad_token[...].astype(x.dtype)[None])
+
+
+def embed_image(stem: Stem, latents: Float[Array, "B h w C"], dtype) -> Float[Array, "B I D"]:
+    x = stem.x_embedder(ops.patchify(latents).astype(dtype))
+    batch, tokens, dim = x.shape
+    pad = jnp.broadcast_to(
+        stem.x_pad_token[...].astype(dtype)[None], (batch, padded(tokens) - tokens, dim)
+    )
+    return jnp.concatenate([x, pad], 1)
+
+
+def join(image: Float[Array, "B I D"], context: Float[Array, "B L D"]) -> Float[Array, "B T D"]:
+    return jnp.concatenate([image, context], 1)
+
+
+def velocity(
+    stem: Stem, x: Float[Array, "B T D"], time: Float[Array, "B A"], h: int, w: int
+) -> Float[Array, "B h w C"]:
+    """The final layer: an affine-free LayerNorm, a scale, a linear. Float32. (diffusers
+    `FinalLayer`)"""
+    x = x[:, : h * w // 4]
+    scale = (
+        1 + stem.final_modulation(jax.nn.silu(time.astype(x.dtype))).astype(jnp.float32)[:, None]
+    )
+    x = stem.final((ops.layer_norm(x, 1e-6) * scale).astype(x.dtype))
+    return ops.unpatchify(x, h, w).astype(jnp.float32)
+
+
+def run(
+    blocks, x: Float[Array, "B T D"], side: Side, attend: Attend, hold: Hold | None = None
+) -> Float[Array, "B T D"]:
+    """A run of consecutive blocks, as one chunk holds them. K and V whole and in x's dtype, unless
+    `hold` says."""
+    for block in blocks:
+        x, _ = block(x, side, attend, hold or kv.plain(x.dtype))
+    return x
+
+
+def run_cached(
+    blocks,
+    carry: tuple[Float[Array, "B T D"], tuple[KV, ...]],
+    side: Side,
+    attend: Attend,
+    hold: Hold,
+    reuses: bool,
+) -> tuple[Float[Array, "B T D"], tuple[KV, ...]]:
+    """The same with the K and V of every block in the carry: used again, or made anew."""
+    x, cache = carry
+    made = []
+    for block, held in zip(blocks, cache, strict=True):
+        x, held = block(x, side, attend, hold, held if reuses else None)
+        made.append(held)
+    return x, tuple(made)
+
+
+# -- the model as a whole --------------------------------------------------------------------------
+
+
+def context(
+    dit: DiT,
+    features: Float[Array, "B L E"],
+    lengths: Int[Array, "B"],
+    side: Side,
+    attend: Attend = Attend(),
+) -> Float[Array, "B L D"]:
+    """Text features to the refined context; once per prompt, for it does not depend on time."""
+    return run(dit.context_refiner, embed_caption(dit.stem, features, lengths), side, attend)
+
+
+def denoise(
+    dit: DiT,
+    latents: Float[Array, "B h w C"],
+    time: Float[Array, "B A"],
+    context: Float[Array, "B L D"],
+    sides: Sides,
+    attend: Attend = Attend(),
+) -> Float[Array, "B h w C"]:
+    """One NFE: the velocity of `latents`, float32, computed in the dtype of `context`."""
+    x = embed_image(dit.stem, latents, context.dtype)
+    x = run(dit.noise_refiner, x, sides.image._replace(time=time), attend)
+    x = run(dit.layers, join(x, context), sides.joint._replace(time=time), attend)
+    return velocity(dit.stem, x, time, *latents.shape[1:3])

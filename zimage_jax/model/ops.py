@@ -1,0 +1,229 @@
+"""Pure functions the three models share.
+
+Axes: B pictures, T queries, S keys, N query heads, M key heads (N is a multiple of M), H head
+width, D any width, h, w latent rows and columns, C latent channels."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float, Int, Real
+
+
+def last_axis(vector: Float[Array, "D"], ndim: int) -> Float[Array, "..."]:
+    """The vector in a shape that broadcasts along the last axis of an array of `ndim` axes."""
+    return vector.reshape((1,) * (ndim - 1) + (-1,))
+
+
+def product(x: Float[Array, "n i"], kernel: Float[Array, "i o"], dtype) -> Float[Array, "n o"]:
+    """x times kernel, summed in float32 and rounded once.
+
+    A CPU whose product of 16 bits is asked for 16 bits converts both sides to float32 first: 228
+    against 720 GFLOP/s when asked for the sums (288x3840 by 3840x10240, two cores with AVX-512
+    BF16)."""
+    rounded = functools.partial(lax.dot, preferred_element_type=dtype)
+    if jnp.dtype(dtype).itemsize == 4:
+        return rounded(x, kernel)
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=lambda *both: lax.dot(*both, preferred_element_type=jnp.float32).astype(dtype),
+        default=rounded,
+    )
+
+
+def rms_norm(
+    x: Float[Array, "*b D"], weight: Float[Array, "D"], eps: float
+) -> Float[Array, "*b D"]:
+    """Root-mean-square norm in float32; the caller rounds. (diffusers `RMSNorm`)"""
+    x = x.astype(jnp.float32)
+    return (
+        x
+        * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+        * last_axis(weight.astype(jnp.float32), x.ndim)
+    )
+
+
+def layer_norm(x: Float[Array, "*b D"], eps: float) -> Float[Array, "*b D"]:
+    """Layer norm without affine, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, -1, keepdims=True)
+    return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+
+
+def group_norm(
+    x: Float[Array, "B h w C"],
+    scale: Float[Array, "C"],
+    bias: Float[Array, "C"],
+    groups: int,
+    eps: float,
+) -> Float[Array, "B h w C"]:
+    """Group norm with statistics in float32, rounded once. (torch `GroupNorm`)
+
+    Sums run over rows and columns first and over a group's channels last: a reduction that keeps
+    the channels is contiguous, ten times as fast on a CPU as one over a (groups, channels) reshape.
+    """
+    b, *_, c = x.shape
+    y = x.astype(jnp.float32)
+
+    def of_group(per_channel: Float[Array, "B C"]) -> Float[Array, "B 1 1 C"]:
+        mean = jnp.mean(per_channel.reshape(b, groups, c // groups), -1)
+        return jnp.repeat(mean, c // groups, axis=-1).reshape(b, 1, 1, c)
+
+    y = y - of_group(jnp.mean(y, (1, 2)))
+    factor = lax.rsqrt(of_group(jnp.mean(jnp.square(y), (1, 2))) + eps) * last_axis(
+        scale.astype(jnp.float32), 4
+    )
+    return (y * factor + last_axis(bias.astype(jnp.float32), 4)).astype(x.dtype)
+
+
+# -- rotary positions ------------------------------------------------------------------------------
+
+
+def rope_table(
+    positions: Real[np.ndarray, "*b axes"], axes_dims: tuple[int, ...], theta: float
+) -> tuple[Float[np.ndarray, "*b half"], Float[np.ndarray, "*b half"]]:
+    """cos and sin of every position's angles, the axes side by side (diffusers `RopeEmbedder`).
+
+    On the host and in float64: a float32 product of position and frequency is off by 1e-4 rad at
+    position 1500."""
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        frequency = 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
+        angles.append(positions[..., axis, None].astype(np.float64) * frequency)
+    angle = np.concatenate(angles, -1).astype(np.float32)
+    return np.cos(angle), np.sin(angle)
+
+
+def rotate_pairs(
+    x: Float[Array, "B T N H"],
+    cos: Float[Array | np.ndarray, "B T half"],
+    sin: Float[Array | np.ndarray, "B T half"],
+) -> Float[Array, "B T N H"]:
+    """RoPE on neighbouring pairs (x0, x1), (x2, x3), …: Z-Image's. Float32; the caller rounds."""
+    x = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    a, b, cos, sin = x[..., 0], x[..., 1], cos[:, :, None], sin[:, :, None]
+    return jnp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(*x.shape[:-2], -1)
+
+
+def rotate_halves(
+    x: Float[Array, "B T N H"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]
+) -> Float[Array, "B T N H"]:
+    """RoPE on pairs half a head apart: Qwen3's. Float32; the caller rounds."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    cos, sin = cos[None, :, None], sin[None, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attend:
+    """How attention is computed. Follows from the job and the device, never from the memory budget:
+    it changes last bits. `query_chunk` counts queries scored at once by the "xla"
+    implementation."""
+
+    implementation: Literal["cudnn", "xla"] = "xla"
+    query_chunk: int = 1 << 30
+
+    @classmethod
+    def choose(
+        cls, platform: str, dtype, batch: int, queries: int, keys: int, heads: int
+    ) -> "Attend":
+        """cuDNN's flash attention where the device has it, else query chunks whose scores stay
+        small: in cache on a CPU, 256 MiB on a GPU (4,608 tokens x 30 heads would be 2.5 GB)."""
+        if platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
+            return cls("cudnn")
+        score_bytes = 4 * batch * heads * keys
+        chunks = math.ceil(queries * score_bytes / (2**28 if platform == "gpu" else 2**25))
+        chunk = math.ceil(queries / chunks / 32) * 32
+        return cls("xla", chunk if chunk < queries else 1 << 30)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S M H"],
+    v: Float[Array, "B S M H"],
+    *,
+    lengths: Int[Array | np.ndarray, "B"] | None = None,
+    bias: Float[np.ndarray, "S"] | None = None,
+    causal: bool = False,
+    attend: Attend = Attend(),
+) -> Float[Array, "B T N H"]:
+    """softmax(q k / sqrt(H) + bias) v. Keys from `lengths` on are masked. Scores and softmax in
+    float32."""
+    if attend.implementation == "cudnn":
+        lengths_q = None if lengths is None else jnp.full_like(lengths, q.shape[1])
+        # cuDNN broadcasts a bias over pictures and heads, not over queries
+        shape = (1, 1, q.shape[1], k.shape[1])
+        full_bias = None if bias is None else jnp.broadcast_to(jnp.asarray(bias, q.dtype), shape)
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            full_bias,
+            is_causal=causal,
+            query_seq_lengths=lengths_q,
+            key_value_seq_lengths=lengths,
+            implementation="cudnn",
+        )
+    queries, chunk = q.shape[1], attend.query_chunk
+    if chunk >= queries:
+        return _attend_chunk(q, k, v, lengths, bias, 0 if causal else None)
+    # Every chunk has the same shape, so one loop body serves them all; the surplus queries are
+    # dropped.
+    count = math.ceil(queries / chunk)
+    q = jnp.pad(q, ((0, 0), (0, count * chunk - queries), (0, 0), (0, 0)))
+    q = jnp.moveaxis(q.reshape(q.shape[0], count, chunk, *q.shape[2:]), 1, 0)
+    starts = jnp.arange(count) * chunk
+    out = lax.map(
+        lambda c: _attend_chunk(c[0], k, v, lengths, bias, c[1] if causal else None), (q, starts)
+    )
+    return jnp.moveaxis(out, 0, 1).reshape(k.shape[0], count * chunk, *q.shape[3:])[:, :queries]
+
+
+def _attend_chunk(q, k, v, lengths, bias, first_query):
+    batch, queries, heads, width = q.shape
+    # heads before tokens: both products are then plain batched matrix products, twice as fast on a
+    # CPU. The query heads of one key head stand in one run of rows
+    q = q.swapaxes(1, 2).reshape(batch, k.shape[2], -1, width)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    scores = jnp.einsum("bmth,bmsh->bmts", q, k, preferred_element_type=jnp.float32) / math.sqrt(
+        width
+    )
+    if bias is not None:
+        scores = scores + last_axis(jnp.asarray(bias), 4)
+    key = jnp.arange(k.shape[2])[None, None, None]
+    if lengths is not None:
+        scores = jnp.where(key < lengths[:, None, None, None], scores, -jnp.inf)
+    if first_query is not None:
+        query = jnp.tile(first_query + jnp.arange(queries), heads // k.shape[1])
+        scores = jnp.where(key <= query[None, None, :, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, -1).astype(v.dtype)
+    out = jnp.einsum("bmts,bmsh->bmth", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(batch, heads, queries, width).swapaxes(1, 2).astype(q.dtype)
+
+
+# -- pictures and tokens ---------------------------------------------------------------------------
+
+
+def patchify(x: Float[Array, "B h w C"]) -> Float[Array, "B I P"]:
+    """Patches of 2 x 2 in row order; inside a patch rows, columns, channels."""
+    b, h, w, c = x.shape
+    return (
+        x.reshape(b, h // 2, 2, w // 2, 2, c)
+        .transpose(0, 1, 3, 2, 4, 5)
+        .reshape(b, h * w // 4, 4 * c)
+    )
+
+
+def unpatchify(x: Float[Array, "B I P"], h: int, w: int) -> Float[Array, "B h w C"]:
+    b, _, width = x.shape
+    c = width // 4
+    return x.reshape(b, h // 2, w // 2, 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)

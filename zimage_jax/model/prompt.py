@@ -1,0 +1,100 @@
+"""From a prompt to token ids: Z-Image's chat template, Qwen's tokenizer, at most 512 tokens.
+
+The reference puts the prompt into a template string and tokenises the whole. Here the template's
+special tokens are ids and the prompt is encoded apart, so that a literal "<|im_end|>" in a prompt
+stays text; everything else gets the same ids. What is too long loses the end of the user's text,
+never the tail of the template."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from tokenizers import Tokenizer
+
+from ..errors import CheckpointError
+
+MAX_TOKENS = 512
+_LARGEST_FILE = 64 << 20  # Qwen's tokenizer.json has 11 MB
+
+
+@dataclass(frozen=True)
+class Encoded:
+    ids: tuple[int, ...]
+    cut: str  # what of the prompt did not fit; empty when all did
+
+
+class Prompts:
+    """A checkpoint's tokenizer with Z-Image's template around it."""
+
+    def __init__(self, tokenizer: Tokenizer, where: str = "tokenizer.json"):
+        tokenizer.encode_special_tokens = True  # text that looks like a special token stays text
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        start, end = (self._special(token, where) for token in ("<|im_start|>", "<|im_end|>"))
+        self._head = [start]
+        self._tail = [end, *self._text("\n").ids, start, *self._text("assistant\n").ids]
+
+    @classmethod
+    def load(cls, path: Path) -> "Prompts":
+        """From a tokenizer.json. Raises CheckpointError when it is missing, too large or not a
+        tokenizer."""
+        try:
+            if path.stat().st_size > _LARGEST_FILE:
+                raise CheckpointError(
+                    f"{path}: {path.stat().st_size} bytes is too large for a tokenizer"
+                )
+            return cls(Tokenizer.from_buffer(path.read_bytes()), str(path))
+        except OSError as fault:
+            raise CheckpointError(
+                f"{path}: the tokenizer cannot be read ({fault.strerror})"
+            ) from None
+        except CheckpointError:
+            raise
+        except Exception as fault:  # the library raises plain Exception
+            raise CheckpointError(
+                f"{path}: not a tokenizer.json of the tokenizers library ({fault})"
+            ) from None
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def _special(self, token: str, where: str) -> int:
+        index = self._tokenizer.token_to_id(token)
+        if index is None:
+            raise CheckpointError(
+                f"{where}: expected Qwen's special tokens, {token} is not among its tokens"
+            )
+        return index
+
+    def _text(self, text: str):
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def encode(self, prompt: str, max_tokens: int = MAX_TOKENS) -> Encoded:
+        """Ids of the prompt in its template, at most `max_tokens` of them."""
+        # in one piece: a prompt that begins with a newline would merge otherwise
+        user = self._text("user\n" + prompt)
+        room = max_tokens - len(self._head) - len(self._tail)
+        cut = ""
+        if len(user.ids) > room:
+            cut = ("user\n" + prompt)[user.offsets[room][0] :]
+        return Encoded((*self._head, *user.ids[:room], *self._tail), cut)
+
+
+def bucket(tokens: int) -> int:
+    """The padded length of a caption: few lengths, so that few programs serve every prompt."""
+    size = 32
+    while size < tokens:
+        size *= 2
+    return size
+
+
+def batch_ids(encoded: list[Encoded]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+    """Ids padded at the end to a common bucket, and the true lengths."""
+    lengths = np.array([len(e.ids) for e in encoded], np.int32)
+    ids = np.zeros((len(encoded), bucket(int(lengths.max()))), np.int32)
+    for row, e in zip(ids, encoded, strict=True):
+        row[: len(e.ids)] = e.ids
+    return ids, lengths

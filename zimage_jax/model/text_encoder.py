@@ -1,0 +1,95 @@
+"""Qwen3 up to hidden_states[-2], the features Z-Image is conditioned on (transformers
+`Qwen3Model`).
+
+Axes: B prompts, T tokens (padded at the end: attention is causal, so padding changes nothing before
+it), D width (2560), N query heads (32), M key heads (8), H head width (128), V vocabulary.
+
+The features are the output of the last layer but one: the last layer and the final norm are never
+loaded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from . import ops
+from .config import TextEncoderConfig
+from .layers import Linear, RMSNorm, parameter
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, config: TextEncoderConfig):
+        dim, width = config.hidden_size, config.head_dim
+        self.q_proj = Linear(dim, config.num_attention_heads * width, bias=False)
+        self.k_proj = Linear(dim, config.num_key_value_heads * width, bias=False)
+        self.v_proj = Linear(dim, config.num_key_value_heads * width, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * width, dim, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(width, config.rms_norm_eps) for _ in range(2))
+        self.head_dim, self.rope_theta = width, config.rope_theta
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        batch, tokens, _ = x.shape
+        q, k, v = (
+            project(x).reshape(batch, tokens, -1, self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = ops.rope_table(np.arange(tokens)[:, None], (self.head_dim,), self.rope_theta)
+        q, k = (
+            ops.rotate_halves(
+                norm(y, out_dtype=jnp.float32), jnp.asarray(cos), jnp.asarray(sin)
+            ).astype(x.dtype)
+            for norm, y in ((self.q_norm, q), (self.k_norm, k))
+        )
+        return self.o_proj(ops.attention(q, k, v, causal=True).reshape(batch, tokens, -1))
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: TextEncoderConfig):
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: TextEncoderConfig):
+        self.self_attn = SelfAttention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm, self.post_attention_layernorm = (
+            RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2)
+        )
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        x = x + self.self_attn(self.input_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return lax.optimization_barrier(x)  # as in the DiT: the same bits in whatever chunk
+
+
+class TextEncoder(nnx.Module):
+    def __init__(self, config: TextEncoderConfig):
+        self.embed_tokens = parameter(config.vocab_size, config.hidden_size)
+        self.layers = nnx.List(Block(config) for _ in range(config.n_layers))
+
+
+def spec(config: TextEncoderConfig) -> TextEncoder:
+    """The model with a ShapeDtypeStruct for every parameter: the one list of its tensors."""
+    return TextEncoder(config)
+
+
+def embed(
+    table: Float[np.ndarray | Array, "V D"], ids: Int[np.ndarray, "B T"]
+) -> Float[np.ndarray | Array, "B T D"]:
+    """Rows of the embedding table, gathered where the table lies: on the host it need never reach
+    the device."""
+    return table[ids]
+
+
+def run(blocks, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """A run of consecutive blocks, as one chunk holds them."""
+    for block in blocks:
+        x = block(x)
+    return x

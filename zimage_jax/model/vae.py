@@ -1,0 +1,179 @@
+"""AutoencoderKL of Flux, decode and encode (diffusers `AutoencoderKL`, without quant convs).
+
+Axes: B pictures, H, W pixels, h, w latents (H/8, W/8), C channels at any level. NHWC throughout.
+
+The sampler's latents z and the VAE's own differ by the published scale and shift: vae = z / scaling
++ shift."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from . import ops
+from .config import VAEConfig
+from .layers import Conv, GroupNorm, Linear
+from .ops import Attend
+
+
+class ResnetBlock(nnx.Module):
+    def __init__(self, c_in: int, c_out: int, groups: int):
+        self.norm1, self.conv1 = GroupNorm(c_in, groups), Conv(c_in, c_out)
+        self.norm2, self.conv2 = GroupNorm(c_out, groups), Conv(c_out, c_out)
+        self.conv_shortcut = Conv(c_in, c_out, 1) if c_in != c_out else None
+
+    def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w o"]:
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x, padding="VALID"))
+
+
+class MiddleAttention(nnx.Module):
+    """One head over all positions."""
+
+    def __init__(self, channels: int, groups: int):
+        self.group_norm = GroupNorm(channels, groups)
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            Linear(channels, channels) for _ in range(4)
+        )
+
+    def __call__(
+        self, x: Float[Array, "B h w C"], query_chunk: int = 1 << 30
+    ) -> Float[Array, "B h w C"]:
+        """`query_chunk`: queries scored at once, where that is fewer than the device would take."""
+        b, h, w, c = x.shape
+        y = self.group_norm(x).reshape(b, h * w, c)
+        q, k, v = (project(y)[:, :, None] for project in (self.to_q, self.to_k, self.to_v))
+        attend = Attend.choose(jax.default_backend(), jnp.float32, b, h * w, h * w, 1)
+        attend = replace(attend, query_chunk=min(attend.query_chunk, query_chunk))
+        return x + self.to_out(ops.attention(q, k, v, attend=attend)[:, :, 0]).reshape(b, h, w, c)
+
+
+class Middle(nnx.Module):
+    def __init__(self, channels: int, groups: int):
+        self.resnets = nnx.List(ResnetBlock(channels, channels, groups) for _ in range(2))
+        self.attention = MiddleAttention(channels, groups)
+
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        return self.resnets[1](self.attention(self.resnets[0](x)))
+
+
+def twice(x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
+    """Every pixel as a square of two by two."""
+    return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
+
+
+class UpBlock(nnx.Module):
+    def __init__(self, c_in: int, c_out: int, resnets: int, groups: int, *, upsample: bool):
+        self.resnets = nnx.List(
+            ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(resnets)
+        )
+        self.upsampler = Conv(c_out, c_out) if upsample else None
+
+    def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h2 w2 o"]:
+        for resnet in self.resnets:
+            x = resnet(x)
+        if self.upsampler is None:
+            return x
+        return self.upsampler(twice(x))
+
+
+class DownBlock(nnx.Module):
+    def __init__(self, c_in: int, c_out: int, resnets: int, groups: int, *, downsample: bool):
+        self.resnets = nnx.List(
+            ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(resnets)
+        )
+        self.downsampler = Conv(c_out, c_out) if downsample else None
+
+    def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h2 w2 o"]:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return (
+            x
+            if self.downsampler is None
+            else self.downsampler(x, stride=2, padding=((0, 1), (0, 1)))
+        )
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: VAEConfig):
+        channels, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = Conv(config.latent_channels, channels[0])
+        self.middle = Middle(channels[0], groups)
+        self.up_blocks = nnx.List(
+            UpBlock(
+                c_in, c_out, config.layers_per_block + 1, groups, upsample=i < len(channels) - 1
+            )
+            for i, (c_in, c_out) in enumerate(zip((channels[0], *channels), channels, strict=False))
+        )
+        self.norm_out, self.conv_out = (
+            GroupNorm(channels[-1], groups),
+            Conv(channels[-1], config.out_channels),
+        )
+
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        x = self.middle(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: VAEConfig):
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = Conv(config.in_channels, channels[0])
+        self.down_blocks = nnx.List(
+            DownBlock(
+                c_in, c_out, config.layers_per_block, groups, downsample=i < len(channels) - 1
+            )
+            for i, (c_in, c_out) in enumerate(zip((channels[0], *channels), channels, strict=False))
+        )
+        self.middle = Middle(channels[-1], groups)
+        # mean and log-variance, side by side
+        self.norm_out, self.conv_out = (
+            GroupNorm(channels[-1], groups),
+            Conv(channels[-1], 2 * config.latent_channels),
+        )
+
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w C2"]:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.middle(x))))
+
+
+class VAE(nnx.Module):
+    def __init__(self, config: VAEConfig):
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.scale = config.scale
+        self.scaling_factor, self.shift_factor = config.scaling_factor, config.shift_factor
+
+    def from_sampler(self, z: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        return z / self.scaling_factor + self.shift_factor
+
+    def to_sampler(self, mean: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        return (mean - self.shift_factor) * self.scaling_factor
+
+
+def spec(config: VAEConfig) -> VAE:
+    """The model with a ShapeDtypeStruct for every parameter: the one list of its tensors."""
+    return VAE(config)
+
+
+def decode(
+    vae: VAE, latents: Float[Array, "B h w C"], dtype=jnp.float32
+) -> Float[Array, "B H W 3"]:
+    """The sampler's latents to a picture in about [-1, 1], float32."""
+    return vae.decoder(vae.from_sampler(latents).astype(dtype)).astype(jnp.float32)
+
+
+def encode(
+    vae: VAE, picture: Float[Array, "B H W 3"], dtype=jnp.float32
+) -> Float[Array, "B h w C"]:
+    """A picture in [-1, 1] to the sampler's latents: the mean of the posterior, float32."""
+    mean, _ = jnp.split(vae.encoder(picture.astype(dtype)).astype(jnp.float32), 2, -1)
+    return vae.to_sampler(mean)

@@ -1,0 +1,411 @@
+"""The VAE in row strips, for a device that cannot hold the whole maps: exact, from the host. And in
+tiles: inexact.
+
+A map, what lies between two layers, stays on the host; the device holds the weights, one strip of a
+layer's input and output, and the program's temporaries. Layer by layer, each strip of [norm, silu,]
+[upsampling,] convolution [and residual] comes from its input rows and a halo of one row. Rows
+beyond the picture are zeroed after norm and silu, where the whole model pads. Every strip also
+returns the moments of its rows, so a norm knows its whole map before it starts and no map is read
+twice. The middle attention runs whole, at latent resolution, with its queries in chunks.
+
+The host holds three maps at most: a layer's input, its output and the residual.
+
+Axes: B pictures, h, w rows and columns of a map, C channels at any level; H, W pixels. NHWC
+throughout."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from ..errors import UsageError
+from .layers import Conv, GroupNorm
+from .ops import last_axis
+from .vae import VAE, Decoder, Encoder, MiddleAttention, ResnetBlock, decode, twice
+
+Shape = tuple[int, int, int, int]  # B h w C
+Run = Callable  # run(function, *arguments, **static): compiles once per shapes and static keywords, runs, accounts
+
+
+class Resample(NamedTuple):
+    """How rows (and columns) of a convolution's output lie on its input's: `up` of them over
+    `down`."""
+
+    up: int = 1
+    down: int = 1
+    before: int = 1  # rows of padding above; below it is always one
+
+
+SAME, UP, DOWN = Resample(), Resample(up=2), Resample(down=2, before=0)
+
+
+@dataclass(frozen=True)
+class Map:
+    """All values between two layers, and their moments over rows and columns."""
+
+    values: Float[np.ndarray, "B h w C"]
+    mean: Float[np.ndarray, "B C"]
+    variance: Float[np.ndarray, "B C"]
+
+    def window(
+        self, first: int, count: int
+    ) -> tuple[Float[np.ndarray, "B r w C"], Bool[np.ndarray, "r"]]:
+        """`count` rows from `first` on, zeros where the map has none, and which it has."""
+        rows = np.arange(first, first + count)
+        begin, end = max(first, 0), min(first + count, self.values.shape[1])
+        values, beyond = self.values[:, begin:end], (begin - first, first + count - end)
+        if any(beyond):
+            values = np.pad(values, ((0, 0), beyond, (0, 0), (0, 0)))
+        return values, (rows >= begin) & (rows < end)
+
+    def statistics(
+        self, norm: GroupNorm
+    ) -> tuple[Float[np.ndarray, "B 1 1 C"], Float[np.ndarray, "B 1 1 C"]]:
+        """Mean and reciprocal deviation of every channel's group."""
+        b, c = self.mean.shape
+
+        def of_group(per_channel: Float[np.ndarray, "B C"]) -> Float[np.ndarray, "B C"]:
+            mean = per_channel.reshape(b, norm.groups, c // norm.groups).mean(-1)
+            return np.repeat(mean, c // norm.groups, -1)
+
+        mean = of_group(self.mean)
+        factor = 1 / np.sqrt(of_group(self.variance + np.square(self.mean - mean)) + norm.eps)
+        return mean.astype(np.float32).reshape(b, 1, 1, c), factor.astype(np.float32).reshape(
+            b, 1, 1, c
+        )
+
+
+def _unmeasured(values: Float[np.ndarray, "B h w C"]) -> Map:
+    """A map whose moments nobody reads."""
+    moments = np.zeros((values.shape[0], values.shape[3]))
+    return Map(values, moments, moments)
+
+
+# -- what runs on the device -----------------------------------------------------------------------
+
+
+def _convolve(
+    modules: tuple[Conv, GroupNorm | None, Conv | None],
+    x: Float[Array, "B i w C"],
+    inside: Bool[Array, "i"],
+    statistics: tuple[Float[Array, "B 1 1 C"], ...],
+    residual: Float[Array, "B o v S"] | None,
+    kept: Int[Array, ""],
+    *,
+    resample: Resample,
+) -> tuple[Float[Array, "B o v D"], Float[Array, "B D"], Float[Array, "B D"]]:
+    """A strip of output, with mean and variance of its first `kept` rows: the others lie below the
+    picture."""
+    conv, norm, shortcut = modules
+    if norm is not None:
+        x = jax.nn.silu(_normalise(norm, x, *statistics)).astype(x.dtype)
+    x = jnp.where(inside[None, :, None, None], x, 0)
+    if resample.up == 2:
+        x = twice(x)[:, 1:-1]
+    y = conv(x, stride=resample.down, padding=((0, 0), (resample.before, 1)))
+    if residual is not None:
+        y = y + (residual if shortcut is None else shortcut(residual, padding="VALID"))
+    return y, *_moments(y, kept)
+
+
+def _attend(
+    attention: MiddleAttention, x: Float[Array, "B h w C"], *, query_chunk: int
+) -> tuple[Float[Array, "B h w C"], Float[Array, "B C"], Float[Array, "B C"]]:
+    y = attention(x, query_chunk)
+    return y, *_moments(y, jnp.int32(y.shape[1]))
+
+
+def _normalise(
+    norm: GroupNorm,
+    x: Float[Array, "B h w C"],
+    mean: Float[Array, "B 1 1 C"],
+    factor: Float[Array, "B 1 1 C"],
+) -> Float[Array, "B h w C"]:
+    """ops.group_norm with the statistics of a larger map. Float32; the caller rounds."""
+    scale, bias = (last_axis(p[...].astype(jnp.float32), 4) for p in (norm.scale, norm.bias))
+    return (x.astype(jnp.float32) - mean) * (factor * scale) + bias
+
+
+def _moments(
+    y: Float[Array, "B h w C"], kept: Int[Array, ""]
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    y, counts = y.astype(jnp.float32), (jnp.arange(y.shape[1]) < kept)[None, :, None, None]
+    pixels = (kept * y.shape[2]).astype(jnp.float32)
+    mean = jnp.sum(jnp.where(counts, y, 0), (1, 2)) / pixels
+    return mean, jnp.sum(jnp.where(counts, jnp.square(y - mean[:, None, None]), 0), (1, 2)) / pixels
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """What `run` is given for one strip of one layer."""
+
+    function: Callable
+    arguments: tuple  # weights first; the others are the strip's own
+    static: dict
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """[norm, silu,] [upsampling,] convolution [and, as the end of a residual block, the block's
+    input]."""
+
+    conv: Conv
+    norm: GroupNorm | None = None
+    resample: Resample = SAME
+    ends_block: bool = False
+    shortcut: Conv | None = None
+
+    def shape(self, x: Shape) -> Shape:
+        (b, h, w, _), (up, down, _) = x, self.resample
+        return b, h * up // down, w * up // down, self.conv.kernel.shape[3]
+
+    def row_size(self, x: Shape) -> int:
+        """Elements on the device for one row of output: of the input, as it comes and as it is
+        convolved, of the residual, and of the output, as it is convolved and as it goes."""
+        (b, _, w, c), (_, _, v, d), (up, down, _) = x, self.shape(x), self.resample
+        residual = (self.shortcut or self.conv).kernel.shape[2] if self.ends_block else 0
+        return b * (w * c * down // up + w * c * down * up + v * (residual + 2 * d))
+
+    def costs(self, x: Shape) -> tuple[int, int]:
+        """Multiply-adds, and elements that come and go when it runs in strips, halos aside."""
+        read, made = math.prod(x), math.prod(self.shape(x))
+        inner = self.conv.kernel.size
+        if self.ends_block:
+            block_input = (self.shortcut or self.conv).kernel.shape[2]
+            read += made // self.conv.kernel.shape[3] * block_input
+            inner += self.shortcut.kernel.size if self.shortcut is not None else 0
+        return made // self.conv.kernel.shape[3] * inner, read + made
+
+    def strip_rows(self, x: Shape, size: int) -> int:
+        """Rows of output in a strip of `size` elements, or the fewest there can be; strips come out
+        even."""
+        up = self.resample.up
+        height = self.shape(x)[1] // up
+        strips = math.ceil(height / max(1, size // (up * self.row_size(x))))
+        return up * math.ceil(height / strips)
+
+    def call(self, x: Map, block_input: Map, first: int, size: int) -> Call:
+        """The strip from row `first` of the output on. All strips of a layer have one shape."""
+        (up, down, before), shape = self.resample, x.values.shape
+        rows = self.strip_rows(shape, size)
+        window, inside = x.window(first * down // up - before, rows * down // up + before + 1)
+        statistics = () if self.norm is None else x.statistics(self.norm)
+        residual = block_input.window(first, rows)[0] if self.ends_block else None
+        kept = np.int32(min(rows, self.shape(shape)[1] - first))
+        modules = self.conv, self.norm, self.shortcut
+        return Call(
+            _convolve,
+            (modules, window, inside, statistics, residual, kept),
+            {"resample": self.resample},
+        )
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The middle attention: one strip, the whole map."""
+
+    attention: MiddleAttention
+
+    def shape(self, x: Shape) -> Shape:
+        return x
+
+    def row_size(self, x: Shape) -> int:
+        return 0
+
+    def costs(self, x: Shape) -> tuple[int, int]:
+        b, h, w, c = x
+        return b * h * w * (4 * c * c + 2 * h * w * c), 2 * math.prod(x)
+
+    def strip_rows(self, x: Shape, size: int) -> int:
+        return x[1]
+
+    def call(self, x: Map, block_input: Map, first: int, size: int) -> Call:
+        b, h, w, _ = x.values.shape
+        # a score and its weight, in float32 and again rounded, weigh four times what an element of
+        # a strip does
+        return Call(
+            _attend, (self.attention, x.values), {"query_chunk": max(1, size // (4 * b * h * w))}
+        )
+
+
+def _layers(half: Decoder | Encoder) -> list[Convolution | Attention]:
+    """What the module's own __call__ does, one layer after the other."""
+
+    def resnet(block: ResnetBlock) -> list[Convolution | Attention]:
+        return [
+            Convolution(block.conv1, block.norm1),
+            Convolution(block.conv2, block.norm2, ends_block=True, shortcut=block.conv_shortcut),
+        ]
+
+    if isinstance(half, Decoder):
+        blocks = [(block.resnets, block.upsampler, UP) for block in half.up_blocks]
+    else:
+        blocks = [(block.resnets, block.downsampler, DOWN) for block in half.down_blocks]
+    levels: list[Convolution | Attention] = []
+    for resnets, resampler, resample in blocks:
+        levels += [layer for block in resnets for layer in resnet(block)]
+        if resampler is not None:
+            levels.append(Convolution(resampler, resample=resample))
+    before, after = half.middle.resnets
+    middle = [*resnet(before), Attention(half.middle.attention), *resnet(after)]
+    inner = middle + levels if isinstance(half, Decoder) else levels + middle
+    return [Convolution(half.conv_in), *inner, Convolution(half.conv_out, half.norm_out)]
+
+
+def _strip_size(layers: list, shape: Shape, rows: int) -> int:
+    """Elements of `rows` rows of the layer with the widest ones."""
+    widest = 0
+    for layer in layers:
+        widest, shape = max(widest, layer.row_size(shape)), layer.shape(shape)
+    return rows * widest
+
+
+# -- the walk --------------------------------------------------------------------------------------
+
+
+def _walk(
+    half: Decoder | Encoder, values: Float[np.ndarray, "B h w C"], rows: int, run: Run
+) -> np.ndarray:
+    layers = _layers(half)
+    size = _strip_size(layers, values.shape, rows)
+    x = block_input = _unmeasured(values)
+    for layer in layers:
+        # a residual block is two layers: what it began with is what the layer before read
+        block_input, x = x, _by_strips(layer, x, block_input, size, run)
+    return x.values
+
+
+def _by_strips(
+    layer: Convolution | Attention, x: Map, block_input: Map, size: int, run: Run
+) -> Map:
+    shape = layer.shape(x.values.shape)
+    rows, values = layer.strip_rows(x.values.shape, size), np.empty(shape, x.values.dtype)
+    moments = []
+    for first in range(0, shape[1], rows):
+        function, arguments, static = layer.call(x, block_input, first, size)
+        y, *strip_moments = map(np.asarray, run(function, *arguments, **static))
+        part = values[:, first : first + rows]
+        part[...] = y[:, : part.shape[1]]
+        moments.append((part.shape[1] / shape[1], *strip_moments))
+    shares, means, variances = (np.stack(m).astype(np.float64) for m in zip(*moments, strict=True))
+    mean = np.tensordot(shares, means, 1)
+    return Map(values, mean, np.tensordot(shares, variances + np.square(means - mean), 1))
+
+
+def decode_strips(
+    vae: VAE, latents: Float[Array | np.ndarray, "B h w C"], dtype, rows: int, run: Run
+) -> Float[np.ndarray, "B H W 3"]:
+    """vae.decode to reduction noise. A strip holds `rows` rows of the layer with the widest ones,
+    and of the other layers as many as weigh the same. Raises UsageError for `rows` below one."""
+    z = vae.from_sampler(jnp.asarray(latents)).astype(dtype)
+    return _walk(vae.decoder, np.asarray(z), _at_least_one(rows), run).astype(np.float32)
+
+
+def encode_strips(
+    vae: VAE, picture: Float[Array | np.ndarray, "B H W 3"], dtype, rows: int, run: Run
+) -> Float[np.ndarray, "B h w C"]:
+    """vae.encode, as decode_strips is vae.decode."""
+    out = _walk(vae.encoder, np.asarray(picture).astype(dtype), _at_least_one(rows), run).astype(
+        np.float32
+    )
+    return np.asarray(vae.to_sampler(jnp.asarray(np.split(out, 2, -1)[0])))
+
+
+def _at_least_one(rows: int) -> int:
+    if rows < 1:
+        raise UsageError(f"a strip needs at least one row, got {rows}")
+    return rows
+
+
+def strip_programs(half: Decoder | Encoder, shape: Shape, dtype, rows: int) -> list[Call]:
+    """Every program that a walk through `half` runs, with ShapeDtypeStructs for arguments: to
+    compile for any device and read its memory_analysis(). The attention comes first, then the
+    convolutions, the widest strips first.
+
+    `shape` is that of the latents or of the picture. A spec will do for `half`.
+    """
+    layers = _layers(half)
+    size = _strip_size(layers, shape, rows)
+    x = block_input = _blank(shape, dtype)
+    programs = {}
+    for layer in layers:
+        function, arguments, static = layer.call(x, block_input, 0, size)
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
+        leaves, tree = jax.tree.flatten(abstract)
+        shape = x.values.shape
+        width = (
+            math.inf
+            if isinstance(layer, Attention)
+            else layer.strip_rows(shape, size) * layer.row_size(shape)
+        )
+        key = function, tree, *((a.shape, a.dtype) for a in leaves), *static.items()
+        programs[key] = width, Call(function, abstract, static)
+        block_input, x = x, _blank(layer.shape(shape), dtype)
+    return [call for _, call in sorted(programs.values(), key=lambda program: -program[0])]
+
+
+def layer_costs(half: Decoder | Encoder, shape: Shape) -> Iterator[tuple[int, int]]:
+    """Of each layer in order: its multiply-adds, and the elements that cross to the device and back
+    when it runs in strips. `shape` is that of the latents or of the picture."""
+    for layer in _layers(half):
+        yield layer.costs(shape)
+        shape = layer.shape(shape)
+
+
+def _blank(shape: Shape, dtype) -> Map:
+    """Zeros that take no memory."""
+    return _unmeasured(np.broadcast_to(np.zeros((), dtype), shape))
+
+
+# -- tiles -----------------------------------------------------------------------------------------
+
+
+def decode_tiles(
+    vae: VAE, latents: Float[Array | np.ndarray, "B h w C"], dtype, tile: int, run: Run
+) -> Float[np.ndarray, "B H W 3"]:
+    """Squares of `tile` pixels, each decoded with statistics of its own, overlapping by a quarter
+    or more and blended linearly. Fast and inexact; the whole decode where one tile covers the
+    picture.
+
+    Raises UsageError for a tile that is no multiple of two latents.
+    """
+    latents, scale = np.asarray(latents), vae.scale
+    if tile < 1 or tile % (2 * scale):
+        raise UsageError(f"the side of a tile must be a multiple of {2 * scale} pixels, got {tile}")
+    b, h, w, _ = latents.shape
+    side = tile // scale
+    picture = np.zeros((b, h * scale, w * scale, 3), np.float32)
+    total = np.zeros((h * scale, w * scale, 1), np.float32)
+    for top, row_weights in _spans(h, side, scale):
+        for left, column_weights in _spans(w, side, scale):
+            decoded = run(
+                decode, vae, latents[:, top : top + side, left : left + side], dtype=dtype
+            )
+            weights = np.outer(row_weights, column_weights)[:, :, None]
+            rows, columns = (slice(at * scale, (at + side) * scale) for at in (top, left))
+            picture[:, rows, columns] += weights * np.asarray(decoded)
+            total[rows, columns] += weights
+    return picture / total
+
+
+def _spans(length: int, side: int, scale: int) -> Iterator[tuple[int, Float[np.ndarray, "t"]]]:
+    """Where tiles begin along one axis, in latents, and the weights of their pixels: falling
+    towards another tile, over the overlap, but not towards the picture's edge."""
+    last, overlap = max(length - side, 0), math.ceil(side / 4)
+    pixels, ramp = min(side, length) * scale, overlap * scale
+    distance = (np.arange(pixels, dtype=np.float32) + 0.5) / ramp
+    for begin in [*range(0, last, side - overlap), last]:
+        weights = np.ones(pixels, np.float32)
+        if begin > 0:
+            weights = np.minimum(weights, distance)
+        if begin < last:
+            weights = np.minimum(weights, distance[::-1])
+        yield begin, weights

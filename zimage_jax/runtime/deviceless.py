@@ -1,0 +1,189 @@
+"""What our programs take of a card that is not there: the GPU compiler runs without a GPU.
+
+Needs the wheels jax-cuda12-plugin and jax-cuda12-pjrt, or those of 13 (with jax[cuda12] and
+jax[cuda13] they are there), no driver and no CUDA library. It leans on `jax._src` for the compile
+options; seen to work with jax 0.10.2 and 0.11.2.
+
+Attention: cuDNN's needs its library to be compiled, so these programs score queries in chunks, as a
+float32 job on the card would. The figures are therefore above what the bf16 job takes."""
+
+import importlib.util
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from ..errors import UsageError
+from ..model.config import ModelConfig
+from ..model.kv import Hold
+from ..model.ops import Attend
+from ..planning.cards import Card
+from .compiled import Programs
+from .staging import OVERLAP, own_bytes
+
+PLUGINS = "jax_cuda12_plugin", "jax_cuda13_plugin"
+# by capability: bytes of shared memory per multiprocessor and for one block, threads per
+# multiprocessor
+_MULTIPROCESSOR = {(9, 0): (233472, 232448, 2048)}
+_OTHERWISE = (102400, 101376, 1536)
+
+
+class CardPrograms(Programs):
+    """Programs for a named card: `compiled` gives the executable, which cannot run here, and the
+    bytes it takes."""
+
+    def __init__(self, config: ModelConfig, stored: str, dtype, card: Card):
+        super().__init__(config, stored, dtype)
+        self._compile = compiler(card)
+        self._made: dict[tuple, CardProgram] = {}
+        self.observer = (
+            None  # a callback is a function of the process, and is not compiled without a device
+        )
+
+    def __call__(self, function: Callable, *, donate: tuple[int, ...] = (), **static):
+        key = (function, donate, *sorted(static.items()))
+        if key not in self._made:
+            self._made[key] = CardProgram(self._compile, function, donate, static)
+        return self._made[key]
+
+    def executables(self, function: Callable) -> list:
+        """What `function` was compiled to, for any arguments."""
+        made = (
+            program.compiled_already for (of, *_), program in self._made.items() if of is function
+        )
+        return [executable for several in made for executable in several]
+
+    def attend(self, batch: int, tokens: int, hold: Hold | None = None) -> Attend:
+        keys = hold.keys(tokens) if hold else tokens
+        return Attend.choose(
+            "gpu", jnp.float32, batch, tokens, keys, self.config.transformer.n_heads
+        )
+
+
+class CardProgram:
+    """staging.Program without a run."""
+
+    def __init__(
+        self, compile_for_card: Callable, function: Callable, donate: tuple[int, ...], static: dict
+    ):
+        self._compile = compile_for_card
+        self._jitted = jax.jit(
+            lambda *args: function(*args, **static), donate_argnums=donate, keep_unused=True
+        )
+        self._compiled: dict = {}
+
+    def compiled(self, *args):
+        leaves, tree = jax.tree.flatten(args)
+        key = (tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key not in self._compiled:
+            with _as_on_a_gpu():
+                # a topology's devices have no memory kinds: lowered on the CPU, for CUDA
+                lowered = self._jitted.trace(*args).lower(lowering_platforms=("cuda",))
+            executable = self._compile(lowered)
+            self._compiled[key] = executable, own_bytes(executable.get_compiled_memory_stats())
+        return self._compiled[key]
+
+    @property
+    def compiled_already(self) -> list:
+        return [executable for executable, _ in self._compiled.values()]
+
+
+def order(executable) -> list[tuple[str, int]]:
+    """Runs of copies of matrices that start, of such that are awaited, and of kernels, as the
+    compiled program has them in order. Vectors, of some KiB at most, are left out."""
+    (module,) = executable.hlo_modules()
+    text = module.to_string()
+    kinds = []
+    for line in text[text.index("\nENTRY") :].splitlines():
+        found = re.search(
+            r"= \(?\w+\[([\d,]*)\].* (?:(?:copy|async)-(start|done)|custom-call|fusion|while)\(",
+            line,
+        )
+        if found and not (found[2] and "," not in found[1]):
+            kinds.append(found[2] or "compute")
+    return [(kind, len(list(same))) for kind, same in itertools.groupby(kinds)]
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """Code that asks for the platform while it is traced gets the answer it would get there."""
+    with mock.patch("jax.default_backend", return_value="gpu"):
+        yield
+
+
+def compiler(card: Card) -> Callable:
+    """lowered -> executable for the card. Raises UsageError where the compiler is not installed."""
+    if not any(map(importlib.util.find_spec, PLUGINS)):
+        raise UsageError(
+            "compiling for a card needs the GPU compiler: pip install zimage_jax[cuda12] or [cuda13]"
+        )
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    from jax._src.compiler import get_compile_options
+    from jax._src.lib import xla_client
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=target(card), topology="1x1x1"
+    )
+    # nothing can be timed without a device
+    options = {name: str(value) for name, value in OVERLAP.items()} | {
+        "xla_gpu_autotune_level": "0"
+    }
+
+    devices: Any = tuple(topology.devices)
+
+    def compile_lowered(lowered):
+        return devices[0].client.compile(
+            lowered.compiler_ir("stablehlo"),
+            executable_devices=xla_client.DeviceList(devices),
+            compile_options=get_compile_options(
+                num_replicas=1, num_partitions=1, env_options_overrides=options
+            ),
+        )
+
+    return compile_lowered
+
+
+def target(card: Card) -> str:
+    """The card as XLA's GpuTargetConfigProto, in text."""
+    (major, minor), limit = card.capability, 2**31 - 1
+    shared, shared_by_one, threads = _MULTIPROCESSOR.get(card.capability, _OTHERWISE)
+    device = {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "threads_per_core_limit": threads,
+        "shared_memory_per_block": 49152,
+        "shared_memory_per_core": shared,
+        "shared_memory_per_block_optin": shared_by_one,
+        "core_count": card.multiprocessors,
+        "fpus_per_core": 128,
+        "clock_rate_ghz": card.clock,
+        "block_dim_limit_x": limit,
+        "block_dim_limit_y": 65535,
+        "block_dim_limit_z": 65535,
+        "thread_dim_limit_x": 1024,
+        "thread_dim_limit_y": 1024,
+        "thread_dim_limit_z": 64,
+        "registers_per_core_limit": 65536,
+        "registers_per_block_limit": 65536,
+        "memory_bandwidth": int(card.bandwidth),
+        "l2_cache_size": card.l2_bytes,
+        "device_memory_size": card.memory,
+    }
+    feature = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
+    fields = "\n".join(f"{name}: {value}" for name, value in device.items())
+    return f"""gpu_device_info {{
+{fields}
+cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {feature} }}
+dnn_version: "9.8.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+device_description_str: "{card.name}"
+"""
