@@ -12,8 +12,11 @@ from tqdm import tqdm
 
 from zimage_jax.errors import ConversionError
 from zimage_jax.model.prompt import Prompts
-from zimage_jax.weights import checkpoint, components
+from zimage_jax.units import DTYPES
+from zimage_jax.weights import formats
 from zimage_jax.weights import names as rules
+from zimage_jax.weights.formats import Storage
+from zimage_jax.weights.writer import Writer
 
 from .sources import COMPONENTS, Source, Tensor
 
@@ -46,13 +49,10 @@ def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool =
         )
     files = {f: f.stat() for c in COMPONENTS for f in source.components[c].files}
     fingerprint = [[f.name, s.st_size, s.st_mtime_ns] for f, s in files.items()]
-    writer = checkpoint.Writer(dst, source.config, dtype, {"files": fingerprint})
-    units = [
-        (c, u, leaves)
-        for c in COMPONENTS
-        for u, leaves in components.units(source.config, c).items()
-    ]
-    total = sum(_native_bytes(leaves, dtype) for _, _, leaves in units)
+    storage = Storage(source.config, formats.named(dtype))
+    writer = Writer(dst, storage, {"files": fingerprint})
+    units = [(c, unit) for c in COMPONENTS for unit in storage.units(c)]
+    total = sum(storage.nbytes(*unit) for unit in units)
     origins = {c: _origins(source, c) for c in COMPONENTS}
     with (
         tqdm(
@@ -61,11 +61,12 @@ def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool =
         ThreadPoolExecutor(_WORKERS) as pool,
     ):
 
-        def write(component: str, unit: str, leaves: dict) -> None:
+        def write(component: str, unit: str) -> None:
             if writer.resumed and writer.done(component, unit):
-                bar.update(_native_bytes(leaves, dtype))
+                bar.update(storage.nbytes(component, unit))
                 return
-            pieces = ((path, _runs(origins[component][path], path, dtype, bar)) for path in leaves)
+            paths = storage.leaves(component, unit)
+            pieces = ((path, _runs(origins[component][path], path, dtype, bar)) for path in paths)
             writer.write(component, unit, pieces)
 
         try:
@@ -81,10 +82,6 @@ def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool =
     return writer.finish(source.tokenizer.read_bytes(), provenance)
 
 
-def _native_bytes(leaves: dict, dtype: str) -> int:
-    return sum(leaf.size for leaf in leaves.values()) * components.DTYPES[dtype].itemsize
-
-
 def _origins(source: Source, component: str) -> dict[str, _Origin]:
     tensors = source.components[component].tensors
     return {
@@ -98,7 +95,7 @@ def _runs(origin: _Origin, path: str, dtype: str, bar) -> Iterator[np.ndarray]:
     """The native array in runs of rows, cast and checked."""
     rows = origin.tensor.shape[0] // origin.parts
     first = origin.part * rows
-    target = components.DTYPES[dtype]
+    target = DTYPES[dtype]
     if origin.transform == rules.SAME:
         step = max(1, _RUN_BYTES // max(1, target.itemsize * math.prod(origin.tensor.shape[1:])))
         parts = (

@@ -73,7 +73,7 @@ def _native(checkpoint: Checkpoint) -> dict:
             "tensors": len(checkpoint.records(name)),
             "parameters": checkpoint.parameters(name),
             "bytes": checkpoint.nbytes(name),
-            "dtypes": [checkpoint.dtype],
+            "dtypes": sorted({record.dtype for record in checkpoint.records(name).values()}),
         }
         for name in COMPONENTS
     }

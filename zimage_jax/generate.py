@@ -18,6 +18,7 @@ from tqdm import tqdm
 from . import cli
 from .cli import GIB
 from .errors import UsageError
+from .files import write_whole
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 _FIELDS = ("date", "seed", "index")
@@ -269,14 +270,10 @@ def command(
             if as_json:
                 click.echo(json.dumps(reports[-1], ensure_ascii=False))
             if trace:
-                from .pipeline.picture import write_new
-
-                write_new(trace, result.ledger.trace().encode(), overwrite=True)
+                write_whole(trace, result.ledger.trace().encode(), overwrite=True)
     if report:
-        from .pipeline.picture import write_new
-
         content = reports[0] if len(reports) == 1 else reports
-        write_new(
+        write_whole(
             report,
             (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode(),
             overwrite=True,
@@ -350,10 +347,10 @@ class _Previews:
         self._bar.update()
         if self._folder is None:
             return
-        from .pipeline.picture import encode_png, write_new
+        from .pipeline.picture import encode_png
 
         for index, small in enumerate(step.previews(), self._first):
-            write_new(
+            write_whole(
                 self._folder / f"{index}-step{step.index + 1:02d}.png",
                 encode_png(small),
                 overwrite=True,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .model.kv import KVPolicy
     from .planning.cards import Card, Rates
     from .planning.planner import Costs, Memory
+    from .weights.formats import Storage
 
 SIZES = ("512x512", "768x768", "1024x1024", "1280x720", "720x1280", "1536x1536", "2048x2048")
 BUCKET = 64  # caption tokens: a sentence or two
@@ -94,24 +95,26 @@ def command(
     from .planning.cards import find  # after the words were checked: importing JAX takes a second
 
     wanted = find(card) if card else None
-    name, config, stored = _model(model, wanted)
-    device = _for_card(wanted, config, stored, compiles) if wanted else _own(config, stored)
+    name, storage = _model(model, wanted)
+    device = _for_card(wanted, storage, compiles) if wanted else _own(storage)
     budget = (
         min(device.budget, memory.max_vram_bytes or device.budget)
         if card
         else memory.max_vram_bytes or device.budget
     )
     pixels = list(
-        dict.fromkeys(_pixels(text, config) for text in (*sizes, *more_sizes) or device.sizes)
+        dict.fromkeys(
+            _pixels(text, storage.config) for text in (*sizes, *more_sizes) or device.sizes
+        )
     )
-    rows = list(_rows(config, stored, device, memory, kv, budget, pixels, steps))
+    rows = list(_rows(storage, device, memory, kv, budget, pixels, steps))
     result = {
         "card": device.name,
         "model": name,
         "steps": steps,
         "kv": kv.words(),
         "budget_bytes": budget,
-        "recommended_size": _recommended(rows, config),
+        "recommended_size": _recommended(rows, storage.config),
         "sizes": rows,
         **device.notes,
     }
@@ -124,11 +127,12 @@ def command(
 # -- for what --------------------------------------------------------------------------------------
 
 
-def _model(model: str | None, card: "Card | None") -> "tuple[str, ModelConfig, str]":
-    """Name, config, and the dtype the parameters are stored in."""
+def _model(model: str | None, card: "Card | None") -> "tuple[str, Storage]":
+    """Name, and the parameters as stored."""
     from .model.config import PRESETS
     from .pipeline.pipeline import TINY
     from .weights.checkpoint import Checkpoint
+    from .weights.formats import FORMATS, Storage
 
     if model is None and card:
         model = "turbo"
@@ -137,24 +141,24 @@ def _model(model: str | None, card: "Card | None") -> "tuple[str, ModelConfig, s
             f"--model is needed: a folder written by checkpoints_convert, or one of {', '.join(PRESETS)}"
         )
     if model in PRESETS:
-        return model, PRESETS[model], "bfloat16"
+        return model, Storage(PRESETS[model], FORMATS["bfloat16"])
     if model is not None and not Path(model).exists():
         raise UsageError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
     checkpoint = Checkpoint(model or TINY)
-    return checkpoint.path.resolve().name, checkpoint.config, checkpoint.dtype
+    return checkpoint.path.resolve().name, checkpoint.storage
 
 
-def _for_card(card: "Card", config: "ModelConfig", stored: str, compiles: bool) -> Device:
+def _for_card(card: "Card", storage: "Storage", compiles: bool) -> Device:
     from .planning.cards import ASSUMED, StoredCosts
 
     if compiles:
         from .runtime.compiled import CompiledCosts
         from .runtime.deviceless import CardPrograms
 
-        costs: Costs = CompiledCosts(CardPrograms(config, stored, "bfloat16", card))
+        costs: Costs = CompiledCosts(CardPrograms(storage, "bfloat16", card))
         source = "compiled for this card without one; attention by query chunks where the card would use cuDNN's: conservative"
     else:
-        costs = StoredCosts(config, card)
+        costs = StoredCosts(storage.config, card)
         source = costs.source
     return Device(
         card.name,
@@ -167,13 +171,14 @@ def _for_card(card: "Card", config: "ModelConfig", stored: str, compiles: bool) 
     )
 
 
-def _own(config: "ModelConfig", stored: str) -> Device:
+def _own(storage: "Storage") -> Device:
     import jax
 
     from .pipeline.pipeline import default_dtype
     from .runtime.compiled import CompiledCosts, Programs
     from .runtime.placement import free_device_bytes
 
+    config = storage.config
     device, side = jax.local_devices()[0], config.vae.sample_size
     is_cpu, dtype = device.platform == "cpu", default_dtype()
     sides = [n for n in (side // 2, side, 2 * side) if n % config.pixel_multiple == 0]
@@ -187,7 +192,7 @@ def _own(config: "ModelConfig", stored: str) -> Device:
         device.device_kind,
         free_device_bytes(),
         rates,
-        CompiledCosts(Programs(config, stored, dtype)),
+        CompiledCosts(Programs(storage, dtype)),
         dtype,
         tuple(f"{n}x{n}" for n in sides if n <= largest) if is_cpu else SIZES,
         notes,
@@ -237,8 +242,7 @@ def _pixels(text: str, config: "ModelConfig") -> tuple[int, int]:
 
 
 def _rows(
-    config: "ModelConfig",
-    stored: str,
+    storage: "Storage",
     device: Device,
     memory: "Memory",
     kv: "KVPolicy",
@@ -252,7 +256,8 @@ def _rows(
     from .planning.cards import Rates, bound_by, seconds
     from .planning.planner import Planner, Work
 
-    planner = Planner(config, stored, jnp.dtype(device.compute).itemsize, device.costs)
+    config = storage.config
+    planner = Planner(storage, jnp.dtype(device.compute).itemsize, device.costs)
     for width, height in pixels:
         work = Work.of(config, width, height, steps, kv, device.compute, bucket=BUCKET)
         row: dict = {"size": f"{width}x{height}", "width": width, "height": height}
@@ -270,7 +275,7 @@ def _rows(
                 }
             )
             continue
-        by_stage = seconds(plan, work, config, stored, device.rates)
+        by_stage = seconds(plan, work, storage, device.rates)
         yield row | {
             "schedule": plan.schedule,
             "chunks": len(plan.main_sizes),
@@ -282,10 +287,8 @@ def _rows(
             "predicted_seconds_by_stage": {
                 stage: round(value, 3) for stage, value in by_stage.items()
             },
-            "bound_by": bound_by(plan, work, config, stored, device.rates),
-            "link_bytes": round(
-                sum(seconds(plan, work, config, stored, Rates(math.inf, 1.0)).values())
-            ),
+            "bound_by": bound_by(plan, work, storage, device.rates),
+            "link_bytes": round(sum(seconds(plan, work, storage, Rates(math.inf, 1.0)).values())),
             "kv_bytes": work.kv_bytes(config.transformer),
         }
 

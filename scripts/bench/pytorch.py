@@ -30,8 +30,9 @@ from zimage_jax.model import dit, kv, ops  # noqa: E402
 from zimage_jax.model.config import TURBO  # noqa: E402
 from zimage_jax.model.layers import with_arrays  # noqa: E402
 from zimage_jax.model.ops import Attend  # noqa: E402
-from zimage_jax.weights import checkpoint  # noqa: E402
 from zimage_jax.weights import names as rules  # noqa: E402
+from zimage_jax.weights.formats import uniform  # noqa: E402
+from zimage_jax.weights.writer import save  # noqa: E402
 
 # about the embedded model's size: what "small" means here
 SMALL = small.small_config(
@@ -116,7 +117,7 @@ def our_pipeline(folder: Path) -> ZImage:
     tensors = small.random_tensors(SMALL)
     models = {c: small.our_model(c, SMALL, tensors[c]) for c in small.MODELS}
     tokenizer = small.tokenizer().to_str().encode()
-    return ZImage.load(checkpoint.save(folder / "m", SMALL, models, tokenizer, {}, "float32"))
+    return ZImage.load(save(folder / "m", uniform(SMALL, "float32"), models, tokenizer, {}))
 
 
 def pipeline(size: int, runs: int) -> dict[str, float]:

@@ -23,6 +23,7 @@ from zimage_jax.planning.planner import Visit, Work
 from zimage_jax.runtime.compiled import CompiledCosts
 from zimage_jax.runtime.deviceless import CardPrograms, order
 from zimage_jax.runtime.staging import ring_step
+from zimage_jax.weights.formats import uniform
 
 SIDES, BUCKETS = (512, 1024, 2048), (64, 512)
 BLOCKS = (1, 2, 4, 8)
@@ -122,7 +123,7 @@ def main(names: tuple[str, ...]) -> None:
     for name in names or ("rtx-4090", "rtx-3060", "h100", "rtx-5090"):
         card = cards.find(name)
         click.echo(name, err=True)
-        programs = CardPrograms(TURBO, "bfloat16", "bfloat16", card)
+        programs = CardPrograms(uniform(TURBO, "bfloat16"), "bfloat16", card)
         made = {
             "card": name,
             "jax": jax.__version__,

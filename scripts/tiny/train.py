@@ -42,7 +42,9 @@ from zimage_jax.model.layers import initialise, named_arrays, with_arrays
 from zimage_jax.model.ops import Attend
 from zimage_jax.model.prompt import Prompts, batch_ids
 from zimage_jax.pipeline import picture as image
-from zimage_jax.weights import checkpoint
+from zimage_jax.weights.checkpoint import Checkpoint
+from zimage_jax.weights.formats import uniform
+from zimage_jax.weights.writer import save
 
 Params = dict[str, Array]
 
@@ -417,11 +419,12 @@ def first_parameters(seed: int) -> Params:
 
 def parameters_of(path: Path) -> Params:
     """The DiT and text encoder of a native checkpoint, in float32, to train on from."""
-    stored = checkpoint.Checkpoint(path)
+    stored = Checkpoint(path)
     return {
-        f"{component}.{name}": array.astype(jnp.float32)
+        f"{component}.{name}": jnp.asarray(array, jnp.float32)
         for component in ("transformer", "text_encoder")
-        for name, array in stored.restore(component).items()
+        for unit in stored.units(component)
+        for name, array in stored.read(component, unit).items()
     }
 
 
@@ -500,7 +503,13 @@ def export(runs: Path, destination: Path) -> None:
         "steps": {n: last_step(runs / n) for n in ("vae", "dit")},
     }
     fresh = destination.with_name(destination.name + ".new")
-    checkpoint.save(fresh, config, models, (runs / "tokenizer.json").read_bytes(), provenance)
+    save(
+        fresh,
+        uniform(config, "bfloat16"),
+        models,
+        (runs / "tokenizer.json").read_bytes(),
+        provenance,
+    )
     card = destination / "README.md"
     if card.exists():  # the model card is written by hand
         shutil.copy(card, fresh)

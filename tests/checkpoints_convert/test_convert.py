@@ -26,7 +26,7 @@ from zimage_jax.errors import (
 from zimage_jax.model import dit, text_encoder, vae
 from zimage_jax.model.config import TURBO
 from zimage_jax.model.layers import named_arrays
-from zimage_jax.weights import checkpoint, components
+from zimage_jax.weights import components, writer
 from zimage_jax.weights import names as rules
 from zimage_jax.weights.checkpoint import Checkpoint
 
@@ -91,11 +91,15 @@ def run(
     return Checkpoint(convert(source, dst, dtype, quiet=True))
 
 
+def arrays_of(found: Checkpoint, component: str) -> dict[str, np.ndarray]:
+    return {p: a for unit in found.units(component) for p, a in found.read(component, unit).items()}
+
+
 def assert_holds(found: Checkpoint, dtype=np.float32) -> None:
     tensors = small.random_tensors(CONFIG)
     for component in components.COMPONENTS:
         expected = named_arrays(small.our_model(component, CONFIG, tensors[component], dtype))
-        got = found.restore(component)
+        got = arrays_of(found, component)
         assert got.keys() == expected.keys()
         for path, array in got.items():
             np.testing.assert_array_equal(array, expected[path])
@@ -157,7 +161,7 @@ def test_float32_is_rounded_to_bfloat16(folder, tmp_path):
 def test_sixteen_bit_sources(folder, tmp_path, dtype):
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     save_file(published_like("vae", dtype), file)
-    got = run(folder, tmp_path / "out").restore("vae")
+    got = arrays_of(run(folder, tmp_path / "out"), "vae")
     expected = named_arrays(small.our_model("vae", CONFIG, published_like("vae", dtype)))
     for path, array in got.items():
         np.testing.assert_array_equal(array, expected[path])
@@ -454,7 +458,7 @@ def test_an_unknown_config_key_is_named(folder, tmp_path):
 
 @pytest.mark.parametrize("stop_at", [0, 2, 7, 11])
 def test_an_interrupted_conversion_goes_on(folder, tmp_path, monkeypatch, stop_at):
-    original, written = checkpoint.Writer.write, []
+    original, written = writer.Writer.write, []
 
     def write(self, component, unit, pieces):
         if 0 <= stop_at <= len(written):  # two workers may pass the mark together
@@ -462,7 +466,7 @@ def test_an_interrupted_conversion_goes_on(folder, tmp_path, monkeypatch, stop_a
         original(self, component, unit, pieces)
         written.append((component, unit))
 
-    monkeypatch.setattr(checkpoint.Writer, "write", write)
+    monkeypatch.setattr(writer.Writer, "write", write)
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

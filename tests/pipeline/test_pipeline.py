@@ -12,8 +12,9 @@ from tests.small import CASES
 from zimage_jax import Memory, ZImage, ZImageWarning
 from zimage_jax.errors import ForeignError, NonFiniteError, UsageError
 from zimage_jax.pipeline.pipeline import versions
-from zimage_jax.weights import checkpoint
 from zimage_jax.weights.checkpoint import Checkpoint
+from zimage_jax.weights.formats import uniform
+from zimage_jax.weights.writer import save
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +204,12 @@ def test_latents_that_leave_the_finite_numbers_are_named(tmp_path):
     models = {c: small.our_model(c, config, tensors[c]) for c in small.MODELS}
     bias = models["transformer"].stem.final.bias
     bias[...] = bias[...] * np.float32("inf")
-    path = checkpoint.save(
-        tmp_path / "inf", config, models, small.tokenizer().to_str().encode(), {}, "float32"
+    path = save(
+        tmp_path / "inf",
+        uniform(config, "float32"),
+        models,
+        small.tokenizer().to_str().encode(),
+        {},
     )
     for schedule in ("ring", "scan"):
         with pytest.raises(NonFiniteError, match="after NFE 1 of 3"):

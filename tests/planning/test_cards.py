@@ -20,7 +20,9 @@ from zimage_jax.planning import cards, schedule
 from zimage_jax.planning.cards import CARDS, Rates, StoredCosts, bound_by, seconds
 from zimage_jax.planning.planner import GIB, Memory, Planner, StreamPlan, Visit, Work
 from zimage_jax.weights import components
+from zimage_jax.weights.formats import uniform
 
+STORAGE = uniform(TURBO, "bfloat16")
 FIVE = small.CONFIGS["five_blocks"]
 
 
@@ -85,7 +87,7 @@ def planned(costs, words, low_vram, shape, budget):
     batch, guided, bucket, h, w, steps, reuse = shape
     work = Work(batch, guided, batch, bucket, 2 * h, 2 * w, one_phase(steps, reuse))
     try:
-        return Planner(FIVE, "float32", 4, LinearCosts(*costs)).plan(
+        return Planner(uniform(FIVE, "float32"), 4, LinearCosts(*costs)).plan(
             work, Memory(low_vram=low_vram, **words), budget
         )
     except OutOfMemoryError as fault:
@@ -166,7 +168,7 @@ def test_a_device_is_a_card_by_its_exact_name():
 def test_every_card_draws_512_and_says_where_its_figures_come_from(name):
     card = cards.find(name)
     costs = StoredCosts(TURBO, card)
-    plan = Planner(TURBO, "bfloat16", 2, costs).plan(square(512), Memory(), card.usable)
+    plan = Planner(STORAGE, 2, costs).plan(square(512), Memory(), card.usable)
     assert 0 < plan.peak_bytes <= card.usable
     assert costs.source.startswith("stored, compiled for sm_")
     assert ("nearest" in costs.source) == ("sm_{}{}".format(*card.capability) not in costs.source)
@@ -174,7 +176,7 @@ def test_every_card_draws_512_and_says_where_its_figures_come_from(name):
 
 @pytest.mark.parametrize("name", CARDS)
 def test_low_vram_draws_the_published_size_in_1_5_gib(name):
-    plan = Planner(TURBO, "bfloat16", 2, StoredCosts(TURBO, cards.find(name))).plan(
+    plan = Planner(STORAGE, 2, StoredCosts(TURBO, cards.find(name))).plan(
         square(1024), Memory(low_vram=True), 2**40
     )
     assert plan.peak_bytes <= 1.5 * GIB, plan.peak_bytes_by_stage
@@ -277,9 +279,9 @@ def test_reuse_of_k_and_v_saves_copies_and_groups_save_products():
     plan = plan_of(Memory(schedule="ring"), work)
 
     def denoise(policy: KVPolicy, rates: Rates) -> float:
-        return seconds(plan, square(1024, kv=policy), TURBO, "bfloat16", rates)["denoise"]
+        return seconds(plan, square(1024, kv=policy), STORAGE, rates)["denoise"]
 
-    whole = components.nbytes(TURBO, "transformer", "layers.0", "bfloat16")
+    whole = STORAGE.nbytes("transformer", "layers.0")
     light = sum(
         leaf.size * 2
         for path, leaf in components.units(TURBO, "transformer")["layers.0"].items()
@@ -294,7 +296,7 @@ def test_reuse_of_k_and_v_saves_copies_and_groups_save_products():
 
 
 def plan_of(memory: Memory, work: Work, budget: int = 2**40):
-    return Planner(TURBO, "bfloat16", 2, StoredCosts(TURBO, cards.find("rtx-4090"))).plan(
+    return Planner(STORAGE, 2, StoredCosts(TURBO, cards.find("rtx-4090"))).plan(
         work, memory, budget
     )
 
@@ -316,7 +318,7 @@ def test_operations_are_those_the_compiler_counts():
     assert ours == pytest.approx(counted["flops"], rel=0.25)  # ours count products alone
     latents = jax.ShapeDtypeStruct((1, work.h, work.w, 16), jnp.float32)
     counted = jax.jit(vae.decode).lower(as_arrays(vae.spec(config.vae)), latents).cost_analysis()
-    decoder = components.unit_spec(config, "vae", "decoder")
+    decoder = components.spec(config, "vae").decoder
     products = sum(n for n, _ in vae_strips.layer_costs(decoder, latents.shape))
     assert 2 * products == pytest.approx(counted["flops"], rel=0.25)
 
@@ -324,7 +326,7 @@ def test_operations_are_those_the_compiler_counts():
 def test_seconds_of_a_picture():
     work, rates = square(1024), Rates(100e12, 25e9)
     by_schedule = {
-        name: seconds(plan_of(Memory(schedule=name), work), work, TURBO, "bfloat16", rates)
+        name: seconds(plan_of(Memory(schedule=name), work), work, STORAGE, rates)
         for name in ("resident", "hybrid", "ring", "swap")
     }
     assert all(
@@ -336,19 +338,19 @@ def test_seconds_of_a_picture():
     assert denoise["ring"] == pytest.approx(8 * 59e12 / rates.flops, rel=0.15)
     assert max(denoise["ring"], denoise["hybrid"], denoise["resident"]) < 0.75 * denoise["swap"]
     text_on_host = plan_of(Memory(text_encoder="host"), work)
-    assert "text" not in seconds(text_on_host, work, TURBO, "bfloat16", rates)
+    assert "text" not in seconds(text_on_host, work, STORAGE, rates)
 
 
 def test_what_bounds_a_plan():
     work, plan = square(1024), plan_of(Memory(schedule="ring"), square(1024))
-    assert bound_by(plan, work, TURBO, "bfloat16", Rates(100e12, 25e9)) == "compute"
-    assert bound_by(plan, work, TURBO, "bfloat16", Rates(100e12, 2e9)) == "link"
+    assert bound_by(plan, work, STORAGE, Rates(100e12, 25e9)) == "compute"
+    assert bound_by(plan, work, STORAGE, Rates(100e12, 2e9)) == "link"
 
 
 def test_strips_cross_the_link_with_their_maps():
     work, rates = square(1024), Rates(1e20, 1e9)
     whole, strips = (
-        seconds(plan_of(m, work), work, TURBO, "bfloat16", rates)["decode"]
+        seconds(plan_of(m, work), work, STORAGE, rates)["decode"]
         for m in (Memory(), Memory(low_vram=True))
     )
     assert strips > 3 * whole
@@ -359,10 +361,10 @@ def test_strips_cross_the_link_with_their_maps():
 )
 def test_a_larger_budget_is_not_slower(side, card):
     rates, found = cards.find(card).rates, []
-    planner = Planner(TURBO, "bfloat16", 2, StoredCosts(TURBO, cards.find(card)))
+    planner = Planner(STORAGE, 2, StoredCosts(TURBO, cards.find(card)))
     for gib in (1.5, 2, 3, 4, 6, 8, 12, 20):
         plan = planner.plan(square(side), Memory(), int(gib * GIB))
-        found.append(seconds(plan, square(side), TURBO, "bfloat16", rates)["denoise"])
+        found.append(seconds(plan, square(side), STORAGE, rates)["denoise"])
     assert found == pytest.approx(sorted(found, reverse=True), rel=0.02)
 
 
@@ -390,7 +392,7 @@ def test_a_ring_step_compiled_for_a_card_copies_while_it_computes(gpu_compiler):
 
     card, work = cards.find("rtx-4090"), square(512)
     visits = frozenset(Visit(1, 1, nfe=nfe) for nfe in work.nfes)
-    programs = CardPrograms(TURBO, "bfloat16", "bfloat16", card)
+    programs = CardPrograms(STORAGE, "bfloat16", card)
     none: frozenset = frozenset()
     own = CompiledCosts(programs).denoise(work, none, visits, 1)
     assert own == StoredCosts(TURBO, card).denoise(work, none, visits, 1)

@@ -9,9 +9,12 @@ from safetensors.numpy import load_file
 from tests import small
 from zimage_jax.errors import CheckpointError, DamagedError, ForeignError, OutputError
 from zimage_jax.model.layers import named_arrays
+from zimage_jax.runtime.staging import load
 from zimage_jax.weights import checkpoint, components
-from zimage_jax.weights.checkpoint import Checkpoint, Writer
+from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.components import units
+from zimage_jax.weights.formats import uniform
+from zimage_jax.weights.writer import Writer, save
 
 NAME = "plain"
 
@@ -30,7 +33,7 @@ def arrays(component: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
 @pytest.mark.parametrize("component", components.COMPONENTS)
 def test_what_was_saved_comes_back(native, component, memory_kind):
-    model = Checkpoint(native(NAME)).load(component, memory_kind=memory_kind)
+    model = load(Checkpoint(native(NAME)), component, memory_kind)
     expected = arrays(component)
     found = named_arrays(model)
     assert found.keys() == expected.keys()
@@ -40,7 +43,7 @@ def test_what_was_saved_comes_back(native, component, memory_kind):
 
 
 def test_one_run_of_blocks(native):
-    found = Checkpoint(native(NAME)).restore("transformer", ["layers.1"])
+    found = Checkpoint(native(NAME)).read("transformer", "layers.1")
     assert found
     assert all(path.startswith("layers.1.") for path in found)
 
@@ -74,20 +77,20 @@ def test_a_flipped_byte_is_named(folder, position):
     with pytest.raises(
         DamagedError, match=r"layers\.1\.safetensors: layers\.1\.\S+ is not what was written"
     ):
-        Checkpoint(folder).load("transformer")
+        load(Checkpoint(folder), "transformer")
 
 
 def test_a_truncated_file_is_named(folder):
     file = folder / "vae" / "decoder.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(DamagedError, match=r"decoder\.safetensors: expected \d+ bytes, found \d+"):
-        Checkpoint(folder).load("vae")
+        load(Checkpoint(folder), "vae")
 
 
 def test_a_missing_file_is_named(folder):
     (folder / "text_encoder" / "layers.0.safetensors").unlink()
     with pytest.raises(DamagedError, match=r"layers\.0\.safetensors: cannot be read"):
-        Checkpoint(folder).load("text_encoder")
+        load(Checkpoint(folder), "text_encoder")
 
 
 def test_another_tokenizer_is_noticed(folder):
@@ -169,7 +172,7 @@ def pieces(component, unit):
 
 
 def test_the_folder_has_no_name_until_all_is_there(tmp_path):
-    writer = Writer(tmp_path / "m", small.CONFIGS[NAME], "float32")
+    writer = Writer(tmp_path / "m", uniform(small.CONFIGS[NAME], "float32"))
     for component in components.COMPONENTS:
         for unit in units(small.CONFIGS[NAME], component):
             writer.write(component, unit, pieces(component, unit))
@@ -181,7 +184,7 @@ def test_the_folder_has_no_name_until_all_is_there(tmp_path):
 
 
 def test_a_unit_appears_whole_or_not_at_all(tmp_path):
-    writer = Writer(tmp_path / "m", small.CONFIGS[NAME], "float32")
+    writer = Writer(tmp_path / "m", uniform(small.CONFIGS[NAME], "float32"))
 
     def broken():
         yield from pieces("vae", "decoder")[:3]
@@ -189,15 +192,15 @@ def test_a_unit_appears_whole_or_not_at_all(tmp_path):
 
     with pytest.raises(RuntimeError):
         writer.write("vae", "decoder", broken())
-    again = Writer(tmp_path / "m", small.CONFIGS[NAME], "float32")
+    again = Writer(tmp_path / "m", uniform(small.CONFIGS[NAME], "float32"))
     assert again.resumed
     assert not again.done("vae", "decoder")
 
 
 def test_a_unit_that_was_cut_short_is_written_again(tmp_path):
-    writer = Writer(tmp_path / "m", small.CONFIGS[NAME], "float32")
+    writer = Writer(tmp_path / "m", uniform(small.CONFIGS[NAME], "float32"))
     writer.write("vae", "decoder", pieces("vae", "decoder"))
-    again = Writer(tmp_path / "m", small.CONFIGS[NAME], "float32")
+    again = Writer(tmp_path / "m", uniform(small.CONFIGS[NAME], "float32"))
     assert again.done("vae", "decoder")
     file = tmp_path / "m.partial" / "vae" / "decoder.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
@@ -205,27 +208,27 @@ def test_a_unit_that_was_cut_short_is_written_again(tmp_path):
 
 
 def test_another_plan_starts_over(tmp_path):
-    Writer(tmp_path / "m", small.CONFIGS[NAME], "float32", {"files": 1}).write(
+    Writer(tmp_path / "m", uniform(small.CONFIGS[NAME], "float32"), {"files": 1}).write(
         "vae", "decoder", pieces("vae", "decoder")
     )
-    other = Writer(tmp_path / "m", small.CONFIGS[NAME], "float32", {"files": 2})
+    other = Writer(tmp_path / "m", uniform(small.CONFIGS[NAME], "float32"), {"files": 2})
     assert not other.resumed
     assert not (tmp_path / "m.partial" / "vae" / "decoder.safetensors").exists()
 
 
 def test_nothing_is_overwritten(native):
     with pytest.raises(OutputError, match="already exists"):
-        Writer(native(NAME), small.CONFIGS[NAME], "float32")
+        Writer(native(NAME), uniform(small.CONFIGS[NAME], "float32"))
 
 
 def test_too_small_a_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(OutputError, match=r"needs 0\.0 GiB of disk, 0\.0 GiB are free"):
-        Writer(tmp_path / "m", small.CONFIGS[NAME], "float32")
+        Writer(tmp_path / "m", uniform(small.CONFIGS[NAME], "float32"))
 
 
 def test_a_full_disk_on_the_way_keeps_what_is_finished(tmp_path, monkeypatch):
-    writer = Writer(tmp_path / "m", small.CONFIGS[NAME], "float32")
+    writer = Writer(tmp_path / "m", uniform(small.CONFIGS[NAME], "float32"))
     writer.write("vae", "encoder", pieces("vae", "encoder"))
 
     def full():
@@ -234,7 +237,7 @@ def test_a_full_disk_on_the_way_keeps_what_is_finished(tmp_path, monkeypatch):
 
     with pytest.raises(OutputError, match=r"No space left on device.*goes on from there"):
         writer.write("vae", "decoder", full())
-    assert Writer(tmp_path / "m", small.CONFIGS[NAME], "float32").done("vae", "encoder")
+    assert Writer(tmp_path / "m", uniform(small.CONFIGS[NAME], "float32")).done("vae", "encoder")
 
 
 def test_bfloat16_is_stored_as_bfloat16(tmp_path):
@@ -243,8 +246,8 @@ def test_bfloat16_is_stored_as_bfloat16(tmp_path):
         c: small.our_model(c, config, small.random_tensors(config)[c], "bfloat16")
         for c in small.MODELS
     }
-    path = checkpoint.save(tmp_path / "m", config, models, b"x", {})
-    loaded = Checkpoint(path).load("transformer")
+    path = save(tmp_path / "m", uniform(config, "bfloat16"), models, b"x", {})
+    loaded = load(Checkpoint(path), "transformer")
     for got, saved in zip(
         jax.tree.leaves(loaded), jax.tree.leaves(models["transformer"]), strict=True
     ):

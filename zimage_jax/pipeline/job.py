@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from ..errors import UsageError
+from ..files import write_whole
 from ..model import sampling
 from ..model.config import ModelConfig
 from ..model.kv import KVPolicy
@@ -62,7 +63,7 @@ class Picture:
     def save(self, path: str | Path, *, metadata: bool = True, overwrite: bool = False) -> Path:
         """Write a PNG; a name in use gets "-2", … unless `overwrite`. Returns the path used."""
         data = image.encode_png(self.pixels, self.metadata if metadata else None)
-        return image.write_new(Path(path), data, overwrite=overwrite)
+        return write_whole(Path(path), data, overwrite=overwrite)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ from ..runtime.compiled import CompiledCosts, Programs
 from ..runtime.ledger import Ledger
 from ..runtime.placement import allocator_peak, runs_ahead
 from ..runtime.staging import Stream, Tiers, is_exhausted, read_blocks
-from ..weights import components
 from ..weights.checkpoint import Checkpoint
 from ..weights.components import COMPONENTS
 from . import picture as image
@@ -63,9 +62,9 @@ class ZImage:
         self.config, self.name = checkpoint.config, checkpoint.path.resolve().name
         self.dtype, self.memory = jnp.dtype(dtype), memory
         self._checkpoint, self._prompts = checkpoint, prompts
-        self._programs = Programs(self.config, checkpoint.dtype, dtype)
+        self._programs = Programs(checkpoint.storage, dtype)
         self._planner = Planner(
-            self.config, checkpoint.dtype, self.dtype.itemsize, CompiledCosts(self._programs)
+            checkpoint.storage, self.dtype.itemsize, CompiledCosts(self._programs)
         )
         self._tiers = Tiers(checkpoint, self._programs)
         self._preview_basis: np.ndarray | None = None
@@ -196,7 +195,7 @@ class ZImage:
         card = cards.of_device(jax.local_devices()[0].device_kind)
         if card is None or self.dtype != jnp.bfloat16 or plan.text is None or memory.host_bytes:
             return None
-        return cards.seconds(plan, work, self.config, self._checkpoint.dtype, card.rates)
+        return cards.seconds(plan, work, self._checkpoint.storage, card.rates)
 
     def _largest_side(self, work: Work, memory: Memory, budget: int) -> int:
         """Pixels of the largest square that would fit, of 2048, 1536, 1024 and so on; 0 when none
@@ -205,7 +204,7 @@ class ZImage:
         planner, card = self._planner, cards.of_device(jax.local_devices()[0].device_kind)
         if card is not None and cards.has_published_widths(self.config):
             costs = cards.StoredCosts(self.config, card)
-            planner = Planner(self.config, self._checkpoint.dtype, self.dtype.itemsize, costs)
+            planner = Planner(self._checkpoint.storage, self.dtype.itemsize, costs)
         scale = self.config.vae.scale
         for side in (2048, 1536, 1024, 768, 512, 384, 256, 128, 64):
             if (side // scale) ** 2 < work.h * work.w:
@@ -329,7 +328,7 @@ class ZImage:
         tree = self._programs.tree("text_encoder", "layers.0")
         with jax.default_device(cpu):
             apply = jax.jit(lambda block, x: jax.tree.unflatten(tree, block)(x))
-            for unit in components.units(self.config, "text_encoder"):
+            for unit in self._checkpoint.units("text_encoder"):
                 if unit.startswith("layers."):
                     x = apply(
                         read_blocks(self._checkpoint, "text_encoder", [unit], "device", cpu)[unit],
@@ -401,9 +400,8 @@ class ZImage:
 
     def _decode(self, run: _Run, latents: Float[np.ndarray, "h w C"]) -> UInt8[np.ndarray, "H W 3"]:
         plan, ledger = run.plan, run.ledger
-        decoder = components.assemble(
-            self.config, "vae", {"decoder": self._tiers.pin("vae", ["decoder"], ledger)[0]}
-        )
+        (leaves,) = self._tiers.pin("vae", ["decoder"], ledger)
+        decoder = self._checkpoint.storage.assemble("vae", {"decoder": leaves})
 
         def apply(function, weights, *arrays, **static):
             ledger.hold("activations", arrays)
@@ -444,7 +442,7 @@ class ZImage:
             ).astype(np.float32)
             with jax.default_device(cpu):
                 blocks = read_blocks(self._checkpoint, "vae", ["decoder"], "device", cpu)
-                decoder = components.assemble(self.config, "vae", blocks)
+                decoder = self._checkpoint.storage.assemble("vae", blocks)
                 flat = jax.jit(vae.decode)(decoder, np.tile(probes[:, None, None], (1, 4, 4, 1)))
             colours = np.asarray(flat).mean((1, 2))
             zero, plus, minus = colours[0], colours[1 : channels + 1], colours[channels + 1 :]

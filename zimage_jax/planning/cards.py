@@ -18,8 +18,9 @@ from ..errors import UsageError
 from ..model.config import TURBO, ModelConfig
 from ..model.kv import UNUSED_WHEN_REUSED, Nfe
 from ..model.vae_strips import layer_costs
+from ..units import DTYPES, tree_bytes
 from ..weights import components
-from ..weights.components import tree_bytes
+from ..weights.formats import Storage
 from .planner import GIB, Plan, StreamPlan, Visit, Work
 from .schedule import Free, Load, Pin, Run, steps
 
@@ -245,25 +246,23 @@ def _at(points: Sequence[Sequence[int]], x: int) -> int:
 # -- how long a plan takes -------------------------------------------------------------------------
 
 
-def seconds(
-    plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rates
-) -> dict[str, float]:
-    """Seconds of each stage of the first picture: parameters of `dtype` in host memory, programs
-    compiled.
+def seconds(plan: Plan, work: Work, storage: Storage, rates: Rates) -> dict[str, float]:
+    """Seconds of each stage of the first picture: parameters in host memory, programs compiled.
 
     The driver waits after every program. A copy beside a run therefore costs what it takes longer
     than the run over the first micro-batch, and every other copy all it takes. A text encoder on
     the host is not predicted."""
+    config = storage.config
     text, dit = config.text_encoder, config.transformer
     groups = work.batch // work.micro_batch
-    stem = components.nbytes(config, "transformer", "stem", dtype) / rates.link
+    stem = storage.nbytes("transformer", "stem") / rates.link
     once = partial(_block_seconds, config, "transformer", width=dit.dim, rates=rates)
     at_once = work.contexts // groups
 
     def stage(
         stream: StreamPlan, component: str, run: Callable[[str, Nfe | None], float], **repeated
     ) -> float:
-        copy = partial(_copy_seconds, config, component, dtype, rates)
+        copy = partial(_copy_seconds, storage, component, rates)
         return _timeline(stream, copy, run, rates, **repeated)
 
     def of_denoise(unit: str, nfe: Nfe | None) -> float:
@@ -285,21 +284,19 @@ def seconds(
     denoise = stage(plan.denoise, "transformer", of_denoise, nfes=work.nfes, groups=groups)
     cached = _cache_seconds(work, config, rates) if plan.kv_on_host else 0.0
     found["denoise"] = (0 if plan.kept else stem) + denoise + cached
-    decoder = components.nbytes(config, "vae", "decoder", dtype) / rates.link
-    found["decode"] = decoder + work.batch * _decode_seconds(plan, work, config, dtype, rates)
+    decoder = storage.nbytes("vae", "decoder") / rates.link
+    found["decode"] = decoder + work.batch * _decode_seconds(plan, work, storage, rates)
     return found
 
 
-def bound_by(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rates) -> str:
+def bound_by(plan: Plan, work: Work, storage: Storage, rates: Rates) -> str:
     """ "compute" or "link": which of the two, were it twice as fast, would make the picture
     faster."""
     faster = {
         "compute": rates._replace(flops=2 * rates.flops),
         "link": rates._replace(link=2 * rates.link),
     }
-    return min(
-        faster, key=lambda name: sum(seconds(plan, work, config, dtype, faster[name]).values())
-    )
+    return min(faster, key=lambda name: sum(seconds(plan, work, storage, faster[name]).values()))
 
 
 def _timeline(
@@ -345,11 +342,11 @@ def _timeline(
 
 
 def _copy_seconds(
-    config: ModelConfig, component: str, dtype: str, rates: Rates, unit: str, lightly: bool
+    storage: Storage, component: str, rates: Rates, unit: str, lightly: bool
 ) -> float:
-    leaves = components.leaves(config, component, unit, dtype)
+    leaves = storage.specs(component, unit)
     if lightly:
-        leaves = components.without_keys_values(config, unit, leaves)
+        leaves = storage.without_kv(component, unit, leaves)
     return tree_bytes(leaves) / rates.link
 
 
@@ -383,9 +380,10 @@ def _block_seconds(
     return batch * tokens * (2 * parameters + 4 * (keys or tokens) * width) / rates.flops
 
 
-def _decode_seconds(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rates) -> float:
-    decoder = components.unit_spec(config, "vae", "decoder")
+def _decode_seconds(plan: Plan, work: Work, storage: Storage, rates: Rates) -> float:
+    config = storage.config
+    decoder = components.spec(config, "vae").decoder
     shape = (1, work.h, work.w, config.vae.latent_channels)
     products, elements = (sum(column) for column in zip(*layer_costs(decoder, shape), strict=True))
-    crossing = 0 if plan.vae_rows is None else elements * components.DTYPES[dtype].itemsize
+    crossing = 0 if plan.vae_rows is None else elements * DTYPES[storage.format.dtype].itemsize
     return 2 * products / rates.flops + crossing / rates.link

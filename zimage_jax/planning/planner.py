@@ -19,7 +19,7 @@ from ..errors import OutOfMemoryError, UsageError
 from ..model import dit, kv, sampling
 from ..model.config import DiTConfig, ModelConfig
 from ..model.kv import KVPolicy, Nfe, Phase
-from ..weights import components
+from ..weights.formats import Storage
 from . import schedule
 from .schedule import Schedule
 
@@ -306,13 +306,9 @@ class Planner:
     `dtype` is what the parameters are stored in, `compute_bytes` the size of the dtype that is
     computed in."""
 
-    def __init__(self, config: ModelConfig, dtype: str, compute_bytes: int, costs: Costs):
-        self._config, self._dtype, self._compute_bytes, self._costs = (
-            config,
-            dtype,
-            compute_bytes,
-            costs,
-        )
+    def __init__(self, storage: Storage, compute_bytes: int, costs: Costs):
+        self._storage, self._config = storage, storage.config
+        self._compute_bytes, self._costs = compute_bytes, costs
 
     def plan(self, work: Work, memory: Memory, budget: int) -> Plan:
         """The fastest plan whose predicted peak is within `budget` bytes; with `low_vram` the
@@ -384,10 +380,10 @@ class Planner:
     # -- bytes -------------------------------------------------------------------------------------
 
     def _nbytes(self, component: str, *units: str) -> int:
-        return sum(components.nbytes(self._config, component, unit, self._dtype) for unit in units)
+        return self._storage.nbytes(component, *units)
 
     def _blocks(self, component: str, *groups: str) -> tuple[str, ...]:
-        units = components.units(self._config, component)
+        units = self._storage.units(component)
         return tuple(unit for group in groups for unit in units if unit.startswith(group + "."))
 
     def _stream_bytes(self, component: str, stream: StreamPlan) -> int:

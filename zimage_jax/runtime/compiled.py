@@ -12,13 +12,12 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from ..model import dit, kv, sampling, text_encoder, vae
-from ..model.config import ModelConfig
 from ..model.kv import Hold
 from ..model.ops import Attend
 from ..model.vae_strips import strip_programs
 from ..planning.planner import Visit, Work
-from ..weights import components
-from ..weights.components import tree_bytes
+from ..units import tree_bytes
+from ..weights.formats import Storage
 from .staging import Program, ring_step, run_chunk
 
 
@@ -55,8 +54,8 @@ class Programs:
 
     observer: Observer | None
 
-    def __init__(self, config: ModelConfig, stored: str, dtype):
-        self.config, self.stored, self.dtype = config, stored, jnp.dtype(dtype)
+    def __init__(self, storage: Storage, dtype):
+        self.config, self.storage, self.dtype = storage.config, storage, jnp.dtype(dtype)
         self._programs: dict[tuple, Program] = {}
         self.observer = Observer()
 
@@ -101,7 +100,7 @@ class Programs:
 
     def tree(self, component: str, unit: str):
         """The structure that turns a unit's leaves into its module."""
-        return jax.tree.structure(components.unit_spec(self.config, component, unit))
+        return self.storage.tree(component, unit)
 
 
 class CompiledCosts:
@@ -179,14 +178,9 @@ class CompiledCosts:
 
     def scan(self, work: Work) -> int:
         config, sides = self._config.transformer, self._sides(work, work.contexts)
-        model = components.assemble(
-            self._config,
-            "transformer",
-            {
-                u: self._leaves("transformer", u)
-                for u in components.units(self._config, "transformer")
-            },
-        )
+        storage = self._programs.storage
+        units = storage.units("transformer")
+        model = storage.assemble("transformer", {u: self._leaves("transformer", u) for u in units})
         noise = jax.ShapeDtypeStruct((work.batch, work.h, work.w, config.in_channels), jnp.float32)
         sigmas = sampling.sigmas(work.steps, self._config.scheduler.shift)
         context = self._like(work.contexts, work.bucket, config.dim)
@@ -198,9 +192,8 @@ class CompiledCosts:
 
     def decode(self, work: Work, rows: int | None, tile: int | None) -> int:
         config = self._config.vae
-        decoder = components.assemble(
-            self._config, "vae", {"decoder": self._leaves("vae", "decoder")}
-        )
+        leaves = {"decoder": self._leaves("vae", "decoder")}
+        decoder = self._programs.storage.assemble("vae", leaves)
         if rows is not None:
             shape = (1, work.h, work.w, config.latent_channels)
             calls = strip_programs(decoder.decoder, shape, self._programs.dtype, rows)
@@ -220,7 +213,7 @@ class CompiledCosts:
         return jax.ShapeDtypeStruct(shape, self._programs.dtype)
 
     def _leaves(self, component: str, unit: str) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return components.leaves(self._config, component, unit, self._programs.stored)
+        return self._programs.storage.specs(component, unit)
 
     def _stem(self):
         return jax.tree.unflatten(
@@ -258,7 +251,7 @@ class CompiledCosts:
             if visit.copied:
                 ring = self._programs(ring_step, donate=(1, 3), **static)
                 block = (
-                    components.without_keys_values(self._config, unit, away)
+                    self._programs.storage.without_kv(component, unit, away)
                     if visit.lightly
                     else away
                 )

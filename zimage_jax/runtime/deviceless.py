@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import UsageError
-from ..model.config import ModelConfig
 from ..model.kv import Hold
 from ..model.ops import Attend
 from ..planning.cards import Card
+from ..weights.formats import Storage
 from .compiled import Programs
 from .staging import OVERLAP, own_bytes
 
@@ -38,8 +38,8 @@ class CardPrograms(Programs):
     """Programs for a named card: `compiled` gives the executable, which cannot run here, and the
     bytes it takes."""
 
-    def __init__(self, config: ModelConfig, stored: str, dtype, card: Card):
-        super().__init__(config, stored, dtype)
+    def __init__(self, storage: Storage, dtype, card: Card):
+        super().__init__(storage, dtype)
         self._compile = compiler(card)
         self._made: dict[tuple, CardProgram] = {}
         self.observer = (

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from typing import TypeVar
 
 import jax
@@ -20,9 +21,8 @@ from jax.sharding import SingleDeviceSharding
 
 from ..errors import UsageError
 from ..planning.schedule import Load, Pin, Run, Schedule, loads, steps
-from ..weights import components
+from ..units import tree_bytes
 from ..weights.checkpoint import Checkpoint
-from ..weights.components import tree_bytes
 from .ledger import Ledger
 from .placement import GATE, free_device_bytes, free_host_bytes, shares_memory
 
@@ -195,10 +195,9 @@ class Source:
         else:
             blocks = self._ahead.popleft().result()
         if lightly:
-            config = self._checkpoint.config
+            storage = self._checkpoint.storage
             return tuple(
-                components.without_keys_values(config, unit, block)
-                for unit, block in blocks.items()
+                storage.without_kv(self._component, unit, block) for unit, block in blocks.items()
             )
         return tuple(blocks.values())
 
@@ -226,9 +225,7 @@ class Source:
 
     def leaves(self, unit: str) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of a unit's arrays."""
-        return components.leaves(
-            self._checkpoint.config, self._component, unit, self._checkpoint.dtype
-        )
+        return self._checkpoint.storage.specs(self._component, unit)
 
     def _read_ahead(self) -> None:
         units = next(self._order, None)
@@ -263,10 +260,29 @@ def settled(futures: dict[Key, Future]) -> dict[Key, Future]:
 def read_blocks(
     checkpoint: Checkpoint, component: str, units: Sequence[str], memory_kind: str, device=None
 ) -> dict[str, Block]:
-    """Unit -> its arrays in the order of the model's leaves."""
-    arrays = checkpoint.restore(component, units, memory_kind=memory_kind, device=device)
-    paths = components.units(checkpoint.config, component)
-    return {unit: tuple(arrays[path] for path in paths[unit]) for unit in units}
+    """Unit -> its arrays in the order of the model's leaves, in "device" or "pinned_host" memory."""
+    device = device or jax.local_devices()[0]
+    sharding = SingleDeviceSharding(device, memory_kind=memory_kind)
+    # not on a CPU: a preview is made there while the scan's program runs
+    gate = nullcontext if device.platform == "cpu" else GATE.together
+
+    def place(unit: str) -> Block:
+        arrays = checkpoint.read(component, unit)
+        with gate():
+            return tuple(
+                jax.block_until_ready([jax.device_put(a, sharding) for a in arrays.values()])
+            )
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip(units, pool.map(place, units), strict=True))
+
+
+def load(checkpoint: Checkpoint, component: str, memory_kind: str = "device", device=None):
+    """A whole component as its module, in "device" or "pinned_host" memory."""
+    units = checkpoint.units(component)
+    return checkpoint.storage.assemble(
+        component, read_blocks(checkpoint, component, units, memory_kind, device)
+    )
 
 
 # -- the driver ------------------------------------------------------------------------------------
@@ -440,9 +456,7 @@ class Tiers:
         source = self._source(component, None) if self._pins_from_host else None
         for unit in units:
             if (component, unit) not in self._device:
-                leaves = components.leaves(
-                    self._checkpoint.config, component, unit, self._checkpoint.dtype
-                )
+                leaves = self._checkpoint.storage.specs(component, unit)
                 ledger.hold(f"{component} {unit}", leaves)
                 self._device[component, unit] = self._readers.submit(
                     self._read, component, unit, source, ledger

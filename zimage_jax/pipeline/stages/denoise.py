@@ -18,8 +18,7 @@ from ...planning.planner import Plan, Work
 from ...runtime.compiled import Programs
 from ...runtime.ledger import Ledger
 from ...runtime.staging import Stream, Tiers
-from ...weights import components
-from ...weights.components import tree_bytes
+from ...units import tree_bytes
 
 Held = list[tuple[KV, ...]]  # of a chunk: for each micro-batch the K and V of its blocks
 
@@ -46,10 +45,10 @@ class Denoiser:
         guidance: float,
     ) -> Float[np.ndarray, "B h w C"]:
         """One compiled program for all NFEs. What `observe` raises is raised when it has ended."""
-        config, work = self.programs.config, self.work
-        units = list(components.units(config, "transformer"))
+        work = self.work
+        units = self.programs.storage.units("transformer")
         leaves = dict(zip(units, self.tiers.pin("transformer", units, self.ledger), strict=True))
-        model = components.assemble(config, "transformer", leaves)
+        model = self.programs.storage.assemble("transformer", leaves)
         keys = tuple(self._keys(phase.hold, captions) for phase in work.phases)
         self.ledger.hold("activations", (noise, context, sides, keys))
         rest = sampling.times(sigmas), context, sides, keys, np.float32(guidance)
