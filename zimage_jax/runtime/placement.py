@@ -1,18 +1,24 @@
-"""The device and the host as they are: what they hold, and what threads may do with the device at
-once."""
+"""Where arrays are: one device, its kinds of memory, what it can still give, and what threads may do with it at once."""
 
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
+from jax.sharding import SingleDeviceSharding
+
+# XLA's allocator gives a free piece whole when less than this, and less than what was asked for, would be left of it
+# (bfc_allocator.cc). Under a cap of 1.5 GiB on an H100 its peak was 112 MiB over the ledger's
+UNSPLIT_BYTES = 128 * 2**20
+
+DEVICE, HOST = "device", "pinned_host"
 
 
 class Gate:
-    """Many threads may be inside together, or one alone; whoever wants to be alone comes before
-    those who wait."""
+    """Many threads may be inside together, or one alone; whoever wants to be alone comes before those who wait."""
 
     def __init__(self) -> None:
         self._changed, self._inside, self._wanted = threading.Condition(), 0, 0
@@ -46,41 +52,68 @@ class Gate:
                 self._changed.notify_all()
 
 
-# XLA's allocator gives a free piece whole when less than this, and less than what was asked for,
-# would be left of it (bfc_allocator.cc). Under a cap of 1.5 GiB on an H100 its peak was 112 MiB
-# over the ledger's
-UNSPLIT_BYTES = 128 * 2**20
-
-# A program is compiled and first run alone, and arrays are placed together. On an H100 (jax 0.11.2)
-# cuDNN failed to unpack an attention, "capturing stream has unjoined work", and the process with
-# it, while four threads placed arrays; that it was these which spoilt the capture is inferred
-GATE = Gate()
+_GATES: dict[jax.Device, Gate] = {}
 
 
-def shares_memory() -> bool:
-    """Whether device memory is the host's."""
-    return jax.default_backend() == "cpu"
+@dataclass(frozen=True)
+class Placement:
+    """One device and the host memory beside it.
 
+    `gate`: a program is first run alone and arrays are placed together, for all models on the device. cuDNN's warm-up at
+    a program's first run captures the compute stream, and a placement records its events on that stream: seen on an
+    H100 (jax 0.11.2) as "capturing stream has unjoined work". That placements of other threads were the cause is
+    inferred from the sources (xla cudnn_thunk.cc, local_device_state.cc), not proven on a GPU.
+    """
 
-def runs_ahead() -> int:
-    """Programs to give to the device before the last is done: one on a GPU, which would else wait
-    for the host between any two. A CPU's programs run on the cores that would prepare the next."""
-    return 0 if shares_memory() else 1
+    device: jax.Device
+    gate: Gate = field(compare=False)
 
+    @classmethod
+    def on(cls, device: jax.Device | None = None) -> "Placement":
+        """The placement of a device, by default the first of this process."""
+        device = device or jax.local_devices()[0]
+        return cls(device, _GATES.setdefault(device, Gate()))
 
-def allocator_peak() -> int | None:
-    """The peak the device's own allocator saw in this process; None on a CPU, which keeps no such
-    count."""
-    stats = jax.local_devices()[0].memory_stats()
-    return None if stats is None else stats.get("peak_bytes_in_use")
+    @classmethod
+    def on_host(cls) -> "Placement":
+        """The CPU as a device, for what must not use the other device's memory."""
+        return cls.on(jax.local_devices(backend="cpu")[0])
 
+    @property
+    def platform(self) -> str:
+        return self.device.platform
 
-def free_device_bytes() -> int:
-    """Bytes the device can still give; a CPU's device memory is the host's."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats is None:
-        return free_host_bytes()
-    return max(0, stats["bytes_limit"] - stats["bytes_in_use"] - UNSPLIT_BYTES)
+    @property
+    def shares_memory(self) -> bool:
+        """Whether device memory is the host's."""
+        return self.platform == "cpu"
+
+    @property
+    def runs_ahead(self) -> int:
+        """Programs given to the device before the last is done: one on a GPU, which otherwise idles between programs. A
+        CPU's programs run on the cores that would prepare the next."""
+        return 0 if self.shares_memory else 1
+
+    def sharding(self, kind: str = DEVICE) -> SingleDeviceSharding:
+        return SingleDeviceSharding(self.device, memory_kind=kind)
+
+    def put(self, tree, kind: str = DEVICE):
+        """Arrays in DEVICE or HOST memory, there when this returns: none is on its way while a program is first run."""
+        # not on a CPU: a preview is made there while the scan's program runs
+        with nullcontext() if self.shares_memory else self.gate.together():
+            return jax.block_until_ready(jax.device_put(tree, self.sharding(kind)))
+
+    def allocator_peak(self) -> int | None:
+        """The peak that the device's allocator saw in this process; None on a CPU, which keeps no such count."""
+        stats = self.device.memory_stats()
+        return None if stats is None else stats.get("peak_bytes_in_use")
+
+    def free_bytes(self) -> int:
+        """Bytes that the device can still give; a CPU's device memory is the host's."""
+        stats = self.device.memory_stats()
+        if stats is None:
+            return free_host_bytes()
+        return max(0, stats["bytes_limit"] - stats["bytes_in_use"] - UNSPLIT_BYTES)
 
 
 def free_host_bytes() -> int:
