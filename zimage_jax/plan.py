@@ -152,7 +152,7 @@ def _for_card(card: "Card", config: "ModelConfig", stored: str, compiles: bool) 
         from .runtime.deviceless import CardPrograms
 
         costs: Costs = CompiledCosts(CardPrograms(config, stored, "bfloat16", card))
-        source = "compiled for this card without one; attention by query chunks where the card would use cuDNN's: conservative"
+        source = "compiled for this card without one"
     else:
         costs = StoredCosts(config, card)
         source = costs.source

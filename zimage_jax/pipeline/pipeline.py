@@ -121,6 +121,7 @@ class ZImage:
         guidance: float = 0.0,
         noise: str = "torch",
         kv: KVPolicy | None = None,
+        attention: str = "auto",
         memory: Memory | None = None,
         on_plan: Callable[[Plan, int], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
@@ -129,7 +130,8 @@ class ZImage:
 
         `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; ComfyUI's
         cfg minus one). `kv` says how the DiT holds K and V, which changes the picture: precision,
-        groups, reuse. `memory` takes the place of what the model was loaded with and changes
+        groups, reuse. `attention` is the kernel (model.attention.Attend says which there are), which
+        changes its last bits. `memory` takes the place of what the model was loaded with and changes
         nothing of it. `on_plan` gets the plan and the budget in bytes before anything runs, and
         again when the device ran out of memory and another try is made. `on_step` is called after
         every NFE and may raise to stop; under `scan`, which cannot be stopped, that is raised at
@@ -139,7 +141,16 @@ class ZImage:
         NonFiniteError when the latents leave the finite numbers."""
         self._warnings = []
         job = self._job(
-            prompt, seed, negative_prompt, width, height, steps, guidance, noise, kv or KVPolicy()
+            prompt,
+            seed,
+            negative_prompt,
+            width,
+            height,
+            steps,
+            guidance,
+            noise,
+            kv or KVPolicy(),
+            attention,
         )
         memory, encoded = memory or self.memory, self._tokens(job.texts)
         work = self._work(job, encoded)
@@ -175,6 +186,7 @@ class ZImage:
             batch=len(job.prompts),
             is_guided=bool(job.guidance),
             prompts=len(encoded),
+            attention=job.attention,
         )
 
     def _plan(self, work: Work, memory: Memory, budget: int) -> Plan:
@@ -233,7 +245,9 @@ class ZImage:
         ledger.seconds["total"] = time.perf_counter() - began
         return self._result(run, latents, pixels)
 
-    def _job(self, prompt, seed, negative_prompt, width, height, steps, guidance, noise, kv) -> Job:
+    def _job(
+        self, prompt, seed, negative_prompt, width, height, steps, guidance, noise, kv, attention
+    ) -> Job:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = [seed] if isinstance(seed, int) else list(seed)
         count = max(len(prompts), len(seeds))
@@ -257,6 +271,7 @@ class ZImage:
             float(guidance),
             noise,
             kv,
+            attention,
         )
         check_size(self.config, job.width, job.height)
         if negative_prompt and not job.guidance:
@@ -279,7 +294,7 @@ class ZImage:
         self, texts: Sequence[str], memory: Memory | None = None
     ) -> list[Float[np.ndarray, "T E"]]:
         """Text features of each prompt, without padding: Qwen3's hidden_states[-2]."""
-        job = self._job(list(texts), 0, "", None, None, 1, 0.0, "torch", KVPolicy())
+        job = self._job(list(texts), 0, "", None, None, 1, 0.0, "torch", KVPolicy(), "auto")
         memory, encoded = memory or self.memory, self._tokens(texts)
         work = self._work(job, encoded)
         plan = self._plan(work, memory, memory.max_vram_bytes or self._tiers.free_device_bytes())
@@ -314,6 +329,7 @@ class ZImage:
             static = {
                 "tree": self._programs.tree("text_encoder", "layers.0"),
                 "run": text_encoder.run,
+                "attend": self._programs.attend(run.work),
             }
             with self._stream(run, "text_encoder", run.plan.text, 1) as stream:
                 for _ in run.plan.text.chunks:
@@ -357,7 +373,7 @@ class ZImage:
         static = {
             "tree": self._programs.tree("transformer", "context_refiner.0"),
             "run": dit.run,
-            "attend": self._programs.attend(*padded.shape[:2]),
+            "attend": self._programs.attend(work),
         }
         with self._stream(run, "transformer", run.plan.context, 1) as stream:
             for _ in run.plan.context.chunks:
@@ -400,7 +416,7 @@ class ZImage:
         return latents
 
     def _decode(self, run: _Run, latents: Float[np.ndarray, "h w C"]) -> UInt8[np.ndarray, "H W 3"]:
-        plan, ledger = run.plan, run.ledger
+        plan, ledger, attend = run.plan, run.ledger, self._programs.attend(run.work)
         decoder = components.assemble(
             self.config, "vae", {"decoder": self._tiers.pin("vae", ["decoder"], ledger)[0]}
         )
@@ -410,11 +426,12 @@ class ZImage:
             return self._programs(function, **static)(ledger, weights, *arrays)
 
         if plan.vae_rows is not None:
-            pixels = decode_strips(decoder, latents[None], self.dtype, plan.vae_rows, apply)
+            pixels = decode_strips(decoder, latents[None], self.dtype, plan.vae_rows, apply, attend)
         elif plan.vae_tile is not None:
-            pixels = decode_tiles(decoder, latents[None], self.dtype, plan.vae_tile, apply)
+            pixels = decode_tiles(decoder, latents[None], self.dtype, plan.vae_tile, apply, attend)
         else:
-            pixels = np.asarray(apply(vae.decode, decoder, latents[None], dtype=self.dtype))
+            static = {"dtype": self.dtype, "attend": attend}
+            pixels = np.asarray(apply(vae.decode, decoder, latents[None], **static))
         ledger.drop("activations")
         return image.to_uint8(pixels[0])
 
@@ -468,6 +485,8 @@ class ZImage:
             "model": self.name,
             "versions": versions(),
         }
+        if job.attention != "auto":
+            common["attention"] = job.attention
         each = [
             {
                 "prompt": text,
@@ -490,6 +509,7 @@ class ZImage:
             "schedule": plan.schedule,
             "chunks": len(plan.main_sizes),
             "resident_chunks": plan.resident_chunks,
+            "attention": self._programs.attention_names(run.work),
             "device": jax.local_devices()[0].device_kind,
             "seconds": {name: round(value, 4) for name, value in seconds.items()},
             "compilations": self._programs.compilations,

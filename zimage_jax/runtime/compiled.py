@@ -12,13 +12,14 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from ..model import dit, kv, sampling, text_encoder, vae
+from ..model.attention import Attend
 from ..model.config import ModelConfig
 from ..model.kv import Hold
-from ..model.ops import Attend
 from ..model.vae_strips import strip_programs
 from ..planning.planner import Visit, Work
 from ..weights import components
 from ..weights.components import tree_bytes
+from .placement import require_cudnn, target
 from .staging import Program, ring_step, run_chunk
 
 
@@ -75,27 +76,32 @@ class Programs:
     def compilations(self) -> int:
         return sum(program.compilations for program in self._programs.values())
 
-    def attend(self, batch: int, tokens: int, hold: Hold | None = None) -> Attend:
-        """How so many tokens of so many contexts attend, to K and V that are held as they are or in
-        some other way."""
-        dtype, keys = (
-            (hold.attention_dtype(self.dtype), hold.keys(tokens)) if hold else (self.dtype, tokens)
-        )
-        return Attend.choose(
-            jax.default_backend(), dtype, batch, tokens, keys, self.config.transformer.n_heads
-        )
+    def attend(self, work: Work) -> Attend:
+        """How a job computes attention on this device. Raises UsageError where it asks for cuDNN's
+        and there is none."""
+        if work.attention == "cudnn":
+            require_cudnn()
+        return Attend(work.attention, target())
+
+    def attention_names(self, work: Work) -> str:
+        """What the main blocks' attention is computed by, in the order of the phases."""
+        attend, width = self.attend(work), self.config.transformer.head_dim
+        holds = [phase.hold for phase in work.phases]
+        names = [
+            attend.implementation(
+                hold.attention_dtype(self.dtype), width, biased=hold.grid is not None
+            )
+            for hold in holds
+        ]
+        return ", ".join(dict.fromkeys(names))
 
     def sampler(self, work: Work) -> Program:
         """The whole sampler as one program, which tells the observer of every NFE."""
-        phases = tuple(
-            (phase, self.attend(work.contexts, work.tokens, phase.hold)) for phase in work.phases
-        )
-        attend = self.attend(work.contexts, work.image_tokens)
         return self(
             sampling.sample,
             is_guided=work.is_guided,
-            attend=attend,
-            phases=phases,
+            attend=self.attend(work),
+            phases=work.phases,
             on_step=self.observer,
         )
 
@@ -113,8 +119,9 @@ class CompiledCosts:
 
     def text(self, work: Work, visits: frozenset[Visit], slot: int) -> int:
         x = self._like(work.prompts, work.bucket, self._config.text_encoder.hidden_size)
+        static = {"attend": self._programs.attend(work)}
         return self._most(
-            visits, slot, "text_encoder", "layers.0", lambda _: (text_encoder.run, x, (), {})
+            visits, slot, "text_encoder", "layers.0", lambda _: (text_encoder.run, x, (), static)
         )
 
     def context(self, work: Work, visits: frozenset[Visit], slot: int) -> int:
@@ -123,7 +130,7 @@ class CompiledCosts:
         lengths = np.zeros(work.contexts, np.int32)
         side, static = (
             self._sides(work, work.contexts).caption,
-            {"attend": self._programs.attend(*x.shape[:2])},
+            {"attend": self._programs.attend(work)},
         )
         embed = self._programs(dit.embed_caption).compiled(self._stem(), features, lengths)[1]
         group = "context_refiner.0"
@@ -154,12 +161,12 @@ class CompiledCosts:
         own.append(leave.compiled(self._stem(), joint, time, latents, number, number, number)[1])
 
         def of_refiner(_: Visit) -> tuple:
-            static = {"attend": self._programs.attend(contexts, work.image_tokens)}
+            static = {"attend": self._programs.attend(work)}
             return dit.run, image, (sides.image._replace(time=time),), static  # type: ignore[arg-type]
 
         def of_main(visit: Visit) -> tuple:
             hold, keeps, reuses = visit.nfe  # type: ignore[misc]
-            static = {"attend": self._programs.attend(contexts, work.tokens, hold), "hold": hold}
+            static = {"attend": self._programs.attend(work), "hold": hold}
             side = sides.joint._replace(time=time, keys=self._keys(work, contexts, hold))  # type: ignore[arg-type]
             if not (keeps or reuses):
                 return dit.run, joint, (side,), static
@@ -197,13 +204,13 @@ class CompiledCosts:
         )[1]
 
     def decode(self, work: Work, rows: int | None, tile: int | None) -> int:
-        config = self._config.vae
+        config, attend = self._config.vae, self._programs.attend(work)
         decoder = components.assemble(
             self._config, "vae", {"decoder": self._leaves("vae", "decoder")}
         )
         if rows is not None:
             shape = (1, work.h, work.w, config.latent_channels)
-            calls = strip_programs(decoder.decoder, shape, self._programs.dtype, rows)
+            calls = strip_programs(decoder.decoder, shape, self._programs.dtype, rows, attend)
             return max(
                 self._programs(c.function, **c.static).compiled(*c.arguments)[1]
                 + tree_bytes(c.arguments[1:])
@@ -212,7 +219,8 @@ class CompiledCosts:
         side = tile // config.scale if tile else None
         h, w = (min(n, side) if side else n for n in (work.h, work.w))
         latents = jax.ShapeDtypeStruct((1, h, w, config.latent_channels), jnp.float32)
-        return self._programs(vae.decode, dtype=self._programs.dtype).compiled(decoder, latents)[1]
+        decode = self._programs(vae.decode, dtype=self._programs.dtype, attend=attend)
+        return decode.compiled(decoder, latents)[1]
 
     # -- abstract arguments ------------------------------------------------------------------------
 

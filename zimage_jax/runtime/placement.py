@@ -2,12 +2,16 @@
 once."""
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+
+from ..errors import UsageError
+from ..model.attention import Target
 
 
 class Gate:
@@ -55,6 +59,35 @@ UNSPLIT_BYTES = 128 * 2**20
 # cuDNN failed to unpack an attention, "capturing stream has unjoined work", and the process with
 # it, while four threads placed arrays; that it was these which spoilt the capture is inferred
 GATE = Gate()
+
+
+CUDNN_FROM = (
+    91002  # 9.10.2: the two before it compute some attentions wrongly, and JAX refuses them
+)
+
+
+def target() -> Target:
+    """The device programs are compiled for."""
+    word = getattr(jax.local_devices()[0], "compute_capability", "")  # "8.9"; AMD's is "gfx90a"
+    capability = re.fullmatch(r"(\d+)\.(\d+)", word)
+    return Target(
+        jax.default_backend(), (int(capability[1]), int(capability[2])) if capability else None
+    )
+
+
+def require_cudnn() -> None:
+    """Raises UsageError where JAX finds no cuDNN, or one that is too old."""
+    from jax._src.lib import cuda_versions
+
+    try:
+        version = cuda_versions.cudnn_get_version() if cuda_versions else 0
+    except RuntimeError:  # the library cannot be loaded
+        version = 0
+    if version < CUDNN_FROM:
+        found = f"{version // 10000}.{version // 100 % 100}.{version % 100}" if version else "none"
+        raise UsageError(
+            f"attention 'cudnn' needs cuDNN 9.10.2 or newer, found {found}; use auto or chunks"
+        )
 
 
 def shares_memory() -> bool:

@@ -80,7 +80,7 @@ class Denoiser:
         image, joint = ([_rows(side, g) for g in groups] for side in (sides.image, sides.joint))
         (stem,) = self.tiers.pin("transformer", ["stem"], ledger)
         stem = jax.tree.unflatten(programs.tree("transformer", "stem"), stem)
-        refine = self._static(attend=programs.attend(len(groups[0]), work.image_tokens))
+        refine = self._static(attend=programs.attend(work))
         times, index = sampling.times(sigmas), 0
         with self._stream() as stream:
             for phase in work.phases:
@@ -98,7 +98,7 @@ class Denoiser:
                         ledger.hold("activations", (xs, ts, contexts, latents, image, joint, keys))
                         each = zip(joint, ts, keys, strict=True)
                         beside = [(side._replace(time=t, keys=k),) for side, t, k in each]
-                        xs = self._main_chunks(stream, nfe, cache, xs, beside, len(groups[0]))
+                        xs = self._main_chunks(stream, nfe, cache, xs, beside)
                         now = sigmas[index], sigmas[index + 1], np.float32(guidance)
                         latents = [
                             leave(ledger, stem, x, t, z, *now)
@@ -115,11 +115,8 @@ class Denoiser:
         cache: "Cache | None",
         xs: list,
         beside: list[tuple],
-        contexts: int,
     ) -> list:
-        static = self._static(
-            attend=self.programs.attend(contexts, self.work.tokens, nfe.hold), hold=nfe.hold
-        )
+        static = self._static(attend=self.programs.attend(self.work), hold=nfe.hold)
         for chunk in range(len(self.plan.main_sizes)):
             if cache is None or not (nfe.keeps or nfe.reuses):
                 xs = stream.visit(xs, beside, **static)
