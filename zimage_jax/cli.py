@@ -233,6 +233,13 @@ _KV = [
 ]
 
 
+ATTENTION = _word(
+    "--attention",
+    type=click.Choice(["auto", "flash", "cudnn", "chunks"]),
+    help="Kernel of the attention; it changes a picture's last bits.  [default: auto]",
+)
+
+
 def memory_options(command: Callable) -> Callable:
     """The options about memory; they arrive as keywords that `memory_of` takes."""
     return _with(_MEMORY, command)

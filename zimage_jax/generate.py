@@ -124,6 +124,7 @@ def _check_template(template: str) -> None:
     help="[default: bfloat16 on a GPU, else float32]",
 )
 @cli.kv_options
+@cli.ATTENTION
 @cli.memory_options
 @click.option(
     "--batch-size",
@@ -193,6 +194,7 @@ def command(
     kv_switch_t,
     kv_group,
     kv_reuse,
+    attention,
     **memory_words,
 ) -> None:
     """Draw PROMPT with Z-Image-Turbo and write it as a PNG.
@@ -212,7 +214,17 @@ def command(
     _check_template(output)
     memory = cli.memory_of(**memory_words)
     job = _settings(
-        from_image, prompts, files, seeds, negative_prompt, width, height, steps, guidance, noise
+        from_image,
+        prompts,
+        files,
+        seeds,
+        negative_prompt,
+        width,
+        height,
+        steps,
+        guidance,
+        noise,
+        attention,
     )
     kv = cli.kv_of(
         kv_dtype=kv_dtype,
@@ -281,7 +293,17 @@ def command(
 
 
 def _settings(
-    from_image, prompts, files, seeds, negative_prompt, width, height, steps, guidance, noise
+    from_image,
+    prompts,
+    files,
+    seeds,
+    negative_prompt,
+    width,
+    height,
+    steps,
+    guidance,
+    noise,
+    attention,
 ) -> dict:
     """The job's words: what a picture says of itself under --from-image, and over it the flags that
     were given."""
@@ -294,8 +316,9 @@ def _settings(
         "steps": steps,
         "guidance": guidance,
         "noise": noise,
+        "attention": attention,
     }
-    job: dict = dict.fromkeys((*_REPEATED, "kv"))
+    job: dict = dict.fromkeys((*_REPEATED, "attention", "kv"))
     if from_image:
         from .pipeline.picture import read_metadata
 
@@ -309,6 +332,7 @@ def _settings(
             job[key] = found[key]
         job["prompt"], job["seed"] = [job["prompt"]], [job["seed"]]
         job["kv"] = _kv_words(from_image, found)
+        job["attention"] = found.get("attention")  # auto is not written down
     job |= {key: value for key, value in given.items() if value is not None}
     job["seed"] = job["seed"] or [-1]
     return job

@@ -62,7 +62,7 @@ def compiled(programs: CardPrograms, work: Work, run: Callable) -> tuple:
     sides = dit.sides(
         TURBO.transformer, work.h, work.w, np.full(1, work.bucket, np.int32), work.bucket
     )
-    attend = programs.attend(1, work.tokens)
+    attend = programs.attend(work)
 
     def stack(blocks: int) -> tuple:
         leaves = STORAGE.specs("transformer", "layers.0")

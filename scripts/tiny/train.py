@@ -30,6 +30,7 @@ from scripts.tiny import data as tiny_data
 from scripts.tiny.judge import judge
 from scripts.tiny.tokenizer import train_tokenizer
 from zimage_jax.model import dit, kv, sampling, text_encoder, vae
+from zimage_jax.model.attention import Attend
 from zimage_jax.model.config import (
     DiTConfig,
     ModelConfig,
@@ -39,7 +40,6 @@ from zimage_jax.model.config import (
 )
 from zimage_jax.model.kv import Phase
 from zimage_jax.model.layers import initialise, named_arrays, with_arrays
-from zimage_jax.model.ops import Attend
 from zimage_jax.model.prompt import Prompts, batch_ids
 from zimage_jax.pipeline import picture as image
 from zimage_jax.weights.checkpoint import Checkpoint
@@ -440,7 +440,7 @@ def train_dit(
     rng = np.random.default_rng([seed, 98])
     scenes = [tiny_data.random_scene(rng, held_out=True) for _ in range(128)]
     captions = [tiny_data.caption(s, "en" if i % 2 else "zh", rng) for i, s in enumerate(scenes)]
-    phases = ((Phase(kv.plain(jnp.float32), 8), Attend()),)
+    phases = (Phase(kv.plain(jnp.float32), 8),)
     sample = jax.jit(partial(sampling.sample, is_guided=False, attend=Attend(), phases=phases))
     decode = jax.jit(vae.decode)
 

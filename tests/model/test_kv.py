@@ -18,8 +18,8 @@ from tests.runtime.test_staging import JOB, MODEL, SCHEDULES
 from zimage_jax import KVPolicy, Memory, ZImage
 from zimage_jax.errors import UsageError
 from zimage_jax.model import dit, kv, sampling
+from zimage_jax.model.attention import Attend
 from zimage_jax.model.kv import KV, Hold, Nfe, Phase
-from zimage_jax.model.ops import Attend
 
 TURBO_T = 1000 * sampling.sigmas(8, 3.0)[:-1]
 CONFIG = small.CONFIGS[MODEL]
@@ -110,7 +110,7 @@ def test_groups_have_their_true_count_and_centre(rows, columns, group):
     np.testing.assert_allclose(np.exp(bias).sum(), tokens, rtol=1e-6)
 
 
-@pytest.mark.parametrize("attend", [Attend(), Attend("xla", 32)])
+@pytest.mark.parametrize("attend", [Attend(), Attend(query_chunk=32)])
 @pytest.mark.parametrize("group", [2, 4])
 @pytest.mark.parametrize("grid", [(8, 8), (5, 7), (1, 3)])
 def test_groups_of_equal_tokens_attend_as_the_tokens_do(grid, group, attend):
@@ -238,33 +238,12 @@ def _traced(policy: KVPolicy):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), dit.spec(config)
     )
     sigmas = sampling.sigmas(4, 3.0)
-    phases = tuple(
-        (phase, Attend()) for phase in policy.phases(1000 * sigmas[:-1], jnp.float32, 3, 4)
-    )
+    phases = policy.phases(1000 * sigmas[:-1], jnp.float32, 3, 4)
     run = partial(sampling.sample, is_guided=False, attend=Attend(), phases=phases)
     context = jax.ShapeDtypeStruct((1, 32, config.dim), jnp.float32)
     noise = jax.ShapeDtypeStruct((1, 6, 8, 16), jnp.float32)
     rest = dit.sides(config, 6, 8, lengths, 32), (None,) * len(phases), np.float32(0)
     return jax.jit(run).trace(model, noise, sigmas, sampling.times(sigmas), context, *rest)
-
-
-def test_cudnn_is_asked_for_the_same(monkeypatch):
-    """Its bias, masks and dtypes pass JAX's own checks: 1,088 tokens in groups of 2 x 2, held in
-    float16."""
-    monkeypatch.setattr(
-        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda *_: 91000
-    )
-    how = Hold("fp16", 2, (32, 32))
-    held = jax.eval_shape(lambda: kv.empty(how, 1, 1088, 30, 128))
-    q, lengths = (
-        jax.ShapeDtypeStruct((1, 1088, 30, 128), jnp.float32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-    )
-    attend = partial(kv.attention, how=how, compute=jnp.bfloat16, attend=Attend("cudnn"))
-    traced = jax.jit(attend).trace(q, held, lengths)
-    assert traced.out_info.shape == q.shape
-    assert traced.out_info.dtype == jnp.bfloat16
-    assert "dot_product_attention_fwd" in str(traced.jaxpr)
 
 
 # -- the whole, under every schedule ---------------------------------------------------------------

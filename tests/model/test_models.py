@@ -12,9 +12,9 @@ from tests.small import CONFIGS, MODELS, our_model, random_tensors
 from tests.small import inputs as numpy_inputs
 from zimage_jax.errors import ConfigError
 from zimage_jax.model import dit, text_encoder, vae
+from zimage_jax.model.attention import Attend
 from zimage_jax.model.config import PRESETS, TURBO
 from zimage_jax.model.layers import named_arrays
-from zimage_jax.model.ops import Attend
 from zimage_jax.weights import components
 
 
@@ -90,7 +90,7 @@ def test_bfloat16_errs_no_more_than_pytorch(name, reference_outputs):
 def test_query_chunks_do_not_move_the_velocity():
     config = CONFIGS["five_blocks"]
     whole, chunked = (
-        ours(config, jnp.float32, attend=a)["velocity"] for a in (Attend(), Attend("xla", 32))
+        ours(config, jnp.float32, attend=a)["velocity"] for a in (Attend(), Attend(query_chunk=32))
     )
     assert relative(chunked, whole) <= 1e-6
 

@@ -311,7 +311,7 @@ def test_operations_are_those_the_compiler_counts():
     side = dit.sides(config.transformer, work.h, work.w, np.full(1, 32), 32).joint
     block = as_arrays(dit.spec(config.transformer).layers[0])
     time = jax.ShapeDtypeStruct((1, config.transformer.adaln_dim), jnp.float32)
-    run = jax.jit(lambda b, x, t: dit.run([b], x, side._replace(time=t), dit.Attend()))
+    run = jax.jit(lambda b, x, t: dit.run([b], x, side._replace(time=t), Attend()))
     counted = run.lower(block, x, time).cost_analysis()
     each = {"width": config.transformer.dim, "rates": Rates(1.0, 1.0)}
     ours = cards._block_seconds(config, "transformer", 1, work.tokens, **each)

@@ -25,10 +25,10 @@ from jaxtyping import Float, Int
 
 from ..errors import ConfigError
 from . import kv, ops
+from .attention import Attend
 from .config import DiTConfig
 from .kv import KV, Hold
 from .layers import Linear, RMSNorm, parameter
-from .ops import Attend
 
 TOKEN_MULTIPLE = 32  # the reference pads image and caption to this with learned tokens that take part in attention
 TIME_WIDTH, TIME_HIDDEN = 256, 1024

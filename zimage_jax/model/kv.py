@@ -20,8 +20,8 @@ from jax import Array, lax
 from jaxtyping import Float, Int, Shaped
 
 from ..errors import UsageError
-from . import ops
-from .ops import Attend
+from .attention import Attend
+from .attention import attention as attention_of
 
 SWITCH_T = 500.0  # of 8 NFEs the last two are at or below it
 DTYPES = {
@@ -285,7 +285,7 @@ def attention(
     dtype = how.attention_dtype(compute)
     if held.k_scale is not None:
         q = q * held.k_scale
-    out = ops.attention(
+    out = attention_of(
         q.astype(dtype),
         held.k.astype(dtype),
         held.v.astype(dtype),

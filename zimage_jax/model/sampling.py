@@ -14,8 +14,8 @@ from jaxtyping import Float
 
 from ..errors import UsageError
 from . import dit, kv
+from .attention import Attend
 from .kv import KV, Phase
-from .ops import Attend
 
 LARGEST_SEED = 2**64 - 1
 
@@ -134,26 +134,25 @@ def sample(
     *,
     is_guided: bool,
     attend: Attend,
-    phases: tuple[tuple[Phase, Attend], ...],
+    phases: tuple[Phase, ...],
     on_step: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> Float[Array, "B h w C"]:
     """All NFEs: a lax.scan for each phase of the K/V policy, float32 latents in the carry, and the
     K and V of every main block where later NFEs reuse them.
 
     With `is_guided`, G = 2 B: contexts of the prompts, then of the negative prompts; else G = B.
-    `keys` has an entry per phase; `attend` is the refiner's, a phase's own that of the main blocks.
-    `on_step(index, latents)` is called from within."""
+    `keys` has an entry per phase; `on_step(index, latents)` is called from within."""
     levels = jnp.arange(len(times)), sigmas[:-1], sigmas[1:], times
     latents, first = noise, 0
-    for (phase, main), of_phase in zip(phases, keys, strict=True):
+    for phase, of_phase in zip(phases, keys, strict=True):
 
-        def step(carry, now, phase=phase, main=main, of_phase=of_phase):
+        def step(carry, now, phase=phase, of_phase=of_phase):
             latents, cache = carry
             index, reuses, sigma, sigma_next, t = now
             x, time = enter(model.stem, latents, t, is_guided=is_guided, dtype=context.dtype)
             x = dit.run(model.noise_refiner, x, sides.image._replace(time=time), attend)
             x, side = dit.join(x, context), sides.joint._replace(time=time, keys=of_phase)
-            x, cache = _main_blocks(model.layers, (x, cache), side, main, phase.hold, reuses)
+            x, cache = _main_blocks(model.layers, (x, cache), side, attend, phase.hold, reuses)
             latents = leave(
                 model.stem, x, time, latents, sigma, sigma_next, guidance, is_guided=is_guided
             )

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from . import ops
+from .attention import Attend, attention
 from .config import TextEncoderConfig
 from .layers import Linear, RMSNorm, parameter
 
@@ -29,7 +30,7 @@ class SelfAttention(nnx.Module):
         self.q_norm, self.k_norm = (RMSNorm(width, config.rms_norm_eps) for _ in range(2))
         self.head_dim, self.rope_theta = width, config.rope_theta
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> Float[Array, "B T D"]:
         batch, tokens, _ = x.shape
         q, k, v = (
             project(x).reshape(batch, tokens, -1, self.head_dim)
@@ -42,7 +43,8 @@ class SelfAttention(nnx.Module):
             ).astype(x.dtype)
             for norm, y in ((self.q_norm, q), (self.k_norm, k))
         )
-        return self.o_proj(ops.attention(q, k, v, causal=True).reshape(batch, tokens, -1))
+        out = attention(q, k, v, causal=True, attend=attend)
+        return self.o_proj(out.reshape(batch, tokens, -1))
 
 
 class MLP(nnx.Module):
@@ -63,8 +65,10 @@ class Block(nnx.Module):
             RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2)
         )
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x = x + self.self_attn(self.input_layernorm(x))
+    def __call__(
+        self, x: Float[Array, "B T D"], attend: Attend = Attend()
+    ) -> Float[Array, "B T D"]:
+        x = x + self.self_attn(self.input_layernorm(x), attend)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return lax.optimization_barrier(x)  # as in the DiT: the same bits in whatever chunk
 
@@ -88,8 +92,8 @@ def embed(
     return table[ids]
 
 
-def run(blocks, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def run(blocks, x: Float[Array, "B T D"], attend: Attend = Attend()) -> Float[Array, "B T D"]:
     """A run of consecutive blocks, as one chunk holds them."""
     for block in blocks:
-        x = block(x)
+        x = block(x, attend)
     return x

@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from ..errors import UsageError
 from ..files import write_whole
 from ..model import sampling
+from ..model.attention import CHOICES
 from ..model.config import ModelConfig
 from ..model.kv import KVPolicy
 from ..planning.planner import Plan, Work
@@ -90,6 +91,7 @@ class Job:
     guidance: float
     noise: str
     kv: KVPolicy
+    attention: str
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -107,6 +109,8 @@ class Job:
                 )
         if self.noise not in sampling.NOISE:
             raise UsageError(f"noise {self.noise!r}: expected one of {', '.join(sampling.NOISE)}")
+        if self.attention not in CHOICES:
+            raise UsageError(f"attention {self.attention!r}: expected one of {', '.join(CHOICES)}")
         if not 1 <= self.steps <= 1000:
             raise UsageError(f"steps must be from 1 to 1000, got {self.steps}")
         if not 0 <= self.guidance <= 100:

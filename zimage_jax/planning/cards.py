@@ -166,7 +166,6 @@ class StoredCosts:
         self.source = f"stored, compiled for sm_{nearest.replace('.', '')} ({of['card']}, jax {of['jax']}, {of['date']})"
         if nearest != "{}.{}".format(*card.capability):
             self.source += ", the nearest stored to this card's capability"
-        self.source += "; attention by query chunks where the card would use cuDNN's: conservative"
 
     def text(self, work: Work, visits: frozenset[Visit], slot: int) -> int:
         return self._blocks("text", visits, work.prompts * work.bucket)

@@ -23,6 +23,7 @@ class Work:
     h: int
     w: int
     phases: tuple[Phase, ...]  # of the K/V policy; their NFEs are the job's
+    attention: str = "auto"  # a word of model.attention.CHOICES
 
     @classmethod
     def of(
@@ -38,13 +39,13 @@ class Work:
         batch: int = 1,
         is_guided: bool = False,
         prompts: int = 1,
+        attention: str = "auto",
     ) -> "Work":
         """Pictures of a size in pixels, computed in a dtype."""
         h, w = height // config.vae.scale, width // config.vae.scale
         times = 1000 * sampling.sigmas(steps, config.scheduler.shift)[:-1]
-        return cls(
-            batch, is_guided, prompts, bucket, h, w, policy.phases(times, compute, h // 2, w // 2)
-        )
+        phases = policy.phases(times, compute, h // 2, w // 2)
+        return cls(batch, is_guided, prompts, bucket, h, w, phases, attention)
 
     @property
     def nfes(self) -> tuple[Nfe, ...]:

@@ -1,6 +1,7 @@
 """Where arrays are: one device, its kinds of memory, what it can still give, and what threads may do with it at once."""
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import jax
 from jax.sharding import SingleDeviceSharding
+
+from ..errors import UsageError
+from ..model.attention import Target
 
 # XLA's allocator gives a free piece whole when less than this, and less than what was asked for, would be left of it
 # (bfc_allocator.cc). Under a cap of 1.5 GiB on an H100 its peak was 112 MiB over the ledger's
@@ -80,6 +84,13 @@ class Placement:
         return cls.on(jax.local_devices(backend="cpu")[0])
 
     @property
+    def target(self) -> Target:
+        """What programs are compiled for."""
+        word = getattr(self.device, "compute_capability", "")  # "8.9"; AMD's is "gfx90a"
+        capability = re.fullmatch(r"([0-9]+)\.([0-9]+)", word)
+        return Target(self.platform, (int(capability[1]), int(capability[2])) if capability else None)
+
+    @property
     def platform(self) -> str:
         return self.device.platform
 
@@ -114,6 +125,22 @@ class Placement:
         if stats is None:
             return free_host_bytes()
         return max(0, stats["bytes_limit"] - stats["bytes_in_use"] - UNSPLIT_BYTES)
+
+
+CUDNN_FROM = 91002  # 9.10.2: the two before it compute some attentions wrongly, and JAX refuses them
+
+
+def require_cudnn() -> None:
+    """Raises UsageError where JAX finds no cuDNN, or one that is too old."""
+    from jax._src.lib import cuda_versions
+
+    try:
+        version = cuda_versions.cudnn_get_version() if cuda_versions else 0
+    except RuntimeError:  # the library cannot be loaded
+        version = 0
+    if version < CUDNN_FROM:
+        found = f"{version // 10000}.{version // 100 % 100}.{version % 100}" if version else "none"
+        raise UsageError(f"attention 'cudnn' needs cuDNN 9.10.2 or newer, found {found}; use auto or chunks")
 
 
 def free_host_bytes() -> int:

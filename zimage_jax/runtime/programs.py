@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..model import dit, sampling
+from ..model.attention import Attend, Target
 from ..model.config import ModelConfig
 from ..model.kv import Hold
-from ..model.ops import Attend
 from ..planning.plan import Stage, StreamPlan, VisitKind
 from ..planning.work import Work
 from ..weights.formats import Storage
-from .placement import HOST, Placement
+from .placement import HOST, Placement, require_cudnn
 from .program import Program
 from .stream import ring_step, run_chunk
 
@@ -82,26 +82,33 @@ class Programs:
     def compilations(self) -> int:
         return sum(program.compilations for program in self._programs.values())
 
-    def attend(self, batch: int, tokens: int, hold: Hold | None = None) -> Attend:
-        """How `tokens` tokens of `batch` contexts attend, to K and V as computed or as `hold` holds them."""
-        dtype, keys = (
-            (hold.attention_dtype(self.dtype), hold.keys(tokens)) if hold else (self.dtype, tokens)
-        )
-        return Attend.choose(
-            self.placement.platform, dtype, batch, tokens, keys, self.config.transformer.n_heads
-        )
+    @property
+    def target(self) -> Target:
+        """The device that programs are compiled for."""
+        return self.placement.target
+
+    def attend(self, work: Work) -> Attend:
+        """How a job computes attention on this device. Raises UsageError where it asks for cuDNN's and there is none."""
+        if work.attention == "cudnn":
+            require_cudnn()
+        return Attend(work.attention, self.target)
+
+    def attention_names(self, work: Work) -> str:
+        """What the main blocks' attention is computed by, in the order of the phases."""
+        attend, width = self.attend(work), self.config.transformer.head_dim
+        names = [
+            attend.implementation(hold.attention_dtype(self.dtype), width, biased=hold.grid is not None)
+            for hold in (phase.hold for phase in work.phases)
+        ]
+        return ", ".join(dict.fromkeys(names))
 
     def sampler(self, work: Work) -> Program:
         """The whole sampler as one program, which calls the observer after every NFE."""
-        phases = tuple(
-            (phase, self.attend(work.contexts, work.tokens, phase.hold)) for phase in work.phases
-        )
-        attend = self.attend(work.contexts, work.image_tokens)
         return self(
             sampling.sample,
             is_guided=work.is_guided,
-            attend=attend,
-            phases=phases,
+            attend=self.attend(work),
+            phases=work.phases,
             on_step=self.observer,
         )
 

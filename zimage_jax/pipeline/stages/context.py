@@ -55,7 +55,7 @@ class ContextStage:
         x = programs.like(work.contexts, work.bucket, programs.config.transformer.dim)
         lengths = np.zeros(work.contexts, np.int32)
         inputs = programs.inputs(work, work.contexts).caption
-        static = {"apply": dit.apply_blocks, "attend": programs.attend(*x.shape[:2])}
+        static = {"apply": dit.apply_blocks, "attend": programs.attend(work)}
         embed = programs(dit.embed_caption).compiled(
             programs.module("transformer", "stem"), features, lengths
         )[1]
@@ -95,7 +95,7 @@ class ContextStage:
         static = {
             "tree": programs.tree(COMPONENT, "context_refiner.0"),
             "apply": dit.apply_blocks,
-            "attend": programs.attend(*padded.shape[:2]),
+            "attend": programs.attend(work),
         }
         with attempt.stream(stream_plan) as stream:
             for _ in stream_plan.chunks:

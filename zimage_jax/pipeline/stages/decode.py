@@ -52,13 +52,13 @@ class Decode:
             rows //= 2
 
     def compiled(self, programs: Programs, work: Work, choice: DecodeChoice) -> int:
-        config = programs.config.vae
+        config, attend = programs.config.vae, programs.attend(work)
         decoder = programs.storage.assemble(
             "vae", {"decoder": programs.storage.specs("vae", "decoder")}
         )
         if choice.rows is not None:
             shape = (1, work.h, work.w, config.latent_channels)
-            calls = strip_programs(decoder.decoder, shape, programs.dtype, choice.rows)
+            calls = strip_programs(decoder.decoder, shape, programs.dtype, choice.rows, attend)
             return max(
                 programs(c.function, **c.static).compiled(*c.arguments)[1]
                 + tree_bytes(c.arguments[1:])
@@ -67,7 +67,7 @@ class Decode:
         side = choice.tile // config.scale if choice.tile else None
         h, w = (min(n, side) if side else n for n in (work.h, work.w))
         latents = jax.ShapeDtypeStruct((1, h, w, config.latent_channels), np.float32)
-        return programs(vae.decode, dtype=programs.dtype).compiled(decoder, latents)[1]
+        return programs(vae.decode, dtype=programs.dtype, attend=attend).compiled(decoder, latents)[1]
 
     def stored(self, figures: Figures, work: Work, choice: DecodeChoice) -> int:
         height, width = (figures.config.vae.scale * n for n in (work.h, work.w))
@@ -94,16 +94,19 @@ class Decode:
         self, attempt: Attempt, decoder: vae.VAE, latents: Float[np.ndarray, "h w C"]
     ) -> UInt8[np.ndarray, "H W 3"]:
         choice, dtype = attempt.plan.choices[self.name], attempt.programs.dtype
+        attend = attempt.programs.attend(attempt.work)
 
         def apply(function, weights, *arrays, **static):
             attempt.hold(*arrays)
             return attempt.programs(function, **static)(attempt.ledger, weights, *arrays)
 
         if choice.rows is not None:
-            pixels = decode_strips(decoder, latents[None], dtype, choice.rows, apply)
+            pixels = decode_strips(decoder, latents[None], dtype, choice.rows, apply, attend)
         elif choice.tile is not None:
-            pixels = decode_tiles(decoder, latents[None], dtype, choice.tile, apply)
+            pixels = decode_tiles(decoder, latents[None], dtype, choice.tile, apply, attend)
         else:
-            pixels = np.asarray(apply(vae.decode, decoder, latents[None], dtype=dtype))
+            pixels = np.asarray(
+                apply(vae.decode, decoder, latents[None], dtype=dtype, attend=attend)
+            )
         attempt.ledger.drop("activations")
         return picture.to_uint8(pixels[0])

@@ -129,14 +129,14 @@ class Denoise:
         if kind.nfe is None:
             static = {
                 "apply": dit.apply_blocks,
-                "attend": programs.attend(contexts, work.image_tokens),
+                "attend": programs.attend(work),
             }
             x = programs.like(contexts, work.image_tokens, config.dim)
             return x, (inputs.image._replace(time=time),), static  # type: ignore[arg-type]
         hold, keeps, reuses = kind.nfe
         static = {
             "apply": dit.apply_blocks,
-            "attend": programs.attend(contexts, work.tokens, hold),
+            "attend": programs.attend(work),
             "hold": hold,
         }
         keys = programs.keys(work, contexts, hold)
@@ -312,7 +312,7 @@ class _Sweep(_Sampler):
             (inputs._replace(time=time),) for inputs, time in zip(self._image, times, strict=True)
         ]
         refine = self._static(
-            attend=attempt.programs.attend(len(self.groups[0]), attempt.work.image_tokens)
+            attend=attempt.programs.attend(attempt.work)
         )
         for _ in range(attempt.plan.denoise.refiner_chunks):
             xs = stream.visit(xs, of_image, **refine)
@@ -332,8 +332,8 @@ class _Sweep(_Sampler):
     def _main_chunks(
         self, stream: Stream, nfe: Nfe, cache: KVCache | None, xs: list, inputs: list[tuple]
     ) -> list:
-        attempt, contexts = self.attempt, len(self.groups[0])
-        attend = attempt.programs.attend(contexts, attempt.work.tokens, nfe.hold)
+        attempt = self.attempt
+        attend = attempt.programs.attend(attempt.work)
         static = self._static(attend=attend, hold=nfe.hold)
         for chunk in range(len(attempt.plan.denoise.main_sizes)):
             if cache is None or not (nfe.keeps or nfe.reuses):

@@ -50,7 +50,7 @@ class Text:
         if choice.stream is None:
             return 0
         x = programs.like(work.prompts, work.bucket, programs.config.text_encoder.hidden_size)
-        static = {"apply": text_encoder.apply_blocks}
+        static = {"apply": text_encoder.apply_blocks, "attend": programs.attend(work)}
         return programs.most(choice.stream, choice.stream.visit_kinds, lambda _: (x, (), static))
 
     def stored(self, figures: Figures, work: Work, choice: TextChoice) -> int:
@@ -81,6 +81,7 @@ class Text:
             static = {
                 "tree": attempt.programs.tree(COMPONENT, "layers.0"),
                 "apply": text_encoder.apply_blocks,
+                "attend": attempt.programs.attend(attempt.work),
             }
             with attempt.stream(choice.stream) as stream:
                 for _ in choice.stream.chunks:
