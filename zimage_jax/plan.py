@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,9 @@ from .generate import parse_size
 if TYPE_CHECKING:
     from .model.config import ModelConfig
     from .model.kv import KVPolicy
-    from .planning.cards import Card, Rates
+    from .planning.cards import Card, MeasuredCard
     from .planning.planner import Costs, Memory
+    from .planning.seconds import Rates
 
 SIZES = ("512x512", "768x768", "1024x1024", "1280x720", "720x1280", "1536x1536", "2048x2048")
 BUCKET = 64  # caption tokens: a sentence or two
@@ -35,7 +36,10 @@ class Device:
     costs: "Costs"
     compute: str  # dtype
     sizes: tuple[str, ...]  # when none are named
+    context_bytes: int  # what CUDA itself takes of it, beside the budget
     notes: dict[str, str]  # where the numbers come from
+    disk_source: str
+    shares_memory: bool = False  # with the host
 
 
 @click.command()
@@ -43,7 +47,11 @@ class Device:
     "--model",
     help="Folder written by checkpoints_convert, or turbo, turbo-24: the published widths, no files.",
 )
-@click.option("--card", help="A card by name, as rtx-4090.  [default: this machine's own device]")
+@click.option(
+    "--card",
+    metavar="NAME|FILE",
+    help="A card by name, as rtx-4090, or measured, as mine.json.  [default: this machine's own device]",
+)
 @click.option(
     "--compile",
     "compiles",
@@ -65,6 +73,12 @@ class Device:
     show_default=True,
     help="Evaluations of the DiT (NFEs).",
 )
+@click.option(
+    "--disk-gbps",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB/S",
+    help="How fast the checkpoint is read, with --host-memory.  [default: the card's file, or 3]",
+)
 @cli.kv_options
 @cli.memory_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
@@ -75,6 +89,7 @@ def command(
     sizes,
     more_sizes,
     steps,
+    disk_gbps,
     as_json,
     kv_dtype,
     kv_switch_t,
@@ -83,12 +98,16 @@ def command(
     **memory_words,
 ) -> None:
     """Say for each size of picture which memory schedule would be used, its peak of device memory,
-    its seconds, and what bounds it; and which size to draw."""
+    the host memory it keeps, its seconds, and what bounds it; and which size to draw."""
     memory = cli.memory_of(**memory_words)
     kv = cli.kv_of(kv_dtype=kv_dtype, kv_switch_t=kv_switch_t, kv_group=kv_group, kv_reuse=kv_reuse)
     if compiles and not card:
         raise click.UsageError(
             "--compile is for a --card: for its own device, this machine's compiler is always asked"
+        )
+    if disk_gbps and memory.host_bytes is None:
+        raise click.UsageError(
+            "--disk-gbps is for a window on the checkpoint: give its size with --host-memory"
         )
     cli.use_compile_cache()
     from .planning.cards import find  # after the words were checked: importing JAX takes a second
@@ -96,6 +115,8 @@ def command(
     wanted = find(card) if card else None
     name, config, stored = _model(model, wanted)
     device = _for_card(wanted, config, stored, compiles) if wanted else _own(config, stored)
+    if memory.host_bytes is not None:
+        device = _read_from_disk(device, disk_gbps)
     budget = (
         min(device.budget, memory.max_vram_bytes or device.budget)
         if card
@@ -111,6 +132,7 @@ def command(
         "steps": steps,
         "kv": kv.words(),
         "budget_bytes": budget,
+        "context_bytes": device.context_bytes,
         "recommended_size": _recommended(rows, config),
         "sizes": rows,
         **device.notes,
@@ -124,7 +146,7 @@ def command(
 # -- for what --------------------------------------------------------------------------------------
 
 
-def _model(model: str | None, card: "Card | None") -> "tuple[str, ModelConfig, str]":
+def _model(model: str | None, card: "Card | MeasuredCard | None") -> "tuple[str, ModelConfig, str]":
     """Name, config, and the dtype the parameters are stored in."""
     from .model.config import PRESETS
     from .pipeline.pipeline import TINY
@@ -144,14 +166,22 @@ def _model(model: str | None, card: "Card | None") -> "tuple[str, ModelConfig, s
     return checkpoint.path.resolve().name, checkpoint.config, checkpoint.dtype
 
 
-def _for_card(card: "Card", config: "ModelConfig", stored: str, compiles: bool) -> Device:
-    from .planning.cards import ASSUMED, StoredCosts
+def _for_card(
+    card: "Card | MeasuredCard", config: "ModelConfig", stored: str, compiles: bool
+) -> Device:
+    from .planning.cards import Card, of_device
+    from .planning.stored import StoredCosts
 
     if compiles:
         from .runtime.compiled import CompiledCosts
         from .runtime.deviceless import CardPrograms
 
-        costs: Costs = CompiledCosts(CardPrograms(config, stored, "bfloat16", card))
+        sheet = card if isinstance(card, Card) else of_device(card.device)
+        if sheet is None:
+            raise UsageError(
+                f"--compile: expected a card of the table, got a {card.name} by its file"
+            )
+        costs: Costs = CompiledCosts(CardPrograms(config, stored, "bfloat16", sheet))
         source = "compiled for this card without one; attention by query chunks where the card would use cuDNN's: conservative"
     else:
         costs = StoredCosts(config, card)
@@ -163,14 +193,26 @@ def _for_card(card: "Card", config: "ModelConfig", stored: str, compiles: bool) 
         costs,
         "bfloat16",
         SIZES,
-        {"temporaries": source, "rates": ASSUMED},
+        card.context_bytes,
+        {"temporaries": source, "rates": card.source, "context": card.context_source},
+        card.disk_source,
     )
+
+
+def _read_from_disk(device: Device, gbps: float | None) -> Device:
+    """The device with blocks read from disk, at `gbps` where the user says so."""
+    if gbps is not None:
+        rates = device.rates._replace(disk=gbps * 1e9)
+        device = replace(device, rates=rates, disk_source="as given with --disk-gbps")
+    note = f"{device.rates.disk / 1e9:.3g} GB/s, {device.disk_source}; nothing of the checkpoint in the page cache"
+    return replace(device, notes=device.notes | {"disk": note})
 
 
 def _own(config: "ModelConfig", stored: str) -> Device:
     import jax
 
     from .pipeline.pipeline import default_dtype
+    from .planning.cards import ASSUMED_DISK, DISK_ASSUMED, context_bytes
     from .runtime.compiled import CompiledCosts, Programs
     from .runtime.placement import free_device_bytes
 
@@ -178,9 +220,10 @@ def _own(config: "ModelConfig", stored: str) -> Device:
     is_cpu, dtype = device.platform == "cpu", default_dtype()
     sides = [n for n in (side // 2, side, 2 * side) if n % config.pixel_multiple == 0]
     largest = min(config.transformer.axes_lens[1:]) * config.pixel_multiple
-    rates = measure(dtype)
+    rates = measure(dtype)._replace(disk=ASSUMED_DISK)
     notes = {
         "temporaries": "compiled for this device",
+        "context": "none on a CPU" if is_cpu else "assumed",
         "rates": f"measured: {rates.flops / 1e12:.3g} TFLOP/s of {dtype} matrix products, {rates.link / 1e9:.3g} GB/s to the device",
     }
     return Device(
@@ -190,7 +233,10 @@ def _own(config: "ModelConfig", stored: str) -> Device:
         CompiledCosts(Programs(config, stored, dtype)),
         dtype,
         tuple(f"{n}x{n}" for n in sides if n <= largest) if is_cpu else SIZES,
+        0 if is_cpu else context_bytes(tuple(map(int, device.compute_capability.split(".")))),
         notes,
+        DISK_ASSUMED,
+        shares_memory=is_cpu,
     )
 
 
@@ -201,7 +247,7 @@ def measure(dtype: str) -> "Rates":
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
-    from .planning.cards import Rates
+    from .planning.seconds import Rates
 
     device = jax.local_devices()[0]
     side = 1024 if device.platform == "cpu" else 4096  # 0.2 s of a core, 0.2 ms of an H100
@@ -249,8 +295,8 @@ def _rows(
     """A row per size. One that no plan fits has no schedule, and the peak of the smallest plan."""
     import jax.numpy as jnp
 
-    from .planning.cards import Rates, bound_by, seconds
-    from .planning.planner import Planner, Work
+    from .planning.planner import Planner, Work, host_bytes
+    from .planning.seconds import Rates, bound_by, seconds
 
     planner = Planner(config, stored, jnp.dtype(device.compute).itemsize, device.costs)
     for width, height in pixels:
@@ -267,6 +313,7 @@ def _rows(
                     "predicted_peak_bytes": fault.needed,
                     "predicted_seconds": None,
                     "bound_by": None,
+                    "host_bytes": None,
                 }
             )
             continue
@@ -287,6 +334,7 @@ def _rows(
                 sum(seconds(plan, work, config, stored, Rates(math.inf, 1.0)).values())
             ),
             "kv_bytes": work.kv_bytes(config.transformer),
+            "host_bytes": host_bytes(plan, config, stored, shares_memory=device.shares_memory),
         }
 
 
@@ -305,20 +353,20 @@ def _print(result: dict) -> None:
     click.echo(
         f"{result['model']} on {result['card']}: {result['budget_bytes'] / GIB:.2f} GiB may be used, {result['steps']} NFEs"
     )
-    layout = "{:>11}  {:<9} {:>6} {:>6} {:>9} {:>9}  {}"
-    click.echo(
-        layout.format("size", "schedule", "chunks", "stay", "peak GiB", "seconds", "bound by")
-    )
+    layout = "{:>11}  {:<9} {:>6} {:>6} {:>9} {:>9} {:>9}  {}"
+    columns = ("size", "schedule", "chunks", "stay", "peak GiB", "host GiB", "seconds", "bound by")
+    click.echo(layout.format(*columns))
     for row in result["sizes"]:
-        peak = math.ceil(row["predicted_peak_bytes"] / GIB * 100) / 100
+        peak = _gib(row["predicted_peak_bytes"])
         words = (
-            ("none fits", "", "", f"{peak:.2f}", "", "memory")
+            ("none fits", "", "", peak, "", "", "memory")
             if row["schedule"] is None
             else (
                 row["schedule"],
                 row["chunks"],
                 row["resident_chunks"],
-                f"{peak:.2f}",
+                peak,
+                _gib(row["host_bytes"]),
                 f"{row['predicted_seconds']:.1f}",
                 row["bound_by"],
             )
@@ -327,10 +375,23 @@ def _print(result: dict) -> None:
     click.echo(
         f"recommended: {result['recommended_size'] or 'none of these sizes; a smaller one, or a larger budget'}"
     )
+    if result["context_bytes"]:
+        click.echo(
+            f"beside the peak: {_gib(result['context_bytes'])} GiB of the card for CUDA's own context, {result['context']}"
+        )
     click.echo(f"temporaries: {result['temporaries']}")
+    where = "in host memory"
+    if "disk" in result:
+        click.echo(f"disk: {result['disk']}")
+        where = "read from disk at every visit"
     click.echo(
-        f"rates: {result['rates']}; the first picture, parameters in host memory, programs compiled"
+        f"rates: {result['rates']}; the first picture, parameters {where}, programs compiled"
     )
+
+
+def _gib(size: int) -> str:
+    """Rounded up."""
+    return f"{math.ceil(size / GIB * 100) / 100:.2f}"
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import Phase
 from zimage_jax.planning import cards
 from zimage_jax.planning.planner import Visit, Work
+from zimage_jax.planning.stored import StoredCosts
 from zimage_jax.runtime.deviceless import CardPrograms
 from zimage_jax.weights import components
 
@@ -117,10 +118,10 @@ def body_order(executable) -> list[tuple[str, int]]:
 )
 @click.option("--side", default=512, show_default=True, help="Pixels.")
 def main(name: str, side: int) -> None:
-    card = cards.find(name)
+    card = cards.sheet(name)
     h = w = side // TURBO.vae.scale
     work = Work(1, False, 1, 64, h, w, (Phase(kv.plain(DTYPE), 8),))
-    stored, none = cards.StoredCosts(TURBO, card), frozenset()
+    stored, none = StoredCosts(TURBO, card), frozenset()
     block = components.nbytes(TURBO, "transformer", "layers.0", DTYPE)
     blocks = TURBO.transformer.n_layers + TURBO.transformer.n_refiner_layers
     ring = 2 * block + stored.denoise(

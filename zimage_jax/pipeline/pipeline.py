@@ -27,7 +27,8 @@ from ..errors import NonFiniteError, OutOfMemoryError, UsageError
 from ..model import dit, prompt, sampling, text_encoder, vae
 from ..model.kv import KVPolicy
 from ..model.vae_strips import decode_strips, decode_tiles
-from ..planning import cards
+from ..planning import cards, stored
+from ..planning import seconds as predicted
 from ..planning.planner import GIB, Memory, Plan, Planner, StreamPlan, Work
 from ..runtime.compiled import CompiledCosts, Programs
 from ..runtime.ledger import Ledger
@@ -196,15 +197,15 @@ class ZImage:
         card = cards.of_device(jax.local_devices()[0].device_kind)
         if card is None or self.dtype != jnp.bfloat16 or plan.text is None or memory.host_bytes:
             return None
-        return cards.seconds(plan, work, self.config, self._checkpoint.dtype, card.rates)
+        return predicted.seconds(plan, work, self.config, self._checkpoint.dtype, card.rates)
 
     def _largest_side(self, work: Work, memory: Memory, budget: int) -> int:
         """Pixels of the largest square that would fit, of 2048, 1536, 1024 and so on; 0 when none
         would. By stored figures where there are some: a GPU's compiler takes minutes for all these
         sizes."""
         planner, card = self._planner, cards.of_device(jax.local_devices()[0].device_kind)
-        if card is not None and cards.has_published_widths(self.config):
-            costs = cards.StoredCosts(self.config, card)
+        if card is not None and stored.has_published_widths(self.config):
+            costs = stored.StoredCosts(self.config, card)
             planner = Planner(self.config, self._checkpoint.dtype, self.dtype.itemsize, costs)
         scale = self.config.vae.scale
         for side in (2048, 1536, 1024, 768, 512, 384, 256, 128, 64):

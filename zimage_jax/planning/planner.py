@@ -9,7 +9,7 @@ Levers that leave the picture as it is are used freely, in this order: what stay
 size of chunks, the text encoder staged, the VAE in strips of rows. Nothing that changes the picture
 is touched."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -256,7 +256,8 @@ class Plan:
     vae_tile: int | None
     peak_bytes_by_stage: dict[str, int]
     kv_on_host: bool = False  # K and V that later NFEs reuse lie there between visits
-    seconds_by_stage: dict[str, float] | None = None  # where the card is known: cards.seconds
+    seconds_by_stage: dict[str, float] | None = None  # where the card is known: seconds.seconds
+    host_window: int | None = None  # bytes; None: what is streamed stays in host memory
 
     @property
     def seconds(self) -> float | None:
@@ -277,6 +278,30 @@ class Plan:
     @property
     def resident_chunks(self) -> int:
         return sum(chunk >= self.refiner_chunks for chunk in self.denoise.schedule.pinned)
+
+
+def host_bytes(plan: Plan, config: ModelConfig, dtype: str, *, shares_memory: bool = False) -> int:
+    """Bytes of parameters that a plan keeps in host memory: the embedding table, and all streamed
+    blocks or the window they are read through. Where all is kept, also what the device holds for
+    one stage and gives back, unless device memory is the host's (`shares_memory`)."""
+
+    def nbytes(component: str, units: Iterable[str]) -> int:
+        return sum(components.nbytes(config, component, unit, dtype) for unit in units)
+
+    pinned, streamed = nbytes("transformer", ["stem"]) + nbytes("vae", ["decoder"]), 0
+    transformer = [("transformer", stream) for stream in (plan.context, plan.denoise)]
+    text = [] if plan.text is None else [("text_encoder", plan.text)]
+    for component, stream in text + transformer:
+        for index, chunk in enumerate(stream.chunks):
+            if index in stream.schedule.pinned:
+                pinned += nbytes(component, chunk)
+            else:
+                streamed += nbytes(component, chunk)
+    table = nbytes("text_encoder", ["embed_tokens"])
+    if plan.host_window is not None:
+        return table + min(plan.host_window, streamed)
+    gives_back = not plan.kept and not shares_memory
+    return table + streamed + (pinned if gives_back else 0)
 
 
 # -- the plan of a job -----------------------------------------------------------------------------
@@ -379,6 +404,7 @@ class Planner:
             tile,
             peaks,
             kv_on_host,
+            host_window=memory.host_bytes,
         )
 
     # -- bytes -------------------------------------------------------------------------------------

@@ -30,7 +30,11 @@ from .staging import OVERLAP, own_bytes
 PLUGINS = "jax_cuda12_plugin", "jax_cuda13_plugin"
 # by capability: bytes of shared memory per multiprocessor and for one block, threads per
 # multiprocessor
-_MULTIPROCESSOR = {(9, 0): (233472, 232448, 2048)}
+_MULTIPROCESSOR = {
+    (7, 5): (65536, 65536, 1024),
+    (8, 0): (167936, 166912, 2048),
+    (9, 0): (233472, 232448, 2048),
+}
 _OTHERWISE = (102400, 101376, 1536)
 
 

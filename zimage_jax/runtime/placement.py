@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from ..errors import OutOfMemoryError
+
 
 class Gate:
     """Many threads may be inside together, or one alone; whoever wants to be alone comes before
@@ -81,6 +83,32 @@ def free_device_bytes() -> int:
     if stats is None:
         return free_host_bytes()
     return max(0, stats["bytes_limit"] - stats["bytes_in_use"] - UNSPLIT_BYTES)
+
+
+_KERNEL = Path("/proc/version")
+
+
+def pinned_limit_hint() -> str:
+    """What to do under WSL2 when pinned host memory runs out, as the end of an error's line; empty
+    elsewhere."""
+    try:
+        kernel = _KERNEL.read_text("utf-8", "replace")
+    except OSError:  # not Linux
+        return ""
+    if "microsoft" not in kernel.lower():
+        return ""
+    return (
+        "; WSL2 pins at most about half of its memory: read the model through a window with --host-memory GIB, "
+        "or give WSL2 more (memory= under [wsl2] in .wslconfig)"
+    )
+
+
+def out_of_pinned_memory(nbytes: int) -> OutOfMemoryError:
+    """The error for `nbytes` of pinned host memory that could not be had."""
+    return OutOfMemoryError(
+        f"the host could not pin {nbytes / 2**30:.2f} GiB of memory for parameters{pinned_limit_hint()}",
+        nbytes,
+    )
 
 
 def free_host_bytes() -> int:

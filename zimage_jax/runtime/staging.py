@@ -18,8 +18,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
-from ..errors import UsageError
 from ..planning.schedule import Load, Pin, Run, Schedule, loads, steps
+from ..planning.seconds import read_ahead
 from ..weights import components
 from ..weights.checkpoint import Checkpoint
 from ..weights.components import tree_bytes
@@ -178,12 +178,7 @@ class Source:
                     self._kept[unit] = self._pool.submit(self._read, (unit,), ledger)
             return
         largest = max((self._bytes(units) for units in order), default=1)
-        depth = DISK_CHUNKS if self._window is None else self._window // largest
-        if not depth:
-            raise UsageError(
-                f"the host window of {self._window / 2**30:.2f} GiB is smaller than a chunk of {largest / 2**30:.2f} GiB: "  # type: ignore[operator]
-                "use more chunks or a larger window (--host-memory)"
-            )
+        depth = DISK_CHUNKS if self._window is None else read_ahead(self._window, largest)
         for _ in range(min(depth, len(order))):
             self._read_ahead()
 
