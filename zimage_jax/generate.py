@@ -1,8 +1,6 @@
 """python -m zimage_jax.generate "PROMPT": write a picture."""
 
 import json
-import math
-import re
 import string
 import sys
 import time
@@ -16,9 +14,10 @@ import click
 from tqdm import tqdm
 
 from . import cli
-from .cli import GIB
 from .errors import UsageError
 from .files import write_whole
+from .pipeline.size import parse_size
+from .units import size
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 _FIELDS = ("date", "seed", "index")
@@ -32,24 +31,6 @@ _REPEATED = (
     "guidance",
     "noise",
 )
-
-
-def parse_size(text: str, side: int, multiple: int) -> tuple[int, int]:
-    """ "1280x720", or a ratio such as "16:9": the largest size of that exact ratio within side x
-    side pixels, or, where multiples of `multiple` have none, the nearest."""
-    if match := re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", text):
-        return int(match[1]), int(match[2])
-    match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)
-    if not match or not int(match[1]) or not int(match[2]):
-        raise UsageError(f"--size {text}: expected WIDTHxHEIGHT in pixels or a ratio such as 16:9")
-    a, b = (int(v) // math.gcd(int(match[1]), int(match[2])) for v in match.groups())
-    k = math.isqrt(side * side // (a * b * multiple * multiple))
-    if k:
-        return a * k * multiple, b * k * multiple
-    width = side * math.sqrt(a / b)
-    return tuple(
-        max(multiple, round(v / multiple) * multiple) for v in (width, side * side / width)
-    )  # type: ignore[return-value]
 
 
 def _texts(prompts: tuple[str, ...], files: tuple[Path, ...]) -> list[str]:
@@ -411,19 +392,13 @@ class _Talk:
 
     def plan(self, plan, budget: int) -> None:
         """What will be done, before it is."""
-        sizes = plan.main_sizes
-        each = ", ".join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))
-        blocks = "1 block" if each == "1" else f"{each} blocks"
-        stay = f", {plan.resident_chunks} of them stay" if plan.schedule == "hybrid" else ""
-        ahead = "the next copied meanwhile" if plan.denoise.schedule.slots == 2 else "no prefetch"
         warm = (
             ""
             if plan.seconds is None
             else f", {plan.seconds:.1f} s once parameters are read and programs compiled"
         )
         self.say(
-            f"schedule {plan.schedule}: {plan.nfes} NFEs over {len(sizes)} chunks of {blocks}{stay}, {ahead}; predicted peak "
-            f"{plan.peak_bytes / GIB:.2f} GiB of {budget / GIB:.2f} GiB{warm}"
+            f"schedule {plan.denoise}: {plan.nfes} NFEs, predicted peak {size(plan.peak_bytes)} of {size(budget)}{warm}"
         )
 
     def bar(self):
@@ -435,14 +410,14 @@ class _Talk:
             disable=self._silent or not sys.stderr.isatty(),
         )
 
-    def picture(self, path: Path, picture, report: dict) -> None:
+    def picture(self, path: Path, picture, report) -> None:
         if not self._silent:
             stage = report["seconds"]
             click.echo(
                 f"{path}  seed {picture.metadata['seed']}, {stage['total']:.1f} s (text {stage['text']:.1f}, "
                 f"denoise {stage['denoise']:.1f}, decode {stage['decode']:.1f}), "
-                f"peak {report['peak_device_bytes'] / GIB:.2f} GiB of device memory, "
-                f"{report['copied_bytes'] / GIB:.2f} GiB copied to it"
+                f"peak {size(report['peak_device_bytes'])} of device memory, "
+                f"{size(report['copied_bytes'])} copied to it"
             )
 
 

@@ -27,7 +27,6 @@ from jaxtyping import Float
 from ..errors import NonFiniteError, OutOfMemoryError, UsageError
 from ..model import prompt as prompts_of
 from ..model import sampling
-from ..model.config import ModelConfig
 from ..model.kv import KVPolicy
 from ..planning import cards
 from ..planning.plan import Memory, Plan, Sizes
@@ -36,8 +35,7 @@ from ..planning.seconds import seconds
 from ..planning.stored import StoredCosts, has_published_widths
 from ..planning.work import Work
 from ..runtime.ledger import Ledger
-from ..runtime.placement import Placement
-from ..runtime.program import is_exhausted
+from ..runtime.placement import Placement, is_exhausted
 from ..runtime.programs import CompiledCosts, Programs
 from ..runtime.store import ParameterStore
 from ..units import size
@@ -96,7 +94,11 @@ class ZImage:
         checkpoint, placement = Checkpoint(path or TINY), Placement.on(device)
         dtype = dtype or reports.default_dtype(placement)
         return cls(
-            checkpoint, prompts_of.Prompts.load(checkpoint.tokenizer), dtype, memory or Memory(), placement
+            checkpoint,
+            prompts_of.Prompts.load(checkpoint.tokenizer),
+            dtype,
+            memory or Memory(),
+            placement,
         )
 
     def __repr__(self) -> str:
@@ -109,7 +111,9 @@ class ZImage:
             number = self._checkpoint.parameters(component)
             return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.3g} M"
 
-        held = ", ".join(f"{component.replace('_', ' ')} {count(component)}" for component in COMPONENTS)
+        held = ", ".join(
+            f"{component.replace('_', ' ')} {count(component)}" for component in COMPONENTS
+        )
         return f"{held}; computing in {self.dtype} on {self._placement.device.device_kind}"
 
     # -- the job ------------------------------------------------------------------------------------------------------
@@ -146,7 +150,17 @@ class ZImage:
         with self._turn.of_job():
             said: list[str] = []
             job = self._job(
-                said, prompt, seed, negative_prompt, width, height, steps, guidance, noise, kv or KVPolicy(), attention
+                said,
+                prompt,
+                seed,
+                negative_prompt,
+                width,
+                height,
+                steps,
+                guidance,
+                noise,
+                kv or KVPolicy(),
+                attention,
             )
             return self._generate(job, memory or self.memory, said, on_plan, on_step)
 
@@ -160,7 +174,10 @@ class ZImage:
     ) -> Result:
         encoded = self._tokens(job.texts, said)
         work = self._work(job, encoded)
-        budget, ahead = memory.max_vram_bytes or self._store.free_device_bytes(), self._placement.runs_ahead
+        budget, ahead = (
+            memory.max_vram_bytes or self._store.free_device_bytes(),
+            self._placement.runs_ahead,
+        )
         while True:
             plan = self._plan(work, memory, budget)
             if on_plan is not None:
@@ -180,7 +197,14 @@ class ZImage:
             _warn(said, f"out of device memory with a plan of {size(plan.peak_bytes)}; {then}")
 
     def _attempt(
-        self, job: Job, encoded: dict, work: Work, plan: Plan, memory: Memory, ledger: Ledger, on_step
+        self,
+        job: Job,
+        encoded: dict,
+        work: Work,
+        plan: Plan,
+        memory: Memory,
+        ledger: Ledger,
+        on_step,
     ) -> Attempt:
         sigmas = sampling.sigmas(job.steps, self.config.scheduler.shift)
 
@@ -191,7 +215,9 @@ class ZImage:
                     "damaged or the dtype is too narrow (--dtype float32)"
                 )
             if on_step is not None:
-                step = Step(index, job.steps, float(1000 * sigmas[index]), latents, self._preview.pixels)
+                step = Step(
+                    index, job.steps, float(1000 * sigmas[index]), latents, self._preview.pixels
+                )
                 with self._turn.of_callback():
                     on_step(step)
 
@@ -226,17 +252,27 @@ class ZImage:
             attempt.loan.release()
         return attempt.results[stage.name]
 
-    def encode(self, texts: Sequence[str], memory: Memory | None = None) -> list[Float[np.ndarray, "T E"]]:
+    def encode(
+        self, texts: Sequence[str], memory: Memory | None = None
+    ) -> list[Float[np.ndarray, "T E"]]:
         """Text features of each text, without padding: Qwen3's hidden_states[-2]. Raises as `generate` does."""
         with self._turn.of_job():
             said: list[str] = []
-            job = self._job(said, list(texts), 0, "", None, None, 1, 0.0, "torch", KVPolicy(), "auto")
+            job = self._job(
+                said, list(texts), 0, "", None, None, 1, 0.0, "torch", KVPolicy(), "auto"
+            )
             memory, encoded = memory or self.memory, self._tokens(job.texts, said)
             work = self._work(job, encoded)
-            plan = self._plan(work, memory, memory.max_vram_bytes or self._store.free_device_bytes())
-            attempt = self._attempt(job, encoded, work, plan, memory, Ledger(self._placement.runs_ahead), None)
+            plan = self._plan(
+                work, memory, memory.max_vram_bytes or self._store.free_device_bytes()
+            )
+            attempt = self._attempt(
+                job, encoded, work, plan, memory, Ledger(self._placement.runs_ahead), None
+            )
             try:
-                features = self._run(next(stage for stage in STAGES if stage.name == "text"), attempt)
+                features = self._run(
+                    next(stage for stage in STAGES if stage.name == "text"), attempt
+                )
             finally:
                 attempt.loan.release()
             return [features[text] for text in texts]
@@ -244,7 +280,18 @@ class ZImage:
     # -- before it ----------------------------------------------------------------------------------------------------
 
     def _job(
-        self, said: list[str], prompt, seed, negative_prompt, width, height, steps, guidance, noise, kv, attention
+        self,
+        said: list[str],
+        prompt,
+        seed,
+        negative_prompt,
+        width,
+        height,
+        steps,
+        guidance,
+        noise,
+        kv,
+        attention,
     ) -> Job:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = [seed] if isinstance(seed, int) else list(seed)
@@ -254,7 +301,10 @@ class ZImage:
                 f"{len(prompts)} prompts and {len(seeds)} seeds: expected as many of one as of the other, or one"
             )
         # a drawn seed stays below 2^32, where every noise and every other program takes it
-        drawn = [secrets.randbits(32) if s == -1 else s for s in (seeds * count if len(seeds) == 1 else seeds)]
+        drawn = [
+            secrets.randbits(32) if s == -1 else s
+            for s in (seeds * count if len(seeds) == 1 else seeds)
+        ]
         default = self.config.vae.sample_size
         job = Job(
             prompts=tuple(prompts * count if len(prompts) == 1 else prompts),
@@ -285,7 +335,10 @@ class ZImage:
         encoded = {text: self._prompts.encode(text) for text in texts}
         for e in encoded.values():
             if e.cut:
-                _warn(said, f"the prompt is longer than {prompts_of.MAX_TOKENS} tokens; cut off: {e.cut!r}")
+                _warn(
+                    said,
+                    f"the prompt is longer than {prompts_of.MAX_TOKENS} tokens; cut off: {e.cut!r}",
+                )
         return encoded
 
     def _work(self, job: Job, encoded: dict[str, prompts_of.Encoded]) -> Work:
@@ -309,7 +362,11 @@ class ZImage:
             return replace(plan, seconds_by_stage=self._seconds(plan, work, memory))
         except OutOfMemoryError as fault:
             side = self._largest_side(work, memory, budget)
-            advice = f"the largest square picture that fits is {side} x {side}" if side else "no smaller picture fits"
+            advice = (
+                f"the largest square picture that fits is {side} x {side}"
+                if side
+                else "no smaller picture fits"
+            )
             raise OutOfMemoryError(f"{fault}; raise --max-vram; {advice}", fault.needed) from None
 
     def _seconds(self, plan: Plan, work: Work, memory: Memory) -> dict[str, float] | None:
@@ -344,7 +401,11 @@ class ZImage:
         job, latents = attempt.job, attempt.results["denoise"]
         common = reports.metadata(attempt, self.name)
         each = [
-            {"prompt": text, "seed": seed, "latents_sha256": hashlib.sha256(row.tobytes()).hexdigest()}
+            {
+                "prompt": text,
+                "seed": seed,
+                "latents_sha256": hashlib.sha256(row.tobytes()).hexdigest(),
+            }
             for text, seed, row in zip(job.prompts, job.seeds, latents, strict=True)
         ]
         pictures = [

@@ -97,7 +97,9 @@ class Programs:
         """What the main blocks' attention is computed by, in the order of the phases."""
         attend, width = self.attend(work), self.config.transformer.head_dim
         names = [
-            attend.implementation(hold.attention_dtype(self.dtype), width, biased=hold.grid is not None)
+            attend.implementation(
+                hold.attention_dtype(self.dtype), width, biased=hold.grid is not None
+            )
             for hold in (phase.hold for phase in work.phases)
         ]
         return ", ".join(dict.fromkeys(names))
