@@ -1,7 +1,9 @@
 """The converter: layouts, strictness, interruption, and every kind of bad source."""
 
+import functools
 import hashlib
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from zimage_jax.weights import names as rules
 from zimage_jax.weights.checkpoint import Checkpoint
 
 CONFIG = small.CONFIGS["five_blocks"]
+TENSORS = small.random_tensors(CONFIG)  # copy before you change one
 STEMS = {
     "transformer": "diffusion_pytorch_model",
     "text_encoder": "model",
@@ -38,10 +41,16 @@ STEMS = {
 }
 
 
+@functools.cache
+def expected_arrays(component: str, dtype=np.float32) -> dict[str, np.ndarray]:
+    """What a checkpoint of TENSORS holds."""
+    return named_arrays(small.our_model(component, CONFIG, TENSORS[component], dtype))
+
+
 def published_like(component: str, dtype=np.float32) -> dict[str, np.ndarray]:
     """A component's tensors as the published folder has them: the text encoder with its unused last
     layer."""
-    tensors = dict(small.random_tensors(CONFIG)[component])
+    tensors = dict(TENSORS[component])
     if component == "text_encoder":
         last = CONFIG.text_encoder.n_layers
         tensors |= {
@@ -53,8 +62,8 @@ def published_like(component: str, dtype=np.float32) -> dict[str, np.ndarray]:
 
 
 def write_configs(folder: Path) -> None:
-    for name, part in CONFIG.to_json().items():
-        file = folder / sources._CONFIGS[name][1]
+    for name, (_, place) in sources._CONFIGS.items():
+        part, file = CONFIG.to_json()[name], folder / place
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(part))
     (folder / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
@@ -62,10 +71,10 @@ def write_configs(folder: Path) -> None:
     (folder / "tokenizer" / "tokenizer.json").write_text(small.tokenizer().to_str())
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
+@pytest.fixture(scope="session")
+def published(tmp_path_factory) -> Path:
     """A diffusers folder with the DiT in three shards."""
-    path = tmp_path / "published"
+    path = tmp_path_factory.mktemp("source") / "published"
     write_configs(path)
     for component, stem in STEMS.items():
         tensors = published_like(component)
@@ -84,10 +93,16 @@ def folder(tmp_path) -> Path:
     return path
 
 
+@pytest.fixture
+def folder(published, tmp_path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(published, tmp_path / "published")
+
+
 def run(
-    folder: Path | None, dst: Path, files=None, config=None, tokenizer=None, dtype="float32"
+    src: Path | None, dst: Path, files=None, config=None, tokenizer=None, dtype="float32"
 ) -> Checkpoint:
-    source = sources.open_source(folder, files or {}, config, tokenizer)
+    source = sources.open_source(src, files or {}, config, tokenizer)
     return Checkpoint(convert(source, dst, dtype, quiet=True))
 
 
@@ -96,9 +111,8 @@ def arrays_of(found: Checkpoint, component: str) -> dict[str, np.ndarray]:
 
 
 def assert_holds(found: Checkpoint, dtype=np.float32) -> None:
-    tensors = small.random_tensors(CONFIG)
     for component in components.COMPONENTS:
-        expected = named_arrays(small.our_model(component, CONFIG, tensors[component], dtype))
+        expected = expected_arrays(component, dtype)
         got = arrays_of(found, component)
         assert got.keys() == expected.keys()
         for path, array in got.items():
@@ -170,7 +184,7 @@ def test_sixteen_bit_sources(folder, tmp_path, dtype):
 def comfy_files(folder: Path, *, prefix: str = "", flux_vae: bool = True) -> dict[str, Path]:
     """The same weights under ComfyUI's names, made by the inverse of nothing but NumPy."""
     folder.mkdir()
-    tensors = small.random_tensors(CONFIG)
+    tensors = TENSORS
     renamed = {}
     for name, array in tensors["transformer"].items():
         if ".to_q." in name:
@@ -257,18 +271,12 @@ def test_diffusers_reads_the_comfy_names_the_same(tmp_path):
     back = single.convert_z_image_transformer_checkpoint_to_diffusers(
         load_file(files["transformer"])
     )
-    expected = small.random_tensors(CONFIG)["transformer"]
+    expected = TENSORS["transformer"]
     assert back.keys() == expected.keys()
     assert all(torch.equal(back[n], torch.from_numpy(a.copy())) for n, a in expected.items())
-    vae_names = {
-        n: torch.from_numpy(a.copy())
-        for n, a in flux_named(small.random_tensors(CONFIG)["vae"]).items()
-    }
+    vae_names = {n: torch.from_numpy(a.copy()) for n, a in flux_named(TENSORS["vae"]).items()}
     config = {"down_block_types": [0] * 4, "up_block_types": [0] * 4}
-    assert (
-        single.convert_ldm_vae_checkpoint(vae_names, config).keys()
-        == small.random_tensors(CONFIG)["vae"].keys()
-    )
+    assert single.convert_ldm_vae_checkpoint(vae_names, config).keys() == TENSORS["vae"].keys()
 
 
 def test_a_file_takes_the_place_of_a_component(folder, tmp_path):
@@ -321,12 +329,13 @@ def test_every_fault_is_reported_at_once_and_nothing_is_written(folder, tmp_path
     with pytest.raises(ConversionError) as fault:
         run(folder, tmp_path / "out")
     message = str(fault.value)
-    assert "1 missing, 1 unknown, 1 duplicate, 1 misshapen, 1 unsupported dtype" in message
+    for count in ("1 missing", "1 unknown", "1 duplicate", "1 misshapen", "1 I32, not"):
+        assert count in message
     for words in (
         "vae: missing encoder.conv_in.bias [16]",
         "vae: unknown encoder.conv_extra.weight [2, 2]",
         "vae: misshapen decoder.conv_out.bias: expected [3], got [4]",
-        "unsupported dtype I32",
+        "vae: I32, not F32, BF16, F16: decoder.conv_in.bias",
         duplicate,
     ):
         assert words in message

@@ -116,8 +116,8 @@ class ZImage:
         negative_prompt: str = "",
         width: int | None = None,
         height: int | None = None,
-        steps: int = 8,
-        guidance: float = 0.0,
+        steps: int | None = None,
+        guidance: float | None = None,
         noise: str = "torch",
         kv: KVPolicy | None = None,
         memory: Memory | None = None,
@@ -127,7 +127,7 @@ class ZImage:
         """Pictures of one size, one per prompt or per seed (one of either serves all of the other).
 
         `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; ComfyUI's
-        cfg minus one). `kv` says how the DiT holds K and V, which changes the picture: precision,
+        cfg minus one); both are the checkpoint's own where they are None. `kv` says how the DiT holds K and V, which changes the picture: precision,
         groups, reuse. `memory` takes the place of what the model was loaded with and changes
         nothing of it. `on_plan` gets the plan and the budget in bytes before anything runs, and
         again when the device ran out of memory and another try is made. `on_step` is called after
@@ -245,15 +245,15 @@ class ZImage:
             secrets.randbits(32) if s == -1 else s
             for s in (seeds * count if len(seeds) == 1 else seeds)
         ]
-        default = self.config.vae.sample_size
+        default, defaults = self.config.vae.sample_size, self.config.defaults
         job = Job(
             tuple(prompts * count if len(prompts) == 1 else prompts),
             tuple(drawn),
             negative_prompt,
             width or default,
             height or default,
-            steps,
-            float(guidance),
+            defaults.steps if steps is None else steps,
+            defaults.guidance if guidance is None else float(guidance),
             noise,
             kv,
         )

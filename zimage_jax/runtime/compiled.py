@@ -221,7 +221,7 @@ class CompiledCosts:
         )
 
     def _sides(self, work: Work, contexts: int) -> dit.Sides:
-        lengths = np.full(contexts, work.bucket, np.int32)
+        lengths = np.ones(contexts, np.int32)  # shapes count: a full bucket may be beyond axes_lens
         return dit.sides(self._config.transformer, work.h, work.w, lengths, work.bucket)
 
     def _keys(self, work: Work, contexts: int, hold: Hold) -> dit.Keys | None:
