@@ -3,6 +3,7 @@
 Every source is a set of safetensors files. Opening one reads headers alone; the safetensors library
 refuses a header that lies about sizes or offsets. Pickles are never opened: they run code."""
 
+import functools
 import hashlib
 import math
 import re
@@ -18,7 +19,6 @@ from tqdm import tqdm
 
 from zimage_jax.errors import ConfigError, ConversionError, ForeignError, UsageError
 from zimage_jax.files import kind_of, open_regular, parse_json, printable, read_json
-from zimage_jax.model import dit, text_encoder, vae
 from zimage_jax.model.config import (
     PRESETS,
     DefaultsConfig,
@@ -28,6 +28,7 @@ from zimage_jax.model.config import (
     TextEncoderConfig,
     VAEConfig,
 )
+from zimage_jax.weights import components
 from zimage_jax.weights import names as rules
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
@@ -124,15 +125,21 @@ class Component:
     def files(self) -> list[Path]:
         return sorted({t.file for t in self.tensors.values()})
 
-    def table(self, config: ModelConfig) -> list:
-        if self.layout == "flux":
-            return rules.vae_flux(len(config.vae.block_out_channels))
-        return {
-            ("transformer", "diffusers"): rules.DIT_DIFFUSERS,
-            ("transformer", "comfy"): rules.DIT_COMFY,
-            ("text_encoder", "diffusers"): rules.TEXT_ENCODER,
-            ("vae", "diffusers"): rules.VAE_DIFFUSERS,
-        }[self.name, self.layout]
+
+def table(config: ModelConfig, component: str, layout: str) -> list:
+    if layout == "flux":
+        return rules.vae_flux(len(config.vae.block_out_channels))
+    return {
+        ("transformer", "diffusers"): rules.DIT_DIFFUSERS,
+        ("transformer", "comfy"): rules.DIT_COMFY,
+        ("text_encoder", "diffusers"): rules.TEXT_ENCODER,
+        ("vae", "diffusers"): rules.VAE_DIFFUSERS,
+    }[component, layout]
+
+
+@functools.cache  # 0.3 s for a table and a spec of some hundred tensors, and every component is asked twice
+def _entries(config: ModelConfig, component: str, layout: str) -> dict[str, rules.Entry]:
+    return rules.expected(table(config, component, layout), components.spec(config, component))
 
 
 @dataclass
@@ -143,9 +150,7 @@ class Source:
 
     def entries(self, component: str) -> dict[str, rules.Entry]:
         """The tensors this component must have, by name."""
-        model = {"transformer": dit, "text_encoder": text_encoder, "vae": vae}[component]
-        spec = model.spec(getattr(self.config, component))
-        return rules.expected(self.components[component].table(self.config), spec)
+        return _entries(self.config, component, self.components[component].layout)
 
     def check(self) -> None:
         """Raises ConversionError with every kind of fault in all components: unknown, missing,
@@ -201,13 +206,13 @@ def open_source(
 ) -> Source:
     """`path` is a folder as diffusers saves it, or one file with all models; `files` take the place
     of its components, or are all there is. `variant`: a name of PRESETS, for files without configs."""
-    components = {c: open_file(c, file) for c, file in files.items()}
+    parts = {c: open_file(c, file) for c, file in files.items()}
     missing = [c for c in COMPONENTS if c not in files]
     kind = path and kind_of(path)
     if path is not None and kind == "folder":
-        components |= {c: open_component_folder(c, path / c) for c in missing}
+        parts |= {c: open_component_folder(c, path / c) for c in missing}
     elif path is not None and kind:
-        components |= {c: open_file(c, path) for c in missing}
+        parts |= {c: open_file(c, path) for c in missing}
     elif path is not None:
         raise ForeignError(f"{path}: no such file or folder")
     elif missing:
@@ -229,7 +234,7 @@ def open_source(
         raise ConversionError(
             f"{tokenizer}: the tokenizer is missing; Z-Image's folder has it as tokenizer/tokenizer.json"
         )
-    return Source({c: components[c] for c in COMPONENTS}, config, tokenizer)
+    return Source({c: parts[c] for c in COMPONENTS}, config, tokenizer)
 
 
 def read_configs(folder: Path) -> ModelConfig:

@@ -38,10 +38,11 @@ def _read(cls, data, where: str, inert=(), neutral=None):
                 )
         elif key not in inert and not key.startswith("_"):
             faults.append(f"unknown key {_shown(key)} = {_shown(value)}")
+    if len(faults) > _MOST_FAULTS:
+        faults[_MOST_FAULTS:] = [f"and {len(faults) - _MOST_FAULTS} more"]
     faults += [f"key {name!r} is missing" for name in hints if name not in data]
     if faults:
-        more = f"; and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
-        raise ConfigError(f"{where}: {'; '.join(faults[:_MOST_FAULTS])}{more}")
+        raise ConfigError(f"{where}: {'; '.join(faults)}")
     try:
         return cls(**values)
     except ConfigError as fault:
