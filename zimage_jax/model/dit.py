@@ -216,8 +216,8 @@ def sides(config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], buck
     """
     caption, image = caption_positions(len(lengths), bucket), image_positions(h, w, lengths)
     for axis, limit in enumerate(config.axes_lens):
-        last = max(caption[..., axis].max(), image[..., axis].max())
-        if last >= limit:
+        # the image comes one past the padded caption; what the bucket has behind that is masked
+        if (last := image[..., axis].max()) >= limit:
             raise ConfigError(
                 f"position {last:.0f} on axis {axis} is beyond the {limit} this model was made for"
             )

@@ -126,8 +126,8 @@ class ZImage:
         negative_prompt: str = "",
         width: int | None = None,
         height: int | None = None,
-        steps: int = 8,
-        guidance: float = 0.0,
+        steps: int | None = None,
+        guidance: float | None = None,
         noise: str = "torch",
         kv: KVPolicy | None = None,
         attention: str = "auto",
@@ -137,7 +137,7 @@ class ZImage:
     ) -> Result:
         """Pictures of one size, one per prompt or per seed (one of either serves all of the other).
 
-        `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; ComfyUI's cfg minus one). `kv`
+        `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; ComfyUI's cfg minus one); None takes the checkpoint's own. `kv`
         says how the DiT holds K and V, which changes the picture: precision, groups, reuse. `attention` is the kernel
         (model.attention.Attend says which there are), which changes its last bits. `memory` takes the place of what the
         model was loaded with, for this job. `on_plan` gets the plan and the budget in bytes before anything runs, and
@@ -305,15 +305,15 @@ class ZImage:
             secrets.randbits(32) if s == -1 else s
             for s in (seeds * count if len(seeds) == 1 else seeds)
         ]
-        default = self.config.vae.sample_size
+        default, defaults = self.config.vae.sample_size, self.config.defaults
         job = Job(
             prompts=tuple(prompts * count if len(prompts) == 1 else prompts),
             seeds=tuple(drawn),
             negative_prompt=negative_prompt,
             width=width or default,
             height=height or default,
-            steps=steps,
-            guidance=float(guidance),
+            steps=defaults.steps if steps is None else steps,
+            guidance=defaults.guidance if guidance is None else float(guidance),
             noise=noise,
             kv=kv,
             attention=attention,

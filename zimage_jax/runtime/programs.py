@@ -128,7 +128,7 @@ class Programs:
         return jax.ShapeDtypeStruct(shape, self.dtype)
 
     def inputs(self, work: Work, contexts: int) -> dit.Sides:
-        lengths = np.full(contexts, work.bucket, np.int32)
+        lengths = np.ones(contexts, np.int32)  # shapes count: a full bucket may be beyond axes_lens
         return dit.sides(self.config.transformer, work.h, work.w, lengths, work.bucket)
 
     def keys(self, work: Work, contexts: int, hold: Hold) -> dit.Keys | None:
