@@ -25,7 +25,7 @@ class Context(NamedTuple):
     """What every NFE reads, on the host: the contexts, the rotations and masks of every run of tokens, caption lengths."""
 
     context: Float[np.ndarray, "G L D"]
-    inputs: dit.Sides
+    inputs: dit.Inputs
     lengths: Int[np.ndarray, "G"]
 
 
@@ -87,7 +87,7 @@ class ContextStage:
         )
         for row, text in zip(padded, texts, strict=True):
             row[: len(features[text])] = features[text]
-        inputs = dit.sides(config.transformer, work.h, work.w, lengths, work.bucket)
+        inputs = dit.inputs(config.transformer, work.h, work.w, lengths, work.bucket)
         stem = attempt.loan.module(COMPONENT, "stem")
         x = programs(dit.embed_caption)(attempt.ledger, stem, padded, lengths)
         attempt.hold(inputs.caption, padded, x)
