@@ -146,12 +146,14 @@ def _model(model: str | None, card: "Card | None") -> "tuple[str, ModelConfig, s
 
 def _for_card(card: "Card", config: "ModelConfig", stored: str, compiles: bool) -> Device:
     from .planning.cards import ASSUMED, StoredCosts
+    from .runtime.placement import dtype_of
 
+    dtype = dtype_of("gpu", "{}.{}".format(*card.capability))
     if compiles:
         from .runtime.compiled import CompiledCosts
         from .runtime.deviceless import CardPrograms
 
-        costs: Costs = CompiledCosts(CardPrograms(config, stored, "bfloat16", card))
+        costs: Costs = CompiledCosts(CardPrograms(config, stored, dtype, card))
         source = "compiled for this card without one; attention by query chunks where the card would use cuDNN's: conservative"
     else:
         costs = StoredCosts(config, card)
@@ -161,7 +163,7 @@ def _for_card(card: "Card", config: "ModelConfig", stored: str, compiles: bool) 
         card.usable,
         card.rates,
         costs,
-        "bfloat16",
+        dtype,
         SIZES,
         {"temporaries": source, "rates": ASSUMED},
     )
@@ -170,9 +172,8 @@ def _for_card(card: "Card", config: "ModelConfig", stored: str, compiles: bool) 
 def _own(config: "ModelConfig", stored: str) -> Device:
     import jax
 
-    from .pipeline.pipeline import default_dtype
     from .runtime.compiled import CompiledCosts, Programs
-    from .runtime.placement import free_device_bytes
+    from .runtime.placement import default_dtype, free_device_bytes
 
     device, side = jax.local_devices()[0], config.vae.sample_size
     is_cpu, dtype = device.platform == "cpu", default_dtype()

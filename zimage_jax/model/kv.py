@@ -30,6 +30,12 @@ DTYPES = {
     "fp16": jnp.dtype(jnp.float16),
     "fp8": jnp.dtype(jnp.float8_e4m3fn),  # with a scale per head
 }
+# early and late, by compute dtype. A card that computes in float16 has no bf16 products
+OWN_DTYPES = {
+    "float32": ("float32", "float32"),
+    "bfloat16": ("bf16", "fp16"),
+    "float16": ("fp16", "fp16"),
+}
 GROUPS = (1, 2, 4)
 # parameters of a block that an NFE which reuses K and V does without
 UNUSED_WHEN_REUSED = ("attention.to_k.kernel", "attention.to_v.kernel", "attention.norm_k.scale")
@@ -97,7 +103,7 @@ class Phase(NamedTuple):
 @dataclass(frozen=True)
 class KVPolicy:
     """The user's words: (early, late) while t > switch_t and from there on. No dtype: the compute
-    dtype's own, which for bfloat16 is (bf16, fp16) and for float32 float32."""
+    dtype's own (OWN_DTYPES)."""
 
     dtype: tuple[str, str] | None = None
     switch_t: float | int = SWITCH_T
@@ -139,7 +145,7 @@ class KVPolicy:
         self, times: Float[np.ndarray, "nfes"], compute, rows: int, columns: int
     ) -> tuple[Phase, ...]:
         """The phases of a job: `times` are the scheduler's t of each NFE (1000 sigma), falling."""
-        own = ("bf16", "fp16") if jnp.dtype(compute) == jnp.bfloat16 else ("float32", "float32")
+        own = OWN_DTYPES[jnp.dtype(compute).name]
         early, late = (
             Hold(dtype, group, (rows, columns) if group > 1 else None)
             for dtype, group in zip(self.dtype or own, self.group, strict=True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import Float
@@ -162,6 +163,14 @@ class VAE(nnx.Module):
 def spec(config: VAEConfig) -> VAE:
     """The model with a ShapeDtypeStruct for every parameter: the one list of its tensors."""
     return VAE(config)
+
+
+def compute_dtype(dtype) -> np.dtype:
+    """What the VAE is computed in where the rest is computed in `dtype`: float32 in place of float16.
+
+    The published VAE overflows float16 (its config says force_upcast). A decode at 1024 x 1024 is 10
+    TFLOP, 2 % of those of 8 NFEs."""
+    return ops.wide(dtype)
 
 
 def decode(

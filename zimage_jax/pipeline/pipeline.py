@@ -24,14 +24,14 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from ..errors import NonFiniteError, OutOfMemoryError, UsageError
-from ..model import dit, prompt, sampling, text_encoder, vae
+from ..model import dit, ops, prompt, sampling, text_encoder, vae
 from ..model.kv import KVPolicy
 from ..model.vae_strips import decode_strips, decode_tiles
 from ..planning import cards
 from ..planning.planner import GIB, Memory, Plan, Planner, StreamPlan, Work
 from ..runtime.compiled import CompiledCosts, Programs
 from ..runtime.ledger import Ledger
-from ..runtime.placement import allocator_peak, runs_ahead
+from ..runtime.placement import allocator_peak, default_dtype, runs_ahead
 from ..runtime.staging import Stream, Tiers, is_exhausted, read_blocks
 from ..weights import components
 from ..weights.checkpoint import Checkpoint
@@ -81,12 +81,20 @@ class ZImage:
     ) -> "ZImage":
         """Open a native checkpoint, or the tiny model inside the package when none is named.
 
-        `dtype` is what is computed in: bfloat16 on a GPU and float32 on a CPU by default. `memory`
-        says where parameters lie and how they move; without it everything stays on the device if it
-        fits.
+        `dtype` is what is computed in: bfloat16, float16 or float32. By default it is bfloat16 on a
+        GPU, float16 on one that has no bfloat16 (before compute capability 8.0), and float32 on a
+        CPU; with float16 the VAE computes in float32. `memory` says where parameters lie and how
+        they move; without it everything stays on the device if it fits.
 
         Raises CheckpointError when the folder is missing, foreign or damaged.
         """
+        if dtype == "bfloat16" and default_dtype() == "float16":
+            warnings.warn(
+                "this GPU has no bfloat16: it is emulated in float32, which is slow and takes more "
+                "memory (--dtype float16)",
+                ZImageWarning,
+                stacklevel=2,
+            )
         checkpoint = Checkpoint(path or TINY)
         return cls(
             checkpoint,
@@ -301,10 +309,8 @@ class ZImage:
     ) -> dict[str, Float[np.ndarray, "T E"]]:
         """Features by text. The embedding table is gathered where it lies, on the host."""
         ids, lengths = prompt.batch_ids(list(encoded.values()))
-        x = np.asarray(
-            text_encoder.embed(self._tiers.on_host("text_encoder", "embed_tokens")[0], ids),
-            self.dtype,
-        )
+        (table,) = self._tiers.on_host("text_encoder", "embed_tokens")
+        x = ops.to_tokens(np.asarray(text_encoder.embed(table, ids)), self.dtype)
         if run.plan.text is None:
             run.ledger.mark()
             features = self._text_on_host(x)
@@ -319,6 +325,7 @@ class ZImage:
                 for _ in run.plan.text.chunks:
                     xs = stream.visit(xs, [()], **static)
             features = np.asarray(xs[0])
+        features = ops.from_tokens(features)
         self._end_stage(run)
         return {text: f[:n] for text, f, n in zip(encoded, features, lengths, strict=True)}
 
@@ -349,7 +356,7 @@ class ZImage:
             (len(texts), work.bucket, self.config.text_encoder.hidden_size), self.dtype
         )
         for row, text in zip(padded, texts, strict=True):
-            row[: len(features[text])] = features[text]
+            row[: len(features[text])] = ops.to_tokens(features[text], self.dtype)
         sides = dit.sides(self.config.transformer, work.h, work.w, lengths, work.bucket)
         stem = self._unit(ledger, "transformer", "stem")
         x = self._programs(dit.embed_caption)(ledger, stem, padded, lengths)
@@ -400,7 +407,7 @@ class ZImage:
         return latents
 
     def _decode(self, run: _Run, latents: Float[np.ndarray, "h w C"]) -> UInt8[np.ndarray, "H W 3"]:
-        plan, ledger = run.plan, run.ledger
+        plan, ledger, dtype = run.plan, run.ledger, vae.compute_dtype(self.dtype)
         decoder = components.assemble(
             self.config, "vae", {"decoder": self._tiers.pin("vae", ["decoder"], ledger)[0]}
         )
@@ -410,11 +417,11 @@ class ZImage:
             return self._programs(function, **static)(ledger, weights, *arrays)
 
         if plan.vae_rows is not None:
-            pixels = decode_strips(decoder, latents[None], self.dtype, plan.vae_rows, apply)
+            pixels = decode_strips(decoder, latents[None], dtype, plan.vae_rows, apply)
         elif plan.vae_tile is not None:
-            pixels = decode_tiles(decoder, latents[None], self.dtype, plan.vae_tile, apply)
+            pixels = decode_tiles(decoder, latents[None], dtype, plan.vae_tile, apply)
         else:
-            pixels = np.asarray(apply(vae.decode, decoder, latents[None], dtype=self.dtype))
+            pixels = np.asarray(apply(vae.decode, decoder, latents[None], dtype=dtype))
         ledger.drop("activations")
         return image.to_uint8(pixels[0])
 
@@ -511,10 +518,6 @@ class ZImage:
             "host_bytes": self._tiers.host_bytes,
         }
         return Result(pictures, report, latents, run.work, plan, ledger)
-
-
-def default_dtype() -> str:
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def versions() -> dict[str, str]:

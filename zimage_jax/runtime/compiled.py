@@ -197,13 +197,13 @@ class CompiledCosts:
         )[1]
 
     def decode(self, work: Work, rows: int | None, tile: int | None) -> int:
-        config = self._config.vae
+        config, dtype = self._config.vae, vae.compute_dtype(self._programs.dtype)
         decoder = components.assemble(
             self._config, "vae", {"decoder": self._leaves("vae", "decoder")}
         )
         if rows is not None:
             shape = (1, work.h, work.w, config.latent_channels)
-            calls = strip_programs(decoder.decoder, shape, self._programs.dtype, rows)
+            calls = strip_programs(decoder.decoder, shape, dtype, rows)
             return max(
                 self._programs(c.function, **c.static).compiled(*c.arguments)[1]
                 + tree_bytes(c.arguments[1:])
@@ -212,7 +212,7 @@ class CompiledCosts:
         side = tile // config.scale if tile else None
         h, w = (min(n, side) if side else n for n in (work.h, work.w))
         latents = jax.ShapeDtypeStruct((1, h, w, config.latent_channels), jnp.float32)
-        return self._programs(vae.decode, dtype=self._programs.dtype).compiled(decoder, latents)[1]
+        return self._programs(vae.decode, dtype=dtype).compiled(decoder, latents)[1]
 
     # -- abstract arguments ------------------------------------------------------------------------
 

@@ -57,6 +57,25 @@ UNSPLIT_BYTES = 128 * 2**20
 GATE = Gate()
 
 
+FIRST_BFLOAT16 = 8  # compute capability of Ampere: the first NVIDIA cards with bfloat16 products
+
+
+def dtype_of(platform: str, capability: str | None) -> str:
+    """The dtype to compute in on a platform as JAX names it ("cpu", "gpu"), whose device has a
+    compute capability such as "7.5"; None, or other words such as "gfx90a", where it is no NVIDIA
+    card's."""
+    if platform == "cpu":
+        return "float32"
+    major = (capability or "").partition(".")[0]
+    return "float16" if major.isdigit() and int(major) < FIRST_BFLOAT16 else "bfloat16"
+
+
+def default_dtype() -> str:
+    """The dtype to compute in on this machine's device."""
+    device = jax.local_devices()[0]
+    return dtype_of(device.platform, getattr(device, "compute_capability", None))
+
+
 def shares_memory() -> bool:
     """Whether device memory is the host's."""
     return jax.default_backend() == "cpu"
