@@ -93,7 +93,7 @@ def block(tokens: int, runs: int, dtype: str) -> dict[str, float]:
     run = jax.jit(lambda m, x, side: m(x, side, attend, kv.plain(dtype))[0])
     x_jax, time_jax = (jax.numpy.asarray(a, dtype) for a in (x, time))
     x_torch, time_torch = (torch.from_numpy(a).to(getattr(torch, dtype)) for a in (x, time))
-    side = dit.Side(*map(jax.numpy.asarray, (cos, sin)), None, time_jax)
+    side = dit.BlockInputs(*map(jax.numpy.asarray, (cos, sin)), None, time_jax)
 
     def by_torch():
         return theirs(x_torch, None, freqs, time_torch)

@@ -125,7 +125,7 @@ def test_the_feed_forward_leaves_the_range_before_w2_and_after():
 def test_the_attention_leaves_the_range_in_q_and_after_to_out():
     config = CONFIGS["wide_adaln"].transformer
     module, x = filled(dit.spec(config).layers[0].attention), outlying(1, 32, config.dim)
-    side = dit.sides(config, 4, 16, np.array([16]), 32).image
+    side = dit.inputs(config, 4, 16, np.array([16]), 32).image
     assert float(jnp.abs(module.to_q(x)).max()) > LARGEST
 
     def run(module, x, dtype):
@@ -137,7 +137,7 @@ def test_the_attention_leaves_the_range_in_q_and_after_to_out():
 @pytest.mark.parametrize("width", CONFIG_BY_WIDTH)
 def test_a_block_whose_tokens_leave_the_range(width):
     config = CONFIG_BY_WIDTH[width]
-    side = dit.sides(config, 4, 16, np.array([16]), 32).image
+    side = dit.inputs(config, 4, 16, np.array([16]), 32).image
     side = side._replace(time=outlying(1, config.adaln_dim))
 
     def run(block, x, dtype):

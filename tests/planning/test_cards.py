@@ -15,7 +15,7 @@ from tests import small
 from zimage_jax.errors import OutOfMemoryError, UsageError
 from zimage_jax.model import dit, vae, vae_strips
 from zimage_jax.model.config import PRESETS, TURBO
-from zimage_jax.model.kv import Hold, KVPolicy, Phase
+from zimage_jax.model.kv import KVFormat, KVPolicy, Phase
 from zimage_jax.planning import cards, schedule
 from zimage_jax.planning.cards import CARDS, Rates, StoredCosts, bound_by, seconds
 from zimage_jax.planning.planner import GIB, Memory, Planner, StreamPlan, Visit, Work
@@ -29,7 +29,7 @@ def square(side: int, bucket: int = 64, kv: KVPolicy = KVPolicy()) -> Work:  # n
 
 
 def one_phase(steps: int, reuse: int = 1) -> tuple[Phase, ...]:
-    return (Phase(Hold("bf16"), steps, reuse),)
+    return (Phase(KVFormat("bf16"), steps, reuse),)
 
 
 class LinearCosts:
@@ -306,7 +306,7 @@ def test_operations_are_those_the_compiler_counts():
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), module)
 
     x = jax.ShapeDtypeStruct((1, work.tokens, config.transformer.dim), jnp.float32)
-    side = dit.sides(config.transformer, work.h, work.w, np.full(1, 32), 32).joint
+    side = dit.inputs(config.transformer, work.h, work.w, np.full(1, 32), 32).joint
     block = as_arrays(dit.spec(config.transformer).layers[0])
     time = jax.ShapeDtypeStruct((1, config.transformer.adaln_dim), jnp.float32)
     run = jax.jit(lambda b, x, t: dit.run([b], x, side._replace(time=t), dit.Attend()))

@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from ..errors import ConfigError
 from . import kv, ops
 from .config import DiTConfig
-from .kv import KV, Hold
+from .kv import KV, KVFormat
 from .layers import Linear, RMSNorm, gated, parameter
 from .ops import Attend
 
@@ -38,7 +38,7 @@ TOKEN_MULTIPLE = 32  # the reference pads image and caption to this with learned
 TIME_WIDTH, TIME_HIDDEN = 256, 1024
 
 
-class Keys(NamedTuple):
+class KeyTable(NamedTuple):
     """Rotations and mask of keys that are not the tokens' own: image tokens in groups."""
 
     cos: Float[Array | np.ndarray, "B S half"]
@@ -46,14 +46,14 @@ class Keys(NamedTuple):
     lengths: Int[Array | np.ndarray, "B"] | None
 
 
-class Side(NamedTuple):
+class BlockInputs(NamedTuple):
     """What every block reads beside its tokens."""
 
     cos: Float[Array | np.ndarray, "B T half"]
     sin: Float[Array | np.ndarray, "B T half"]
     lengths: Int[Array | np.ndarray, "B"] | None  # keys from here on are masked; None: all count
     time: Float[Array, "B A"] | None  # None in the context refiner, which is not modulated
-    keys: Keys | None = None  # None: those of the tokens
+    keys: KeyTable | None = None  # None: those of the tokens
 
 
 # -- modules ---------------------------------------------------------------------------------------
@@ -69,27 +69,32 @@ class Attention(nnx.Module):
         self.heads = config.n_heads
 
     def __call__(
-        self, x: Float[Array, "B T D"], side: Side, attend: Attend, hold: Hold, held: KV | None
+        self,
+        x: Float[Array, "B T D"],
+        inputs: BlockInputs,
+        attend: Attend,
+        kv_format: KVFormat,
+        held: KV | None,
     ) -> tuple[Float[Array, "B T D"], KV]:
         """In the dtype ops.wide gives. `held`: K and V of an earlier NFE, in place of this one's."""
         batch, tokens, dim = x.shape
         wide = ops.wide(x.dtype)
         q = self.to_q(x, wide).reshape(batch, tokens, self.heads, -1)
         q = self.norm_q(q, out_dtype=jnp.float32)
-        q, keys = ops.rotate_pairs(q, side.cos, side.sin), side.keys or Keys(*side[:3])
+        q, keys = ops.rotate_pairs(q, inputs.cos, inputs.sin), inputs.keys or KeyTable(*inputs[:3])
         if held is None:
-            held = self._keys_values(x, keys, hold)
-        out = kv.attention(q, held, keys.lengths, hold, x.dtype, attend)
+            held = self._keys_values(x, keys, kv_format)
+        out = kv.attention(q, held, keys.lengths, kv_format, x.dtype, attend)
         return self.to_out(out.reshape(batch, tokens, dim), wide), held
 
-    def _keys_values(self, x: Float[Array, "B T D"], keys: Keys, hold: Hold) -> KV:
+    def _keys_values(self, x: Float[Array, "B T D"], keys: KeyTable, kv_format: KVFormat) -> KV:
         """float32 from the projections to the end of the rotation, then one rounding."""
         k, v = (
             project(x, jnp.float32).reshape(*x.shape[:2], self.heads, -1)
             for project in (self.to_k, self.to_v)
         )
-        k, v = (kv.pool(y, hold) for y in (self.norm_k(k, out_dtype=jnp.float32), v))
-        return kv.hold(ops.rotate_pairs(k, keys.cos, keys.sin), v, keys.lengths, hold)
+        k, v = (kv.pool(y, kv_format) for y in (self.norm_k(k, out_dtype=jnp.float32), v))
+        return kv.round_kv(ops.rotate_pairs(k, keys.cos, keys.sin), v, keys.lengths, kv_format)
 
 
 class FeedForward(nnx.Module):
@@ -117,17 +122,17 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        side: Side,
+        inputs: BlockInputs,
         attend: Attend,
-        hold: Hold,
+        kv_format: KVFormat,
         held: KV | None = None,
     ) -> tuple[Float[Array, "B T D"], KV]:
         """The tokens after the block, and the K and V it used: its own, or those `held` from an
         earlier NFE."""
         dtype = x.dtype
-        scale1, gate1, scale2, gate2 = self._modulate(side.time, dtype)
+        scale1, gate1, scale2, gate2 = self._modulate(inputs.time, dtype)
         y = self.attention_norm1(ops.from_tokens(x), scale1, dtype)
-        y, held = self.attention(y, side, attend, hold, held)
+        y, held = self.attention(y, inputs, attend, kv_format, held)
         x = ops.add_to_tokens(x, self.attention_norm2(y, gate1))
         y = self.feed_forward(self.ffn_norm1(ops.from_tokens(x), scale2, dtype))
         x = ops.add_to_tokens(x, self.ffn_norm2(y, gate2))
@@ -208,15 +213,15 @@ def image_positions(
     return positions
 
 
-class Sides(NamedTuple):
+class Inputs(NamedTuple):
     """The sides of the three token runs; `time` is filled in per NFE."""
 
-    caption: Side
-    image: Side
-    joint: Side
+    caption: BlockInputs
+    image: BlockInputs
+    joint: BlockInputs
 
 
-def sides(config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], bucket: int) -> Sides:
+def inputs(config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], bucket: int) -> Inputs:
     """Rotations and masks of pictures of h x w latents with captions of `lengths` tokens in a
     bucket of L.
 
@@ -231,11 +236,11 @@ def sides(config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], buck
             )
     caption_lengths = padded(lengths).astype(np.int32)
 
-    def side(positions: Float[np.ndarray, "B T 3"], lengths) -> Side:
+    def side(positions: Float[np.ndarray, "B T 3"], lengths) -> BlockInputs:
         cos, sin = ops.rope_table(positions, config.axes_dims, config.rope_theta)
-        return Side(cos, sin, lengths, None)
+        return BlockInputs(cos, sin, lengths, None)
 
-    return Sides(
+    return Inputs(
         side(caption, caption_lengths),
         side(image, None),
         side(np.concatenate([image, caption], 1), caption_lengths + np.int32(image.shape[1])),
@@ -243,19 +248,24 @@ def sides(config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], buck
 
 
 def grouped_keys(
-    config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], bucket: int, hold: Hold
-) -> Keys | None:
-    """The keys of the main blocks under a way to hold them; None where they are the tokens' own."""
-    if hold.grid is None:
+    config: DiTConfig,
+    h: int,
+    w: int,
+    lengths: Int[np.ndarray, "B"],
+    bucket: int,
+    kv_format: KVFormat,
+) -> KeyTable | None:
+    """The keys of the main blocks under a way to kv_format them; None where they are the tokens' own."""
+    if kv_format.grid is None:
         return None
     caption, image = (
         caption_positions(len(lengths), bucket),
-        image_positions(h, w, lengths, hold.group),
+        image_positions(h, w, lengths, kv_format.group),
     )
     cos, sin = ops.rope_table(
         np.concatenate([image, caption], 1), config.axes_dims, config.rope_theta
     )
-    return Keys(cos, sin, padded(lengths).astype(np.int32) + np.int32(image.shape[1]))
+    return KeyTable(cos, sin, padded(lengths).astype(np.int32) + np.int32(image.shape[1]))
 
 
 # -- the parts of one NFE --------------------------------------------------------------------------
@@ -308,29 +318,33 @@ def velocity(
     return ops.unpatchify(x, h, w).astype(jnp.float32)
 
 
-def run(
-    blocks, x: Float[Array, "B T D"], side: Side, attend: Attend, hold: Hold | None = None
+def apply_blocks(
+    blocks,
+    x: Float[Array, "B T D"],
+    inputs: BlockInputs,
+    attend: Attend,
+    kv_format: KVFormat | None = None,
 ) -> Float[Array, "B T D"]:
     """A run of consecutive blocks, as one chunk holds them. K and V whole and in x's dtype, unless
     `hold` says."""
     for block in blocks:
-        x, _ = block(x, side, attend, hold or kv.plain(x.dtype))
+        x, _ = block(x, inputs, attend, kv_format or kv.plain(x.dtype))
     return x
 
 
-def run_cached(
+def apply_blocks_cached(
     blocks,
     carry: tuple[Float[Array, "B T D"], tuple[KV, ...]],
-    side: Side,
+    inputs: BlockInputs,
     attend: Attend,
-    hold: Hold,
+    kv_format: KVFormat,
     reuses: bool,
 ) -> tuple[Float[Array, "B T D"], tuple[KV, ...]]:
     """The same with the K and V of every block in the carry: used again, or made anew."""
     x, cache = carry
     made = []
     for block, held in zip(blocks, cache, strict=True):
-        x, held = block(x, side, attend, hold, held if reuses else None)
+        x, held = block(x, inputs, attend, kv_format, held if reuses else None)
         made.append(held)
     return x, tuple(made)
 
@@ -342,11 +356,13 @@ def context(
     dit: DiT,
     features: Float[Array, "B L E"],
     lengths: Int[Array, "B"],
-    side: Side,
+    inputs: BlockInputs,
     attend: Attend = Attend(),
 ) -> Float[Array, "B L D"]:
     """Text features to the refined context; once per prompt, for it does not depend on time."""
-    return run(dit.context_refiner, embed_caption(dit.stem, features, lengths), side, attend)
+    return apply_blocks(
+        dit.context_refiner, embed_caption(dit.stem, features, lengths), inputs, attend
+    )
 
 
 def denoise(
@@ -354,11 +370,11 @@ def denoise(
     latents: Float[Array, "B h w C"],
     time: Float[Array, "B A"],
     context: Float[Array, "B L D"],
-    sides: Sides,
+    sides: Inputs,
     attend: Attend = Attend(),
 ) -> Float[Array, "B h w C"]:
     """One NFE: the velocity of `latents`, float32, computed in the dtype of `context`."""
     x = embed_image(dit.stem, latents, context.dtype)
-    x = run(dit.noise_refiner, x, sides.image._replace(time=time), attend)
-    x = run(dit.layers, join(x, context), sides.joint._replace(time=time), attend)
+    x = apply_blocks(dit.noise_refiner, x, sides.image._replace(time=time), attend)
+    x = apply_blocks(dit.layers, join(x, context), sides.joint._replace(time=time), attend)
     return velocity(dit.stem, x, time, *latents.shape[1:3])

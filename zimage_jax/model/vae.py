@@ -62,7 +62,7 @@ class Middle(nnx.Module):
         return self.resnets[1](self.attention(self.resnets[0](x)))
 
 
-def twice(x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
+def upsample(x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
     """Every pixel as a square of two by two."""
     return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
 
@@ -79,7 +79,7 @@ class UpBlock(nnx.Module):
             x = resnet(x)
         if self.upsampler is None:
             return x
-        return self.upsampler(twice(x))
+        return self.upsampler(upsample(x))
 
 
 class DownBlock(nnx.Module):

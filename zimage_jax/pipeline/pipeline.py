@@ -346,7 +346,7 @@ class ZImage:
 
     def _context(
         self, run: _Run, features: dict
-    ) -> tuple[Float[np.ndarray, "G L D"], dit.Sides, Int[np.ndarray, "G"]]:
+    ) -> tuple[Float[np.ndarray, "G L D"], dit.Inputs, Int[np.ndarray, "G"]]:
         """The refined contexts, once per prompt, the rotations and masks of every token run, and
         the captions' lengths, all on the host."""
         work, ledger = run.work, run.ledger
@@ -357,7 +357,7 @@ class ZImage:
         )
         for row, text in zip(padded, texts, strict=True):
             row[: len(features[text])] = ops.to_tokens(features[text], self.dtype)
-        sides = dit.sides(self.config.transformer, work.h, work.w, lengths, work.bucket)
+        sides = dit.inputs(self.config.transformer, work.h, work.w, lengths, work.bucket)
         stem = self._unit(ledger, "transformer", "stem")
         x = self._programs(dit.embed_caption)(ledger, stem, padded, lengths)
         ledger.hold("activations", (sides.caption, padded, x))
@@ -376,7 +376,7 @@ class ZImage:
         self,
         run: _Run,
         context: Float[np.ndarray, "G L D"],
-        sides: dit.Sides,
+        sides: dit.Inputs,
         captions: Int[np.ndarray, "G"],
     ) -> Float[np.ndarray, "B h w C"]:
         """Noise to latents, and what is told after every NFE."""

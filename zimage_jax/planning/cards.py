@@ -269,7 +269,7 @@ def seconds(
     def of_denoise(unit: str, nfe: Nfe | None) -> float:
         if not unit.startswith("layers."):
             return once(at_once, work.image_tokens)
-        keys = nfe.hold.keys(work.tokens) if nfe else work.tokens
+        keys = nfe.kv_format.keys(work.tokens) if nfe else work.tokens
         return once(at_once, work.tokens, keys=keys, reuses=nfe is not None and nfe.reuses)
 
     found = {}

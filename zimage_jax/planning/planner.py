@@ -127,7 +127,7 @@ class Work:
     def kv_bytes_by_nfe(self, config: DiTConfig) -> list[int]:
         """Of the K and V of one main block, in every NFE, for all contexts."""
         shape = self.contexts, self.tokens, config.n_heads, config.head_dim
-        return [phase.hold.nbytes(*shape) for phase in self.phases for _ in range(phase.steps)]
+        return [phase.kv_format.nbytes(*shape) for phase in self.phases for _ in range(phase.steps)]
 
     def kv_bytes(self, config: DiTConfig) -> int:
         """The most K and V held at once: those of every main block where they are reused, else of
@@ -135,9 +135,9 @@ class Work:
         shape = self.tokens, config.n_heads, config.head_dim
         running = self.contexts * self.micro_batch // self.batch
         return max(
-            p.hold.nbytes(self.contexts, *shape) * config.n_layers
+            p.kv_format.nbytes(self.contexts, *shape) * config.n_layers
             if p.caches
-            else p.hold.nbytes(running, *shape)
+            else p.kv_format.nbytes(running, *shape)
             for p in self.phases
         )
 
@@ -486,8 +486,8 @@ class Planner:
         """Rotations and masks of keys that are not the tokens' own."""
         return (
             0
-            if phase.hold.grid is None
-            else self._side_bytes(work, phase.hold.keys(work.tokens), 1)
+            if phase.kv_format.grid is None
+            else self._side_bytes(work, phase.kv_format.keys(work.tokens), 1)
         )
 
     def _cache_bytes(self, work: Work, phase: Phase, stream: StreamPlan, on_host: bool) -> int:
@@ -498,7 +498,7 @@ class Planner:
             self._config.transformer,
             [n for c, n in enumerate(stream.sizes) if stream.is_main(c)],
         )
-        of_block = phase.hold.nbytes(work.contexts, work.tokens, config.n_heads, config.head_dim)
+        of_block = phase.kv_format.nbytes(work.contexts, work.tokens, config.n_heads, config.head_dim)
         return of_block * (max(sizes) if on_host else sum(sizes))
 
     def _decode(self, work: Work, memory: Memory) -> Iterator[_Option]:

@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 from ..model import dit, kv, sampling, text_encoder, vae
 from ..model.config import ModelConfig
-from ..model.kv import Hold
+from ..model.kv import KVFormat
 from ..model.ops import Attend
 from ..model.vae_strips import strip_programs
 from ..planning.planner import Visit, Work
@@ -75,7 +75,7 @@ class Programs:
     def compilations(self) -> int:
         return sum(program.compilations for program in self._programs.values())
 
-    def attend(self, batch: int, tokens: int, hold: Hold | None = None) -> Attend:
+    def attend(self, batch: int, tokens: int, hold: KVFormat | None = None) -> Attend:
         """How so many tokens of so many contexts attend, to K and V that are held as they are or in
         some other way."""
         dtype, keys = (
@@ -88,7 +88,7 @@ class Programs:
     def sampler(self, work: Work) -> Program:
         """The whole sampler as one program, which tells the observer of every NFE."""
         phases = tuple(
-            (phase, self.attend(work.contexts, work.tokens, phase.hold)) for phase in work.phases
+            (phase, self.attend(work.contexts, work.tokens, phase.kv_format)) for phase in work.phases
         )
         attend = self.attend(work.contexts, work.image_tokens)
         return self(
@@ -190,7 +190,7 @@ class CompiledCosts:
         noise = jax.ShapeDtypeStruct((work.batch, work.h, work.w, config.in_channels), jnp.float32)
         sigmas = sampling.sigmas(work.steps, self._config.scheduler.shift)
         context = self._like(work.contexts, work.bucket, config.dim)
-        keys = tuple(self._keys(work, work.contexts, phase.hold) for phase in work.phases)
+        keys = tuple(self._keys(work, work.contexts, phase.kv_format) for phase in work.phases)
         run = self._programs.sampler(work)
         return run.compiled(
             model, noise, sigmas, sampling.times(sigmas), context, sides, keys, np.float32(0)
@@ -227,11 +227,11 @@ class CompiledCosts:
             self._programs.tree("transformer", "stem"), self._leaves("transformer", "stem")
         )
 
-    def _sides(self, work: Work, contexts: int) -> dit.Sides:
+    def _sides(self, work: Work, contexts: int) -> dit.Inputs:
         lengths = np.full(contexts, work.bucket, np.int32)
-        return dit.sides(self._config.transformer, work.h, work.w, lengths, work.bucket)
+        return dit.inputs(self._config.transformer, work.h, work.w, lengths, work.bucket)
 
-    def _keys(self, work: Work, contexts: int, hold: Hold) -> dit.Keys | None:
+    def _keys(self, work: Work, contexts: int, hold: KVFormat) -> dit.KeyTable | None:
         lengths = np.full(contexts, work.bucket, np.int32)
         return dit.grouped_keys(
             self._config.transformer, work.h, work.w, lengths, work.bucket, hold

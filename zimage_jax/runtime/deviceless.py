@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from ..errors import UsageError
 from ..model.config import ModelConfig
-from ..model.kv import Hold
+from ..model.kv import KVFormat
 from ..model.ops import Attend
 from ..planning.cards import Card
 from .compiled import Programs
@@ -59,7 +59,7 @@ class CardPrograms(Programs):
         )
         return [executable for several in made for executable in several]
 
-    def attend(self, batch: int, tokens: int, hold: Hold | None = None) -> Attend:
+    def attend(self, batch: int, tokens: int, hold: KVFormat | None = None) -> Attend:
         keys = hold.keys(tokens) if hold else tokens
         return Attend.choose(
             "gpu", jnp.float32, batch, tokens, keys, self.config.transformer.n_heads

@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Float, Int
 
 from ...model import dit, kv, sampling
-from ...model.kv import KV, Hold, Nfe, Phase
+from ...model.kv import KV, KVFormat, Nfe, Phase
 from ...planning.planner import Plan, Work
 from ...runtime.compiled import Programs
 from ...runtime.ledger import Ledger
@@ -41,7 +41,7 @@ class Denoiser:
         noise: Float[np.ndarray, "B h w C"],
         sigmas: Float[np.ndarray, "levels"],
         context: Float[np.ndarray, "G L D"],
-        sides: dit.Sides,
+        sides: dit.Inputs,
         captions: Int[np.ndarray, "G"],
         guidance: float,
     ) -> Float[np.ndarray, "B h w C"]:
@@ -50,7 +50,7 @@ class Denoiser:
         units = list(components.units(config, "transformer"))
         leaves = dict(zip(units, self.tiers.pin("transformer", units, self.ledger), strict=True))
         model = components.assemble(config, "transformer", leaves)
-        keys = tuple(self._keys(phase.hold, captions) for phase in work.phases)
+        keys = tuple(self._keys(phase.kv_format, captions) for phase in work.phases)
         self.ledger.hold("activations", (noise, context, sides, keys))
         rest = sampling.times(sigmas), context, sides, keys, np.float32(guidance)
         assert self.programs.observer is not None
@@ -62,7 +62,7 @@ class Denoiser:
         noise: Float[np.ndarray, "B h w C"],
         sigmas: Float[np.ndarray, "levels"],
         context: Float[np.ndarray, "G L D"],
-        sides: dit.Sides,
+        sides: dit.Inputs,
         captions: Int[np.ndarray, "G"],
         guidance: float,
     ) -> Float[np.ndarray, "B h w C"]:
@@ -84,7 +84,7 @@ class Denoiser:
         times, index = sampling.times(sigmas), 0
         with self._stream() as stream:
             for phase in work.phases:
-                keys = [_rows(self._keys(phase.hold, captions[g]), slice(None)) for g in groups]
+                keys = [_rows(self._keys(phase.kv_format, captions[g]), slice(None)) for g in groups]
                 with self._cache(phase, len(groups)) as cache:
                     for nfe in phase.nfes():
                         entered = [enter(ledger, stem, x, times[index]) for x in latents]
@@ -118,7 +118,7 @@ class Denoiser:
         contexts: int,
     ) -> list:
         static = self._static(
-            attend=self.programs.attend(contexts, self.work.tokens, nfe.hold), hold=nfe.hold
+            attend=self.programs.attend(contexts, self.work.tokens, nfe.kv_format), kv_format=nfe.kv_format
         )
         for chunk in range(len(self.plan.main_sizes)):
             if cache is None or not (nfe.keeps or nfe.reuses):
@@ -148,10 +148,10 @@ class Denoiser:
             lightly=lambda chunk, sweep: plan.lightly(chunk, nfes[sweep]),
         )
 
-    def _keys(self, hold: Hold, captions: Int[np.ndarray, "G"]) -> dit.Keys | None:
+    def _keys(self, kv_format: KVFormat, captions: Int[np.ndarray, "G"]) -> dit.KeyTable | None:
         work = self.work
         return dit.grouped_keys(
-            self.programs.config.transformer, work.h, work.w, captions, work.bucket, hold
+            self.programs.config.transformer, work.h, work.w, captions, work.bucket, kv_format
         )
 
     @contextmanager
@@ -163,7 +163,7 @@ class Denoiser:
         config = self.programs.config.transformer
         each = self.work.contexts // groups, self.work.tokens, config.n_heads, config.head_dim
         cache = Cache(
-            phase.hold, each, groups, self.plan.main_sizes, self.plan.kv_on_host, self.ledger
+            phase.kv_format, each, groups, self.plan.main_sizes, self.plan.kv_on_host, self.ledger
         )
         try:
             yield cache
@@ -190,7 +190,7 @@ class Cache:
 
     def __init__(
         self,
-        hold: Hold,
+        kv_format: KVFormat,
         shape: tuple[int, int, int, int],
         groups: int,
         sizes: tuple[int, ...],
@@ -201,7 +201,7 @@ class Cache:
         chunk."""
         self._ledger = ledger
         self._room: Callable[[int], Held] = lambda chunk: [
-            tuple(kv.empty(hold, *shape) for _ in range(sizes[chunk])) for _ in range(groups)
+            tuple(kv.empty(kv_format, *shape) for _ in range(sizes[chunk])) for _ in range(groups)
         ]
         device = jax.local_devices()[0]
         self._host = SingleDeviceSharding(device, memory_kind="pinned_host") if on_host else None
