@@ -223,7 +223,7 @@ _KV = [
     _word(
         "--kv-dtype",
         metavar="EARLY[:LATE]",
-        help="K and V as float32, bf16, fp16 or (early) fp8.  [default: bf16:fp16 computing in bfloat16, else float32]",
+        help="K and V as float32, bf16, fp16 or (early) fp8.  [default: bf16:fp16 computing in bfloat16, fp16 in float16, else float32]",
     ),
     _word(
         "--kv-switch-t",

@@ -101,8 +101,9 @@ def _check_template(template: str) -> None:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float32"]),
-    help="[default: bfloat16 on a GPU, else float32]",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="What to compute in; float16 is for GPUs before the RTX 30 series.  "
+    "[default: by the device: bfloat16, float16 or on a CPU float32]",
 )
 @cli.kv_options
 @cli.ATTENTION

@@ -32,6 +32,7 @@ def test_the_switch_is_at_500_which_leaves_two_of_eight_nfes():
     early, late = KVPolicy().phases(TURBO_T, jnp.bfloat16, 8, 8)
     assert (early.kv_format.dtype, early.steps, late.kv_format.dtype, late.steps) == ("bf16", 6, "fp16", 2)
     assert KVPolicy().phases(TURBO_T, jnp.float32, 8, 8) == (Phase(KVFormat("float32"), 8),)
+    assert KVPolicy().phases(TURBO_T, jnp.float16, 8, 8) == (Phase(KVFormat("fp16"), 8),)
 
 
 @pytest.mark.parametrize(

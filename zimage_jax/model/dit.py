@@ -12,7 +12,11 @@ Axes:
 The model knows nothing of memory: `Stem` is what is no block, a `Block` is what a schedule moves.
 One NFE is `embed_image`, the noise refiner over I tokens, `join` with the caption's context, all
 blocks over T tokens, `velocity`. The context depends on the prompt alone: `embed_caption` and the
-context refiner run once per prompt."""
+context refiner run once per prompt.
+
+A float16 holds tokens times ops.TOKEN_SCALE: `embed_image` and `embed_caption` make them so, blocks
+keep them so, `velocity` reads them so. Products that may overflow stay in float32 up to the norm
+that follows."""
 
 from typing import NamedTuple
 
@@ -28,7 +32,7 @@ from . import kv, ops
 from .attention import Attend
 from .config import DiTConfig
 from .kv import KV, KVFormat
-from .layers import Linear, RMSNorm, parameter
+from .layers import Linear, RMSNorm, gated, parameter
 
 TOKEN_MULTIPLE = 32  # the reference pads image and caption to this with learned tokens that take part in attention
 TIME_WIDTH, TIME_HIDDEN = 256, 1024
@@ -72,14 +76,16 @@ class Attention(nnx.Module):
         kv_format: KVFormat,
         held: KV | None,
     ) -> tuple[Float[Array, "B T D"], KV]:
-        """`held`: K and V of an earlier NFE, in place of this one's."""
+        """In the dtype ops.wide gives. `held`: K and V of an earlier NFE, in place of this one's."""
         batch, tokens, dim = x.shape
-        q = self.norm_q(self.to_q(x).reshape(batch, tokens, self.heads, -1), out_dtype=jnp.float32)
+        wide = ops.wide(x.dtype)
+        q = self.to_q(x, wide).reshape(batch, tokens, self.heads, -1)
+        q = self.norm_q(q, out_dtype=jnp.float32)
         q, keys = ops.rotate_pairs(q, inputs.cos, inputs.sin), inputs.keys or KeyTable(*inputs[:3])
         if held is None:
             held = self._keys_values(x, keys, kv_format)
         out = kv.attention(q, held, keys.lengths, kv_format, x.dtype, attend)
-        return self.to_out(out.reshape(batch, tokens, dim)), held
+        return self.to_out(out.reshape(batch, tokens, dim), wide), held
 
     def _keys_values(self, x: Float[Array, "B T D"], keys: KeyTable, kv_format: KVFormat) -> KV:
         """float32 from the projections to the end of the rotation, then one rounding."""
@@ -98,7 +104,7 @@ class FeedForward(nnx.Module):
         self.w3 = Linear(config.dim, config.ff_dim, bias=False)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.w2(jax.nn.silu(self.w1(x)) * self.w3(x))
+        return gated(x, self.w1, self.w3, self.w2)
 
 
 class Block(nnx.Module):
@@ -123,11 +129,13 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KV]:
         """The tokens after the block, and the K and V it used: its own, or those `held` from an
         earlier NFE."""
-        scale1, gate1, scale2, gate2 = self._modulate(inputs.time, x.dtype)
-        y, held = self.attention(self.attention_norm1(x, scale1), inputs, attend, kv_format, held)
-        x = x + self.attention_norm2(y, gate1)
-        y = self.feed_forward(self.ffn_norm1(x, scale2))
-        x = x + self.ffn_norm2(y, gate2)
+        dtype = x.dtype
+        scale1, gate1, scale2, gate2 = self._modulate(inputs.time, dtype)
+        y = self.attention_norm1(ops.from_tokens(x), scale1, dtype)
+        y, held = self.attention(y, inputs, attend, kv_format, held)
+        x = ops.add_to_tokens(x, self.attention_norm2(y, gate1))
+        y = self.feed_forward(self.ffn_norm1(ops.from_tokens(x), scale2, dtype))
+        x = ops.add_to_tokens(x, self.ffn_norm2(y, gate2))
         # XLA fuses across blocks and in bf16 then skips a rounding (1e-2 apart): with a barrier, a
         # block gives the same bits in whatever chunk it runs
         return lax.optimization_barrier(x), held
@@ -137,7 +145,7 @@ class Block(nnx.Module):
     ) -> list[Float[Array, "B 1 D"]] | list[None]:
         if self.modulation is None or time is None:
             return [None] * 4
-        m = self.modulation(time.astype(dtype)).astype(jnp.float32)[:, None]
+        m = self.modulation(time.astype(dtype), ops.wide(dtype)).astype(jnp.float32)[:, None]
         scale1, gate1, scale2, gate2 = jnp.split(m, 4, -1)
         return [1 + scale1, jnp.tanh(gate1), 1 + scale2, jnp.tanh(gate2)]
 
@@ -277,18 +285,20 @@ def embed_time(stem: Stem, t: Float[Array, "B"]) -> Float[Array, "B A"]:
 def embed_caption(
     stem: Stem, features: Float[Array, "B L E"], lengths: Int[Array, "B"]
 ) -> Float[Array, "B L D"]:
-    """Text features to caption tokens; rows from `lengths` on become the learned pad token."""
-    x = stem.cap_embedder(stem.cap_norm(features))
+    """Text features, as the text encoder's blocks give them, to caption tokens; rows from `lengths`
+    on become the learned pad token."""
+    dtype = features.dtype
+    x = stem.cap_norm(ops.from_tokens(features), out_dtype=dtype)
+    x = ops.to_tokens(stem.cap_embedder(x, ops.wide(dtype)), dtype)
     valid = (jnp.arange(x.shape[1])[None] < lengths[:, None])[..., None]
-    return jnp.where(valid, x, stem.cap_pad_token[...].astype(x.dtype)[None])
+    return jnp.where(valid, x, ops.to_tokens(stem.cap_pad_token[...], dtype)[None])
 
 
 def embed_image(stem: Stem, latents: Float[Array, "B h w C"], dtype) -> Float[Array, "B I D"]:
-    x = stem.x_embedder(ops.patchify(latents).astype(dtype))
+    x = stem.x_embedder(ops.patchify(latents).astype(dtype), ops.wide(dtype))
+    x, pad = (ops.to_tokens(values, dtype) for values in (x, stem.x_pad_token[...]))
     batch, tokens, dim = x.shape
-    pad = jnp.broadcast_to(
-        stem.x_pad_token[...].astype(dtype)[None], (batch, padded(tokens) - tokens, dim)
-    )
+    pad = jnp.broadcast_to(pad[None], (batch, padded(tokens) - tokens, dim))
     return jnp.concatenate([x, pad], 1)
 
 
@@ -301,11 +311,10 @@ def velocity(
 ) -> Float[Array, "B h w C"]:
     """The final layer: an affine-free LayerNorm, a scale, a linear. Float32. (diffusers
     `FinalLayer`)"""
-    x = x[:, : h * w // 4]
-    scale = (
-        1 + stem.final_modulation(jax.nn.silu(time.astype(x.dtype))).astype(jnp.float32)[:, None]
-    )
-    x = stem.final((ops.layer_norm(x, 1e-6) * scale).astype(x.dtype))
+    x, dtype, wide = x[:, : h * w // 4], x.dtype, ops.wide(x.dtype)
+    scale = 1 + stem.final_modulation(jax.nn.silu(time.astype(dtype)), wide).astype(jnp.float32)
+    x = ops.layer_norm(ops.from_tokens(x), 1e-6) * scale[:, None]
+    x = stem.final(x.astype(dtype), wide)
     return ops.unpatchify(x, h, w).astype(jnp.float32)
 
 

@@ -1,4 +1,4 @@
-"""How the DiT's main blocks hold K and V: in which precision, over groups of image tokens, and for
+"""How the DiT's main blocks kv_format K and V: in which precision, over groups of image tokens, and for
 how many NFEs.
 
 Axes: B pictures, T tokens (image first), S keys (T, with the image tokens pooled), N heads, H head
@@ -29,6 +29,12 @@ DTYPES = {
     "bf16": jnp.dtype(jnp.bfloat16),
     "fp16": jnp.dtype(jnp.float16),
     "fp8": jnp.dtype(jnp.float8_e4m3fn),  # with a scale per head
+}
+# early and late, by compute dtype. A card that computes in float16 has no bf16 products
+OWN_DTYPES = {
+    "float32": ("float32", "float32"),
+    "bfloat16": ("bf16", "fp16"),
+    "float16": ("fp16", "fp16"),
 }
 GROUPS = (1, 2, 4)
 # parameters of a block that an NFE which reuses K and V does without
@@ -77,7 +83,7 @@ class Nfe(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """A run of NFEs that hold K and V alike."""
+    """A run of NFEs that kv_format K and V alike."""
 
     kv_format: KVFormat
     steps: int
@@ -86,7 +92,9 @@ class Phase(NamedTuple):
     def nfes(self) -> Iterator[Nfe]:
         for index in range(self.steps):
             first = index % self.reuse == 0
-            yield Nfe(self.kv_format, self.reuse > 1 and first and index + 1 < self.steps, not first)
+            yield Nfe(
+                self.kv_format, self.reuse > 1 and first and index + 1 < self.steps, not first
+            )
 
     @property
     def caches(self) -> bool:
@@ -97,7 +105,7 @@ class Phase(NamedTuple):
 @dataclass(frozen=True)
 class KVPolicy:
     """The user's words: (early, late) while t > switch_t and from there on. No dtype: the compute
-    dtype's own, which for bfloat16 is (bf16, fp16) and for float32 float32."""
+    dtype's own (OWN_DTYPES)."""
 
     dtype: tuple[str, str] | None = None
     switch_t: float | int = SWITCH_T
@@ -139,7 +147,7 @@ class KVPolicy:
         self, times: Float[np.ndarray, "nfes"], compute, rows: int, columns: int
     ) -> tuple[Phase, ...]:
         """The phases of a job: `times` are the scheduler's t of each NFE (1000 sigma), falling."""
-        own = ("bf16", "fp16") if jnp.dtype(compute) == jnp.bfloat16 else ("float32", "float32")
+        own = OWN_DTYPES[jnp.dtype(compute).name]
         early, late = (
             KVFormat(dtype, group, (rows, columns) if group > 1 else None)
             for dtype, group in zip(self.dtype or own, self.group, strict=True)
