@@ -156,7 +156,7 @@ _MEMORY = [
     ),
     _word(
         "--schedule",
-        type=click.Choice(["auto", *schedules.names()]),
+        metavar="|".join(["auto", *schedules.names()]),  # checked by plan.Memory
         default="auto",
         show_default=True,
         help="Which parameters are on the device when.",

@@ -57,7 +57,11 @@ class Program:
         if key not in self._compiled:
             began = time.perf_counter()
             try:
-                with self._placement.gate.alone(), jax.default_matmul_precision(self._precision):
+                with (
+                    self._placement.gate.alone(),
+                    jax.default_device(self._placement.device),
+                    jax.default_matmul_precision(self._precision),
+                ):
                     executable = self._jitted.lower(*args).compile()
             except (
                 jax.errors.JaxRuntimeError
