@@ -122,8 +122,8 @@ class StreamPlan:
     @property
     def copied_blocks(self) -> int:
         """Blocks copied in every sweep but the first: all that are streamed, unless the slots hold them all."""
-        streamed = self.streamed
-        return sum(self.sizes[c] for c in streamed) if len(streamed) > self.schedule.slots else 0
+        streamed = [len(self.chunks[chunk]) for chunk in self.streamed]
+        return sum(streamed) if len(streamed) > self.schedule.slots else 0
 
     @property
     def waits(self) -> bool:
@@ -150,11 +150,11 @@ class StreamPlan:
         visits = (action for action in found if isinstance(action, schedule.Visit))
         for index, (chunk, _, then) in enumerate(visits):
             sweep = index // len(self.chunks)
-            copied = self.sizes[then.chunk] if then else 0
+            copied = len(self.chunks[then.chunk]) if then else 0
             without_kv = then is not None and self.without_kv(then.chunk, nfes[then.sweep])
             nfe = nfes[sweep] if self.is_main(chunk) else None
             kinds = self.kinds[chunk], self.kinds[then.chunk] if then else 0
-            yield sweep, chunk, VisitKind(self.sizes[chunk], copied, without_kv, nfe, *kinds)
+            yield sweep, chunk, VisitKind(len(self.chunks[chunk]), copied, without_kv, nfe, *kinds)
 
     @property
     def visit_kinds(self) -> frozenset[VisitKind]:
@@ -186,11 +186,8 @@ def stream_plan(
     """Chunks whose blocks all have the same stored leaves are of one kind, however long they are. A chunk whose blocks
     differ is of one kind with those that differ in the same way."""
 
-    def shape(chunk: tuple[str, ...]) -> tuple:
-        of_blocks = tuple(storage.specs(component, unit) for unit in chunk)
-        return of_blocks if len(set(of_blocks)) > 1 else of_blocks[0]
-
-    shapes = [shape(chunk) for chunk in chunks]
+    blocks = [storage.alike(component, chunk) for chunk in chunks]
+    shapes = [of_chunk if len(set(of_chunk)) > 1 else of_chunk[:1] for of_chunk in blocks]
     kinds = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
     return StreamPlan(component, chunks, of, tuple(kinds[shape] for shape in shapes))
 

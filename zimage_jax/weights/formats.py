@@ -88,7 +88,13 @@ class Storage:
 
     def nbytes(self, component: str, *units: str) -> int:
         """Stored bytes of these units."""
-        return sum(tree_bytes(self.specs(component, unit)) for unit in units)
+        of = _nbytes(self, component)
+        return sum(of[unit] for unit in units)
+
+    def alike(self, component: str, units: Sequence[str]) -> tuple[int, ...]:
+        """A number for each of these units: those whose stored leaves have the same shapes and dtypes have the same."""
+        of = _alike(self, component)
+        return tuple(of[unit] for unit in units)
 
     def assemble(self, component: str, arrays: Mapping[str, Sequence]) -> Any:
         """A component's module from leaves by unit: of all units, or of one half of the VAE, the other being None."""
@@ -126,6 +132,18 @@ def _stored(storage: Storage, component: str) -> Any:
 @functools.cache
 def _leaves(storage: Storage, component: str) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     return components.by_unit(named_arrays(_stored(storage, component)))
+
+
+@functools.cache
+def _nbytes(storage: Storage, component: str) -> dict[str, int]:
+    return {unit: tree_bytes(storage.specs(component, unit)) for unit in storage.units(component)}
+
+
+@functools.cache
+def _alike(storage: Storage, component: str) -> dict[str, int]:
+    numbers: dict[tuple, int] = {}
+    specs = {unit: storage.specs(component, unit) for unit in storage.units(component)}
+    return {unit: numbers.setdefault(of, len(numbers)) for unit, of in specs.items()}
 
 
 @functools.cache
