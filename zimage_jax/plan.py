@@ -178,9 +178,7 @@ def _for_card(
 
         sheet = card if isinstance(card, Card) else of_device(card.device)
         if sheet is None:
-            raise UsageError(
-                f"--compile: expected a card of the table, got a {card.name} by its file"
-            )
+            raise UsageError(f"--compile: expected a card of the table, got {card.name}")
         costs: Costs = CompiledCosts(CardPrograms(config, stored, "bfloat16", sheet))
         source = "compiled for this card without one; attention by query chunks where the card would use cuDNN's: conservative"
     else:
