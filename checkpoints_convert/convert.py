@@ -10,10 +10,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from zimage_jax.errors import ConversionError
+from zimage_jax.cli import check_interrupt
+from zimage_jax.errors import ConversionError, UsageError
+from zimage_jax.files import LARGEST_JSON, read_regular
 from zimage_jax.model.prompt import Prompts
-from zimage_jax.weights import checkpoint, components
+from zimage_jax.units import DTYPES
+from zimage_jax.weights import formats
 from zimage_jax.weights import names as rules
+from zimage_jax.weights.formats import Storage
+from zimage_jax.weights.writer import Writer, partial_folder
 
 from .sources import COMPONENTS, Source, Tensor
 
@@ -35,24 +40,44 @@ class _Origin:
 def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool = False) -> Path:
     """Write `dst` from `source`. An interrupted run goes on where it was when called again.
 
-    Raises ConversionError before anything is written when a tensor is unknown, missing, duplicate
-    or misshapen, and on the way when one holds NaN or infinity."""
+    Raises UsageError when the source lies where the conversion writes, ConversionError before
+    anything is written when a tensor is unknown, missing, duplicate or misshapen, and on the way
+    when one holds NaN or infinity."""
+    files = {f: f.stat() for c in COMPONENTS for f in source.components[c].files}
+    _refuse_inside(partial_folder(dst), [*files, source.tokenizer])
     source.check()
-    vocabulary = Prompts.load(source.tokenizer).vocab_size
+    tokenizer = read_regular(source.tokenizer, LARGEST_JSON, ConversionError)
+    vocabulary = Prompts.parse(tokenizer, str(source.tokenizer)).vocab_size
     if vocabulary > source.config.text_encoder.vocab_size:
         raise ConversionError(
             f"{source.tokenizer}: has {vocabulary} tokens, the text encoder {source.config.text_encoder.vocab_size}; "
             "it belongs to another model"
         )
-    files = {f: f.stat() for c in COMPONENTS for f in source.components[c].files}
     fingerprint = [[f.name, s.st_size, s.st_mtime_ns] for f, s in files.items()]
-    writer = checkpoint.Writer(dst, source.config, dtype, {"files": fingerprint})
-    units = [
-        (c, u, leaves)
-        for c in COMPONENTS
-        for u, leaves in components.units(source.config, c).items()
-    ]
-    total = sum(_native_bytes(leaves, dtype) for _, _, leaves in units)
+    storage = Storage(source.config, formats.named(dtype))
+    provenance = {
+        "layouts": {c: source.components[c].layout for c in COMPONENTS},
+        "files": {f"{f.parent.name}/{f.name}": s.st_size for f, s in files.items()},
+    }
+    with Writer(dst, storage, {"files": fingerprint}) as writer:
+        _write_units(source, writer, dtype, quiet)
+        return writer.finish(tokenizer, provenance)
+
+
+def _refuse_inside(partial: Path, files: list[Path]) -> None:
+    """What lies in DST.partial may be removed to start over."""
+    for file in files:
+        for place in (file.resolve(), file.parent.resolve()):
+            if place.is_relative_to(partial.resolve()):
+                raise UsageError(
+                    f"{file}: the source lies in {partial}, where the conversion writes; choose another DST"
+                )
+
+
+def _write_units(source: Source, writer: Writer, dtype: str, quiet: bool) -> None:
+    storage = writer.storage
+    units = [(c, unit) for c in COMPONENTS for unit in storage.units(c)]
+    total = sum(storage.nbytes(*unit) for unit in units)
     origins = {c: _origins(source, c) for c in COMPONENTS}
     with (
         tqdm(
@@ -61,28 +86,21 @@ def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool =
         ThreadPoolExecutor(_WORKERS) as pool,
     ):
 
-        def write(component: str, unit: str, leaves: dict) -> None:
+        def write(component: str, unit: str) -> None:
             if writer.resumed and writer.done(component, unit):
-                bar.update(_native_bytes(leaves, dtype))
+                bar.update(storage.nbytes(component, unit))
                 return
-            pieces = ((path, _runs(origins[component][path], path, dtype, bar)) for path in leaves)
+            paths = storage.leaves(component, unit)
+            pieces = ((path, _runs(origins[component][path], path, dtype, bar)) for path in paths)
             writer.write(component, unit, pieces)
 
         try:
             for job in [pool.submit(write, *unit) for unit in units]:
                 job.result()
+                check_interrupt()  # Python may have dropped it, raised in a destructor
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    provenance = {
-        "layouts": {c: source.components[c].layout for c in COMPONENTS},
-        "files": {f"{f.parent.name}/{f.name}": s.st_size for f, s in files.items()},
-    }
-    return writer.finish(source.tokenizer.read_bytes(), provenance)
-
-
-def _native_bytes(leaves: dict, dtype: str) -> int:
-    return sum(leaf.size for leaf in leaves.values()) * components.DTYPES[dtype].itemsize
 
 
 def _origins(source: Source, component: str) -> dict[str, _Origin]:
@@ -98,7 +116,7 @@ def _runs(origin: _Origin, path: str, dtype: str, bar) -> Iterator[np.ndarray]:
     """The native array in runs of rows, cast and checked."""
     rows = origin.tensor.shape[0] // origin.parts
     first = origin.part * rows
-    target = components.DTYPES[dtype]
+    target = DTYPES[dtype]
     if origin.transform == rules.SAME:
         step = max(1, _RUN_BYTES // max(1, target.itemsize * math.prod(origin.tensor.shape[1:])))
         parts = (

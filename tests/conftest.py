@@ -26,7 +26,8 @@ import pytest  # noqa: E402
 
 from tests import small  # noqa: E402
 from zimage_jax.runtime import deviceless  # noqa: E402
-from zimage_jax.weights import checkpoint  # noqa: E402
+from zimage_jax.weights.formats import uniform  # noqa: E402
+from zimage_jax.weights.writer import save  # noqa: E402
 
 # the same examples every time, however slow and busy the machine
 hypothesis.settings.register_profile(
@@ -79,13 +80,12 @@ def native(tmp_path_factory):
         if name not in made:
             config, tensors = small.CONFIGS[name], small.random_tensors(small.CONFIGS[name])
             models = {c: small.our_model(c, config, tensors[c]) for c in small.MODELS}
-            made[name] = checkpoint.save(
+            made[name] = save(
                 folder / name,
-                config,
+                uniform(config, "float32"),
                 models,
                 small.tokenizer().to_str().encode(),
                 {"made by": "tests"},
-                "float32",
             )
         return made[name]
 

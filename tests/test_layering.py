@@ -8,7 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # top first; a module that is no folder stands for itself, and the doors share the last place
 FLOORS = [
-    ("errors", "units"),
+    ("errors",),
+    ("units",),
+    ("files",),
     ("model",),
     ("weights",),
     ("planning",),
@@ -16,7 +18,7 @@ FLOORS = [
     ("pipeline",),
     ("__init__", "cli", "generate", "plan", "__main__"),
 ]
-CONVERTER_ORDER = ["sources", "convert", "inspect", "__main__"]
+CONVERTER_ORDER = ["sources", "convert", "inspect", "commands", "__main__"]
 FLOOR = {name: index for index, names in enumerate(FLOORS) for name in names}
 
 
@@ -58,7 +60,7 @@ def test_a_folder_imports_only_from_folders_above_it(path):
 
 
 def test_no_folder_has_a_cycle():
-    for folder in [names[0] for names in FLOORS[1:-1]]:
+    for folder in ("model", "weights", "planning", "runtime", "pipeline"):
         files = {
             ".".join(p.relative_to(ROOT / "zimage_jax").with_suffix("").parts): p
             for p in (ROOT / "zimage_jax" / folder).rglob("*.py")

@@ -17,7 +17,7 @@ import click
 from click.core import ParameterSource
 
 from .errors import UsageError, ZImageError
-from .planning.schedule import NAMES
+from .planning import schedule as schedules
 
 if TYPE_CHECKING:
     from .model.kv import KVPolicy
@@ -156,7 +156,7 @@ _MEMORY = [
     ),
     _word(
         "--schedule",
-        type=click.Choice(["auto", *NAMES]),
+        type=click.Choice(["auto", *schedules.names()]),
         default="auto",
         show_default=True,
         help="Which parameters are on the device when.",
@@ -170,6 +170,12 @@ _MEMORY = [
         "--resident-chunks",
         type=click.IntRange(0),
         help="Chunks that hybrid keeps.  [default: what fits]",
+    ),
+    _word(
+        "--prefetch",
+        type=click.IntRange(0),
+        metavar="N",
+        help="Chunks copied ahead of use, 0 for none.  [default: 1]",
     ),
     _word(
         "--max-chunk-memory",
@@ -217,7 +223,7 @@ _KV = [
     _word(
         "--kv-dtype",
         metavar="EARLY[:LATE]",
-        help="K and V as float32, bf16, fp16 or (early) fp8.  [default: bf16:fp16 computing in bfloat16, else float32]",
+        help="K and V as float32, bf16, fp16 or (early) fp8.  [default: bf16:fp16 computing in bfloat16, fp16 in float16, else float32]",
     ),
     _word(
         "--kv-switch-t",
@@ -231,6 +237,13 @@ _KV = [
     ),
     _word("--kv-reuse", type=click.IntRange(1), help="NFEs that K and V serve.  [default: 1]"),
 ]
+
+
+ATTENTION = _word(
+    "--attention",
+    type=click.Choice(["auto", "flash", "cudnn", "chunks"]),
+    help="Kernel of the attention; it changes a picture's last bits.  [default: auto]",
+)
 
 
 def memory_options(command: Callable) -> Callable:
@@ -266,6 +279,7 @@ def memory_of(
     schedule,
     chunks,
     resident_chunks,
+    prefetch,
     max_chunk_memory,
     pins,
     max_vram,
@@ -285,39 +299,35 @@ def memory_of(
     if source not in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT):
         schedule, resident_chunks = _from_chunk_count(schedule, chunks, resident_chunks)
     return Memory(
-        schedule,
-        chunks,
-        resident_chunks,
-        in_bytes(max_chunk_memory),
-        in_bytes(max_vram),
-        low_vram,
-        text_encoder,
-        in_bytes(host_memory),
-        vae_tile,
-        tuple(_pin(pin) for pin in pins),
+        schedule=schedule,
+        chunks=chunks,
+        resident_chunks=resident_chunks,
+        prefetch=prefetch,
+        max_chunk_bytes=in_bytes(max_chunk_memory),
+        max_vram_bytes=in_bytes(max_vram),
+        low_vram=low_vram,
+        text_encoder=text_encoder,
+        host_bytes=in_bytes(host_memory),
+        vae_tile=vae_tile,
+        pins=tuple(_pin(pin) for pin in pins),
     )
 
 
 def _from_chunk_count(
     schedule: str, chunks: int | None, resident: int | None
 ) -> tuple[str, int | None]:
-    """ZIMAGE_CHUNK_COUNT=n: at most n chunks on the device at once. ZIMAGE_CHUNKED_LOADING=0: all
-    of them."""
-    from .planning.schedule import CHUNKS
-
+    """ZIMAGE_CHUNK_COUNT=n: at most n chunks on the device at once. ZIMAGE_CHUNKED_LOADING=0: all of them."""
     if os.environ.get("ZIMAGE_CHUNKED_LOADING") == "0":
-        return "resident", resident
+        return "resident", None
     count = os.environ.get("ZIMAGE_CHUNK_COUNT")
     if count is None:
         return schedule, resident
-    if not count.isdigit() or int(count) < 1:
+    if not count.isdecimal() or int(count) < 1:
         raise UsageError(
             f"ZIMAGE_CHUNK_COUNT={count}: expected how many chunks may be on the device at once, from 1"
         )
-    n = int(count)
-    if n >= (chunks or CHUNKS):
-        return "resident", resident
-    return ("swap", "ring", "hybrid")[min(n, 3) - 1], n - 2 if n > 2 else resident
+    name, stay = schedules.for_chunks_on_device(int(count), chunks or schedules.CHUNKS)
+    return name, stay if name == "hybrid" else None
 
 
 def _pin(text: str) -> tuple[int, str]:

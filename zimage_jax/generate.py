@@ -1,8 +1,6 @@
 """python -m zimage_jax.generate "PROMPT": write a picture."""
 
 import json
-import math
-import re
 import string
 import sys
 import time
@@ -16,8 +14,10 @@ import click
 from tqdm import tqdm
 
 from . import cli
-from .cli import GIB
 from .errors import UsageError
+from .files import write_whole
+from .pipeline.size import parse_size
+from .units import size
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 _FIELDS = ("date", "seed", "index")
@@ -31,24 +31,6 @@ _REPEATED = (
     "guidance",
     "noise",
 )
-
-
-def parse_size(text: str, side: int, multiple: int) -> tuple[int, int]:
-    """ "1280x720", or a ratio such as "16:9": the largest size of that exact ratio within side x
-    side pixels, or, where multiples of `multiple` have none, the nearest."""
-    if match := re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", text):
-        return int(match[1]), int(match[2])
-    match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text)
-    if not match or not int(match[1]) or not int(match[2]):
-        raise UsageError(f"--size {text}: expected WIDTHxHEIGHT in pixels or a ratio such as 16:9")
-    a, b = (int(v) // math.gcd(int(match[1]), int(match[2])) for v in match.groups())
-    k = math.isqrt(side * side // (a * b * multiple * multiple))
-    if k:
-        return a * k * multiple, b * k * multiple
-    width = side * math.sqrt(a / b)
-    return tuple(
-        max(multiple, round(v / multiple) * multiple) for v in (width, side * side / width)
-    )  # type: ignore[return-value]
 
 
 def _texts(prompts: tuple[str, ...], files: tuple[Path, ...]) -> list[str]:
@@ -119,10 +101,12 @@ def _check_template(template: str) -> None:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float32"]),
-    help="[default: bfloat16 on a GPU, else float32]",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="What to compute in; float16 is for GPUs before the RTX 30 series.  "
+    "[default: by the device: bfloat16, float16 or on a CPU float32]",
 )
 @cli.kv_options
+@cli.ATTENTION
 @cli.memory_options
 @click.option(
     "--batch-size",
@@ -192,6 +176,7 @@ def command(
     kv_switch_t,
     kv_group,
     kv_reuse,
+    attention,
     **memory_words,
 ) -> None:
     """Draw PROMPT with Z-Image-Turbo and write it as a PNG.
@@ -211,7 +196,17 @@ def command(
     _check_template(output)
     memory = cli.memory_of(**memory_words)
     job = _settings(
-        from_image, prompts, files, seeds, negative_prompt, width, height, steps, guidance, noise
+        from_image,
+        prompts,
+        files,
+        seeds,
+        negative_prompt,
+        width,
+        height,
+        steps,
+        guidance,
+        noise,
+        attention,
     )
     kv = cli.kv_of(
         kv_dtype=kv_dtype,
@@ -269,14 +264,10 @@ def command(
             if as_json:
                 click.echo(json.dumps(reports[-1], ensure_ascii=False))
             if trace:
-                from .pipeline.picture import write_new
-
-                write_new(trace, result.ledger.trace().encode(), overwrite=True)
+                write_whole(trace, result.ledger.trace().encode(), overwrite=True)
     if report:
-        from .pipeline.picture import write_new
-
         content = reports[0] if len(reports) == 1 else reports
-        write_new(
+        write_whole(
             report,
             (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode(),
             overwrite=True,
@@ -284,7 +275,17 @@ def command(
 
 
 def _settings(
-    from_image, prompts, files, seeds, negative_prompt, width, height, steps, guidance, noise
+    from_image,
+    prompts,
+    files,
+    seeds,
+    negative_prompt,
+    width,
+    height,
+    steps,
+    guidance,
+    noise,
+    attention,
 ) -> dict:
     """The job's words: what a picture says of itself under --from-image, and over it the flags that
     were given."""
@@ -297,8 +298,9 @@ def _settings(
         "steps": steps,
         "guidance": guidance,
         "noise": noise,
+        "attention": attention,
     }
-    job: dict = dict.fromkeys((*_REPEATED, "kv"))
+    job: dict = dict.fromkeys((*_REPEATED, "attention", "kv"))
     if from_image:
         from .pipeline.picture import read_metadata
 
@@ -312,6 +314,7 @@ def _settings(
             job[key] = found[key]
         job["prompt"], job["seed"] = [job["prompt"]], [job["seed"]]
         job["kv"] = _kv_words(from_image, found)
+        job["attention"] = found.get("attention")  # auto is not written down
     job |= {key: value for key, value in given.items() if value is not None}
     job["seed"] = job["seed"] or [-1]
     return job
@@ -350,10 +353,10 @@ class _Previews:
         self._bar.update()
         if self._folder is None:
             return
-        from .pipeline.picture import encode_png, write_new
+        from .pipeline.picture import encode_png
 
         for index, small in enumerate(step.previews(), self._first):
-            write_new(
+            write_whole(
                 self._folder / f"{index}-step{step.index + 1:02d}.png",
                 encode_png(small),
                 overwrite=True,
@@ -390,19 +393,13 @@ class _Talk:
 
     def plan(self, plan, budget: int) -> None:
         """What will be done, before it is."""
-        sizes = plan.main_sizes
-        each = ", ".join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))
-        blocks = "1 block" if each == "1" else f"{each} blocks"
-        stay = f", {plan.resident_chunks} of them stay" if plan.schedule == "hybrid" else ""
-        ahead = "the next copied meanwhile" if plan.denoise.schedule.slots == 2 else "no prefetch"
         warm = (
             ""
             if plan.seconds is None
             else f", {plan.seconds:.1f} s once parameters are read and programs compiled"
         )
         self.say(
-            f"schedule {plan.schedule}: {plan.nfes} NFEs over {len(sizes)} chunks of {blocks}{stay}, {ahead}; predicted peak "
-            f"{plan.peak_bytes / GIB:.2f} GiB of {budget / GIB:.2f} GiB{warm}"
+            f"schedule {plan.denoise}: {plan.nfes} NFEs, predicted peak {size(plan.peak_bytes)} of {size(budget)}{warm}"
         )
 
     def bar(self):
@@ -414,14 +411,14 @@ class _Talk:
             disable=self._silent or not sys.stderr.isatty(),
         )
 
-    def picture(self, path: Path, picture, report: dict) -> None:
+    def picture(self, path: Path, picture, report) -> None:
         if not self._silent:
             stage = report["seconds"]
             click.echo(
                 f"{path}  seed {picture.metadata['seed']}, {stage['total']:.1f} s (text {stage['text']:.1f}, "
                 f"denoise {stage['denoise']:.1f}, decode {stage['decode']:.1f}), "
-                f"peak {report['peak_device_bytes'] / GIB:.2f} GiB of device memory, "
-                f"{report['copied_bytes'] / GIB:.2f} GiB copied to it"
+                f"peak {size(report['peak_device_bytes'])} of device memory, "
+                f"{size(report['copied_bytes'])} copied to it"
             )
 
 

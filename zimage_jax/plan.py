@@ -13,14 +13,15 @@ import click
 from . import cli
 from .cli import GIB
 from .errors import OutOfMemoryError, UsageError
-from .generate import parse_size
 
 if TYPE_CHECKING:
     from .model.config import ModelConfig
     from .model.kv import KVPolicy
     from .planning.cards import Card, MeasuredCard
-    from .planning.planner import Costs, Memory
+    from .planning.plan import Costs, Memory
     from .planning.seconds import Rates
+    from .runtime.placement import Placement
+    from .weights.formats import Storage
 
 SIZES = ("512x512", "768x768", "1024x1024", "1280x720", "720x1280", "1536x1536", "2048x2048")
 BUCKET = 64  # caption tokens: a sentence or two
@@ -113,8 +114,8 @@ def command(
     from .planning.cards import find  # after the words were checked: importing JAX takes a second
 
     wanted = find(card) if card else None
-    name, config, stored = _model(model, wanted)
-    device = _for_card(wanted, config, stored, compiles) if wanted else _own(config, stored)
+    name, storage = _model(model, wanted)
+    device = _for_card(wanted, storage, compiles) if wanted else _own(storage)
     if memory.host_bytes is not None:
         device = _read_from_disk(device, disk_gbps)
     budget = (
@@ -123,17 +124,19 @@ def command(
         else memory.max_vram_bytes or device.budget
     )
     pixels = list(
-        dict.fromkeys(_pixels(text, config) for text in (*sizes, *more_sizes) or device.sizes)
+        dict.fromkeys(
+            _pixels(text, storage.config) for text in (*sizes, *more_sizes) or device.sizes
+        )
     )
-    rows = list(_rows(config, stored, device, memory, kv, budget, pixels, steps))
+    rows = list(_rows(storage, device, memory, kv, budget, pixels, steps))
     result = {
         "card": device.name,
         "model": name,
         "steps": steps,
-        "kv": kv.words(),
+        "kv": kv.to_json(),
         "budget_bytes": budget,
         "context_bytes": device.context_bytes,
-        "recommended_size": _recommended(rows, config),
+        "recommended_size": _recommended(rows, storage.config),
         "sizes": rows,
         **device.notes,
     }
@@ -146,11 +149,12 @@ def command(
 # -- for what --------------------------------------------------------------------------------------
 
 
-def _model(model: str | None, card: "Card | MeasuredCard | None") -> "tuple[str, ModelConfig, str]":
-    """Name, config, and the dtype the parameters are stored in."""
+def _model(model: str | None, card: "Card | MeasuredCard | None") -> "tuple[str, Storage]":
+    """Name, and the parameters as stored."""
     from .model.config import PRESETS
     from .pipeline.pipeline import TINY
     from .weights.checkpoint import Checkpoint
+    from .weights.formats import uniform
 
     if model is None and card:
         model = "turbo"
@@ -159,37 +163,38 @@ def _model(model: str | None, card: "Card | MeasuredCard | None") -> "tuple[str,
             f"--model is needed: a folder written by checkpoints_convert, or one of {', '.join(PRESETS)}"
         )
     if model in PRESETS:
-        return model, PRESETS[model], "bfloat16"
+        return model, uniform(PRESETS[model], "bfloat16")
     if model is not None and not Path(model).exists():
         raise UsageError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
     checkpoint = Checkpoint(model or TINY)
-    return checkpoint.path.resolve().name, checkpoint.config, checkpoint.dtype
+    return checkpoint.path.resolve().name, checkpoint.storage
 
 
-def _for_card(
-    card: "Card | MeasuredCard", config: "ModelConfig", stored: str, compiles: bool
-) -> Device:
+def _for_card(card: "Card | MeasuredCard", storage: "Storage", compiles: bool) -> Device:
+    from .model.attention import Target
     from .planning.cards import Card, of_device
     from .planning.stored import StoredCosts
+    from .runtime.placement import default_dtype
 
+    dtype = default_dtype(Target("gpu", card.capability))
     if compiles:
-        from .runtime.compiled import CompiledCosts
         from .runtime.deviceless import CardPrograms
+        from .runtime.programs import CompiledCosts
 
         sheet = card if isinstance(card, Card) else of_device(card.device)
         if sheet is None:
             raise UsageError(f"--compile: expected a card of the table, got {card.name}")
-        costs: Costs = CompiledCosts(CardPrograms(config, stored, "bfloat16", sheet))
-        source = "compiled for this card without one; attention by query chunks where the card would use cuDNN's: conservative"
+        costs: Costs = CompiledCosts(CardPrograms(storage, dtype, sheet))
+        source = "compiled for this card without one"
     else:
-        costs = StoredCosts(config, card)
+        costs = StoredCosts(storage, card)
         source = costs.source
     return Device(
         card.name,
         card.usable,
         card.rates,
         costs,
-        "bfloat16",
+        dtype,
         SIZES,
         card.context_bytes,
         {"temporaries": source, "rates": card.source, "context": card.context_source},
@@ -206,71 +211,67 @@ def _read_from_disk(device: Device, gbps: float | None) -> Device:
     return replace(device, notes=device.notes | {"disk": note})
 
 
-def _own(config: "ModelConfig", stored: str) -> Device:
-    import jax
-
-    from .pipeline.pipeline import default_dtype
+def _own(storage: "Storage") -> Device:
     from .planning.cards import ASSUMED_DISK, DISK_ASSUMED, context_bytes
-    from .runtime.compiled import CompiledCosts, Programs
-    from .runtime.placement import free_device_bytes
+    from .runtime.placement import Placement, default_dtype
+    from .runtime.programs import CompiledCosts, Programs
 
-    device, side = jax.local_devices()[0], config.vae.sample_size
-    is_cpu, dtype = device.platform == "cpu", default_dtype()
+    config, placement = storage.config, Placement.on()
+    side, is_cpu, dtype = (
+        config.vae.sample_size,
+        placement.shares_memory,
+        default_dtype(placement.target),
+    )
     sides = [n for n in (side // 2, side, 2 * side) if n % config.pixel_multiple == 0]
     largest = min(config.transformer.axes_lens[1:]) * config.pixel_multiple
-    rates = measure(dtype)._replace(disk=ASSUMED_DISK)
+    rates = measure(placement, dtype)._replace(disk=ASSUMED_DISK)
     notes = {
         "temporaries": "compiled for this device",
         "context": "none on a CPU" if is_cpu else "assumed",
         "rates": f"measured: {rates.flops / 1e12:.3g} TFLOP/s of {dtype} matrix products, {rates.link / 1e9:.3g} GB/s to the device",
     }
     return Device(
-        device.device_kind,
-        free_device_bytes(),
+        placement.device.device_kind,
+        placement.free_bytes(),
         rates,
-        CompiledCosts(Programs(config, stored, dtype)),
+        CompiledCosts(Programs(storage, dtype, placement)),
         dtype,
         tuple(f"{n}x{n}" for n in sides if n <= largest) if is_cpu else SIZES,
-        0 if is_cpu else context_bytes(tuple(map(int, device.compute_capability.split(".")))),
+        context_bytes(placement.target.capability) if placement.target.capability else 0,
         notes,
         DISK_ASSUMED,
         shares_memory=is_cpu,
     )
 
 
-def measure(dtype: str) -> "Rates":
-    """What this device achieves: products of square matrices for a fifth of a second, the best of
-    three copies of 64 MiB."""
+def measure(placement: "Placement", dtype: str) -> "Rates":
+    """What this device achieves: products of square matrices for a fifth of a second, the best of three copies of
+    64 MiB."""
     import jax
     import jax.numpy as jnp
-    from jax.sharding import SingleDeviceSharding
 
     from .planning.seconds import Rates
+    from .runtime.placement import HOST
 
-    device = jax.local_devices()[0]
-    side = 1024 if device.platform == "cpu" else 4096  # 0.2 s of a core, 0.2 ms of an H100
-    a, multiply = jnp.ones((side, side), dtype), jax.jit(jnp.matmul)
+    is_cpu = placement.shares_memory
+    side = 1024 if is_cpu else 4096  # 0.2 s of a core, 0.2 ms of an H100
+    a, multiply = placement.put(jnp.ones((side, side), dtype)), jax.jit(jnp.matmul)
     multiply(a, a).block_until_ready()
     began, products = time.perf_counter(), 0
     while (spent := time.perf_counter() - began) < 0.2 or not products:
         jax.block_until_ready([multiply(a, a) for _ in range(8)])
         products += 8
-    host = jax.device_put(
-        jnp.zeros(2**26, jnp.uint8), SingleDeviceSharding(device, memory_kind="pinned_host")
-    )
-    host.block_until_ready()
+    host = placement.put(jnp.zeros(2**26, jnp.uint8), HOST)
     copies = []
     for _ in range(3):
         copy_began = time.perf_counter()
-        jax.device_put(host, SingleDeviceSharding(device)).block_until_ready()
+        placement.put(host)
         copies.append(time.perf_counter() - copy_began)
-    return Rates(
-        products * 2 * side**3 / spent, host.nbytes / min(copies), overlaps=device.platform != "cpu"
-    )
+    return Rates(products * 2 * side**3 / spent, host.nbytes / min(copies), overlaps=not is_cpu)
 
 
 def _pixels(text: str, config: "ModelConfig") -> tuple[int, int]:
-    from .pipeline.job import check_size
+    from .pipeline.size import check_size, parse_size
 
     size = parse_size(text, config.vae.sample_size, config.pixel_multiple)
     check_size(config, *size)
@@ -281,8 +282,7 @@ def _pixels(text: str, config: "ModelConfig") -> tuple[int, int]:
 
 
 def _rows(
-    config: "ModelConfig",
-    stored: str,
+    storage: "Storage",
     device: Device,
     memory: "Memory",
     kv: "KVPolicy",
@@ -293,10 +293,14 @@ def _rows(
     """A row per size. One that no plan fits has no schedule, and the peak of the smallest plan."""
     import jax.numpy as jnp
 
-    from .planning.planner import Planner, Work, host_bytes
+    from .pipeline.stages import STAGES
+    from .planning.plan import Sizes, host_bytes
+    from .planning.planner import Planner
     from .planning.seconds import Rates, bound_by, seconds
+    from .planning.work import Work
 
-    planner = Planner(config, stored, jnp.dtype(device.compute).itemsize, device.costs)
+    config, sizes = storage.config, Sizes(storage, jnp.dtype(device.compute).itemsize)
+    planner = Planner(STAGES, storage, sizes.compute_bytes, device.costs)
     for width, height in pixels:
         work = Work.of(config, width, height, steps, kv, device.compute, bucket=BUCKET)
         row: dict = {"size": f"{width}x{height}", "width": width, "height": height}
@@ -315,24 +319,24 @@ def _rows(
                 }
             )
             continue
-        by_stage = seconds(plan, work, config, stored, device.rates)
+        by_stage = seconds(STAGES, plan, work, sizes, device.rates)
         yield row | {
             "schedule": plan.schedule,
-            "chunks": len(plan.main_sizes),
-            "resident_chunks": plan.resident_chunks,
-            "vae_rows": plan.vae_rows,
+            "chunks": len(plan.denoise.main_sizes),
+            "resident_chunks": plan.denoise.resident_chunks,
+            "vae_rows": plan.choices["decode"].rows,
             "predicted_peak_bytes": plan.peak_bytes,
-            "predicted_peak_bytes_by_stage": plan.peak_bytes_by_stage,
+            "predicted_peak_bytes_by_stage": dict(plan.peak_bytes_by_stage),
             "predicted_seconds": round(sum(by_stage.values()), 3),
             "predicted_seconds_by_stage": {
                 stage: round(value, 3) for stage, value in by_stage.items()
             },
-            "bound_by": bound_by(plan, work, config, stored, device.rates),
+            "bound_by": bound_by(STAGES, plan, work, sizes, device.rates),
             "link_bytes": round(
-                sum(seconds(plan, work, config, stored, Rates(math.inf, 1.0)).values())
+                sum(seconds(STAGES, plan, work, sizes, Rates(math.inf, 1.0)).values())
             ),
             "kv_bytes": work.kv_bytes(config.transformer),
-            "host_bytes": host_bytes(plan, config, stored, shares_memory=device.shares_memory),
+            "host_bytes": host_bytes(plan, storage, shares_memory=device.shares_memory),
         }
 
 

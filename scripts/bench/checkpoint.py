@@ -23,9 +23,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from zimage_jax.model.config import TURBO
+from zimage_jax.runtime.staging import read_blocks
+from zimage_jax.units import DTYPES
 from zimage_jax.weights import components
-from zimage_jax.weights.checkpoint import Checkpoint, Writer
+from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.components import units
+from zimage_jax.weights.formats import uniform
+from zimage_jax.weights.writer import Writer
 
 PINNED = SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
 
@@ -39,9 +43,9 @@ def make(folder: Path, blocks: int) -> tuple[Checkpoint, list[str]]:
     values = (
         np.random.default_rng(0)
         .standard_normal(3840 * 10240, np.float32)
-        .astype(components.DTYPES["bfloat16"])
+        .astype(DTYPES["bfloat16"])
     )
-    writer = Writer(folder / "native", config, "bfloat16")
+    writer = Writer(folder / "native", uniform(config, "bfloat16"))
     for component in components.COMPONENTS:
         for unit, leaves in units(config, component).items():
             arrays = (
@@ -97,7 +101,7 @@ def main(blocks: int, cold: bool) -> None:
         calls = {
             "plain": plain,
             "native": lambda: jax.block_until_ready(
-                saved.restore("transformer", names, memory_kind="pinned_host")
+                read_blocks(saved, "transformer", names, "pinned_host")
             ),
             "orbax_zarr": orbax_item(folder / "zarr", arrays, {"use_ocdbt": False}),
             "orbax_zarr3": orbax_item(

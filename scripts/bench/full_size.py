@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from scripts.bench.convert import peak_memory, sync
 from zimage_jax.model.config import PRESETS, ModelConfig
-from zimage_jax.weights.checkpoint import Writer
-from zimage_jax.weights.components import COMPONENTS, DTYPES, units
+from zimage_jax.units import DTYPES
+from zimage_jax.weights.components import COMPONENTS, units
+from zimage_jax.weights.formats import uniform
+from zimage_jax.weights.writer import Writer
 
 RUNS = {
     "ring from host memory": ["--schedule", "ring", "--chunks", "30"],
@@ -36,7 +38,7 @@ RUNS = {
 def write_random(folder: Path, config: ModelConfig) -> None:
     """Kernels of variance 1 / fan-in from one pool of numbers, norms at one, biases at zero."""
     pool = np.random.default_rng(0).standard_normal(1 << 24, np.float32)
-    writer = Writer(folder, config, "bfloat16")
+    writer = Writer(folder, uniform(config, "bfloat16"))
 
     @cache
     def scaled(factor: float) -> np.ndarray:

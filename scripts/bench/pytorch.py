@@ -27,11 +27,12 @@ from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZIma
 from tests import reference, small  # noqa: E402
 from zimage_jax import ZImage  # noqa: E402
 from zimage_jax.model import dit, kv, ops  # noqa: E402
+from zimage_jax.model.attention import Attend  # noqa: E402
 from zimage_jax.model.config import TURBO  # noqa: E402
 from zimage_jax.model.layers import with_arrays  # noqa: E402
-from zimage_jax.model.ops import Attend  # noqa: E402
-from zimage_jax.weights import checkpoint  # noqa: E402
 from zimage_jax.weights import names as rules  # noqa: E402
+from zimage_jax.weights.formats import uniform  # noqa: E402
+from zimage_jax.weights.writer import save  # noqa: E402
 
 # about the embedded model's size: what "small" means here
 SMALL = small.small_config(
@@ -89,11 +90,10 @@ def block(tokens: int, runs: int, dtype: str) -> dict[str, float]:
     freqs = RopeEmbedder(config.rope_theta, list(config.axes_dims), list(config.axes_lens))(
         torch.from_numpy(positions[0])
     )[None]
-    attend = Attend.choose("cpu", dtype, 1, tokens, tokens, config.n_heads)
-    run = jax.jit(lambda m, x, side: m(x, side, attend, kv.plain(dtype))[0])
+    run = jax.jit(lambda m, x, side: m(x, side, Attend(), kv.plain(dtype))[0])
     x_jax, time_jax = (jax.numpy.asarray(a, dtype) for a in (x, time))
     x_torch, time_torch = (torch.from_numpy(a).to(getattr(torch, dtype)) for a in (x, time))
-    side = dit.Side(*map(jax.numpy.asarray, (cos, sin)), None, time_jax)
+    side = dit.BlockInputs(*map(jax.numpy.asarray, (cos, sin)), None, time_jax)
 
     def by_torch():
         return theirs(x_torch, None, freqs, time_torch)
@@ -116,7 +116,7 @@ def our_pipeline(folder: Path) -> ZImage:
     tensors = small.random_tensors(SMALL)
     models = {c: small.our_model(c, SMALL, tensors[c]) for c in small.MODELS}
     tokenizer = small.tokenizer().to_str().encode()
-    return ZImage.load(checkpoint.save(folder / "m", SMALL, models, tokenizer, {}, "float32"))
+    return ZImage.load(save(folder / "m", uniform(SMALL, "float32"), models, tokenizer, {}))
 
 
 def pipeline(size: int, runs: int) -> dict[str, float]:

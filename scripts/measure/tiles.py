@@ -18,6 +18,7 @@ from zimage_jax.model import vae
 from zimage_jax.model.vae_strips import decode_tiles
 from zimage_jax.pipeline.picture import to_uint8
 from zimage_jax.pipeline.pipeline import TINY
+from zimage_jax.runtime.staging import load
 from zimage_jax.weights.checkpoint import Checkpoint
 
 
@@ -40,7 +41,7 @@ def psnr(pictures: np.ndarray, others: np.ndarray) -> np.ndarray:
     show_default=True,
 )
 def main(pictures: int, side: int, tiles: tuple[int, ...]) -> None:
-    model = jax.tree.map(lambda leaf: leaf.astype(np.float32), Checkpoint(TINY).load("vae"))
+    model = jax.tree.map(lambda leaf: leaf.astype(np.float32), load(Checkpoint(TINY), "vae"))
     run = jax.jit(
         lambda function, *args, **static: function(*args, **static),
         static_argnums=0,

@@ -30,6 +30,7 @@ from scripts.tiny import data as tiny_data
 from scripts.tiny.judge import judge
 from scripts.tiny.tokenizer import train_tokenizer
 from zimage_jax.model import dit, kv, sampling, text_encoder, vae
+from zimage_jax.model.attention import Attend
 from zimage_jax.model.config import (
     DiTConfig,
     ModelConfig,
@@ -39,10 +40,11 @@ from zimage_jax.model.config import (
 )
 from zimage_jax.model.kv import Phase
 from zimage_jax.model.layers import initialise, named_arrays, with_arrays
-from zimage_jax.model.ops import Attend
 from zimage_jax.model.prompt import Prompts, batch_ids
 from zimage_jax.pipeline import picture as image
-from zimage_jax.weights import checkpoint
+from zimage_jax.weights.checkpoint import Checkpoint
+from zimage_jax.weights.formats import uniform
+from zimage_jax.weights.writer import save
 
 Params = dict[str, Array]
 
@@ -389,7 +391,7 @@ def dit_loss(params: Params, key: Array, x: Float[Array, "B h w C"], sigma, ids,
     """Flow matching: the model's velocity is picture minus noise."""
     transformer, text = split(params)
     count, h, w, _ = x.shape
-    sides = dit.sides(CONFIG.transformer, h, w, np.full(count, CAPTION_BUCKET), CAPTION_BUCKET)
+    sides = dit.inputs(CONFIG.transformer, h, w, np.full(count, CAPTION_BUCKET), CAPTION_BUCKET)
     features = text_encoder.run(text.layers, text.embed_tokens[...][ids])
     context = dit.context(transformer, features, lengths, sides.caption._replace(lengths=None))
     noise = jax.random.normal(key, x.shape)
@@ -417,11 +419,12 @@ def first_parameters(seed: int) -> Params:
 
 def parameters_of(path: Path) -> Params:
     """The DiT and text encoder of a native checkpoint, in float32, to train on from."""
-    stored = checkpoint.Checkpoint(path)
+    stored = Checkpoint(path)
     return {
-        f"{component}.{name}": array.astype(jnp.float32)
+        f"{component}.{name}": jnp.asarray(array, jnp.float32)
         for component in ("transformer", "text_encoder")
-        for name, array in stored.restore(component).items()
+        for unit in stored.units(component)
+        for name, array in stored.read(component, unit).items()
     }
 
 
@@ -437,7 +440,7 @@ def train_dit(
     rng = np.random.default_rng([seed, 98])
     scenes = [tiny_data.random_scene(rng, held_out=True) for _ in range(128)]
     captions = [tiny_data.caption(s, "en" if i % 2 else "zh", rng) for i, s in enumerate(scenes)]
-    phases = ((Phase(kv.plain(jnp.float32), 8), Attend()),)
+    phases = (Phase(kv.plain(jnp.float32), 8),)
     sample = jax.jit(partial(sampling.sample, is_guided=False, attend=Attend(), phases=phases))
     decode = jax.jit(vae.decode)
 
@@ -449,7 +452,7 @@ def train_dit(
             group = slice(first, first + 32)
             encoded = [prompts.encode(c, CAPTION_BUCKET) for c in captions[group]]
             ids, lengths = batch_ids(encoded)
-            sides = dit.sides(config.transformer, 16, 16, lengths, ids.shape[1])
+            sides = dit.inputs(config.transformer, 16, 16, lengths, ids.shape[1])
             features = text_encoder.run(text.layers, text.embed_tokens[...][ids])
             context = dit.context(transformer, features, lengths, sides.caption)
             noise = np.stack(
@@ -500,7 +503,13 @@ def export(runs: Path, destination: Path) -> None:
         "steps": {n: last_step(runs / n) for n in ("vae", "dit")},
     }
     fresh = destination.with_name(destination.name + ".new")
-    checkpoint.save(fresh, config, models, (runs / "tokenizer.json").read_bytes(), provenance)
+    save(
+        fresh,
+        uniform(config, "bfloat16"),
+        models,
+        (runs / "tokenizer.json").read_bytes(),
+        provenance,
+    )
     card = destination / "README.md"
     if card.exists():  # the model card is written by hand
         shutil.copy(card, fresh)

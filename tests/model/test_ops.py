@@ -9,68 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zimage_jax.model import ops
-from zimage_jax.model.ops import Attend
-
-
-def attention_in_float64(q, k, v, lengths=None, causal=False):
-    """The definition, one head at a time."""
-    k, v = (np.repeat(np.asarray(a, np.float64), q.shape[2] // a.shape[2], 2) for a in (k, v))
-    scores = np.einsum("btnh,bsnh->bnts", np.asarray(q, np.float64), k) / np.sqrt(q.shape[-1])
-    if lengths is not None:
-        scores = np.where(
-            np.arange(k.shape[1])[None, None, None] < lengths[:, None, None, None], scores, -np.inf
-        )
-    if causal:
-        scores = np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
-
-
-@given(
-    batch=st.integers(1, 2),
-    tokens=st.integers(1, 70),
-    groups=st.integers(1, 3),
-    key_heads=st.integers(1, 2),
-    chunk=st.sampled_from([1, 7, 32, 1 << 30]),
-    masked=st.booleans(),
-    causal=st.booleans(),
-)
-def test_attention_in_any_chunk_is_the_definition(
-    batch, tokens, groups, key_heads, chunk, masked, causal
-):
-    rng = np.random.default_rng(tokens)
-    q = rng.standard_normal((batch, tokens, groups * key_heads, 8), np.float32)
-    k, v = (rng.standard_normal((batch, tokens, key_heads, 8), np.float32) for _ in range(2))
-    lengths = rng.integers(1, tokens + 1, batch) if masked and not causal else None
-    got = ops.attention(
-        jnp.asarray(q),
-        jnp.asarray(k),
-        jnp.asarray(v),
-        causal=causal,
-        attend=Attend("xla", chunk),
-        lengths=None if lengths is None else jnp.asarray(lengths),
-    )
-    np.testing.assert_allclose(got, attention_in_float64(q, k, v, lengths, causal), atol=2e-6)
-
-
-def test_masked_keys_do_not_count_whatever_they_hold():
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((1, 40, 2, 8), np.float32) for _ in range(3))
-    lengths = jnp.array([33])
-    out = ops.attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), lengths=lengths)
-    k[:, 33:], v[:, 33:] = 1e4, 1e4
-    np.testing.assert_array_equal(
-        out, ops.attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), lengths=lengths)
-    )
-
-
-def test_scores_stay_bounded_by_the_chunk():
-    chosen = Attend.choose("cpu", jnp.float32, 1, 4608, 4608, 30)
-    assert chosen.query_chunk * 30 * 4608 * 4 <= 2**25 * 1.5
-    assert chosen.query_chunk % 32 == 0
-    assert Attend.choose("cpu", jnp.float32, 1, 96, 96, 6) == Attend()
-    assert Attend.choose("gpu", jnp.bfloat16, 1, 4608, 4608, 30).implementation == "cudnn"
-    assert Attend.choose("gpu", jnp.float32, 1, 4608, 4608, 30).query_chunk == 480
 
 
 @pytest.mark.parametrize("groups", [1, 4, 8])
@@ -124,7 +62,7 @@ def test_the_rope_table_keeps_far_positions_exact():
 
 def test_a_shape_that_does_not_fit_its_annotation_is_refused():
     with pytest.raises(Exception, match=r"(?i)type-check"):
-        ops.attention(jnp.zeros((1, 2, 3, 4)), jnp.zeros((1, 2, 3, 5)), jnp.zeros((1, 2, 3, 4)))
+        ops.product(jnp.zeros((2, 3)), jnp.zeros((4, 5)), jnp.float32)
     assert jax.config.jax_numpy_dtype_promotion == "strict"
 
 

@@ -1,13 +1,11 @@
-import os
-import threading
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from zimage_jax.errors import OutputError, UsageError
+from zimage_jax.errors import UsageError
+from zimage_jax.files import write_whole
 from zimage_jax.pipeline import picture as image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
@@ -35,7 +33,7 @@ text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 @given(prompt=text, negative=text, seed=st.integers(0, 2**64 - 1))
 def test_metadata_comes_back(tmp_path_factory, prompt, negative, seed):
     data = metadata(prompt=prompt, negative_prompt=negative, seed=seed)
-    path = image.write_new(tmp_path_factory.mktemp("m") / "x.png", image.encode_png(PIXELS, data))
+    path = write_whole(tmp_path_factory.mktemp("m") / "x.png", image.encode_png(PIXELS, data))
     assert image.read_metadata(path) == data
     with Image.open(path) as opened:
         np.testing.assert_array_equal(np.asarray(opened), PIXELS)
@@ -52,7 +50,7 @@ def test_other_tools_find_their_lines():
 
 
 def test_the_mark_of_a_made_picture(tmp_path):
-    path = image.write_new(tmp_path / "x.png", image.encode_png(PIXELS, metadata()))
+    path = write_whole(tmp_path / "x.png", image.encode_png(PIXELS, metadata()))
     with Image.open(path) as opened:
         opened.load()
         assert "trainedAlgorithmicMedia" in opened.text["XML:com.adobe.xmp"]
@@ -61,7 +59,7 @@ def test_the_mark_of_a_made_picture(tmp_path):
 
 
 def test_no_metadata_means_none(tmp_path):
-    path = image.write_new(tmp_path / "x.png", image.encode_png(PIXELS))
+    path = write_whole(tmp_path / "x.png", image.encode_png(PIXELS))
     with Image.open(path) as opened:
         opened.load()
         assert not opened.text
@@ -70,55 +68,6 @@ def test_no_metadata_means_none(tmp_path):
 def test_pixels_are_rounded_and_clipped():
     values = np.array([[[-2, -1, 0]], [[0.5, 1, 3]]], np.float32)
     np.testing.assert_array_equal(image.to_uint8(values), [[[0, 0, 128]], [[191, 255, 255]]])
-
-
-def test_a_name_in_use_is_left_alone(tmp_path):
-    paths = [image.write_new(tmp_path / "x.png", bytes([k])) for k in range(3)]
-    assert [p.name for p in paths] == ["x.png", "x-2.png", "x-3.png"]
-    assert image.write_new(tmp_path / "x.png", b"new", overwrite=True).read_bytes() == b"new"
-    assert (tmp_path / "x-2.png").read_bytes() == b"\x01"
-    assert len(list(tmp_path.iterdir())) == 3, "no temporary file stays"
-
-
-def test_many_at_once_take_many_names(tmp_path):
-    found, lock = [], threading.Lock()
-
-    def write(k):
-        path = image.write_new(tmp_path / "x.png", bytes([k]))
-        with lock:
-            found.append((path, k))
-
-    threads = [threading.Thread(target=write, args=(k,)) for k in range(12)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert len({p for p, _ in found}) == 12
-    assert all(p.read_bytes() == bytes([k]) for p, k in found)
-
-
-def test_a_filesystem_without_links_still_never_overwrites(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
-    assert [image.write_new(tmp_path / "x.png", b"").name for _ in range(2)] == ["x.png", "x-2.png"]
-
-
-def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "link", full)
-    with pytest.raises(OutputError, match="No space left on device"):
-        image.write_new(tmp_path / "x.png", b"123")
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_unwritable_place_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="cannot be written"):
-        image.write_new(tmp_path / "file" / "x.png", b"1")
 
 
 def bomb(path) -> None:

@@ -9,25 +9,32 @@ from hypothesis import strategies as st
 
 from zimage_jax.errors import UsageError
 from zimage_jax.planning import schedule
-from zimage_jax.planning.schedule import Free, Load, Pin, Run
+from zimage_jax.planning.schedule import Free, Load, Pin, Visit
 
-NAMES = st.sampled_from(["resident", "swap", "ring", "hybrid"])
+NAMES = st.sampled_from([row.name for row in schedule.ROWS if not row.is_one_program])
 PINS = st.dictionaries(st.integers(0, 8), st.sampled_from(["resident", "streamed"]), max_size=3)
-schedules = given(NAMES, st.integers(1, 9), st.integers(0, 9), PINS, st.integers(1, 4))
+# of one kind, or of two that alternate as the halves of blocks do
+KINDS = st.integers(1, 9).flatmap(
+    lambda n: st.sampled_from([("block",) * n, ("attention", "feed forward") * n])
+)
+PREFETCH = st.sampled_from([None, 0, 1, 2, 3])
+schedules = given(NAMES, KINDS, st.integers(0, 9), PREFETCH, PINS, st.integers(1, 4))
 
 
-def build(name, chunks, resident, pins) -> schedule.Schedule:
-    made = schedule.make(name, chunks, min(resident, chunks))
+def build(name, kinds, resident, prefetch, pins) -> schedule.Schedule:
+    chunks = len(kinds)
+    made = schedule.make(name, chunks, min(resident, chunks), prefetch)
     return made.with_pins({c: how for c, how in pins.items() if c < chunks}, 0, chunks)
 
 
 @schedules
-def test_every_chunk_is_on_the_device_when_it_runs(name, chunks, resident, pins, sweeps):
-    made = build(name, chunks, resident, pins)
+def test_every_chunk_is_on_the_device_when_it_runs(name, kinds, resident, prefetch, pins, sweeps):
+    made = build(name, kinds, resident, prefetch, pins)
     slots: dict[int, int] = {}
+    layout = made.slot_kinds(kinds)
     pinned: set[int] = set()
     ran = []
-    for step in schedule.steps(made, chunks, sweeps):
+    for step in schedule.actions(made, kinds, sweeps):
         match step:
             case Pin(chunk):
                 assert chunk not in pinned
@@ -35,32 +42,34 @@ def test_every_chunk_is_on_the_device_when_it_runs(name, chunks, resident, pins,
             case Load(chunk, slot):
                 assert slot not in slots, "a load overwrites nothing that is still there"
                 assert chunk not in slots.values(), "no load of what is already there"
+                assert layout[slot] == kinds[chunk], "a slot takes chunks of its kind alone"
                 slots[slot] = chunk
-            case Run(chunk, slot, then):
+            case Visit(chunk, slot, then):
                 assert chunk in pinned if slot is None else slots[slot] == chunk
                 ran.append(chunk)
                 if then is not None:
                     assert then.slot != slot, "nothing is copied over what computes"
                     assert then.slot not in slots
                     assert then.chunk not in slots.values() and then.chunk not in pinned  # noqa: PT018
+                    assert layout[then.slot] == kinds[then.chunk]
                     slots[then.slot] = then.chunk
             case Free(chunk, None):
                 pinned.remove(chunk)
             case Free(chunk, slot):
                 assert slots.pop(slot) == chunk
-        assert len(slots) <= made.slots
-    assert ran == list(range(chunks)) * sweeps
+        assert len(slots) <= len(layout)
+    assert ran == list(range(len(kinds))) * sweeps
     assert not slots and not pinned, "everything is freed at the end"  # noqa: PT018
 
 
 @schedules
-def test_a_load_names_the_sweep_that_first_needs_it(name, chunks, resident, pins, sweeps):
-    made, runs, fresh = build(name, chunks, resident, pins), 0, {}
-    for step in schedule.steps(made, chunks, sweeps):
+def test_a_load_names_the_sweep_that_first_needs_it(name, kinds, resident, prefetch, pins, sweeps):
+    made, runs, fresh = build(name, kinds, resident, prefetch, pins), 0, {}
+    for step in schedule.actions(made, kinds, sweeps):
         if isinstance(step, Load):
             fresh[step.chunk] = step.sweep
-        elif isinstance(step, Run):
-            assert fresh.pop(step.chunk, runs // chunks) == runs // chunks
+        elif isinstance(step, Visit):
+            assert fresh.pop(step.chunk, runs // len(kinds)) == runs // len(kinds)
             runs += 1
             if step.then is not None:
                 fresh[step.then.chunk] = step.then.sweep
@@ -68,9 +77,9 @@ def test_a_load_names_the_sweep_that_first_needs_it(name, chunks, resident, pins
 
 
 @schedules
-def test_each_load_is_freed_once(name, chunks, resident, pins, sweeps):
-    case = build(name, chunks, resident, pins), chunks, sweeps
-    steps = list(schedule.steps(*case))
+def test_each_load_is_freed_once(name, kinds, resident, prefetch, pins, sweeps):
+    case = build(name, kinds, resident, prefetch, pins), kinds, sweeps
+    steps = list(schedule.actions(*case))
     loaded = Counter(load.chunk for load in schedule.loads(*case)) + Counter(
         s.chunk for s in steps if isinstance(s, Pin)
     )
@@ -80,24 +89,52 @@ def test_each_load_is_freed_once(name, chunks, resident, pins, sweeps):
 @given(st.integers(3, 9), st.integers(1, 4))
 def test_the_ring_copies_each_chunk_once_a_sweep_and_waits_for_the_first_alone(chunks, sweeps):
     ring = schedule.make("ring", chunks)
-    assert len(list(schedule.loads(ring, chunks, sweeps))) == chunks * sweeps
-    waits = [step for step in schedule.steps(ring, chunks, sweeps) if isinstance(step, Load)]
+    assert len(list(schedule.loads(ring, (0,) * chunks, sweeps))) == chunks * sweeps
+    waits = [
+        step for step in schedule.actions(ring, (0,) * chunks, sweeps) if isinstance(step, Load)
+    ]
     assert waits == [Load(0, 0, 0)], (
         "every other copy is made while a chunk computes, across the end of a sweep too"
     )
+
+
+@given(st.integers(0, 3), st.integers(5, 9), st.integers(1, 3))
+def test_as_many_chunks_as_prefetch_says_are_copied_ahead(prefetch, chunks, sweeps):
+    made, kinds = schedule.make("ring", chunks, prefetch=prefetch), (0,) * chunks
+    on_device, ahead = 0, []
+    for action in schedule.actions(made, kinds, sweeps):
+        match action:
+            case Load():
+                on_device += 1
+            case Visit(_, _, then):
+                on_device += then is not None
+                ahead.append(on_device - 1)
+            case Free():
+                on_device -= 1
+    assert max(ahead) == prefetch
+    assert ahead[: chunks * sweeps - prefetch] == [prefetch] * (chunks * sweeps - prefetch)
+
+
+@given(st.integers(2, 8), st.integers(1, 3))
+def test_halves_of_blocks_take_a_slot_each_and_hide_every_copy(blocks, sweeps):
+    kinds = ("attention", "feed forward") * blocks
+    ring = schedule.make("ring", len(kinds))
+    assert sorted(ring.slot_kinds(kinds)) == ["attention", "feed forward"]
+    waits = [a for a in schedule.actions(ring, kinds, sweeps) if isinstance(a, Load)]
+    assert len(waits) == 1
 
 
 @given(st.integers(3, 12), st.data(), st.integers(2, 4))
 def test_hybrid_copies_what_does_not_stay(chunks, data, sweeps):
     staying = data.draw(st.integers(0, chunks - 3))
     made = schedule.make("hybrid", chunks, staying)
-    assert len(made.pinned) == staying
-    assert len(list(schedule.loads(made, chunks, sweeps))) == (chunks - staying) * sweeps
+    assert len(made.resident) == staying
+    assert len(list(schedule.loads(made, (0,) * chunks, sweeps))) == (chunks - staying) * sweeps
 
 
 @given(st.integers(1, 2), st.integers(1, 4))
 def test_what_fits_the_slots_is_copied_once(chunks, sweeps):
-    assert len(list(schedule.loads(schedule.make("ring", chunks), chunks, sweeps))) == chunks
+    assert len(list(schedule.loads(schedule.make("ring", chunks), (0,) * chunks, sweeps))) == chunks
 
 
 @given(st.integers(1, 60), st.data())
@@ -128,7 +165,7 @@ def test_a_bound_on_chunks_holds_and_is_not_overdone(blocks, block_bytes, factor
     [
         (
             lambda: schedule.make("magic", 4),
-            "schedule 'magic': expected one of resident, swap, ring, hybrid, scan",
+            "schedule 'magic': expected one of auto, resident, ring, hybrid, swap, scan",
         ),
         (lambda: schedule.make("hybrid", 4, 5), "5 resident chunks of 4"),
         (lambda: schedule.partition(30, 31), "31 chunks of 30 blocks: expected 1 to 30"),
@@ -136,7 +173,7 @@ def test_a_bound_on_chunks_holds_and_is_not_overdone(blocks, block_bytes, factor
         (lambda: schedule.chunks_under(30, 100, 99), "a chunk is at least one block"),
         (
             lambda: schedule.make("ring", 4).with_pins({4: "resident"}, 0, 4),
-            "chunk 4 is not there: expected 0 to 3",
+            "chunk 4 does not exist: expected 0 to 3",
         ),
         (
             lambda: schedule.make("ring", 4).with_pins({1: "away"}, 0, 4),

@@ -1,18 +1,15 @@
 """Pure functions the three models share.
 
-Axes: B pictures, T queries, S keys, N query heads, M key heads (N is a multiple of M), H head
-width, D any width, h, w latent rows and columns, C latent channels."""
+Axes: B pictures, T tokens, N heads, H head width, D any width, h, w latent rows and columns, C
+latent channels."""
 
 import functools
-import math
-from dataclasses import dataclass
-from typing import Literal
+from typing import TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Int, Real
+from jaxtyping import Float, Real
 
 
 def last_axis(vector: Float[Array, "D"], ndim: int) -> Float[Array, "..."]:
@@ -35,6 +32,50 @@ def product(x: Float[Array, "n i"], kernel: Float[Array, "i o"], dtype) -> Float
         cpu=lambda *both: lax.dot(*both, preferred_element_type=jnp.float32).astype(dtype),
         default=rounded,
     )
+
+
+# -- float16 ---------------------------------------------------------------------------------------
+
+# A float16 ends at 65,504 and has its full 11 bits from 6e-5 on. Tokens are kept times 2^-6: that is
+# 4.2 million, and 11 bits from 0.004 on. A power of two moves no bit of what lies between.
+TOKEN_SCALE = 2.0**-6
+Either = TypeVar("Either", Array, np.ndarray)
+
+
+def wide(dtype) -> np.dtype:
+    """The dtype of what may leave float16's range, where `dtype` is computed in: float32 in place of
+    float16."""
+    return jnp.dtype(jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype)
+
+
+def from_tokens(x: Float[Either, "*b D"]) -> Float[Either, "*b D"]:
+    """The values of the residual stream, in the dtype `wide` gives. (TOKEN_SCALE)"""
+    return x.astype(np.float32) / np.float32(TOKEN_SCALE) if x.dtype == jnp.float16 else x
+
+
+def to_tokens(values: Float[Either, "*b D"], dtype) -> Float[Either, "*b D"]:
+    """Values as a residual stream of `dtype`: in float16 times TOKEN_SCALE, else as they are."""
+    if jnp.dtype(dtype) == jnp.float16:
+        values = values.astype(np.float32) * np.float32(TOKEN_SCALE)
+    return values.astype(dtype)
+
+
+def add_to_tokens(x: Float[Array, "*b D"], values: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+    """The residual stream after `values`, which are in the dtype `wide` gives, are added to it."""
+    return to_tokens(from_tokens(x) + values, x.dtype)
+
+
+def rows_in_range(
+    x: Float[Array, "*b D"],
+) -> tuple[Float[Array, "*b D"], Float[Array, "*b 1"]]:
+    """float32 as float16 and a power of two per row by which to multiply it: a row's largest element
+    becomes about 1, so that neither it nor a product with a matrix overflows."""
+    largest = jnp.max(jnp.abs(x), -1, keepdims=True)
+    scale = lax.reduce_precision(jnp.maximum(largest, jnp.finfo(x.dtype).tiny), 8, 0)
+    return (x / scale).astype(jnp.float16), scale
+
+
+# -- norms -----------------------------------------------------------------------------------------
 
 
 def rms_norm(
@@ -118,96 +159,6 @@ def rotate_halves(
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     cos, sin = cos[None, :, None], sin[None, :, None]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-# -- attention -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Attend:
-    """How attention is computed. Follows from the job and the device, never from the memory budget:
-    it changes last bits. `query_chunk` counts queries scored at once by the "xla"
-    implementation."""
-
-    implementation: Literal["cudnn", "xla"] = "xla"
-    query_chunk: int = 1 << 30
-
-    @classmethod
-    def choose(
-        cls, platform: str, dtype, batch: int, queries: int, keys: int, heads: int
-    ) -> "Attend":
-        """cuDNN's flash attention where the device has it, else query chunks whose scores stay
-        small: in cache on a CPU, 256 MiB on a GPU (4,608 tokens x 30 heads would be 2.5 GB)."""
-        if platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
-            return cls("cudnn")
-        score_bytes = 4 * batch * heads * keys
-        chunks = math.ceil(queries * score_bytes / (2**28 if platform == "gpu" else 2**25))
-        chunk = math.ceil(queries / chunks / 32) * 32
-        return cls("xla", chunk if chunk < queries else 1 << 30)
-
-
-def attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S M H"],
-    v: Float[Array, "B S M H"],
-    *,
-    lengths: Int[Array | np.ndarray, "B"] | None = None,
-    bias: Float[np.ndarray, "S"] | None = None,
-    causal: bool = False,
-    attend: Attend = Attend(),
-) -> Float[Array, "B T N H"]:
-    """softmax(q k / sqrt(H) + bias) v. Keys from `lengths` on are masked. Scores and softmax in
-    float32."""
-    if attend.implementation == "cudnn":
-        lengths_q = None if lengths is None else jnp.full_like(lengths, q.shape[1])
-        # cuDNN broadcasts a bias over pictures and heads, not over queries
-        shape = (1, 1, q.shape[1], k.shape[1])
-        full_bias = None if bias is None else jnp.broadcast_to(jnp.asarray(bias, q.dtype), shape)
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            full_bias,
-            is_causal=causal,
-            query_seq_lengths=lengths_q,
-            key_value_seq_lengths=lengths,
-            implementation="cudnn",
-        )
-    queries, chunk = q.shape[1], attend.query_chunk
-    if chunk >= queries:
-        return _attend_chunk(q, k, v, lengths, bias, 0 if causal else None)
-    # Every chunk has the same shape, so one loop body serves them all; the surplus queries are
-    # dropped.
-    count = math.ceil(queries / chunk)
-    q = jnp.pad(q, ((0, 0), (0, count * chunk - queries), (0, 0), (0, 0)))
-    q = jnp.moveaxis(q.reshape(q.shape[0], count, chunk, *q.shape[2:]), 1, 0)
-    starts = jnp.arange(count) * chunk
-    out = lax.map(
-        lambda c: _attend_chunk(c[0], k, v, lengths, bias, c[1] if causal else None), (q, starts)
-    )
-    return jnp.moveaxis(out, 0, 1).reshape(k.shape[0], count * chunk, *q.shape[3:])[:, :queries]
-
-
-def _attend_chunk(q, k, v, lengths, bias, first_query):
-    batch, queries, heads, width = q.shape
-    # heads before tokens: both products are then plain batched matrix products, twice as fast on a
-    # CPU. The query heads of one key head stand in one run of rows
-    q = q.swapaxes(1, 2).reshape(batch, k.shape[2], -1, width)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = jnp.einsum("bmth,bmsh->bmts", q, k, preferred_element_type=jnp.float32) / math.sqrt(
-        width
-    )
-    if bias is not None:
-        scores = scores + last_axis(jnp.asarray(bias), 4)
-    key = jnp.arange(k.shape[2])[None, None, None]
-    if lengths is not None:
-        scores = jnp.where(key < lengths[:, None, None, None], scores, -jnp.inf)
-    if first_query is not None:
-        query = jnp.tile(first_query + jnp.arange(queries), heads // k.shape[1])
-        scores = jnp.where(key <= query[None, None, :, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, -1).astype(v.dtype)
-    out = jnp.einsum("bmts,bmsh->bmth", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(batch, heads, queries, width).swapaxes(1, 2).astype(q.dtype)
 
 
 # -- pictures and tokens ---------------------------------------------------------------------------

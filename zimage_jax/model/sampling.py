@@ -14,8 +14,8 @@ from jaxtyping import Float
 
 from ..errors import UsageError
 from . import dit, kv
+from .attention import Attend
 from .kv import KV, Phase
-from .ops import Attend
 
 LARGEST_SEED = 2**64 - 1
 
@@ -97,7 +97,7 @@ def euler(
 # -- the sampler -----------------------------------------------------------------------------------
 
 
-def enter(
+def before_blocks(
     stem: dit.Stem, latents: Float[Array, "B h w C"], t: Float[Array, ""], *, is_guided: bool, dtype
 ) -> tuple[Float[Array, "G I D"], Float[Array, "G A"]]:
     """What an NFE does before the blocks: image tokens and time of each context."""
@@ -106,7 +106,7 @@ def enter(
     return dit.embed_image(stem, batch, dtype), time
 
 
-def leave(
+def after_blocks(
     stem: dit.Stem,
     x: Float[Array, "G T D"],
     time: Float[Array, "G A"],
@@ -128,33 +128,36 @@ def sample(
     sigmas: Float[Array, "levels"],
     times: Float[Array, "nfes"],
     context: Float[Array, "G L D"],
-    sides: dit.Sides,
-    keys: tuple[dit.Keys | None, ...],
+    inputs: dit.Inputs,
+    keys: tuple[dit.KeyTable | None, ...],
     guidance: Float[Array, ""],
     *,
     is_guided: bool,
     attend: Attend,
-    phases: tuple[tuple[Phase, Attend], ...],
+    phases: tuple[Phase, ...],
     on_step: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> Float[Array, "B h w C"]:
     """All NFEs: a lax.scan for each phase of the K/V policy, float32 latents in the carry, and the
     K and V of every main block where later NFEs reuse them.
 
     With `is_guided`, G = 2 B: contexts of the prompts, then of the negative prompts; else G = B.
-    `keys` has an entry per phase; `attend` is the refiner's, a phase's own that of the main blocks.
-    `on_step(index, latents)` is called from within."""
+    `keys` has an entry per phase; `on_step(index, latents)` is called from within."""
     levels = jnp.arange(len(times)), sigmas[:-1], sigmas[1:], times
     latents, first = noise, 0
-    for (phase, main), of_phase in zip(phases, keys, strict=True):
+    for phase, of_phase in zip(phases, keys, strict=True):
 
-        def step(carry, now, phase=phase, main=main, of_phase=of_phase):
+        def step(carry, now, phase=phase, of_phase=of_phase):
             latents, cache = carry
             index, reuses, sigma, sigma_next, t = now
-            x, time = enter(model.stem, latents, t, is_guided=is_guided, dtype=context.dtype)
-            x = dit.run(model.noise_refiner, x, sides.image._replace(time=time), attend)
-            x, side = dit.join(x, context), sides.joint._replace(time=time, keys=of_phase)
-            x, cache = _main_blocks(model.layers, (x, cache), side, main, phase.hold, reuses)
-            latents = leave(
+            x, time = before_blocks(
+                model.stem, latents, t, is_guided=is_guided, dtype=context.dtype
+            )
+            x = dit.apply_blocks(model.noise_refiner, x, inputs.image._replace(time=time), attend)
+            x, joint = dit.join(x, context), inputs.joint._replace(time=time, keys=of_phase)
+            x, cache = _main_blocks(
+                model.layers, (x, cache), joint, attend, phase.kv_format, reuses
+            )
+            latents = after_blocks(
                 model.stem, x, time, latents, sigma, sigma_next, guidance, is_guided=is_guided
             )
             if on_step is not None:
@@ -165,9 +168,10 @@ def sample(
         if phase.caches:
             heads = model.layers[0].attention.heads
             width = context.shape[-1] // heads
-            tokens = sides.joint.cos.shape[1]
+            tokens = inputs.joint.cos.shape[1]
             cache = tuple(
-                kv.empty(phase.hold, context.shape[0], tokens, heads, width) for _ in model.layers
+                kv.empty(phase.kv_format, context.shape[0], tokens, heads, width)
+                for _ in model.layers
             )
         now = slice(first, first + phase.steps)
         index, *rest = (level[now] for level in levels)
@@ -177,14 +181,18 @@ def sample(
     return latents
 
 
-def _main_blocks(blocks, carry, side: dit.Side, attend: Attend, hold: kv.Hold, reuses: Array):
+def _main_blocks(
+    blocks, carry, joint: dit.BlockInputs, attend: Attend, kv_format: kv.KVFormat, reuses: Array
+):
     """The main blocks of one NFE, with a cache of K and V in the carry or none. Of the two ways
     only one runs."""
     x, cache = carry
     if cache is None:
-        return dit.run(blocks, x, side, attend, hold), None
+        return dit.apply_blocks(blocks, x, joint, attend, kv_format), None
     make, take = (
-        lambda carry, reuses=reuses: dit.run_cached(blocks, carry, side, attend, hold, reuses)
+        lambda carry, reuses=reuses: dit.apply_blocks_cached(
+            blocks, carry, joint, attend, kv_format, reuses
+        )
         for reuses in (False, True)
     )
     return lax.cond(reuses, take, make, carry)

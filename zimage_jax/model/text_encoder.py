@@ -5,9 +5,11 @@ Axes: B prompts, T tokens (padded at the end: attention is causal, so padding ch
 it), D width (2560), N query heads (32), M key heads (8), H head width (128), V vocabulary.
 
 The features are the output of the last layer but one: the last layer and the final norm are never
-loaded."""
+loaded.
 
-import jax
+A float16 holds tokens times ops.TOKEN_SCALE: a few elements of the first token pass 1e4 and grow
+from block to block."""
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,8 +17,9 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from . import ops
+from .attention import Attend, attention
 from .config import TextEncoderConfig
-from .layers import Linear, RMSNorm, parameter
+from .layers import Linear, RMSNorm, gated, parameter
 
 
 class SelfAttention(nnx.Module):
@@ -29,11 +32,12 @@ class SelfAttention(nnx.Module):
         self.q_norm, self.k_norm = (RMSNorm(width, config.rms_norm_eps) for _ in range(2))
         self.head_dim, self.rope_theta = width, config.rope_theta
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> Float[Array, "B T D"]:
         batch, tokens, _ = x.shape
+        wide = ops.wide(x.dtype)
         q, k, v = (
-            project(x).reshape(batch, tokens, -1, self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(x, dtype).reshape(batch, tokens, -1, self.head_dim)
+            for project, dtype in ((self.q_proj, wide), (self.k_proj, wide), (self.v_proj, x.dtype))
         )
         cos, sin = ops.rope_table(np.arange(tokens)[:, None], (self.head_dim,), self.rope_theta)
         q, k = (
@@ -42,7 +46,8 @@ class SelfAttention(nnx.Module):
             ).astype(x.dtype)
             for norm, y in ((self.q_norm, q), (self.k_norm, k))
         )
-        return self.o_proj(ops.attention(q, k, v, causal=True).reshape(batch, tokens, -1))
+        out = attention(q, k, v, causal=True, attend=attend)
+        return self.o_proj(out.reshape(batch, tokens, -1), wide)
 
 
 class MLP(nnx.Module):
@@ -52,7 +57,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return gated(x, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class Block(nnx.Module):
@@ -63,9 +68,14 @@ class Block(nnx.Module):
             RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2)
         )
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x = x + self.self_attn(self.input_layernorm(x))
-        x = x + self.mlp(self.post_attention_layernorm(x))
+    def __call__(
+        self, x: Float[Array, "B T D"], attend: Attend = Attend()
+    ) -> Float[Array, "B T D"]:
+        dtype = x.dtype
+        y = self.input_layernorm(ops.from_tokens(x), out_dtype=dtype)
+        x = ops.add_to_tokens(x, self.self_attn(y, attend))
+        y = self.post_attention_layernorm(ops.from_tokens(x), out_dtype=dtype)
+        x = ops.add_to_tokens(x, self.mlp(y))
         return lax.optimization_barrier(x)  # as in the DiT: the same bits in whatever chunk
 
 
@@ -88,8 +98,10 @@ def embed(
     return table[ids]
 
 
-def run(blocks, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def apply_blocks(
+    blocks, x: Float[Array, "B T D"], attend: Attend = Attend()
+) -> Float[Array, "B T D"]:
     """A run of consecutive blocks, as one chunk holds them."""
     for block in blocks:
-        x = block(x)
+        x = block(x, attend)
     return x

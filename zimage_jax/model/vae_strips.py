@@ -15,7 +15,7 @@ throughout."""
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -25,9 +25,10 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from ..errors import UsageError
+from .attention import Attend
 from .layers import Conv, GroupNorm
 from .ops import last_axis
-from .vae import VAE, Decoder, Encoder, MiddleAttention, ResnetBlock, decode, twice
+from .vae import VAE, Decoder, Encoder, MiddleAttention, ResnetBlock, decode, upsample
 
 Shape = tuple[int, int, int, int]  # B h w C
 Run = Callable  # run(function, *arguments, **static): compiles once per shapes and static keywords, runs, accounts
@@ -107,7 +108,7 @@ def _convolve(
         x = jax.nn.silu(_normalise(norm, x, *statistics)).astype(x.dtype)
     x = jnp.where(inside[None, :, None, None], x, 0)
     if resample.up == 2:
-        x = twice(x)[:, 1:-1]
+        x = upsample(x)[:, 1:-1]
     y = conv(x, stride=resample.down, padding=((0, 0), (resample.before, 1)))
     if residual is not None:
         y = y + (residual if shortcut is None else shortcut(residual, padding="VALID"))
@@ -115,9 +116,9 @@ def _convolve(
 
 
 def _attend(
-    attention: MiddleAttention, x: Float[Array, "B h w C"], *, query_chunk: int
+    attention: MiddleAttention, x: Float[Array, "B h w C"], *, attend: Attend
 ) -> tuple[Float[Array, "B h w C"], Float[Array, "B C"], Float[Array, "B C"]]:
-    y = attention(x, query_chunk)
+    y = attention(x, attend)
     return y, *_moments(y, jnp.int32(y.shape[1]))
 
 
@@ -213,6 +214,7 @@ class Attention:
     """The middle attention: one strip, the whole map."""
 
     attention: MiddleAttention
+    attend: Attend
 
     def shape(self, x: Shape) -> Shape:
         return x
@@ -231,12 +233,11 @@ class Attention:
         b, h, w, _ = x.values.shape
         # a score and its weight, in float32 and again rounded, weigh four times what an element of
         # a strip does
-        return Call(
-            _attend, (self.attention, x.values), {"query_chunk": max(1, size // (4 * b * h * w))}
-        )
+        attend = replace(self.attend, query_chunk=max(1, size // (4 * b * h * w)))
+        return Call(_attend, (self.attention, x.values), {"attend": attend})
 
 
-def _layers(half: Decoder | Encoder) -> list[Convolution | Attention]:
+def _layers(half: Decoder | Encoder, attend: Attend) -> list[Convolution | Attention]:
     """What the module's own __call__ does, one layer after the other."""
 
     def resnet(block: ResnetBlock) -> list[Convolution | Attention]:
@@ -255,7 +256,7 @@ def _layers(half: Decoder | Encoder) -> list[Convolution | Attention]:
         if resampler is not None:
             levels.append(Convolution(resampler, resample=resample))
     before, after = half.middle.resnets
-    middle = [*resnet(before), Attention(half.middle.attention), *resnet(after)]
+    middle = [*resnet(before), Attention(half.middle.attention, attend), *resnet(after)]
     inner = middle + levels if isinstance(half, Decoder) else levels + middle
     return [Convolution(half.conv_in), *inner, Convolution(half.conv_out, half.norm_out)]
 
@@ -272,9 +273,13 @@ def _strip_size(layers: list, shape: Shape, rows: int) -> int:
 
 
 def _walk(
-    half: Decoder | Encoder, values: Float[np.ndarray, "B h w C"], rows: int, run: Run
+    half: Decoder | Encoder,
+    values: Float[np.ndarray, "B h w C"],
+    rows: int,
+    run: Run,
+    attend: Attend,
 ) -> np.ndarray:
-    layers = _layers(half)
+    layers = _layers(half, attend)
     size = _strip_size(layers, values.shape, rows)
     x = block_input = _unmeasured(values)
     for layer in layers:
@@ -301,22 +306,31 @@ def _by_strips(
 
 
 def decode_strips(
-    vae: VAE, latents: Float[Array | np.ndarray, "B h w C"], dtype, rows: int, run: Run
+    vae: VAE,
+    latents: Float[Array | np.ndarray, "B h w C"],
+    dtype,
+    rows: int,
+    run: Run,
+    attend: Attend = Attend(),
 ) -> Float[np.ndarray, "B H W 3"]:
     """vae.decode to reduction noise. A strip holds `rows` rows of the layer with the widest ones,
     and of the other layers as many as weigh the same. Raises UsageError for `rows` below one."""
     z = vae.from_sampler(jnp.asarray(latents)).astype(dtype)
-    return _walk(vae.decoder, np.asarray(z), _at_least_one(rows), run).astype(np.float32)
+    return _walk(vae.decoder, np.asarray(z), _at_least_one(rows), run, attend).astype(np.float32)
 
 
 def encode_strips(
-    vae: VAE, picture: Float[Array | np.ndarray, "B H W 3"], dtype, rows: int, run: Run
+    vae: VAE,
+    picture: Float[Array | np.ndarray, "B H W 3"],
+    dtype,
+    rows: int,
+    run: Run,
+    attend: Attend = Attend(),
 ) -> Float[np.ndarray, "B h w C"]:
     """vae.encode, as decode_strips is vae.decode."""
-    out = _walk(vae.encoder, np.asarray(picture).astype(dtype), _at_least_one(rows), run).astype(
-        np.float32
-    )
-    return np.asarray(vae.to_sampler(jnp.asarray(np.split(out, 2, -1)[0])))
+    out = _walk(vae.encoder, np.asarray(picture).astype(dtype), _at_least_one(rows), run, attend)
+    mean, _ = np.split(out.astype(np.float32), 2, -1)
+    return np.asarray(vae.to_sampler(jnp.asarray(mean)))
 
 
 def _at_least_one(rows: int) -> int:
@@ -325,14 +339,16 @@ def _at_least_one(rows: int) -> int:
     return rows
 
 
-def strip_programs(half: Decoder | Encoder, shape: Shape, dtype, rows: int) -> list[Call]:
+def strip_programs(
+    half: Decoder | Encoder, shape: Shape, dtype, rows: int, attend: Attend = Attend()
+) -> list[Call]:
     """Every program that a walk through `half` runs, with ShapeDtypeStructs for arguments: to
     compile for any device and read its memory_analysis(). The attention comes first, then the
     convolutions, the widest strips first.
 
     `shape` is that of the latents or of the picture. A spec will do for `half`.
     """
-    layers = _layers(half)
+    layers = _layers(half, attend)
     size = _strip_size(layers, shape, rows)
     x = block_input = _blank(shape, dtype)
     programs = {}
@@ -355,7 +371,7 @@ def strip_programs(half: Decoder | Encoder, shape: Shape, dtype, rows: int) -> l
 def layer_costs(half: Decoder | Encoder, shape: Shape) -> Iterator[tuple[int, int]]:
     """Of each layer in order: its multiply-adds, and the elements that cross to the device and back
     when it runs in strips. `shape` is that of the latents or of the picture."""
-    for layer in _layers(half):
+    for layer in _layers(half, Attend()):
         yield layer.costs(shape)
         shape = layer.shape(shape)
 
@@ -369,7 +385,12 @@ def _blank(shape: Shape, dtype) -> Map:
 
 
 def decode_tiles(
-    vae: VAE, latents: Float[Array | np.ndarray, "B h w C"], dtype, tile: int, run: Run
+    vae: VAE,
+    latents: Float[Array | np.ndarray, "B h w C"],
+    dtype,
+    tile: int,
+    run: Run,
+    attend: Attend = Attend(),
 ) -> Float[np.ndarray, "B H W 3"]:
     """Squares of `tile` pixels, each decoded with statistics of its own, overlapping by a quarter
     or more and blended linearly. Fast and inexact; the whole decode where one tile covers the
@@ -386,9 +407,8 @@ def decode_tiles(
     total = np.zeros((h * scale, w * scale, 1), np.float32)
     for top, row_weights in _spans(h, side, scale):
         for left, column_weights in _spans(w, side, scale):
-            decoded = run(
-                decode, vae, latents[:, top : top + side, left : left + side], dtype=dtype
-            )
+            square = latents[:, top : top + side, left : left + side]
+            decoded = run(decode, vae, square, dtype=dtype, attend=attend)
             weights = np.outer(row_weights, column_weights)[:, :, None]
             rows, columns = (slice(at * scale, (at + side) * scale) for at in (top, left))
             picture[:, rows, columns] += weights * np.asarray(decoded)

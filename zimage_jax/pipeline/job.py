@@ -6,33 +6,20 @@ Axes: B pictures, H, W pixels, h, w latent rows and columns, C latent channels.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from ..errors import UsageError
+from ..files import write_whole
 from ..model import sampling
-from ..model.config import ModelConfig
+from ..model.attention import CHOICES
 from ..model.kv import KVPolicy
-from ..planning.planner import Plan, Work
+from ..planning.plan import Plan
+from ..planning.work import Work
 from ..runtime.ledger import Ledger
 from . import picture as image
-
-
-def check_size(config: ModelConfig, width: int, height: int) -> None:
-    """Raises UsageError for a size in pixels that the model cannot draw."""
-    multiple = config.pixel_multiple
-    for name, value in (("width", width), ("height", height)):
-        if value < multiple or value % multiple:
-            near = max(multiple, round(value / multiple) * multiple)
-            raise UsageError(
-                f"{name} must be a multiple of {multiple}, got {value} (the nearest is {near})"
-            )
-    most_high, most_wide = (n * multiple for n in config.transformer.axes_lens[1:])
-    if height > most_high or width > most_wide:
-        raise UsageError(
-            f"this model draws at most {most_wide} x {most_high} pixels, {width} x {height} were asked for"
-        )
 
 
 class ZImageWarning(UserWarning):
@@ -62,20 +49,64 @@ class Picture:
     def save(self, path: str | Path, *, metadata: bool = True, overwrite: bool = False) -> Path:
         """Write a PNG; a name in use gets "-2", … unless `overwrite`. Returns the path used."""
         data = image.encode_png(self.pixels, self.metadata if metadata else None)
-        return image.write_new(Path(path), data, overwrite=overwrite)
+        return write_whole(Path(path), data, overwrite=overwrite)
+
+
+class Report(TypedDict):
+    """The report of a batch. `prompt`, `seed` and `latents_sha256` are lists when there are several pictures.
+
+    Bytes are of device memory unless the key says otherwise; seconds are by the clock.
+    """
+
+    prompt: str | list[str]
+    seed: int | list[int]
+    latents_sha256: str | list[str]
+    width: int
+    height: int
+    steps: int  # NFEs
+    guidance: float
+    negative_prompt: str
+    noise: str
+    kv: dict[str, Any]  # what KVPolicy.parse takes
+    dtype: str  # computed in
+    model: str
+    versions: dict[str, str]
+    schedule: str
+    chunks: int  # of the main blocks
+    resident_chunks: int
+    attention: str  # how the main blocks' attention was computed
+    device: str
+    seconds: dict[str, float]  # by stage, and total; load and compile are parts of the others
+    compilations: int
+    warnings: list[str]
+    predicted_seconds: float | None
+    predicted_peak_bytes: int
+    predicted_peak_bytes_by_stage: dict[str, int]
+    peak_device_bytes: int
+    peak_device_bytes_from: str  # "allocator", or "ledger" where the device keeps no count
+    ledger_peak_bytes: int
+    allocator_peak_bytes: int | None
+    peak_device_bytes_by_stage: dict[str, int]  # the ledger's
+    copied_bytes: int  # from host to device
+    copied_bytes_by_stage: dict[str, int]
+    copied_bytes_saved_by_reuse: int
+    kv_bytes: int  # the most K and V held at once
+    kv_bytes_without_policy: int
+    kv_bytes_of_a_block_by_nfe: list[int]
+    host_bytes: int  # of parameters kept in host memory between jobs
 
 
 @dataclass(frozen=True)
 class Result:
     pictures: list[Picture]
-    report: dict  # one value per picture for prompt, seed, latents_sha256: a list when there are several
+    report: Report
     latents: Float[np.ndarray, "B h w C"]
     work: Work
     plan: Plan
     ledger: Ledger  # every copy and every program's run; `ledger.trace()` draws them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One batch of pictures of one size: what `generate` was asked for, checked and with its seeds
     drawn."""
@@ -89,11 +120,13 @@ class Job:
     guidance: float
     noise: str
     kv: KVPolicy
+    attention: str
 
     @property
     def texts(self) -> tuple[str, ...]:
         """A text per context: the prompts, then with guidance the negative prompt for each."""
-        return self.prompts + (self.negative_prompt,) * len(self.prompts) * bool(self.guidance)
+        negatives = (self.negative_prompt,) * len(self.prompts) if self.guidance else ()
+        return self.prompts + negatives
 
     def __post_init__(self):
         for text in self.prompts:
@@ -106,6 +139,8 @@ class Job:
                 )
         if self.noise not in sampling.NOISE:
             raise UsageError(f"noise {self.noise!r}: expected one of {', '.join(sampling.NOISE)}")
+        if self.attention not in CHOICES:
+            raise UsageError(f"attention {self.attention!r}: expected one of {', '.join(CHOICES)}")
         if not 1 <= self.steps <= 1000:
             raise UsageError(f"steps must be from 1 to 1000, got {self.steps}")
         if not 0 <= self.guidance <= 100:

@@ -4,19 +4,16 @@ A picture carries three chunks: `parameters` as AUTOMATIC1111 writes it (other t
 `zimage_jax` with our own JSON (we read it back), and XMP with the mark that the picture was made by
 a model (IPTC DigitalSourceType)."""
 
-import errno
 import io
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from ..errors import OutputError, UsageError
+from ..errors import UsageError
 
 KEY = "zimage_jax"
 _XMP = (
@@ -96,53 +93,3 @@ def read_metadata(path: Path) -> dict:
             f"{path}: no zimage_jax metadata in this picture (made elsewhere, or with --no-metadata)"
         )
     return metadata
-
-
-def write_new(path: Path, data: bytes, *, overwrite: bool = False) -> Path:
-    """Write a file whole or not at all. A name in use gets "-2", "-3", … unless `overwrite`.
-    Returns the path used."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
-        )
-        try:
-            with os.fdopen(handle, "wb") as f:
-                f.write(data)
-            os.chmod(temporary, 0o666 & ~_umask())
-            return _place(Path(temporary), path, overwrite)
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-    except OSError as fault:
-        raise OutputError(
-            f"{path}: cannot be written ({fault.strerror}); give another place with -o"
-        ) from None
-
-
-def _place(temporary: Path, path: Path, overwrite: bool) -> Path:
-    if overwrite:
-        os.replace(temporary, path)
-        return path
-    for number in range(1, 1 << 20):
-        candidate = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
-        try:
-            os.link(
-                temporary, candidate
-            )  # fails when the name is taken, even by another process just now
-            return candidate
-        except FileExistsError:
-            continue
-        except OSError as fault:
-            if fault.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            if not candidate.exists():  # a filesystem without links
-                os.replace(temporary, candidate)
-                return candidate
-    raise FileExistsError(errno.EEXIST, "every name is taken", str(path))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,76 +1,79 @@
-"""Prompt to picture: the only place that composes text encoder, DiT, sampler and VAE.
+"""Prompt to picture.
 
     from zimage_jax import ZImage
 
     result = ZImage.load("model").generate("a red circle", seed=7)
     result.pictures[0].save("circle.png")
 
-Axes: B pictures, G contexts (B, or 2 B with guidance), h, w latent rows and columns, C latent
-channels."""
+Axes: B pictures, h, w latent rows and columns, C latent channels.
+"""
 
 import hashlib
-import importlib.metadata
-import platform
 import secrets
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float
 
 from ..errors import NonFiniteError, OutOfMemoryError, UsageError
-from ..model import dit, prompt, sampling, text_encoder, vae
+from ..model import prompt as prompts_of
+from ..model import sampling
 from ..model.kv import KVPolicy
-from ..model.vae_strips import decode_strips, decode_tiles
-from ..planning import cards, stored
-from ..planning import seconds as predicted
-from ..planning.planner import GIB, Memory, Plan, Planner, StreamPlan, Work
-from ..runtime.compiled import CompiledCosts, Programs
+from ..planning import cards
+from ..planning.plan import Memory, Plan, Sizes
+from ..planning.planner import Planner
+from ..planning.seconds import seconds
+from ..planning.stored import StoredCosts, has_published_widths
+from ..planning.work import Work
 from ..runtime.ledger import Ledger
-from ..runtime.placement import allocator_peak, runs_ahead
-from ..runtime.staging import Stream, Tiers, is_exhausted, read_blocks
-from ..weights import components
+from ..runtime.placement import Placement, default_dtype, is_exhausted
+from ..runtime.programs import CompiledCosts, Programs
+from ..runtime.store import ParameterStore
+from ..units import size
 from ..weights.checkpoint import Checkpoint
 from ..weights.components import COMPONENTS
-from . import picture as image
-from .job import Job, Picture, Result, Step, ZImageWarning, check_size
-from .stages.denoise import Denoiser
+from . import report as reports
+from .attempt import Attempt
+from .job import Job, Picture, Result, Step, ZImageWarning
+from .preview import Preview
+from .size import check_size
+from .stages import STAGES
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One attempt at a job under a plan."""
-
-    job: Job
-    work: Work
-    plan: Plan
-    memory: Memory
-    on_step: Callable[[Step], None] | None
-    ledger: Ledger = field(default_factory=Ledger)
-
-
 class ZImage:
-    """A model ready to draw. `generate` may be called any number of times; parameters are read when
-    first needed."""
+    """A model ready to draw. Threads may share one: their jobs run one after the other.
 
-    def __init__(self, checkpoint: Checkpoint, prompts: prompt.Prompts, dtype, memory: Memory):
+    Parameters are read when first needed.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        prompts: prompts_of.Prompts,
+        dtype: str,
+        memory: Memory,
+        placement: Placement,
+    ):
         self.config, self.name = checkpoint.config, checkpoint.path.resolve().name
         self.dtype, self.memory = jnp.dtype(dtype), memory
-        self._checkpoint, self._prompts = checkpoint, prompts
-        self._programs = Programs(self.config, checkpoint.dtype, dtype)
-        self._planner = Planner(
-            self.config, checkpoint.dtype, self.dtype.itemsize, CompiledCosts(self._programs)
-        )
-        self._tiers = Tiers(checkpoint, self._programs)
-        self._preview_basis: np.ndarray | None = None
-        self._warnings: list[str] = []
+        self._checkpoint, self._prompts, self._placement = checkpoint, prompts, placement
+        self._programs = Programs(checkpoint.storage, dtype, placement)
+        self._sizes = Sizes(checkpoint.storage, self.dtype.itemsize)
+        costs = CompiledCosts(self._programs)
+        self._planner = Planner(STAGES, checkpoint.storage, self.dtype.itemsize, costs)
+        self._store = ParameterStore(checkpoint, placement, self._programs)
+        self._preview, self._turn = Preview(checkpoint), _Turn()
 
     @classmethod
     def load(
@@ -79,22 +82,37 @@ class ZImage:
         *,
         dtype: str | None = None,
         memory: Memory | None = None,
+        device: jax.Device | None = None,
     ) -> "ZImage":
         """Open a native checkpoint, or the tiny model inside the package when none is named.
 
-        `dtype` is what is computed in: bfloat16 on a GPU and float32 on a CPU by default. `memory`
-        says where parameters lie and how they move; without it everything stays on the device if it
-        fits.
+        `dtype` is what is computed in: bfloat16, float16 or float32. By default it is bfloat16 on a GPU, float16 on one
+        that has no bfloat16 (before compute capability 8.0), and float32 on a CPU; with float16 the VAE computes in
+        float32. `memory` says where parameters are and how they move; without it everything stays on the device if it
+        fits. `device` is the first by default.
 
         Raises CheckpointError when the folder is missing, foreign or damaged.
         """
-        checkpoint = Checkpoint(path or TINY)
+        checkpoint, placement = Checkpoint(path or TINY), Placement.on(device)
+        own = default_dtype(placement.target)
+        if dtype == "bfloat16" and own == "float16":
+            warnings.warn(
+                "this GPU has no bfloat16: it is emulated in float32, which is slow and takes more "
+                "memory (--dtype float16)",
+                ZImageWarning,
+                stacklevel=2,
+            )
+        dtype = dtype or own
         return cls(
             checkpoint,
-            prompt.Prompts.load(checkpoint.tokenizer),
-            dtype or default_dtype(),
+            prompts_of.Prompts.load(checkpoint.tokenizer),
+            dtype,
             memory or Memory(),
+            placement,
         )
+
+    def __repr__(self) -> str:
+        return f"<ZImage {self.name}: {self.describe()}>"
 
     def describe(self) -> str:
         """One line for a person: what the model is and where it computes."""
@@ -106,9 +124,9 @@ class ZImage:
         held = ", ".join(
             f"{component.replace('_', ' ')} {count(component)}" for component in COMPONENTS
         )
-        return f"{held}; computing in {self.dtype} on {jax.local_devices()[0].device_kind}"
+        return f"{held}; computing in {self.dtype} on {self._placement.device.device_kind}"
 
-    # -- the job -----------------------------------------------------------------------------------
+    # -- the job ------------------------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -118,53 +136,222 @@ class ZImage:
         negative_prompt: str = "",
         width: int | None = None,
         height: int | None = None,
-        steps: int = 8,
-        guidance: float = 0.0,
+        steps: int | None = None,
+        guidance: float | None = None,
         noise: str = "torch",
         kv: KVPolicy | None = None,
+        attention: str = "auto",
         memory: Memory | None = None,
         on_plan: Callable[[Plan, int], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> Result:
         """Pictures of one size, one per prompt or per seed (one of either serves all of the other).
 
-        `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; ComfyUI's
-        cfg minus one). `kv` says how the DiT holds K and V, which changes the picture: precision,
-        groups, reuse. `memory` takes the place of what the model was loaded with and changes
-        nothing of it. `on_plan` gets the plan and the budget in bytes before anything runs, and
-        again when the device ran out of memory and another try is made. `on_step` is called after
-        every NFE and may raise to stop; under `scan`, which cannot be stopped, that is raised at
-        the end.
+        `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; ComfyUI's cfg minus one); None takes the checkpoint's own. `kv`
+        says how the DiT holds K and V, which changes the picture: precision, groups, reuse. `attention` is the kernel
+        (model.attention.Attend says which there are), which changes its last bits. `memory` takes the place of what the
+        model was loaded with, for this job. `on_plan` gets the plan and the budget in bytes before anything runs, and
+        again when the device ran out of memory and another try is made. `on_step` is called after every NFE and may raise
+        to stop; under `scan`, which cannot be stopped, that is raised at the end.
 
-        Raises UsageError for a job that cannot be drawn, OutOfMemoryError when no plan fits,
-        NonFiniteError when the latents leave the finite numbers."""
-        self._warnings = []
-        job = self._job(
-            prompt, seed, negative_prompt, width, height, steps, guidance, noise, kv or KVPolicy()
-        )
-        memory, encoded = memory or self.memory, self._tokens(job.texts)
+        Raises UsageError for a job that cannot be drawn, or when called from a callback of this model's job;
+        OutOfMemoryError when no plan fits; NonFiniteError when the latents leave the finite numbers.
+        """
+        with self._turn.of_job():
+            said: list[str] = []
+            job = self._job(
+                said,
+                prompt,
+                seed,
+                negative_prompt,
+                width,
+                height,
+                steps,
+                guidance,
+                noise,
+                kv or KVPolicy(),
+                attention,
+            )
+            return self._generate(job, memory or self.memory, said, on_plan, on_step)
+
+    def _generate(
+        self,
+        job: Job,
+        memory: Memory,
+        said: list[str],
+        on_plan: Callable[[Plan, int], None] | None,
+        on_step: Callable[[Step], None] | None,
+    ) -> Result:
+        encoded = self._tokens(job.texts, said)
         work = self._work(job, encoded)
-        budget, ahead = memory.max_vram_bytes or self._tiers.free_device_bytes(), runs_ahead()
+        budget, ahead = (
+            memory.max_vram_bytes or self._store.free_device_bytes(),
+            self._placement.runs_ahead,
+        )
         while True:
             plan = self._plan(work, memory, budget)
             if on_plan is not None:
-                on_plan(plan, budget)
+                with self._turn.of_callback():
+                    on_plan(plan, budget)
             try:
-                return self._draw(_Run(job, work, plan, memory, on_step, Ledger(ahead)), encoded)
+                attempt = self._attempt(job, encoded, work, plan, memory, Ledger(ahead), on_step)
+                return self._draw(attempt, said)
             except jax.errors.JaxRuntimeError as fault:
                 if not is_exhausted(fault):
                     raise
-                self._tiers.clear(Ledger())
+                self._store.clear()
             if ahead:  # two programs at once may hold what each of them takes
                 ahead, then = 0, "trying a program at a time"
             else:
                 budget, then = plan.peak_bytes - 1, "trying a smaller one"  # until there is none
-            self._warn(
-                f"out of device memory with a plan of {plan.peak_bytes / GIB:.2f} GiB; {then}"
-            )
+            _warn(said, f"out of device memory with a plan of {size(plan.peak_bytes)}; {then}")
 
-    def _work(self, job: Job, encoded: dict[str, prompt.Encoded]) -> Work:
-        bucket = prompt.bucket(max(len(e.ids) for e in encoded.values()))
+    def _attempt(
+        self,
+        job: Job,
+        encoded: dict,
+        work: Work,
+        plan: Plan,
+        memory: Memory,
+        ledger: Ledger,
+        on_step,
+    ) -> Attempt:
+        sigmas = sampling.sigmas(job.steps, self.config.scheduler.shift)
+
+        def observe(index: int, latents: np.ndarray) -> None:
+            if not np.isfinite(latents).all():
+                raise NonFiniteError(
+                    f"the latents are not finite after NFE {index + 1} of {job.steps} in {self.dtype}; the weights are "
+                    "damaged or the dtype is too narrow (--dtype float32)"
+                )
+            if on_step is not None:
+                step = Step(
+                    index, job.steps, float(1000 * sigmas[index]), latents, self._preview.pixels
+                )
+                with self._turn.of_callback():
+                    on_step(step)
+
+        return Attempt(
+            job=job,
+            encoded=encoded,
+            work=work,
+            plan=plan,
+            programs=self._programs,
+            loan=self._store.lend(ledger, kept=plan.kept, host_bytes=memory.host_bytes),
+            placement=self._placement,
+            ledger=ledger,
+            observe=observe,
+        )
+
+    def _draw(self, attempt: Attempt, said: list[str]) -> Result:
+        ledger, began = attempt.ledger, time.perf_counter()
+        try:
+            for stage in STAGES:
+                self._run(stage, attempt)
+        finally:
+            attempt.loan.release()
+        ledger.seconds["total"] = time.perf_counter() - began
+        return self._result(attempt, said)
+
+    @staticmethod
+    def _run(stage, attempt: Attempt) -> Any:
+        """A stage of the job. What it had on the device is given back, but for parameters that the plan keeps."""
+        with attempt.ledger.stage(stage.name):
+            attempt.results[stage.name] = stage.run(attempt)
+            attempt.ledger.drop("activations")
+            attempt.loan.release()
+        return attempt.results[stage.name]
+
+    def encode(
+        self, texts: Sequence[str], memory: Memory | None = None
+    ) -> list[Float[np.ndarray, "T E"]]:
+        """Text features of each text, without padding: Qwen3's hidden_states[-2]. Raises as `generate` does."""
+        with self._turn.of_job():
+            said: list[str] = []
+            job = self._job(
+                said, list(texts), 0, "", None, None, 1, 0.0, "torch", KVPolicy(), "auto"
+            )
+            memory, encoded = memory or self.memory, self._tokens(job.texts, said)
+            work = self._work(job, encoded)
+            plan = self._plan(
+                work, memory, memory.max_vram_bytes or self._store.free_device_bytes()
+            )
+            attempt = self._attempt(
+                job, encoded, work, plan, memory, Ledger(self._placement.runs_ahead), None
+            )
+            try:
+                features = self._run(
+                    next(stage for stage in STAGES if stage.name == "text"), attempt
+                )
+            finally:
+                attempt.loan.release()
+            return [features[text] for text in texts]
+
+    # -- before it ----------------------------------------------------------------------------------------------------
+
+    def _job(
+        self,
+        said: list[str],
+        prompt,
+        seed,
+        negative_prompt,
+        width,
+        height,
+        steps,
+        guidance,
+        noise,
+        kv,
+        attention,
+    ) -> Job:
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        seeds = [seed] if isinstance(seed, int) else list(seed)
+        count = max(len(prompts), len(seeds))
+        if not prompts or not seeds or any(len(of) not in (1, count) for of in (prompts, seeds)):
+            raise UsageError(
+                f"{len(prompts)} prompts and {len(seeds)} seeds: expected as many of one as of the other, or one"
+            )
+        # a drawn seed stays below 2^32, where every noise and every other program takes it
+        drawn = [
+            secrets.randbits(32) if s == -1 else s
+            for s in (seeds * count if len(seeds) == 1 else seeds)
+        ]
+        default, defaults = self.config.vae.sample_size, self.config.defaults
+        job = Job(
+            prompts=tuple(prompts * count if len(prompts) == 1 else prompts),
+            seeds=tuple(drawn),
+            negative_prompt=negative_prompt,
+            width=width or default,
+            height=height or default,
+            steps=defaults.steps if steps is None else steps,
+            guidance=defaults.guidance if guidance is None else float(guidance),
+            noise=noise,
+            kv=kv,
+            attention=attention,
+        )
+        check_size(self.config, job.width, job.height)
+        if negative_prompt and not job.guidance:
+            _warn(said, "the negative prompt has no effect while guidance is 0")
+        if job.noise == "torch":
+            for s in drawn:
+                if s >> 32:
+                    _warn(
+                        said,
+                        f"seed {s} draws the same noise as {s & 0xFFFFFFFF}: PyTorch uses 32 bits (--noise jax: all)",
+                    )
+        return job
+
+    def _tokens(self, texts: Sequence[str], said: list[str]) -> dict[str, prompts_of.Encoded]:
+        """Distinct texts as tokens, with a warning for one that is cut."""
+        encoded = {text: self._prompts.encode(text) for text in texts}
+        for e in encoded.values():
+            if e.cut:
+                _warn(
+                    said,
+                    f"the prompt is longer than {prompts_of.MAX_TOKENS} tokens; cut off: {e.cut!r}",
+                )
+        return encoded
+
+    def _work(self, job: Job, encoded: dict[str, prompts_of.Encoded]) -> Work:
         return Work.of(
             self.config,
             job.width,
@@ -172,10 +359,11 @@ class ZImage:
             job.steps,
             job.kv,
             self.dtype,
-            bucket=bucket,
+            bucket=prompts_of.bucket(max(len(e.ids) for e in encoded.values())),
             batch=len(job.prompts),
             is_guided=bool(job.guidance),
             prompts=len(encoded),
+            attention=job.attention,
         )
 
     def _plan(self, work: Work, memory: Memory, budget: int) -> Plan:
@@ -189,24 +377,24 @@ class ZImage:
                 if side
                 else "no smaller picture fits"
             )
-            raise OutOfMemoryError(f"{fault}; {advice}", fault.needed) from None
+            raise OutOfMemoryError(f"{fault}; raise --max-vram; {advice}", fault.needed) from None
 
     def _seconds(self, plan: Plan, work: Work, memory: Memory) -> dict[str, float] | None:
-        """Predicted for a picture whose parameters are in host memory: None where the rates of the
-        device, of the host's text encoder or of the disk would have to be known and are not."""
-        card = cards.of_device(jax.local_devices()[0].device_kind)
-        if card is None or self.dtype != jnp.bfloat16 or plan.text is None or memory.host_bytes:
+        """Predicted for a picture whose parameters are in host memory: None where the rates of the device, of the host's
+        text encoder or of the disk would have to be known and are not."""
+        card = cards.of_device(self._placement.device.device_kind)
+        on_host = plan.choices["text"].stream is None
+        if card is None or self.dtype != jnp.bfloat16 or on_host or memory.host_bytes:
             return None
-        return predicted.seconds(plan, work, self.config, self._checkpoint.dtype, card.rates)
+        return seconds(STAGES, plan, work, self._sizes, card.rates)
 
     def _largest_side(self, work: Work, memory: Memory, budget: int) -> int:
-        """Pixels of the largest square that would fit, of 2048, 1536, 1024 and so on; 0 when none
-        would. By stored figures where there are some: a GPU's compiler takes minutes for all these
-        sizes."""
-        planner, card = self._planner, cards.of_device(jax.local_devices()[0].device_kind)
-        if card is not None and stored.has_published_widths(self.config):
-            costs = stored.StoredCosts(self.config, card)
-            planner = Planner(self.config, self._checkpoint.dtype, self.dtype.itemsize, costs)
+        """Pixels of the largest square that would fit, of 2048, 1536, 1024 and so on; 0 when none would. By stored figures
+        where there are some: a GPU's compiler takes minutes for all these sizes."""
+        planner, card = self._planner, cards.of_device(self._placement.device.device_kind)
+        if card is not None and has_published_widths(self.config):
+            storage = self._checkpoint.storage
+            planner = Planner(STAGES, storage, self.dtype.itemsize, StoredCosts(storage, card))
         scale = self.config.vae.scale
         for side in (2048, 1536, 1024, 768, 512, 384, 256, 128, 64):
             if (side // scale) ** 2 < work.h * work.w:
@@ -217,258 +405,11 @@ class ZImage:
                     continue
         return 0
 
-    def _draw(self, run: _Run, encoded: dict[str, prompt.Encoded]) -> Result:
-        ledger, began = run.ledger, time.perf_counter()
-        self._tiers.begin(ledger, kept=run.plan.kept, host_bytes=run.memory.host_bytes)
-        try:
-            with ledger.stage("text"):
-                features = self._text(run, encoded)
-            with ledger.stage("context"):
-                context, sides, captions = self._context(run, features)
-            with ledger.stage("denoise"):
-                latents = self._denoise(run, context, sides, captions)
-            with ledger.stage("decode"):
-                pixels = [self._decode(run, row) for row in latents]
-        finally:
-            self._tiers.clear(ledger, unless=run.plan.kept)
-        ledger.seconds["total"] = time.perf_counter() - began
-        return self._result(run, latents, pixels)
+    # -- after it -----------------------------------------------------------------------------------------------------
 
-    def _job(self, prompt, seed, negative_prompt, width, height, steps, guidance, noise, kv) -> Job:
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed] if isinstance(seed, int) else list(seed)
-        count = max(len(prompts), len(seeds))
-        if not prompts or not seeds or {len(prompts), len(seeds)} - {1, count}:
-            raise UsageError(
-                f"{len(prompts)} prompts and {len(seeds)} seeds: expected as many of one as of the other, or one"
-            )
-        # a drawn seed stays below 2^32, where every noise and every other program takes it
-        drawn = [
-            secrets.randbits(32) if s == -1 else s
-            for s in (seeds * count if len(seeds) == 1 else seeds)
-        ]
-        default = self.config.vae.sample_size
-        job = Job(
-            tuple(prompts * count if len(prompts) == 1 else prompts),
-            tuple(drawn),
-            negative_prompt,
-            width or default,
-            height or default,
-            steps,
-            float(guidance),
-            noise,
-            kv,
-        )
-        check_size(self.config, job.width, job.height)
-        if negative_prompt and not job.guidance:
-            self._warn("the negative prompt has no effect while guidance is 0")
-        if job.noise == "torch":
-            for s in drawn:
-                if s >> 32:
-                    self._warn(
-                        f"seed {s} draws the same noise as {s & 0xFFFFFFFF}: PyTorch uses 32 bits (--noise jax: all)"
-                    )
-        return job
-
-    def _warn(self, message: str) -> None:
-        self._warnings.append(message)
-        warnings.warn(message, ZImageWarning, stacklevel=4)
-
-    # -- its stages --------------------------------------------------------------------------------
-
-    def encode(
-        self, texts: Sequence[str], memory: Memory | None = None
-    ) -> list[Float[np.ndarray, "T E"]]:
-        """Text features of each prompt, without padding: Qwen3's hidden_states[-2]."""
-        job = self._job(list(texts), 0, "", None, None, 1, 0.0, "torch", KVPolicy())
-        memory, encoded = memory or self.memory, self._tokens(texts)
-        work = self._work(job, encoded)
-        plan = self._plan(work, memory, memory.max_vram_bytes or self._tiers.free_device_bytes())
-        features = self._text(_Run(job, work, plan, memory, None), encoded)
-        return [features[text] for text in texts]
-
-    def _tokens(self, texts: Sequence[str]) -> dict[str, prompt.Encoded]:
-        """Distinct texts as tokens, with a warning for one that is cut."""
-        encoded = {text: self._prompts.encode(text) for text in texts}
-        for e in encoded.values():
-            if e.cut:
-                self._warn(
-                    f"the prompt is longer than {prompt.MAX_TOKENS} tokens; cut off: {e.cut!r}"
-                )
-        return encoded
-
-    def _text(
-        self, run: _Run, encoded: dict[str, prompt.Encoded]
-    ) -> dict[str, Float[np.ndarray, "T E"]]:
-        """Features by text. The embedding table is gathered where it lies, on the host."""
-        ids, lengths = prompt.batch_ids(list(encoded.values()))
-        x = np.asarray(
-            text_encoder.embed(self._tiers.on_host("text_encoder", "embed_tokens")[0], ids),
-            self.dtype,
-        )
-        if run.plan.text is None:
-            run.ledger.mark()
-            features = self._text_on_host(x)
-        else:
-            run.ledger.hold("activations", x)
-            xs = [jax.device_put(x)]
-            static = {
-                "tree": self._programs.tree("text_encoder", "layers.0"),
-                "run": text_encoder.run,
-            }
-            with self._stream(run, "text_encoder", run.plan.text, 1) as stream:
-                for _ in run.plan.text.chunks:
-                    xs = stream.visit(xs, [()], **static)
-            features = np.asarray(xs[0])
-        self._end_stage(run)
-        return {text: f[:n] for text, f, n in zip(encoded, features, lengths, strict=True)}
-
-    def _text_on_host(self, x: Float[np.ndarray, "P L E"]) -> Float[np.ndarray, "P L E"]:
-        """The text encoder on the CPU, block by block from the checkpoint: no byte of the device is
-        used."""
-        cpu = jax.local_devices(backend="cpu")[0]
-        tree = self._programs.tree("text_encoder", "layers.0")
-        with jax.default_device(cpu):
-            apply = jax.jit(lambda block, x: jax.tree.unflatten(tree, block)(x))
-            for unit in components.units(self.config, "text_encoder"):
-                if unit.startswith("layers."):
-                    x = apply(
-                        read_blocks(self._checkpoint, "text_encoder", [unit], "device", cpu)[unit],
-                        x,
-                    )
-        return np.asarray(x)
-
-    def _context(
-        self, run: _Run, features: dict
-    ) -> tuple[Float[np.ndarray, "G L D"], dit.Sides, Int[np.ndarray, "G"]]:
-        """The refined contexts, once per prompt, the rotations and masks of every token run, and
-        the captions' lengths, all on the host."""
-        work, ledger = run.work, run.ledger
-        texts = run.job.texts
-        lengths = np.array([len(features[t]) for t in texts], np.int32)
-        padded = np.zeros(
-            (len(texts), work.bucket, self.config.text_encoder.hidden_size), self.dtype
-        )
-        for row, text in zip(padded, texts, strict=True):
-            row[: len(features[text])] = features[text]
-        sides = dit.sides(self.config.transformer, work.h, work.w, lengths, work.bucket)
-        stem = self._unit(ledger, "transformer", "stem")
-        x = self._programs(dit.embed_caption)(ledger, stem, padded, lengths)
-        ledger.hold("activations", (sides.caption, padded, x))
-        static = {
-            "tree": self._programs.tree("transformer", "context_refiner.0"),
-            "run": dit.run,
-            "attend": self._programs.attend(*padded.shape[:2]),
-        }
-        with self._stream(run, "transformer", run.plan.context, 1) as stream:
-            for _ in run.plan.context.chunks:
-                (x,) = stream.visit([x], [(sides.caption,)], **static)
-        self._end_stage(run)
-        return np.asarray(x), sides, lengths
-
-    def _denoise(
-        self,
-        run: _Run,
-        context: Float[np.ndarray, "G L D"],
-        sides: dit.Sides,
-        captions: Int[np.ndarray, "G"],
-    ) -> Float[np.ndarray, "B h w C"]:
-        """Noise to latents, and what is told after every NFE."""
-        job, work, config = run.job, run.work, self.config
-        noise = [
-            sampling.NOISE[job.noise](seed, work.h, work.w, config.transformer.in_channels)
-            for seed in job.seeds
-        ]
-        sigmas = sampling.sigmas(job.steps, config.scheduler.shift)
-
-        def observe(index: int, latents: np.ndarray) -> None:
-            if not np.isfinite(latents).all():
-                raise NonFiniteError(
-                    f"the latents are not finite after NFE {index + 1} of {job.steps} in {self.dtype}; the weights are "
-                    "damaged or the dtype is too narrow (--dtype float32)"
-                )
-            if run.on_step is not None:
-                run.on_step(
-                    Step(index, job.steps, float(1000 * sigmas[index]), latents, self._to_rgb)
-                )
-
-        denoiser = Denoiser(
-            self._programs, self._tiers, run.plan, work, run.memory.host_bytes, run.ledger, observe
-        )
-        job_arrays = np.stack(noise), sigmas, context, sides, captions, job.guidance
-        latents = (denoiser.scan if run.plan.schedule == "scan" else denoiser.sweep)(*job_arrays)
-        self._end_stage(run)
-        return latents
-
-    def _decode(self, run: _Run, latents: Float[np.ndarray, "h w C"]) -> UInt8[np.ndarray, "H W 3"]:
-        plan, ledger = run.plan, run.ledger
-        decoder = components.assemble(
-            self.config, "vae", {"decoder": self._tiers.pin("vae", ["decoder"], ledger)[0]}
-        )
-
-        def apply(function, weights, *arrays, **static):
-            ledger.hold("activations", arrays)
-            return self._programs(function, **static)(ledger, weights, *arrays)
-
-        if plan.vae_rows is not None:
-            pixels = decode_strips(decoder, latents[None], self.dtype, plan.vae_rows, apply)
-        elif plan.vae_tile is not None:
-            pixels = decode_tiles(decoder, latents[None], self.dtype, plan.vae_tile, apply)
-        else:
-            pixels = np.asarray(apply(vae.decode, decoder, latents[None], dtype=self.dtype))
-        ledger.drop("activations")
-        return image.to_uint8(pixels[0])
-
-    def _unit(self, ledger: Ledger, component: str, unit: str):
-        """One unit on the device, as its module."""
-        (leaves,) = self._tiers.pin(component, [unit], ledger)
-        return jax.tree.unflatten(self._programs.tree(component, unit), leaves)
-
-    def _stream(self, run: _Run, component: str, stream: StreamPlan, sweeps: int) -> Stream:
-        host_bytes = run.memory.host_bytes
-        return self._tiers.stream(
-            component, stream.chunks, stream.schedule, sweeps, host_bytes, run.ledger
-        )
-
-    def _end_stage(self, run: _Run) -> None:
-        """What a stage had on the device is given back, but for parameters that the plan keeps."""
-        run.ledger.drop("activations")
-        self._tiers.clear(run.ledger, unless=run.plan.kept)
-
-    def _to_rgb(self, latents: Float[np.ndarray, "B h w C"]) -> UInt8[np.ndarray, "B h w 3"]:
-        """Linear in the latents, with the VAE's own answer to each channel: what it decodes from
-        constant latents. Asked once, on the CPU: no plan has room for a decode between two NFEs."""
-        if self._preview_basis is None:
-            channels, cpu = latents.shape[-1], jax.local_devices(backend="cpu")[0]
-            probes = np.concatenate(
-                [np.zeros((1, channels)), np.eye(channels), -np.eye(channels)]
-            ).astype(np.float32)
-            with jax.default_device(cpu):
-                blocks = read_blocks(self._checkpoint, "vae", ["decoder"], "device", cpu)
-                decoder = components.assemble(self.config, "vae", blocks)
-                flat = jax.jit(vae.decode)(decoder, np.tile(probes[:, None, None], (1, 4, 4, 1)))
-            colours = np.asarray(flat).mean((1, 2))
-            zero, plus, minus = colours[0], colours[1 : channels + 1], colours[channels + 1 :]
-            self._preview_basis = np.concatenate([(plus - minus) / 2, zero[None]])
-        *basis, zero = self._preview_basis
-        return image.to_uint8(latents @ np.array(basis) + zero)
-
-    # -- what came of it ---------------------------------------------------------------------------
-
-    def _result(self, run: _Run, latents, pixels) -> Result:
-        job, plan, ledger = run.job, run.plan, run.ledger
-        common = {
-            "width": job.width,
-            "height": job.height,
-            "steps": job.steps,
-            "guidance": job.guidance,
-            "negative_prompt": job.negative_prompt,
-            "noise": job.noise,
-            "kv": job.kv.words(),
-            "dtype": str(self.dtype),
-            "model": self.name,
-            "versions": versions(),
-        }
+    def _result(self, attempt: Attempt, said: list[str]) -> Result:
+        job, latents = attempt.job, attempt.results["denoise"]
+        common = reports.metadata(attempt, self.name)
         each = [
             {
                 "prompt": text,
@@ -477,54 +418,39 @@ class ZImage:
             }
             for text, seed, row in zip(job.prompts, job.seeds, latents, strict=True)
         ]
-        pictures = [Picture(p, {**own, **common}) for p, own in zip(pixels, each, strict=True)]
-        # reading parameters goes on while the device computes, so "load" is part of the others
-        load = sum(event.end - event.begin for event in ledger.events if event.lane == "tier")
-        seconds = {**ledger.seconds, "load": load, "compile": self._programs.compile_seconds}
-        measured = allocator_peak()
-        report = {
-            **{
-                key: each[0][key] if len(each) == 1 else [own[key] for own in each]
-                for key in each[0]
-            },
-            **common,
-            "schedule": plan.schedule,
-            "chunks": len(plan.main_sizes),
-            "resident_chunks": plan.resident_chunks,
-            "device": jax.local_devices()[0].device_kind,
-            "seconds": {name: round(value, 4) for name, value in seconds.items()},
-            "compilations": self._programs.compilations,
-            "warnings": self._warnings,
-            "predicted_seconds": None if plan.seconds is None else round(plan.seconds, 3),
-            "predicted_peak_bytes": plan.peak_bytes,
-            "predicted_peak_bytes_by_stage": plan.peak_bytes_by_stage,
-            "peak_device_bytes": ledger.peak if measured is None else measured,
-            "peak_device_bytes_from": "ledger" if measured is None else "allocator",
-            "peak_device_bytes_by_stage": ledger.peak_by_stage,
-            "copied_bytes": ledger.copied_bytes,
-            "copied_bytes_by_stage": ledger.copied_by_stage,
-            "copied_bytes_saved_by_reuse": ledger.saved_bytes,
-            "kv_bytes": run.work.kv_bytes(self.config.transformer),
-            "kv_bytes_without_policy": run.work.without_policy(self.dtype).kv_bytes(
-                self.config.transformer
-            ),
-            "kv_bytes_of_a_block_by_nfe": run.work.kv_bytes_by_nfe(self.config.transformer),
-            "host_bytes": self._tiers.host_bytes,
-        }
-        return Result(pictures, report, latents, run.work, plan, ledger)
+        pictures = [
+            Picture(pixels, {**own, **common})
+            for pixels, own in zip(attempt.results["decode"], each, strict=True)
+        ]
+        told = reports.report(attempt, common, each, said, self._store.host_bytes)
+        return Result(pictures, told, latents, attempt.work, attempt.plan, attempt.ledger)
 
 
-def default_dtype() -> str:
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+class _Turn:
+    """Jobs take turns; a job asked for from within a job's callback could never have one."""
 
+    def __init__(self) -> None:
+        self._lock, self._here = threading.Lock(), threading.local()
 
-def versions() -> dict[str, str]:
-    def of(name: str) -> str:
+    @contextmanager
+    def of_job(self) -> Iterator[None]:
+        """Raises UsageError in a callback of a job that runs now."""
+        if getattr(self._here, "in_callback", False):
+            raise UsageError(
+                "a callback asked its own model for another picture: call generate after the first one has returned"
+            )
+        with self._lock:
+            yield
+
+    @contextmanager
+    def of_callback(self) -> Iterator[None]:
+        self._here.in_callback = True
         try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # a checkout on the path
-            return "not installed"
+            yield
+        finally:
+            self._here.in_callback = False
 
-    return {name: of(name) for name in ("zimage_jax", "jax", "jaxlib", "flax")} | {
-        "python": platform.python_version()
-    }
+
+def _warn(said: list[str], message: str) -> None:
+    said.append(message)
+    warnings.warn(message, ZImageWarning, stacklevel=5)

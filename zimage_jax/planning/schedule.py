@@ -1,35 +1,40 @@
-"""Memory schedules as data: which chunk is in which tier when. Pure arithmetic; nothing here
-touches a device.
+"""Memory schedules as data: which chunk is on the device when. Pure arithmetic; nothing here touches a device.
 
-A model's blocks are cut into chunks. A sweep visits every chunk in order; a job makes one sweep per
-NFE, or one in all for a text encoder. A schedule pins some chunks to the device and lets the rest
-take turns in its slots."""
+A component's blocks are cut into chunks. A sweep visits every chunk in order; a job makes one sweep per NFE, or one in
+all for a text encoder. A schedule keeps some chunks resident, and the others take turns in its slots.
 
-from collections.abc import Iterator, Mapping
+Chunks are of kinds: those of one kind have blocks of the same shapes and may use the same slot.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..errors import UsageError
+from ..units import size
 
 CHUNKS = 4
 
+Kinds = Sequence[Hashable]  # of each chunk, in order
+
 
 class Pin(NamedTuple):
-    """Copy a chunk to the device, to stay."""
+    """Copy a chunk to the device, where it stays."""
 
     chunk: int
 
 
 class Load(NamedTuple):
-    """Copy a chunk into a slot, first to be used in a sweep."""
+    """Copy a chunk into a slot; `sweep` is the first that uses it."""
 
     chunk: int
     slot: int
     sweep: int
 
 
-class Run(NamedTuple):
-    """Compute a chunk, pinned (slot None) or in a slot; `then` is copied meanwhile."""
+class Visit(NamedTuple):
+    """Compute a chunk, resident (slot None) or in a slot, while `then` is copied."""
 
     chunk: int
     slot: int | None
@@ -37,77 +42,145 @@ class Run(NamedTuple):
 
 
 class Free(NamedTuple):
-    """What was loaded is needed no more; a slot keeps its memory for the next chunk."""
+    """A loaded chunk is no longer needed; a slot keeps its memory for the next chunk."""
 
     chunk: int
     slot: int | None
 
 
-Step = Pin | Load | Run | Free
+Action = Pin | Load | Visit | Free
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """`pinned` chunks are loaded once and stay; the others take turns in `slots`. With one slot
-    nothing overlaps."""
+    """`resident` chunks are copied once and stay; the others take turns in `slots`, `slots` - 1 of them copied ahead."""
 
     name: str
     slots: int
-    pinned: frozenset[int] = frozenset()
+    resident: frozenset[int] = frozenset()
 
     def __post_init__(self):
-        if self.slots not in (0, 1, 2):
-            raise UsageError(f"a schedule has no, one or two slots, got {self.slots}")
-
-    def device_blocks(self, sizes: tuple[int, ...]) -> int:
-        """The most blocks on the device at once: the pinned chunks, and slots that each hold the
-        largest other."""
-        streamed = [size for chunk, size in enumerate(sizes) if chunk not in self.pinned]
-        pinned = sum(size for chunk, size in enumerate(sizes) if chunk in self.pinned)
-        return pinned + min(self.slots, len(streamed)) * max(streamed, default=0)
+        if self.slots < 0:
+            raise UsageError(f"a schedule has 0 slots or more, got {self.slots}")
 
     def after(self, others: int) -> "Schedule":
-        """The same for these chunks when `others` are streamed before them."""
-        return replace(self, pinned=frozenset(chunk + others for chunk in self.pinned))
+        """The same schedule for these chunks when `others` are streamed before them."""
+        return replace(self, resident=frozenset(chunk + others for chunk in self.resident))
 
     def with_pins(self, pins: Mapping[int, str], first: int, chunks: int) -> "Schedule":
-        """Single chunks overruled: index, counted from chunk `first` of all `chunks`, -> "resident"
-        or "streamed".
+        """Single chunks overruled: index, counted from chunk `first` of all `chunks`, -> "resident" or "streamed".
 
-        Raises UsageError for a chunk that is not there.
+        Raises UsageError for a chunk that does not exist.
         """
-        pinned = set(self.pinned)
+        resident = set(self.resident)
         for index, how in pins.items():
             if not 0 <= index < chunks - first:
-                raise UsageError(f"chunk {index} is not there: expected 0 to {chunks - first - 1}")
-            if how not in ("resident", "streamed"):
+                raise UsageError(
+                    f"chunk {index} does not exist: expected 0 to {chunks - first - 1}"
+                )
+            if how == "resident":
+                resident.add(first + index)
+            elif how == "streamed":
+                resident.discard(first + index)
+            else:
                 raise UsageError(f"chunk {index}={how}: expected resident or streamed")
-            (pinned.add if how == "resident" else pinned.discard)(first + index)
-        slots = 0 if len(pinned) == chunks else self.slots or 2
-        return replace(self, pinned=frozenset(pinned), slots=slots)
+        slots = 0 if len(resident) == chunks else self.slots or 2
+        return replace(self, resident=frozenset(resident), slots=slots)
+
+    def slot_kinds(self, kinds: Kinds) -> tuple[Hashable, ...]:
+        """The kind of chunk that each slot takes: as many of a kind as any `slots` successive streamed chunks have."""
+        streamed = [kind for chunk, kind in enumerate(kinds) if chunk not in self.resident]
+        if len(streamed) <= self.slots:
+            return tuple(streamed)
+        most: Counter[Hashable] = Counter()
+        for start in range(len(streamed)):
+            most |= Counter(streamed[(start + i) % len(streamed)] for i in range(self.slots))
+        return tuple(most.elements())
 
 
-# name -> slots, and how many of n chunks stay
-_TABLE = {
-    "resident": (0, lambda n, k: n),
-    "swap": (1, lambda n, k: 0),
-    "ring": (2, lambda n, k: 0),
-    "hybrid": (2, lambda n, k: k),
-}
-NAMES = (*_TABLE, "scan")  # scan is one compiled program: nothing moves while it runs
+# -- the schedules by name --------------------------------------------------------------------------------------------
 
 
-def make(name: str, chunks: int, resident_chunks: int = 0) -> Schedule:
-    """A schedule by name for so many chunks, of which hybrid keeps `resident_chunks`.
+@dataclass(frozen=True)
+class Row:
+    """A schedule by name. To add one, add a Row to ROWS: planner, driver, commands and reports read it from there.
+
+    `resident(n)` gives the numbers of resident chunks, of n, that the planner may choose, the fastest first. `ahead` is
+    how many chunks are copied ahead, or None where --prefetch says. `words` describe it after the number of chunks.
+    """
+
+    name: str
+    resident: Callable[[int], Sequence[int]]
+    ahead: int | None
+    words: str
+    is_automatic: bool = True  # `auto` tries it
+    is_one_program: bool = (
+        False  # the whole sampler is one compiled program: nothing moves while it runs
+    )
+
+    def slots(self, prefetch: int | None) -> int:
+        ahead = self.ahead if self.ahead is not None else 1 if prefetch is None else prefetch
+        return ahead + 1
+
+    def admits(self, prefetch: int | None) -> bool:
+        """Whether it copies as many chunks ahead as --prefetch asks for, or copies none at all."""
+        return prefetch is None or self.ahead is None or self.ahead == prefetch or self.keeps_all
+
+    @property
+    def keeps_all(self) -> bool:
+        return tuple(self.resident(2)) == (2,)
+
+
+ROWS = [
+    Row("resident", lambda n: (n,), 0, "all resident"),
+    Row("ring", lambda n: (0,), None, "{ahead} copied ahead"),
+    Row(
+        "hybrid", lambda n: range(n - 1, -1, -1), None, "{resident} resident, {ahead} copied ahead"
+    ),
+    Row("swap", lambda n: (0,), 0, "each copied when it is needed"),
+    Row(
+        "scan",
+        lambda n: (n,),
+        0,
+        "all resident, in one program",
+        is_automatic=False,
+        is_one_program=True,
+    ),
+]
+
+
+def names() -> tuple[str, ...]:
+    return tuple(row.name for row in ROWS)
+
+
+def row(name: str) -> Row:
+    """Raises UsageError for a name that is not in ROWS."""
+    found = next((row for row in ROWS if row.name == name), None)
+    if found is None:
+        raise UsageError(f"schedule {name!r}: expected one of auto, {', '.join(names())}")
+    return found
+
+
+def make(name: str, chunks: int, resident_chunks: int = 0, prefetch: int | None = None) -> Schedule:
+    """A schedule by name for `chunks` chunks, of which `resident_chunks` stay where the schedule leaves that open.
 
     Raises UsageError for an unknown name or a number that is out of range.
     """
-    if name not in _TABLE:
-        raise UsageError(f"schedule {name!r}: expected one of {', '.join(NAMES)}")
+    of = row(name)
+    if of.keeps_all:
+        return Schedule(name, 0, frozenset(range(chunks)))
     if not 0 <= resident_chunks <= chunks:
         raise UsageError(f"{resident_chunks} resident chunks of {chunks}: expected 0 to {chunks}")
-    slots, staying = _TABLE[name]
-    return Schedule(name, slots, frozenset(spread(staying(chunks, resident_chunks), chunks)))
+    return Schedule(name, of.slots(prefetch), frozenset(spread(resident_chunks, chunks)))
+
+
+def for_chunks_on_device(count: int, chunks: int) -> tuple[str, int]:
+    """The schedule that has at most `count` of `chunks` chunks on the device, and its number of resident chunks."""
+    if count >= chunks:
+        return "resident", chunks
+    if count > 2:
+        return "hybrid", count - 2
+    return ("ring", 0) if count == 2 else ("swap", 0)
 
 
 def spread(count: int, total: int) -> list[int]:
@@ -115,7 +188,7 @@ def spread(count: int, total: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-# -- partitions ------------------------------------------------------------------------------------
+# -- partitions -------------------------------------------------------------------------------------------------------
 
 
 def partition(blocks: int, chunks: int) -> tuple[int, ...]:
@@ -125,8 +198,8 @@ def partition(blocks: int, chunks: int) -> tuple[int, ...]:
     """
     if not 1 <= chunks <= blocks:
         raise UsageError(f"{chunks} chunks of {blocks} blocks: expected 1 to {blocks}")
-    size, longer = divmod(blocks, chunks)
-    return (size + 1,) * longer + (size,) * (chunks - longer)
+    length, longer = divmod(blocks, chunks)
+    return (length + 1,) * longer + (length,) * (chunks - longer)
 
 
 def chunks_under(blocks: int, block_bytes: int, largest_chunk: int) -> int:
@@ -136,39 +209,40 @@ def chunks_under(blocks: int, block_bytes: int, largest_chunk: int) -> int:
     """
     if block_bytes > largest_chunk:
         raise UsageError(
-            f"a chunk is at least one block, {block_bytes / 2**30:.2f} GiB; {largest_chunk / 2**30:.2f} GiB were allowed"
+            f"a chunk is at least one block, {size(block_bytes)}; --max-chunk-memory allows {size(largest_chunk)}"
         )
     return -(-blocks // (largest_chunk // block_bytes))
 
 
-# -- the steps -------------------------------------------------------------------------------------
+# -- the actions ------------------------------------------------------------------------------------------------------
 
 
-def steps(schedule: Schedule, chunks: int, sweeps: int) -> Iterator[Step]:
-    """Everything the driver does, in order. Each load is freed once; a chunk that is there is not
-    loaded again.
+def actions(schedule: Schedule, kinds: Kinds, sweeps: int) -> Iterator[Action]:
+    """Everything the driver does, in order. Each load is freed once; a chunk on the device is not loaded again.
 
-    With two slots, each visit copies the next chunk that is not on the device into the slot that is
-    not needed before it, across the end of a sweep too."""
-    for chunk in sorted(schedule.pinned):
+    With two slots or more, each visit copies the next chunk that is not on the device into a slot that is not needed
+    before it, across the end of a sweep too. `slots` - 1 chunks are loaded before the first visit that needs one.
+    """
+    for chunk in sorted(schedule.resident):
         yield Pin(chunk)
+    chunks = len(kinds)
     visits = [chunk for _ in range(sweeps) for chunk in range(chunks)]
+    slots = schedule.slot_kinds(kinds)
     held: dict[int, int] = {}  # slot -> chunk
     for i, chunk in enumerate(visits):
-        if chunk in schedule.pinned:
-            slot = None
-        else:
-            if chunk not in held.values():  # nothing could be copied ahead
-                slot = next(s for s in range(schedule.slots) if s not in held)
-                yield (load := Load(chunk, slot, i // chunks))
-                held[load.slot] = chunk
-            slot = next(s for s, c in held.items() if c == chunk)
-        then = _copy_ahead(schedule, held, visits, i, chunks) if schedule.slots == 2 else None
+        if (
+            chunk not in schedule.resident and chunk not in held.values()
+        ):  # nothing could be copied ahead
+            for _ in range(max(1, schedule.slots - 1)):
+                load = _next_load(schedule, slots, kinds, held, visits, i)
+                if load is not None:
+                    yield from _freed(held, load)
+                    yield load
+        slot = next((s for s, c in held.items() if c == chunk), None)
+        then = _next_load(schedule, slots, kinds, held, visits, i) if schedule.slots > 1 else None
         if then is not None:
-            if then.slot in held:
-                yield Free(held[then.slot], then.slot)
-            held[then.slot] = then.chunk
-        yield Run(chunk, slot, then)
+            yield from _freed(held, then)
+        yield Visit(chunk, slot, then)
         if (
             schedule.slots == 1
             and slot is not None
@@ -177,36 +251,47 @@ def steps(schedule: Schedule, chunks: int, sweeps: int) -> Iterator[Step]:
             yield Free(held.pop(slot), slot)
     for slot, chunk in sorted(held.items()):
         yield Free(chunk, slot)
-    for chunk in sorted(schedule.pinned):
+    for chunk in sorted(schedule.resident):
         yield Free(chunk, None)
 
 
+def _freed(held: dict[int, int], load: Load) -> Iterator[Free]:
+    """Gives the slot of a load to its chunk."""
+    if load.slot in held:
+        yield Free(held[load.slot], load.slot)
+    held[load.slot] = load.chunk
+
+
 def _next_streamed(schedule: Schedule, visits: list[int], now: int) -> int | None:
-    return next((chunk for chunk in visits[now + 1 :] if chunk not in schedule.pinned), None)
+    return next((chunk for chunk in visits[now + 1 :] if chunk not in schedule.resident), None)
 
 
-def _copy_ahead(
-    schedule: Schedule, held: dict[int, int], visits: list[int], now: int, chunks: int
+def _next_load(
+    schedule: Schedule,
+    slots: tuple[Hashable, ...],
+    kinds: Kinds,
+    held: dict[int, int],
+    visits: list[int],
+    now: int,
 ) -> Load | None:
-    """What to copy during visit `now`: the next chunk not on the device, where a slot is free of
-    earlier needs."""
-    needed = {visits[now]}
-    for index in range(now + 1, len(visits)):
+    """The next chunk that is not on the device, from visit `now` on, where a slot is free of earlier needs."""
+    needed: set[int] = set()
+    for index in range(now, len(visits)):
         chunk = visits[index]
-        if chunk in schedule.pinned or chunk in held.values():
+        if chunk in schedule.resident or chunk in held.values():
             needed.add(chunk)
             continue
-        for slot in range(2):
-            if held.get(slot) not in needed:
-                return Load(chunk, slot, index // chunks)
-        return None
+        fitting = [slot for slot, kind in enumerate(slots) if kind == kinds[chunk]]
+        free = [slot for slot in fitting if held.get(slot) not in needed]
+        empty = [slot for slot in free if slot not in held]
+        return Load(chunk, (empty or free)[0], index // len(kinds)) if free else None
     return None
 
 
-def loads(schedule: Schedule, chunks: int, sweeps: int) -> Iterator[Load]:
-    """The copies in order: what a source of chunks reads ahead."""
-    for step in steps(schedule, chunks, sweeps):
-        if isinstance(step, Load):
-            yield step
-        elif isinstance(step, Run) and step.then is not None:
-            yield step.then
+def loads(schedule: Schedule, kinds: Kinds, sweeps: int) -> Iterator[Load]:
+    """The copies into slots in order: what a reader reads ahead."""
+    for action in actions(schedule, kinds, sweeps):
+        if isinstance(action, Load):
+            yield action
+        elif isinstance(action, Visit) and action.then is not None:
+            yield action.then

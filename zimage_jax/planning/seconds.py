@@ -1,22 +1,20 @@
-"""How long a plan takes, and what bounds it: from the rates that a device, its link and the disk
-achieve."""
+"""How long a plan takes, and what bounds it: from the rates that a device, its link and the disk achieve. Pure."""
 
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, partial
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import UsageError
-from ..model.config import ModelConfig
 from ..model.kv import UNUSED_WHEN_REUSED, Nfe
-from ..model.vae_strips import layer_costs
+from ..units import size, tree_bytes
 from ..weights import components
-from ..weights.components import tree_bytes
-from .planner import Plan, StreamPlan, Work
-from .schedule import Free, Load, Pin, Run, loads, steps
+from .plan import Plan, Sizes, Stage, StreamPlan
+from .schedule import Free, Load, Pin, Visit, actions, loads
+from .work import Work
 
 
 class Rates(NamedTuple):
@@ -39,87 +37,160 @@ def read_ahead(window: int, chunk: int) -> int:
     Raises UsageError when it holds none."""
     if window < chunk:
         raise UsageError(
-            f"the host window of {window / 2**30:.2f} GiB is smaller than a chunk of {chunk / 2**30:.2f} GiB: "
-            "use more chunks or a larger window (--host-memory)"
+            f"--host-memory {size(window)} is smaller than a chunk of {size(chunk)}: use more chunks or a larger window"
         )
     return window // max(chunk, 1)
 
 
-def seconds(
-    plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rates
-) -> dict[str, float]:
-    """Seconds of each stage of the first picture, programs compiled: parameters of `dtype` in host
-    memory, or, where the plan has a host window, read from disk at every visit. Nothing is assumed
-    to be in the page cache.
+@dataclass(frozen=True)
+class Timing:
+    """What a stage needs to say how long it takes: the plan of the first picture, with programs compiled.
 
-    The driver waits after every program. A copy beside a run therefore costs what it takes longer
-    than the run over the first micro-batch, and every other copy all it takes. A text encoder on
-    the host is not predicted.
+    Parameters are in host memory, or, where the plan has a host window, read from disk at every visit; nothing is
+    assumed to be in the page cache. The driver waits after every program. A copy beside a run therefore costs what it
+    takes longer than the run over the first micro-batch, and every other copy all it takes.
+    """
 
-    Raises UsageError for a host window that is smaller than a chunk."""
-    text, dit = config.text_encoder, config.transformer
-    groups = work.batch // work.micro_batch
-    once = partial(_block_seconds, config, "transformer", width=dit.dim, rates=rates)
-    at_once = work.contexts // groups
+    plan: Plan
+    work: Work
+    sizes: Sizes
+    rates: Rates
 
-    def nbytes(component: str, unit: str) -> int:
-        return components.nbytes(config, component, unit, dtype)
+    def read(self, component: str, *units: str) -> float:
+        """From disk to host memory."""
+        if self.plan.host_window is None:
+            return 0.0
+        return self.sizes.storage.nbytes(component, *units) / self.rates.disk
 
-    def read(component: str, unit: str) -> float:
-        return 0.0 if plan.host_window is None else nbytes(component, unit) / rates.disk
+    def copy(self, component: str, *units: str, without_kv: bool = False) -> float:
+        """From host memory to the device."""
+        storage = self.sizes.storage
+        leaves = [storage.specs(component, unit) for unit in units]
+        if without_kv:
+            leaves = [
+                storage.without_kv(component, u, of) for u, of in zip(units, leaves, strict=True)
+            ]
+        return tree_bytes(leaves) / self.rates.link
 
-    def single(component: str, unit: str) -> float:
+    def unit(self, component: str, unit: str) -> float:
         """A unit that is no block: read whole, then copied."""
-        return read(component, unit) + nbytes(component, unit) / rates.link
+        return self.read(component, unit) + self.copy(component, unit)
 
-    def stage(
-        stream: StreamPlan, component: str, run: Callable[[str, Nfe | None], float], **repeated
+    def block(
+        self,
+        component: str,
+        batch: int,
+        tokens: int,
+        *,
+        width: int,
+        keys: int | None = None,
+        reuses: bool = False,
     ) -> float:
+        """One block over batch x tokens: two operations per parameter and token, four per pair of token and key and
+        channel of `width`."""
+        leaves = components.units(self.sizes.config, component)["layers.0"]
+        # modulation runs once per picture, not per token
+        without = ("modulation.kernel", "modulation.bias", *(UNUSED_WHEN_REUSED if reuses else ()))
+        parameters = sum(leaf.size for path, leaf in leaves.items() if not path.endswith(without))
+        return batch * tokens * (2 * parameters + 4 * (keys or tokens) * width) / self.rates.flops
+
+    def kv_cache(self) -> float:
+        """K and V that are kept on the host, on their way there and back: nothing computes meanwhile."""
+        config, moves = (
+            self.sizes.config.transformer,
+            [nfe.keeps or nfe.reuses for nfe in self.work.nfes],
+        )
+        of_block = self.work.kv_bytes_by_nfe(config)
+        return config.n_layers * sum(np.multiply(moves, of_block)) / self.rates.link
+
+    def stream(
+        self,
+        stream: StreamPlan,
+        run: Callable[[str, Nfe | None], float],
+        nfes: Sequence[Nfe | None] = (None,),
+        groups: int = 1,
+    ) -> float:
+        """The visits of a stage. `run(unit, nfe)` is the seconds of one block; every chunk serves `groups` micro-batches.
+
+        What is resident is read and copied in the order of use while others compute, and gives way to what is streamed.
+        """
+        now, runs, rates = 0.0, 0, self.rates
+        component, chunks, of = (
+            stream.component,
+            stream.chunks,
+            (stream.schedule, stream.kinds, len(nfes)),
+        )
         ahead = None
-        streamed = [c for i, c in enumerate(stream.chunks) if i not in stream.schedule.pinned]
-        if plan.host_window is not None and streamed:
-            largest = max(sum(nbytes(component, unit) for unit in chunk) for chunk in streamed)
-            ahead = read_ahead(plan.host_window, largest)
-        copy = cache(partial(_copy_seconds, config, component, dtype, rates))
-        return _timeline(
-            stream, copy, run, rates, read=cache(partial(read, component)), ahead=ahead, **repeated
-        )
+        if self.plan.host_window is not None and stream.streamed:
+            nbytes = self.sizes.storage.nbytes
+            largest = max(nbytes(component, *chunks[chunk]) for chunk in stream.streamed)
+            ahead = read_ahead(self.plan.host_window, largest)
+        reads = [self.read(component, *chunks[load.chunk]) for load in loads(*of)]
+        reader = _Reader(reads, len(reads) if ahead is None else ahead)
+        # seconds of the link: of what is resident, and of what is streamed; of a resident chunk, those until it is copied,
+        # and when it is read
+        resident, streamed, arrives = 0.0, 0.0, dict[int, tuple[float, float]]()
+        for action in actions(*of):
+            if isinstance(action, Free):
+                continue
+            load = action.then if isinstance(action, Visit) else action
+            copied = 0.0
+            if load is not None:
+                without_kv = isinstance(load, Load) and stream.without_kv(
+                    load.chunk, nfes[load.sweep]
+                )
+                copied = self.copy(component, *chunks[load.chunk], without_kv=without_kv)
+            if isinstance(action, Pin):
+                from_disk = self.read(component, *chunks[action.chunk])
+                if rates.overlaps:
+                    resident += copied
+                    arrives[action.chunk] = resident, reader.read(from_disk)
+                else:
+                    now += from_disk + copied
+                continue
+            if isinstance(action, Visit) and action.chunk in arrives:
+                is_copied, is_read = arrives.pop(action.chunk)
+                now = max(now, is_copied + streamed, is_read)
+            if load is not None:  # neither its program nor its copy starts before it is read
+                now = max(now, reader.arrival())
+            if isinstance(action, Visit):
+                nfe = nfes[runs // len(chunks)]
+                computed = sum(run(unit, nfe) for unit in chunks[action.chunk])
+                now += max(computed, copied) if rates.overlaps else computed + copied
+                if load is not None:
+                    reader.read_next(now)
+                now += (groups - 1) * computed + groups * rates.dispatch
+                runs += 1
+            else:
+                now += copied + rates.dispatch
+                reader.read_next(now)
+            streamed += copied
+        return now
 
-    def of_denoise(unit: str, nfe: Nfe | None) -> float:
-        if not unit.startswith("layers."):
-            return once(at_once, work.image_tokens)
-        keys = nfe.hold.keys(work.tokens) if nfe else work.tokens
-        return once(at_once, work.tokens, keys=keys, reuses=nfe is not None and nfe.reuses)
 
-    found = {}
-    if plan.text is not None:
-        width = text.num_attention_heads * text.head_dim
-        layer = _block_seconds(
-            config, "text_encoder", work.prompts, work.bucket, width=width, rates=rates
-        )
-        found["text"] = stage(plan.text, "text_encoder", lambda unit, nfe: layer)
-    stem = single("transformer", "stem")
-    found["context"] = stem + stage(
-        plan.context, "transformer", lambda unit, nfe: once(work.contexts, work.bucket)
-    )
-    denoise = stage(plan.denoise, "transformer", of_denoise, nfes=work.nfes, groups=groups)
-    cached = _cache_seconds(work, config, rates) if plan.kv_on_host else 0.0
-    found["denoise"] = (0 if plan.kept else stem) + denoise + cached
-    decode = _decode_seconds(plan, work, config, dtype, rates)
-    found["decode"] = single("vae", "decoder") + work.batch * decode
-    return found
+def seconds(
+    stages: Sequence[Stage], plan: Plan, work: Work, sizes: Sizes, rates: Rates
+) -> dict[str, float]:
+    """Seconds by stage of the first picture; a stage that cannot be predicted is left out.
+
+    Raises UsageError for a host window that is smaller than a chunk.
+    """
+    timing = Timing(plan, work, sizes, rates)
+    found = {
+        s.name: s.seconds(timing, plan.choices[s.name]) for s in stages if s.name in plan.choices
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def bound_by(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rates) -> str:
-    """ "compute", "link" or "disk": which of them, were it twice as fast, would make the picture
-    fastest."""
+def bound_by(stages: Sequence[Stage], plan: Plan, work: Work, sizes: Sizes, rates: Rates) -> str:
+    """ "compute", "link" or "disk": which of them, were it twice as fast, would make the picture fastest."""
     faster = {
         "compute": rates._replace(flops=2 * rates.flops),
         "link": rates._replace(link=2 * rates.link),
         "disk": rates._replace(disk=2 * rates.disk),
     }
     return min(
-        faster, key=lambda name: sum(seconds(plan, work, config, dtype, faster[name]).values())
+        faster, key=lambda name: sum(seconds(stages, plan, work, sizes, faster[name]).values())
     )
 
 
@@ -147,112 +218,3 @@ class _Reader:
     def arrival(self) -> float:
         """Of the next chunk."""
         return self._there.popleft()
-
-
-def _timeline(
-    stream: StreamPlan,
-    copy: Callable[[str, bool], float],
-    run: Callable[[str, Nfe | None], float],
-    rates: Rates,
-    nfes: Sequence[Nfe | None] = (None,),
-    groups: int = 1,
-    read: Callable[[str], float] = lambda unit: 0.0,
-    ahead: int | None = None,
-) -> float:
-    """`read(unit)`, `copy(unit, lightly)` and `run(unit, nfe)` are seconds of one block; `ahead`
-    chunks fit in the host window (None: all). What stays is read and copied in the order of use
-    while others compute, and gives way to what is streamed."""
-    now, runs, chunks = 0.0, 0, stream.chunks
-
-    def read_chunk(chunk: int) -> float:
-        return sum(read(unit) for unit in chunks[chunk])
-
-    reads = [read_chunk(load.chunk) for load in loads(stream.schedule, len(chunks), len(nfes))]
-    reader = _Reader(reads, len(reads) if ahead is None else ahead)
-    # seconds of the link: of what stays, and of what is streamed; of a pinned chunk, those before it
-    # was copied and the time it is read
-    pinned, streamed, arrives = 0.0, 0.0, dict[int, tuple[float, float]]()
-    for step in steps(stream.schedule, len(chunks), len(nfes)):
-        if isinstance(step, Free):
-            continue
-        load = step.then if isinstance(step, Run) else step
-        copied = 0.0
-        if load is not None:
-            lightly = isinstance(load, Load) and stream.lightly(load.chunk, nfes[load.sweep])
-            copied = sum(copy(unit, lightly) for unit in chunks[load.chunk])
-        if isinstance(step, Pin):
-            from_disk = read_chunk(step.chunk)
-            if rates.overlaps:
-                pinned += copied
-                arrives[step.chunk] = pinned, reader.read(from_disk)
-            else:
-                now += from_disk + copied
-            continue
-        if isinstance(step, Run) and step.chunk in arrives:
-            before, is_read = arrives.pop(step.chunk)
-            now = max(now, before + streamed, is_read)
-        if load is not None:  # neither its program nor its copy starts before it is read
-            now = max(now, reader.arrival())
-        if isinstance(step, Run):
-            nfe = nfes[runs // len(chunks)]
-            computed = sum(run(unit, nfe) for unit in chunks[step.chunk])
-            now += max(computed, copied) if rates.overlaps else computed + copied
-            if load is not None:
-                reader.read_next(now)
-            now += (groups - 1) * computed + groups * rates.dispatch
-            runs += 1
-        else:
-            now += copied + rates.dispatch
-            reader.read_next(now)
-        streamed += copied
-    return now
-
-
-def _copy_seconds(
-    config: ModelConfig, component: str, dtype: str, rates: Rates, unit: str, lightly: bool
-) -> float:
-    leaves = components.leaves(config, component, unit, dtype)
-    if lightly:
-        leaves = components.without_keys_values(config, unit, leaves)
-    return tree_bytes(leaves) / rates.link
-
-
-def _cache_seconds(work: Work, config: ModelConfig, rates: Rates) -> float:
-    """K and V on their way to the host and back: nothing computes meanwhile."""
-    moves = [nfe.keeps or nfe.reuses for nfe in work.nfes]
-    of_block = work.kv_bytes_by_nfe(config.transformer)
-    return config.transformer.n_layers * sum(np.multiply(moves, of_block)) / rates.link
-
-
-def _block_seconds(
-    config: ModelConfig,
-    component: str,
-    batch: int,
-    tokens: int,
-    *,
-    width: int,
-    rates: Rates,
-    keys: int | None = None,
-    reuses: bool = False,
-) -> float:
-    """One block over batch x tokens: two operations per parameter and token, four per pair of token
-    and key and channel."""
-    parameters = _block_parameters(config, component, reuses)
-    return batch * tokens * (2 * parameters + 4 * (keys or tokens) * width) / rates.flops
-
-
-@cache
-def _block_parameters(config: ModelConfig, component: str, reuses: bool) -> int:
-    """Of a block, those that every token meets: all but the modulation's."""
-    leaves = components.units(config, component)["layers.0"]
-    once_a_picture = ("modulation.kernel", "modulation.bias")
-    without = (*once_a_picture, *(UNUSED_WHEN_REUSED if reuses else ()))
-    return sum(leaf.size for path, leaf in leaves.items() if not path.endswith(without))
-
-
-def _decode_seconds(plan: Plan, work: Work, config: ModelConfig, dtype: str, rates: Rates) -> float:
-    decoder = components.unit_spec(config, "vae", "decoder")
-    shape = (1, work.h, work.w, config.vae.latent_channels)
-    products, elements = (sum(column) for column in zip(*layer_costs(decoder, shape), strict=True))
-    crossing = 0 if plan.vae_rows is None else elements * components.DTYPES[dtype].itemsize
-    return 2 * products / rates.flops + crossing / rates.link

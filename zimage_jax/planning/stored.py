@@ -1,7 +1,7 @@
-"""What programs take beside their arguments, stored: the compiler's own figures for the published
-widths.
+"""Scratch bytes of programs, stored: the compiler's own figures for the published widths.
 
-scripts/measure/temporaries.py compiles the very programs for one card of each capability."""
+scripts/measure/temporaries.py compiles the very programs for one card of each capability.
+"""
 
 import json
 import math
@@ -9,81 +9,84 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError
 from ..model.config import TURBO, ModelConfig
+from ..weights.formats import Storage
 from .cards import Card, MeasuredCard
-from .planner import Visit, Work
+from .plan import Stage, VisitKind
+from .work import Work
 
 TEMPORARIES = Path(__file__).parent.parent / "assets" / "temporaries.json"
 
 
-class StoredCosts:
-    """What the planner asks, answered with stored figures of the compiler for the published widths.
-    (planner.Costs)
+class Figures:
+    """The stored figures of the capability nearest to a card's.
 
-    Between stored points a figure is linear in tokens or pixels, and in the blocks of a chunk, and
-    never below that of the next smaller point. Below the first point it is that one's, above the
-    last it goes on as between the last two."""
+    Between stored points a figure is linear in tokens or pixels, and in the blocks of a chunk, and never below that of
+    the next smaller point. Below the first point it is that one's, above the last it goes on as between the last two.
+    """
 
-    def __init__(self, config: ModelConfig, card: Card | MeasuredCard):
+    def __init__(self, storage: Storage, card: Card | MeasuredCard):
         """Raises UsageError for a model of other widths."""
-        if not has_published_widths(config):
+        if not has_published_widths(storage.config):
             raise UsageError(
                 "figures are stored for Z-Image's published widths only; --compile asks the compiler for this model's"
             )
+        self.storage = storage
         wanted, table = 10 * card.capability[0] + card.capability[1], _table()["capabilities"]
         nearest = min(table, key=lambda key: abs(int(key.replace(".", "")) - wanted))
-        self._transformer, self._scale, self._figures = (
-            config.transformer,
-            config.vae.scale,
-            table[nearest],
-        )
-        of = self._figures
+        self._figures = of = table[nearest]
         self.source = f"stored, compiled for sm_{nearest.replace('.', '')} ({of['card']}, jax {of['jax']}, {of['date']})"
         if nearest != "{}.{}".format(*card.capability):
             self.source += ", the nearest stored to this card's capability"
-        self.source += "; attention by query chunks where the card would use cuDNN's: conservative"
 
-    def text(self, work: Work, visits: frozenset[Visit], slot: int) -> int:
-        return self._blocks("text", visits, work.prompts * work.bucket)
+    @property
+    def config(self) -> ModelConfig:
+        return self.storage.config
 
-    def context(self, work: Work, visits: frozenset[Visit], slot: int) -> int:
-        return self._blocks("context", visits, work.contexts * work.bucket)
+    def at(self, name: str, x: int) -> int:
+        """The figure of `name` at x tokens or pixels."""
+        return _at(self._figures[name], x)
 
-    def denoise(
-        self, work: Work, refiner: frozenset[Visit], main: frozenset[Visit], slot: int
-    ) -> int:
-        contexts = work.micro_batch * work.contexts // work.batch
-        return max(
-            self._blocks("denoise", refiner, contexts * work.image_tokens),
-            self._blocks("denoise", main, contexts * work.tokens),
+    def strips(self, of_strip: int, of_picture: int) -> int:
+        """Decoding a picture of `of_picture` pixels in strips of `of_strip`."""
+        return _at(
+            [(pixels, _at(points, of_strip)) for pixels, points in self._figures["strips"]],
+            of_picture,
         )
 
-    def decode(self, work: Work, rows: int | None, tile: int | None) -> int:
-        height, width = (self._scale * n for n in (work.h, work.w))
-        if rows is None:
-            side = tile or max(height, width)
-            return _at(self._figures["decode"], min(height, side) * min(width, side))
-        strips = [(pixels, _at(points, rows * width)) for pixels, points in self._figures["strips"]]
-        return _at(strips, height * width)
+    def blocks(self, stage: str, kinds: frozenset[VisitKind], tokens: int) -> int:
+        """The most of any of these visits over so many tokens.
 
-    def scan(self, work: Work) -> int:
-        kept = work.kv_bytes(self._transformer) if any(phase.caches for phase in work.phases) else 0
-        return _at(self._figures["scan"], work.contexts * work.tokens) + kept
-
-    def _blocks(self, stage: str, visits: frozenset[Visit], tokens: int) -> int:
-        """The most that running chunks over so many tokens takes; stored are copies of as many
-        blocks as run, and of none. They are of K and V held whole: those in groups take less."""
-        own = [0]
-        for visit in visits:
+        Two cases are stored: copying as many blocks as run, or none. They are of K and V held whole; those in groups take
+        less.
+        """
+        scratch = [0]
+        for kind in kinds:
             points = [
                 (int(key.split(",")[0]), _at(of_tokens, tokens))
                 for key, of_tokens in self._figures[stage].items()
-                if (int(key.split(",")[1]) > 0) == (visit.copied > 0)
+                if (int(key.split(",")[1]) > 0) == (kind.copied > 0)
             ]
-            own.append(_at(sorted(points), max(visit.blocks, visit.copied)))
-        return max(own)
+            scratch.append(_at(sorted(points), max(kind.blocks, kind.copied)))
+        return max(scratch)
+
+
+class StoredCosts:
+    """Scratch bytes by stored figures. (planning.plan.Costs)"""
+
+    def __init__(self, storage: Storage, card: Card | MeasuredCard):
+        """Raises UsageError for a model of other widths than the published ones."""
+        self._figures = Figures(storage, card)
+
+    @property
+    def source(self) -> str:
+        return self._figures.source
+
+    def scratch(self, stage: Stage, work: Work, choice: Any) -> int:
+        return stage.stored(self._figures, work, choice)
 
 
 @cache
@@ -92,7 +95,7 @@ def _table() -> dict:
 
 
 def has_published_widths(config: ModelConfig) -> bool:
-    """Numbers of layers, positions and words do not matter."""
+    """True if all widths are Turbo's; numbers of layers, positions and words may differ."""
     ours, theirs = config.transformer, TURBO.transformer
     counts = {
         name: getattr(ours, name)

@@ -4,9 +4,10 @@ Needs the wheels jax-cuda12-plugin and jax-cuda12-pjrt, or those of 13 (with jax
 jax[cuda13] they are there), no driver and no CUDA library. It leans on `jax._src` for the compile
 options; seen to work with jax 0.10.2 and 0.11.2.
 
-Attention: cuDNN's needs its library to be compiled, so these programs score queries in chunks, as a
-float32 job on the card would. The figures are therefore above what the bf16 job takes."""
+Attention is computed by what the card itself would choose: our kernel where it can, whose Triton
+code is compiled here as well."""
 
+import importlib
 import importlib.util
 import itertools
 import os
@@ -14,18 +15,16 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import jax
-import jax.numpy as jnp
 
 from ..errors import UsageError
-from ..model.config import ModelConfig
-from ..model.kv import Hold
-from ..model.ops import Attend
+from ..model.attention import Target
 from ..planning.cards import Card
-from .compiled import Programs
-from .staging import OVERLAP, own_bytes
+from ..weights.formats import Storage
+from .placement import Placement
+from .program import OVERLAP, scratch_bytes
+from .programs import Programs
 
 PLUGINS = "jax_cuda12_plugin", "jax_cuda13_plugin"
 # by capability: bytes of shared memory per multiprocessor and for one block, threads per
@@ -42,41 +41,38 @@ class CardPrograms(Programs):
     """Programs for a named card: `compiled` gives the executable, which cannot run here, and the
     bytes it takes."""
 
-    def __init__(self, config: ModelConfig, stored: str, dtype, card: Card):
-        super().__init__(config, stored, dtype)
-        self._compile = compiler(card)
-        self._made: dict[tuple, CardProgram] = {}
+    def __init__(self, storage: Storage, dtype, card: Card):
+        super().__init__(storage, dtype, Placement.on_host())
+        self._card, self._compile = card, compiler(card)
         self.observer = (
             None  # a callback is a function of the process, and is not compiled without a device
         )
 
-    def __call__(self, function: Callable, *, donate: tuple[int, ...] = (), **static):
-        key = (function, donate, *sorted(static.items()))
-        if key not in self._made:
-            self._made[key] = CardProgram(self._compile, function, donate, static)
-        return self._made[key]
+    def _make(self, function: Callable, donate: tuple[int, ...], static: dict) -> Any:
+        return CardProgram(self._card, self._compile, function, donate, static)
+
+    @property
+    def target(self) -> Target:
+        return Target("gpu", self._card.capability)
 
     def executables(self, function: Callable) -> list:
         """What `function` was compiled to, for any arguments."""
-        made = (
-            program.compiled_already for (of, *_), program in self._made.items() if of is function
-        )
-        return [executable for several in made for executable in several]
-
-    def attend(self, batch: int, tokens: int, hold: Hold | None = None) -> Attend:
-        keys = hold.keys(tokens) if hold else tokens
-        return Attend.choose(
-            "gpu", jnp.float32, batch, tokens, keys, self.config.transformer.n_heads
-        )
+        made: Any = (program for (of, *_), program in self._programs.items() if of is function)
+        return [executable for program in made for executable in program.compiled_already]
 
 
 class CardProgram:
-    """staging.Program without a run."""
+    """program.Program without a run."""
 
     def __init__(
-        self, compile_for_card: Callable, function: Callable, donate: tuple[int, ...], static: dict
+        self,
+        card: Card,
+        compile_for_card: Callable,
+        function: Callable,
+        donate: tuple[int, ...],
+        static: dict,
     ):
-        self._compile = compile_for_card
+        self._card, self._compile = card, compile_for_card
         self._jitted = jax.jit(
             lambda *args: function(*args, **static), donate_argnums=donate, keep_unused=True
         )
@@ -86,11 +82,11 @@ class CardProgram:
         leaves, tree = jax.tree.flatten(args)
         key = (tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._compiled:
-            with _as_on_a_gpu():
-                # a topology's devices have no memory kinds: lowered on the CPU, for CUDA
+            # a topology's devices have no memory kinds: lowered on the CPU, for CUDA
+            with pallas_for(self._card):
                 lowered = self._jitted.trace(*args).lower(lowering_platforms=("cuda",))
             executable = self._compile(lowered)
-            self._compiled[key] = executable, own_bytes(executable.get_compiled_memory_stats())
+            self._compiled[key] = executable, scratch_bytes(executable.get_compiled_memory_stats())
         return self._compiled[key]
 
     @property
@@ -115,10 +111,25 @@ def order(executable) -> list[tuple[str, int]]:
 
 
 @contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
-    """Code that asks for the platform while it is traced gets the answer it would get there."""
-    with mock.patch("jax.default_backend", return_value="gpu"):
+def pallas_for(card: Card) -> Iterator[None]:
+    """JAX 0.11 lowers Pallas-Triton only for a device it knows: here a CPU's kind stands for the
+    card. JAX 0.10 does not ask."""
+    try:
+        gpu_info: Any = importlib.import_module("jax._src.pallas.triton.gpu_info")
+    except ImportError:
         yield
+        return
+    kind, (major, minor) = Placement.on_host().device.device_kind, card.capability
+    info = gpu_info.GpuInfo(
+        gpu_version=None, arch_name=f"{major}.{minor}", compute_capability=10 * major + minor
+    )
+    gpu_info.registry[kind] = lambda: info
+    gpu_info.get_gpu_info.cache_clear()
+    try:
+        yield
+    finally:
+        del gpu_info.registry[kind]
+        gpu_info.get_gpu_info.cache_clear()
 
 
 def compiler(card: Card) -> Callable:
@@ -189,5 +200,6 @@ dnn_version: "9.8.0"
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
 device_description_str: "{card.name}"
 """

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 
-from ..weights.components import tree_bytes
+from ..units import tree_bytes
 
 
 class Event(NamedTuple):

@@ -1,20 +1,29 @@
-"""The device and the host as they are: what they hold, and what threads may do with the device at
-once."""
+"""Where arrays are: one device, its kinds of memory, what it can still give, and what threads may do with it at once."""
 
 import os
+import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
+from jax.sharding import SingleDeviceSharding
 
-from ..errors import OutOfMemoryError
+from ..errors import OutOfMemoryError, UsageError
+from ..model.attention import Target
+from ..units import size, tree_bytes
+
+# XLA's allocator gives a free piece whole when less than this, and less than what was asked for, would be left of it
+# (bfc_allocator.cc). Under a cap of 1.5 GiB on an H100 its peak was 112 MiB over the ledger's
+UNSPLIT_BYTES = 128 * 2**20
+
+DEVICE, HOST = "device", "pinned_host"
 
 
 class Gate:
-    """Many threads may be inside together, or one alone; whoever wants to be alone comes before
-    those who wait."""
+    """Many threads may be inside together, or one alone; whoever wants to be alone comes before those who wait."""
 
     def __init__(self) -> None:
         self._changed, self._inside, self._wanted = threading.Condition(), 0, 0
@@ -48,41 +57,122 @@ class Gate:
                 self._changed.notify_all()
 
 
-# XLA's allocator gives a free piece whole when less than this, and less than what was asked for,
-# would be left of it (bfc_allocator.cc). Under a cap of 1.5 GiB on an H100 its peak was 112 MiB
-# over the ledger's
-UNSPLIT_BYTES = 128 * 2**20
-
-# A program is compiled and first run alone, and arrays are placed together. On an H100 (jax 0.11.2)
-# cuDNN failed to unpack an attention, "capturing stream has unjoined work", and the process with
-# it, while four threads placed arrays; that it was these which spoilt the capture is inferred
-GATE = Gate()
+_GATES: dict[jax.Device, Gate] = {}
 
 
-def shares_memory() -> bool:
-    """Whether device memory is the host's."""
-    return jax.default_backend() == "cpu"
+EXHAUSTED = "RESOURCE_EXHAUSTED"  # XLA's word for it
 
 
-def runs_ahead() -> int:
-    """Programs to give to the device before the last is done: one on a GPU, which would else wait
-    for the host between any two. A CPU's programs run on the cores that would prepare the next."""
-    return 0 if shares_memory() else 1
+def is_exhausted(fault: jax.errors.JaxRuntimeError) -> bool:
+    """Whether memory ran out."""
+    return EXHAUSTED in str(fault)
 
 
-def allocator_peak() -> int | None:
-    """The peak the device's own allocator saw in this process; None on a CPU, which keeps no such
-    count."""
-    stats = jax.local_devices()[0].memory_stats()
-    return None if stats is None else stats.get("peak_bytes_in_use")
+@dataclass(frozen=True)
+class Placement:
+    """One device and the host memory beside it.
+
+    `gate`: a program is first run alone and arrays are placed together, for all models on the device. cuDNN's warm-up at
+    a program's first run captures the compute stream, and a placement records its events on that stream: seen on an
+    H100 (jax 0.11.2) as "capturing stream has unjoined work". That placements of other threads were the cause is
+    inferred from the sources (xla cudnn_thunk.cc, local_device_state.cc), not proven on a GPU.
+    """
+
+    device: jax.Device
+    gate: Gate = field(compare=False)
+
+    @classmethod
+    def on(cls, device: jax.Device | None = None) -> "Placement":
+        """The placement of a device, by default the first of this process."""
+        device = device or jax.local_devices()[0]
+        return cls(device, _GATES.setdefault(device, Gate()))
+
+    @classmethod
+    def on_host(cls) -> "Placement":
+        """The CPU as a device, for what must not use the other device's memory."""
+        return cls.on(jax.local_devices(backend="cpu")[0])
+
+    @property
+    def target(self) -> Target:
+        """What programs are compiled for."""
+        word = getattr(self.device, "compute_capability", "")  # "8.9"; AMD's is "gfx90a"
+        capability = re.fullmatch(r"([0-9]+)\.([0-9]+)", word)
+        return Target(
+            self.platform, (int(capability[1]), int(capability[2])) if capability else None
+        )
+
+    @property
+    def platform(self) -> str:
+        return self.device.platform
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether device memory is the host's."""
+        return self.platform == "cpu"
+
+    @property
+    def runs_ahead(self) -> int:
+        """Programs given to the device before the last is done: one on a GPU, which otherwise idles between programs. A
+        CPU's programs run on the cores that would prepare the next."""
+        return 0 if self.shares_memory else 1
+
+    def sharding(self, kind: str = DEVICE) -> SingleDeviceSharding:
+        return SingleDeviceSharding(self.device, memory_kind=kind)
+
+    def put(self, tree, kind: str = DEVICE):
+        """Arrays in DEVICE or HOST memory, there when this returns: none is on its way while a program is first run.
+
+        Raises OutOfMemoryError where the host cannot pin that much."""
+        # not on a CPU: a preview is made there while the scan's program runs
+        try:
+            with nullcontext() if self.shares_memory else self.gate.together():
+                return jax.block_until_ready(jax.device_put(tree, self.sharding(kind)))
+        except jax.errors.JaxRuntimeError as fault:
+            if kind == HOST and is_exhausted(fault):
+                raise out_of_pinned_memory(tree_bytes(tree)) from None
+            raise
+
+    def allocator_peak(self) -> int | None:
+        """The peak that the device's allocator saw in this process; None on a CPU, which keeps no such count."""
+        stats = self.device.memory_stats()
+        return None if stats is None else stats.get("peak_bytes_in_use")
+
+    def free_bytes(self) -> int:
+        """Bytes that the device can still give; a CPU's device memory is the host's."""
+        stats = self.device.memory_stats()
+        if stats is None:
+            return free_host_bytes()
+        return max(0, stats["bytes_limit"] - stats["bytes_in_use"] - UNSPLIT_BYTES)
 
 
-def free_device_bytes() -> int:
-    """Bytes the device can still give; a CPU's device memory is the host's."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats is None:
-        return free_host_bytes()
-    return max(0, stats["bytes_limit"] - stats["bytes_in_use"] - UNSPLIT_BYTES)
+FIRST_BFLOAT16 = (
+    8,
+    0,
+)  # compute capability of Ampere: the first NVIDIA cards with bfloat16 products
+# 9.10.2: the two before it compute some attentions wrongly, and JAX refuses them
+CUDNN_FROM = 91002
+
+
+def default_dtype(target: Target) -> str:
+    """The dtype to compute in on a device, where the user does not say."""
+    if target.platform == "cpu":
+        return "float32"
+    return "float16" if target.capability and target.capability < FIRST_BFLOAT16 else "bfloat16"
+
+
+def require_cudnn() -> None:
+    """Raises UsageError where JAX finds no cuDNN, or one that is too old."""
+    from jax._src.lib import cuda_versions
+
+    try:
+        version = cuda_versions.cudnn_get_version() if cuda_versions else 0
+    except RuntimeError:  # the library cannot be loaded
+        version = 0
+    if version < CUDNN_FROM:
+        found = f"{version // 10000}.{version // 100 % 100}.{version % 100}" if version else "none"
+        raise UsageError(
+            f"attention 'cudnn' needs cuDNN 9.10.2 or newer, found {found}; use auto or chunks"
+        )
 
 
 _KERNEL = Path("/proc/version")
@@ -106,7 +196,7 @@ def pinned_limit_hint() -> str:
 def out_of_pinned_memory(nbytes: int) -> OutOfMemoryError:
     """The error for `nbytes` of pinned host memory that could not be had."""
     return OutOfMemoryError(
-        f"the host could not pin {nbytes / 2**30:.2f} GiB of memory for parameters{pinned_limit_hint()}",
+        f"the host could not pin {size(nbytes)} of memory for parameters{pinned_limit_hint()}",
         nbytes,
     )
 

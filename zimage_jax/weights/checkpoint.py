@@ -3,7 +3,8 @@ manifest.
 
     model/
       manifest/                          written last, by orbax: the commit mark
-        manifest.json                    format, config, provenance; dtype, shape, place and checksum of every array
+        manifest.json                    format, config, provenance; dtype, shape, place and checksum of every array;
+                                         a checksum of all that (since version 2)
       transformer/stem.safetensors, layers.0.safetensors, …
       text_encoder/embed_tokens.safetensors, layers.0.safetensors, …
       vae/decoder.safetensors, encoder.safetensors
@@ -17,26 +18,23 @@ on the way; on a CPU the arrays are that buffer."""
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 import xxhash
-from jax.sharding import SingleDeviceSharding
 
-from ..errors import CheckpointError, ConfigError, DamagedError, ForeignError, OutputError
+from ..errors import CheckpointError, ConfigError, DamagedError, ForeignError
+from ..files import LARGEST_JSON, kind_of, open_regular, printable, read_json, read_regular
 from ..model.config import ModelConfig
-from ..model.layers import named_arrays, with_arrays
-from ..runtime.placement import GATE
-from .components import COMPONENTS, DTYPES, spec, units
+from ..units import DTYPES, SAFETENSORS, tree_bytes
+from . import components
+from .components import COMPONENTS
+from .formats import FORMATS, Storage
 
-FORMAT, VERSION = "zimage_jax checkpoint", 1
-_SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+FORMAT, VERSION = "zimage_jax checkpoint", 2
+_READ = (1, 2)  # 1: the manifest has no checksum of its own
 _LARGEST_MANIFEST = 16 << 20
 _ALIGNMENT = 64  # what XLA wants of a host buffer it can use as it is
 
@@ -55,150 +53,15 @@ class Record:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-# -- writing ---------------------------------------------------------------------------------------
-
-
-class Writer:
-    """Writes a checkpoint unit by unit into `DST.partial`, which `finish` renames to DST.
-
-    A unit's file appears whole or not at all, so an interrupted writer resumes: ask `done` before
-    writing a unit. `plan` is what the result depends on; a partial folder with another plan is
-    started over."""
-
-    def __init__(self, dst: Path, config: ModelConfig, dtype: str, plan: dict | None = None):
-        if dst.exists():
-            raise OutputError(f"{dst}: already exists; remove it or choose another name")
-        self.config, self.dtype = config, dtype
-        self._dst, self._folder = dst, dst.with_name(dst.name + ".partial")
-        self._records: dict[str, dict[str, dict[str, Record]]] = {c: {} for c in COMPONENTS}
-        mark = json.dumps(
-            {"version": VERSION, "config": config.to_json(), "dtype": dtype, "plan": plan},
-            sort_keys=True,
-        )
-        mark_file = self._folder / "plan.json"
-        self.resumed = mark_file.exists() and mark_file.read_text() == mark
-        with _disk_errors(dst):
-            if not self.resumed and self._folder.exists():
-                shutil.rmtree(self._folder)
-            for component in COMPONENTS:
-                (self._folder / component).mkdir(parents=True, exist_ok=True)
-            mark_file.write_text(mark)
-            need, free = self.bytes_missing(), shutil.disk_usage(self._folder).free
-        if need > free:
-            raise OutputError(
-                f"{dst}: needs {need / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free"
-            )
-
-    def bytes_missing(self) -> int:
-        item = DTYPES[self.dtype].itemsize
-        return sum(
-            item * sum(math.prod(leaf.shape) for leaf in leaves.values())
-            for component in COMPONENTS
-            for unit, leaves in units(self.config, component).items()
-            if not self._file(component, unit).exists()
-        )
-
-    def _file(self, component: str, unit: str) -> Path:
-        return self._folder / component / f"{unit}.safetensors"
-
-    def done(self, component: str, unit: str) -> bool:
-        """Whether this unit was written by an earlier run, and is what it should be."""
-        leaves, file = units(self.config, component)[unit], self._file(component, unit)
-        if not file.exists():
-            return False
-        header, records = _layout(leaves, self.dtype)
-        size = max(r.offset + r.nbytes for r in records.values())
-        with file.open("rb") as f:
-            if file.stat().st_size != size or f.read(len(header)) != header:
-                return False
-            for path, record in records.items():
-                digest = xxhash.xxh3_64()
-                for start in range(0, record.nbytes, 1 << 24):
-                    digest.update(f.read(min(1 << 24, record.nbytes - start)))
-                records[path] = _with_checksum(record, digest)
-        self._records[component][unit] = records
-        return True
-
-    def write(
-        self, component: str, unit: str, pieces: Iterable[tuple[str, Iterator[np.ndarray]]]
-    ) -> None:
-        """`pieces`: for every array of the unit, in the unit's order, its path and its bytes in
-        runs of any size."""
-        header, records = _layout(units(self.config, component)[unit], self.dtype)
-        file = self._file(component, unit)
-        temporary = file.with_suffix(".tmp")
-        with _disk_errors(self._dst), temporary.open("wb") as f:
-            f.write(header)
-            for (path, runs), (expected, record) in zip(pieces, list(records.items()), strict=True):
-                assert path == expected, (path, expected)
-                digest = xxhash.xxh3_64()
-                for run in runs:
-                    run = np.ascontiguousarray(run, DTYPES[self.dtype]).view(np.uint8).reshape(-1)
-                    digest.update(run.data)
-                    f.write(run.data)
-                assert f.tell() == record.offset + record.nbytes, path
-                records[path] = _with_checksum(record, digest)
-            f.flush()
-            os.replace(temporary, file)
-        self._records[component][unit] = records
-
-    def finish(self, tokenizer: bytes, provenance: dict) -> Path:
-        """Write what is left, the manifest last, and give the folder its name."""
-        with _disk_errors(self._dst):
-            (self._folder / "tokenizer.json").write_bytes(tokenizer)
-            _save_manifest(
-                self._folder,
-                {
-                    "format": FORMAT,
-                    "version": VERSION,
-                    "dtype": self.dtype,
-                    "config": self.config.to_json(),
-                    "provenance": provenance,
-                    "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer),
-                    "arrays": {
-                        component: {
-                            unit: {
-                                path: [r.dtype, list(r.shape), r.offset, r.checksum]
-                                for path, r in records.items()
-                            }
-                            for unit, records in by_unit.items()
-                        }
-                        for component, by_unit in self._records.items()
-                    },
-                },
-            )
-            (self._folder / "plan.json").unlink()
-            os.replace(self._folder, self._dst)
-        return self._dst
-
-
-def save(
-    dst: Path,
-    config: ModelConfig,
-    models: dict,
-    tokenizer: bytes,
-    provenance: dict,
-    dtype="bfloat16",
-) -> Path:
-    """Write a checkpoint of modules that are in memory."""
-    writer = Writer(dst, config, dtype)
-    for component in COMPONENTS:
-        arrays = named_arrays(models[component])
-        for unit, leaves in units(config, component).items():
-            writer.write(
-                component, unit, ((path, iter([np.asarray(arrays[path])])) for path in leaves)
-            )
-    return writer.finish(tokenizer, provenance)
-
-
-def _layout(leaves: dict[str, jax.ShapeDtypeStruct], dtype: str) -> tuple[bytes, dict[str, Record]]:
+def layout(storage: Storage, component: str, unit: str) -> tuple[bytes, dict[str, Record]]:
     """The safetensors header of a unit, padded so that data starts aligned, and where each array
     lies."""
     header, end = {}, 0
+    leaves = storage.leaves(component, unit)
     for path, leaf in leaves.items():
-        size = math.prod(leaf.shape) * DTYPES[dtype].itemsize
+        size = tree_bytes(leaf)
         header[path] = {
-            "dtype": _SAFETENSORS_DTYPES[dtype],
+            "dtype": SAFETENSORS[leaf.dtype.name],
             "shape": list(leaf.shape),
             "data_offsets": [end, end + size],
         }
@@ -207,39 +70,31 @@ def _layout(leaves: dict[str, jax.ShapeDtypeStruct], dtype: str) -> tuple[bytes,
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     start = 8 + len(text)
     records = {
-        path: Record(dtype, tuple(entry["shape"]), start + entry["data_offsets"][0], "")
-        for path, entry in header.items()
+        path: Record(leaf.dtype.name, leaf.shape, start + header[path]["data_offsets"][0], "")
+        for path, leaf in leaves.items()
     }
     return len(text).to_bytes(8, "little") + text, records
 
 
-def _with_checksum(record: Record, digest) -> Record:
-    return Record(record.dtype, record.shape, record.offset, digest.hexdigest())
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Of everything a manifest says, however its JSON is spaced and ordered."""
+    text = json.dumps(
+        {key: value for key, value in manifest.items() if key != "checksum"},
+        sort_keys=True,
+        separators=(",", ":"),
+    )
+    return xxhash.xxh3_64_hexdigest(text.encode())
 
 
-def _save_manifest(folder: Path, manifest: dict) -> None:
-    import orbax.checkpoint as ocp  # 0.3 s of import that reading does not need
-
-    shutil.rmtree(folder / "manifest", ignore_errors=True)
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename="manifest.json")) as checkpointer:
-        checkpointer.save((folder / "manifest").absolute(), args=ocp.args.JsonSave(manifest))
-    # it names this machine's folders and nobody reads it: the rename that follows is the commit
-    (folder / "manifest" / "commit_success.txt").unlink(missing_ok=True)
+def formats_json(storage: Storage) -> dict[str, Any]:
+    """The storage's formats as the manifest has them."""
+    special = {"formats": [[p, f.name] for p, f in storage.special]} if storage.special else {}
+    return {"dtype": storage.format.name, **special}
 
 
-@contextmanager
-def _disk_errors(dst: Path) -> Iterator[None]:
-    """Turns the operating system's refusals into one line."""
-    try:
-        yield
-    except OSError as fault:
-        raise OutputError(
-            f"{dst}: cannot be written ({fault.strerror}); what is finished stays in {dst.name}.partial "
-            "and the same command goes on from there"
-        ) from None
-
-
-# -- reading ---------------------------------------------------------------------------------------
+def _storage(config: ModelConfig, manifest: dict) -> Storage:
+    rows = manifest.get("formats", [])
+    return Storage(config, FORMATS[manifest["dtype"]], tuple((p, FORMATS[f]) for p, f in rows))
 
 
 class Checkpoint:
@@ -251,31 +106,34 @@ class Checkpoint:
         where = f"{self.path}/manifest"
         try:
             self.config = ModelConfig.from_json(manifest["config"], where)
-            self.dtype, self.provenance = manifest["dtype"], manifest["provenance"]
+            self.storage = _storage(self.config, manifest)
+            self.provenance = dict(manifest["provenance"])
             self._tokenizer_checksum = manifest["tokenizer"]
+            self._headers: dict[tuple[str, str], bytes] = {}
             self._records = self._check_records(manifest["arrays"])
         except ConfigError as fault:
             raise CheckpointError(str(fault)) from None
-        except (KeyError, TypeError, ValueError, AttributeError) as fault:
+        except (LookupError, TypeError, ValueError, AttributeError) as fault:
             raise DamagedError(
-                f"{where}: the manifest is malformed ({fault!r}); copy or convert again"
+                f"{where}: the manifest is malformed ({printable(repr(fault))}); copy or convert again"
             ) from None
 
     def _read_manifest(self) -> dict:
         file = self.path / "manifest" / "manifest.json"
-        if not file.is_file():
+        if not kind_of(file, CheckpointError):
             raise ForeignError(f"{self.path}: {_what_is_there(self.path)}")
-        if file.stat().st_size > _LARGEST_MANIFEST:
-            raise DamagedError(f"{file}: {file.stat().st_size} bytes is too large for a manifest")
-        try:
-            manifest = json.loads(file.read_text("utf-8"))
-        except ValueError as fault:
-            raise DamagedError(f"{file}: not JSON ({fault}); copy or convert again") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        manifest = read_json(file, _LARGEST_MANIFEST, DamagedError)
+        if manifest.get("format") != FORMAT:
             raise ForeignError(f"{file}: not the manifest of a {FORMAT}")
-        if manifest.get("version") != VERSION:
+        version = manifest.get("version")
+        if version not in _READ:
             raise CheckpointError(
-                f"{file}: format version {manifest.get('version')!r}, this zimage_jax reads {VERSION}; convert again"
+                f"{file}: format version {printable(repr(version))}, this zimage_jax reads "
+                f"{' and '.join(map(str, _READ))}; update zimage_jax, or convert again"
+            )
+        if version != 1 and manifest.get("checksum") != manifest_checksum(manifest):
+            raise DamagedError(
+                f"{file}: not what was written (checksum differs); copy or convert again"
             )
         return manifest
 
@@ -285,35 +143,29 @@ class Checkpoint:
         checked: dict[str, dict[str, dict[str, Record]]] = {}
         for component in COMPONENTS:
             checked[component] = {}
-            for unit, leaves in units(self.config, component).items():
-                _, expected = _layout(leaves, self.dtype)
-                found = {
-                    path: Record(r[0], tuple(r[1]), r[2], r[3])
-                    for path, r in arrays[component][unit].items()
+            for unit in self.storage.units(component):
+                header, records = layout(self.storage, component, unit)
+                rows = arrays[component][unit]
+                for path in sorted(records.keys() | rows.keys()):
+                    r, row = records.get(path), rows.get(path)
+                    wanted = r and [r.dtype, list(r.shape), r.offset]
+                    if row is None or row[:3] != wanted:
+                        raise DamagedError(
+                            f"{self.path}/manifest: {component} {printable(path)}: "
+                            f"expected {wanted}, got {printable(row)}; copy or convert again"
+                        )
+                checked[component][unit] = {
+                    path: replace(r, checksum=rows[path][3]) for path, r in records.items()
                 }
-                bare = {path: Record(r.dtype, r.shape, r.offset, "") for path, r in found.items()}
-                if bare != expected:
-                    wrong = sorted(
-                        p for p in expected.keys() | bare.keys() if bare.get(p) != expected.get(p)
-                    )
-                    raise DamagedError(
-                        f"{self.path}/manifest: {component} {wrong[0]}: expected {expected.get(wrong[0])}, "
-                        f"got {bare.get(wrong[0])}; copy or convert again"
-                    )
-                checked[component][unit] = found
+                self._headers[component, unit] = header
         return checked
 
     @property
     def tokenizer(self) -> Path:
         """The tokenizer.json, after its checksum was verified."""
         file = self.path / "tokenizer.json"
-        try:
-            checksum = xxhash.xxh3_64_hexdigest(file.read_bytes())
-        except OSError as fault:
-            raise DamagedError(
-                f"{file}: cannot be read ({fault.strerror}); copy or convert again"
-            ) from None
-        if checksum != self._tokenizer_checksum:
+        data = read_regular(file, LARGEST_JSON, DamagedError)
+        if xxhash.xxh3_64_hexdigest(data) != self._tokenizer_checksum:
             raise DamagedError(
                 f"{file}: not the file that was written (checksum differs); copy or convert again"
             )
@@ -332,7 +184,8 @@ class Checkpoint:
         return sum(r.nbytes for records in chosen.values() for r in records.values())
 
     def parameters(self, component: str) -> int:
-        return sum(math.prod(r.shape) for r in self.records(component).values())
+        leaves = components.units(self.config, component).values()
+        return sum(leaf.size for unit in leaves for leaf in unit.values())
 
     def read(self, component: str, unit: str) -> dict[str, np.ndarray]:
         """One unit's arrays by path, views of one aligned buffer, every checksum verified.
@@ -344,20 +197,23 @@ class Checkpoint:
         size = max(r.offset + r.nbytes for r in records.values())
         buffer = np.empty(size + _ALIGNMENT, np.uint8)
         buffer = buffer[-buffer.ctypes.data % _ALIGNMENT :][:size]
-        try:
-            with file.open("rb", buffering=0) as f:
-                actual = os.fstat(f.fileno()).st_size
-                got = 0
-                while actual == size and got < size and (count := f.readinto(buffer.data[got:])):
+        with open_regular(file, DamagedError) as f:
+            actual, got = os.fstat(f.fileno()).st_size, 0
+            try:
+                # readinto: BinaryIO does not say that a file opened unbuffered has it
+                while actual == size and got < size and (count := f.readinto(buffer.data[got:])):  # type: ignore[attr-defined]
                     got += count
-        except OSError as fault:
-            raise DamagedError(
-                f"{file}: cannot be read ({fault.strerror}); copy or convert again"
-            ) from None
+            except OSError as fault:
+                raise DamagedError(
+                    f"{file}: cannot be read ({fault.strerror}); copy or convert again"
+                ) from None
         if got != size:
             raise DamagedError(
                 f"{file}: expected {size} bytes, found {actual}; copy or convert again"
             )
+        header = self._headers[component, unit]
+        if buffer[: len(header)].tobytes() != header:
+            raise DamagedError(f"{file}: its header is not what was written; copy or convert again")
         arrays = {}
         for path, record in records.items():
             data = buffer[record.offset : record.offset + record.nbytes]
@@ -368,45 +224,15 @@ class Checkpoint:
             arrays[path] = data.view(DTYPES[record.dtype]).reshape(record.shape)
         return arrays
 
-    def restore(
-        self,
-        component: str,
-        units: Iterable[str] | None = None,
-        *,
-        memory_kind: str = "device",
-        device=None,
-    ) -> dict[str, jax.Array]:
-        """Arrays by path, all units or those named, in "device" or "pinned_host" memory, in their
-        stored dtype."""
-        device = device or jax.local_devices()[0]
-        sharding = SingleDeviceSharding(device, memory_kind=memory_kind)
-        # not on a CPU: a preview is made there while the scan's program runs
-        gate = nullcontext if device.platform == "cpu" else GATE.together
-        names = self.units(component) if units is None else list(units)
-
-        def place(unit: str) -> dict[str, jax.Array]:
-            arrays = self.read(component, unit)
-            with gate():
-                return jax.block_until_ready(
-                    {path: jax.device_put(a, sharding) for path, a in arrays.items()}
-                )
-
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            return {path: array for part in pool.map(place, names) for path, array in part.items()}
-
-    def load(self, component: str, *, memory_kind: str = "device", device=None):
-        """The whole component as its module."""
-        arrays = self.restore(component, memory_kind=memory_kind, device=device)
-        return with_arrays(spec(self.config, component), lambda path, _: arrays[path])
-
 
 def _what_is_there(path: Path) -> str:
     convert = f"convert it first: python -m checkpoints_convert {path} DST"
-    if not path.exists():
+    kind = kind_of(path, CheckpointError)
+    if not kind:
         return "no such folder; give --model the folder that checkpoints_convert wrote"
-    if (path / "model_index.json").exists():
+    if kind_of(path / "model_index.json", CheckpointError):
         return f"a diffusers folder, not a native checkpoint; {convert}"
-    if path.is_file():
+    if kind != "folder":
         return "a file, not a native checkpoint; see python -m checkpoints_convert --help"
     if path.name.endswith(".partial"):
         return (

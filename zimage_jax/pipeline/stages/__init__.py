@@ -1,0 +1,9 @@
+"""The stages of a job, in the order they run. To add one, write its file and put it into STAGES."""
+
+from ...planning.plan import Stage
+from .context import ContextStage
+from .decode import Decode
+from .denoise import Denoise
+from .text import Text
+
+STAGES: list[Stage] = [Text(), ContextStage(), Denoise(), Decode()]

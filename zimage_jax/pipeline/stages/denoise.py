@@ -1,239 +1,383 @@
-"""Noise to latents under a plan: sweeps over the chunks, one per NFE, or the one program of `scan`.
+"""Noise to latents: a sweep over the transformer's chunks for every NFE, or the one program of `scan`.
 
-Axes: B pictures, G contexts (B, or 2 B with guidance), h, w latent rows and columns, C latent
-channels, L caption tokens."""
+Axes: B pictures, G contexts (B, or 2 B with guidance), h, w latent rows and columns, C latent channels, L caption tokens.
+"""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from ...model import dit, kv, sampling
-from ...model.kv import KV, Hold, Nfe, Phase
-from ...planning.planner import Plan, Work
-from ...runtime.compiled import Programs
-from ...runtime.ledger import Ledger
-from ...runtime.staging import Stream, Tiers
-from ...weights import components
-from ...weights.components import tree_bytes
+from ...model.kv import KVFormat, Nfe, Phase
+from ...planning import schedule
+from ...planning.plan import MAIN, Choice, Memory, Option, Sizes, StreamPlan, VisitKind
+from ...planning.planner import streams
+from ...planning.seconds import Timing
+from ...planning.stored import Figures
+from ...planning.work import Work
+from ...runtime.programs import Programs
+from ...runtime.stream import Stream
+from ..attempt import Attempt
+from .context import Context
+from .kv_cache import KVCache, kv_cache
 
-Held = list[tuple[KV, ...]]  # of a chunk: for each micro-batch the K and V of its blocks
+COMPONENT = "transformer"
 
 
 @dataclass(frozen=True)
-class Denoiser:
-    """One job's noise to latents. `observe(index, latents)` is called after every NFE."""
+class DenoiseChoice(Choice):
+    kv_on_host: bool = False  # K and V that later NFEs reuse are there between visits
 
-    programs: Programs
-    tiers: Tiers
-    plan: Plan
-    work: Work
-    host_bytes: int | None
-    ledger: Ledger
-    observe: Callable[[int, np.ndarray], None]
+    @property
+    def blocks(self) -> StreamPlan:
+        assert self.stream is not None
+        return self.stream
 
-    def scan(
-        self,
-        noise: Float[np.ndarray, "B h w C"],
-        sigmas: Float[np.ndarray, "levels"],
-        context: Float[np.ndarray, "G L D"],
-        sides: dit.Sides,
-        captions: Int[np.ndarray, "G"],
-        guidance: float,
-    ) -> Float[np.ndarray, "B h w C"]:
-        """One compiled program for all NFEs. What `observe` raises is raised when it has ended."""
-        config, work = self.programs.config, self.work
-        units = list(components.units(config, "transformer"))
-        leaves = dict(zip(units, self.tiers.pin("transformer", units, self.ledger), strict=True))
-        model = components.assemble(config, "transformer", leaves)
-        keys = tuple(self._keys(phase.hold, captions) for phase in work.phases)
-        self.ledger.hold("activations", (noise, context, sides, keys))
-        rest = sampling.times(sigmas), context, sides, keys, np.float32(guidance)
-        assert self.programs.observer is not None
-        with self.programs.observer.shows(self.observe):
-            return np.asarray(self.programs.sampler(work)(self.ledger, model, noise, sigmas, *rest))
+    @property
+    def is_one_program(self) -> bool:
+        return schedule.row(self.blocks.schedule.name).is_one_program
 
-    def sweep(
-        self,
-        noise: Float[np.ndarray, "B h w C"],
-        sigmas: Float[np.ndarray, "levels"],
-        context: Float[np.ndarray, "G L D"],
-        sides: dit.Sides,
-        captions: Int[np.ndarray, "G"],
-        guidance: float,
-    ) -> Float[np.ndarray, "B h w C"]:
-        """The driver's loop; its parts are those of sampling.sample. Every chunk serves all
-        micro-batches while it is there."""
-        work, ledger, programs = self.work, self.ledger, self.programs
-        enter = programs(sampling.enter, is_guided=work.is_guided, dtype=programs.dtype)
-        join, leave = (
-            programs(dit.join),
-            programs(sampling.leave, donate=(3,), is_guided=work.is_guided),
+    @property
+    def refiner_chunks(self) -> int:
+        return sum(not self.blocks.is_main(chunk) for chunk in range(len(self.blocks.chunks)))
+
+    @property
+    def main_sizes(self) -> tuple[int, ...]:
+        return self.blocks.sizes[self.refiner_chunks :]
+
+    @property
+    def resident_chunks(self) -> int:
+        """Main chunks that stay on the device."""
+        return sum(self.blocks.is_main(chunk) for chunk in self.blocks.schedule.resident)
+
+    def __str__(self) -> str:
+        return f"{self.blocks.schedule.name}, {self.blocks}"
+
+
+class Denoise:
+    name = "denoise"
+
+    # -- bytes --------------------------------------------------------------------------------------------------------
+
+    def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
+        config, storage = sizes.config.transformer, sizes.storage
+        refiner, main = (sizes.units(COMPONENT, group) for group in ("noise_refiner", "layers"))
+        latents = work.batch * work.h * work.w * config.in_channels * 4
+        context = sizes.tokens(work, work.bucket, config.dim)
+        inputs = sizes.inputs(work, work.image_tokens + work.tokens, 1)
+        tokens = sizes.tokens(work, work.tokens, config.dim) + work.contexts * config.adaln_dim * 4
+        caches = any(phase.caches for phase in work.phases)
+        found = streams(sizes, COMPONENT, refiner, main, memory)
+        choices = [
+            DenoiseChoice(stream, on_host)
+            for stream in found
+            for on_host in (
+                (False, True) if caches and not DenoiseChoice(stream).is_one_program else (False,)
+            )
+        ]
+        # K and V on the host rather than a schedule that waits for its copies
+        for choice in sorted(choices, key=lambda c: (c.blocks.waits, c.kv_on_host)):
+            if (
+                choice.is_one_program
+            ):  # its tokens are temporaries, its arguments kv_format all inputs
+                keys = sum(_keys_bytes(sizes, work, phase) for phase in work.phases)
+                activations = latents + context + inputs + keys + sizes.inputs(work, work.bucket, 1)
+            else:
+                activations = latents + context + inputs + tokens
+            weights = storage.nbytes(COMPONENT, "stem") + choice.blocks.device_bytes(storage)
+            units = ("stem", *refiner, *main)
+            stays = frozenset((COMPONENT, u) for u in units) if choice.blocks.is_resident else None
+            yield Option(choice, weights, activations, stays)
+
+    def compiled(self, programs: Programs, work: Work, choice: DenoiseChoice) -> int:
+        if choice.is_one_program:
+            return self._sampler(programs, work)
+        config = programs.config.transformer
+        contexts = work.micro_batch * work.contexts // work.batch
+        image, joint = (
+            programs.like(contexts, n, config.dim) for n in (work.image_tokens, work.tokens)
         )
-        groups = self._micro_batches()
-        latents = [jax.device_put(noise[g[: work.micro_batch]]) for g in groups]
-        contexts = [jax.device_put(context[g]) for g in groups]
-        image, joint = ([_rows(side, g) for g in groups] for side in (sides.image, sides.joint))
-        (stem,) = self.tiers.pin("transformer", ["stem"], ledger)
-        stem = jax.tree.unflatten(programs.tree("transformer", "stem"), stem)
-        refine = self._static(attend=programs.attend(len(groups[0]), work.image_tokens))
-        times, index = sampling.times(sigmas), 0
-        with self._stream() as stream:
+        time = jax.ShapeDtypeStruct((contexts, config.adaln_dim), jnp.float32)
+        latents = jax.ShapeDtypeStruct(
+            (work.micro_batch, work.h, work.w, config.in_channels), jnp.float32
+        )
+        context, number, stem = (
+            programs.like(contexts, work.bucket, config.dim),
+            np.float32(0),
+            programs.module(COMPONENT, "stem"),
+        )
+        ends = _Ends(programs, work)
+        scratch = [
+            ends.enter.compiled(stem, latents, number)[1],
+            ends.join.compiled(image, context)[1],
+            ends.leave.compiled(stem, joint, time, latents, number, number, number)[1],
+        ]
+        sizes = Sizes(programs.storage, programs.dtype.itemsize)
+        visit = partial(self._visit, programs, work, contexts)
+        return max(
+            held + max(*scratch, programs.most(choice.blocks, kinds, visit))
+            for held, kinds in _by_phase(sizes, work, choice)
+        )
+
+    def _visit(self, programs: Programs, work: Work, contexts: int, kind: VisitKind) -> tuple:
+        """x, inputs and static arguments of a kind of visit."""
+        config, inputs = programs.config.transformer, programs.inputs(work, contexts)
+        time = jax.ShapeDtypeStruct((contexts, config.adaln_dim), jnp.float32)
+        if kind.nfe is None:
+            static = {
+                "apply": dit.apply_blocks,
+                "attend": programs.attend(work),
+            }
+            x = programs.like(contexts, work.image_tokens, config.dim)
+            return x, (inputs.image._replace(time=time),), static  # type: ignore[arg-type]
+        kv_format, keeps, reuses = kind.nfe
+        static = {
+            "apply": dit.apply_blocks,
+            "attend": programs.attend(work),
+            "kv_format": kv_format,
+        }
+        keys = programs.keys(work, contexts, kv_format)
+        of_joint = inputs.joint._replace(time=time, keys=keys)  # type: ignore[arg-type]
+        x = programs.like(contexts, work.tokens, config.dim)
+        if not (keeps or reuses):
+            return x, (of_joint,), static
+        shape = contexts, work.tokens, config.n_heads, config.head_dim
+        room = jax.eval_shape(lambda: kv.empty(kv_format, *shape))
+        static |= {"apply": dit.apply_blocks_cached, "reuses": reuses}
+        return (x, (room,) * kind.blocks), (of_joint,), static
+
+    def _sampler(self, programs: Programs, work: Work) -> int:
+        config, storage = programs.config.transformer, programs.storage
+        units = storage.units(COMPONENT)
+        model = storage.assemble(
+            COMPONENT, {unit: storage.specs(COMPONENT, unit) for unit in units}
+        )
+        noise = jax.ShapeDtypeStruct((work.batch, work.h, work.w, config.in_channels), jnp.float32)
+        sigmas = sampling.sigmas(work.steps, programs.config.scheduler.shift)
+        context = programs.like(work.contexts, work.bucket, config.dim)
+        keys = tuple(programs.keys(work, work.contexts, phase.kv_format) for phase in work.phases)
+        rest = (
+            sampling.times(sigmas),
+            context,
+            programs.inputs(work, work.contexts),
+            keys,
+            np.float32(0),
+        )
+        return programs.sampler(work).compiled(model, noise, sigmas, *rest)[1]
+
+    def stored(self, figures: Figures, work: Work, choice: DenoiseChoice) -> int:
+        sizes, contexts = Sizes(figures.storage, 2), work.micro_batch * work.contexts // work.batch
+        if choice.is_one_program:
+            caches = any(phase.caches for phase in work.phases)
+            kept = work.kv_bytes(sizes.config.transformer) if caches else 0
+            return figures.at("scan", work.contexts * work.tokens) + kept
+
+        def most(kinds: frozenset[VisitKind]) -> int:
+            refiner = frozenset(kind for kind in kinds if kind.nfe is None)
+            return max(
+                figures.blocks(self.name, refiner, contexts * work.image_tokens),
+                figures.blocks(self.name, kinds - refiner, contexts * work.tokens),
+            )
+
+        return max(held + most(kinds) for held, kinds in _by_phase(sizes, work, choice))
+
+    # -- seconds ------------------------------------------------------------------------------------------------------
+
+    def seconds(self, timing: Timing, choice: DenoiseChoice) -> float:
+        work, width = timing.work, timing.sizes.config.transformer.dim
+        groups = work.batch // work.micro_batch
+        block = partial(timing.block, COMPONENT, work.contexts // groups, width=width)
+
+        def run(unit: str, nfe: Nfe | None) -> float:
+            if not unit.startswith(MAIN):
+                return block(work.image_tokens)
+            keys = nfe.kv_format.keys(work.tokens) if nfe else work.tokens
+            return block(work.tokens, keys=keys, reuses=nfe is not None and nfe.reuses)
+
+        stem = 0.0 if timing.plan.kept else timing.unit(COMPONENT, "stem")
+        cached = timing.kv_cache() if choice.kv_on_host else 0.0
+        return stem + timing.stream(choice.blocks, run, nfes=work.nfes, groups=groups) + cached
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def run(self, attempt: Attempt) -> Float[np.ndarray, "B h w C"]:
+        job, work, config = attempt.job, attempt.work, attempt.config
+        noise_of, channels = sampling.NOISE[job.noise], config.transformer.in_channels
+        noise = np.stack([noise_of(seed, work.h, work.w, channels) for seed in job.seeds])
+        sigmas = sampling.sigmas(job.steps, config.scheduler.shift)
+        kind = _Scan if attempt.plan.denoise.is_one_program else _Sweep
+        return kind(attempt, attempt.results["context"], sigmas).draw(noise)
+
+
+class _Ends:
+    """The programs before and after the blocks of an NFE."""
+
+    def __init__(self, programs: Programs, work: Work):
+        self.enter = programs(
+            sampling.before_blocks, is_guided=work.is_guided, dtype=programs.dtype
+        )
+        self.join = programs(dit.join)
+        self.leave = programs(sampling.after_blocks, donate=(3,), is_guided=work.is_guided)
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    attempt: Attempt
+    context: Context
+    sigmas: Float[np.ndarray, "levels"]
+
+    @property
+    def guidance(self) -> np.float32:
+        return np.float32(self.attempt.job.guidance)
+
+    def keys(self, kv_format: KVFormat, rows=slice(None)) -> dit.KeyTable | None:
+        work, config = self.attempt.work, self.attempt.config.transformer
+        lengths = self.context.lengths[rows]
+        return dit.grouped_keys(config, work.h, work.w, lengths, work.bucket, kv_format)
+
+
+class _Scan(_Sampler):
+    """One compiled program for all NFEs."""
+
+    def draw(self, noise: Float[np.ndarray, "B h w C"]) -> Float[np.ndarray, "B h w C"]:
+        """What the job's `observe` raises is raised when the program has ended."""
+        attempt, programs = self.attempt, self.attempt.programs
+        units = programs.storage.units(COMPONENT)
+        leaves = dict(zip(units, attempt.loan.pin(COMPONENT, units), strict=True))
+        model = programs.storage.assemble(COMPONENT, leaves)
+        keys = tuple(self.keys(phase.kv_format) for phase in attempt.work.phases)
+        context, inputs, _ = self.context
+        attempt.hold(noise, context, inputs, keys)
+        rest = sampling.times(self.sigmas), context, inputs, keys, self.guidance
+        assert programs.observer is not None
+        with programs.observer.shows(attempt.observe):
+            return np.asarray(
+                programs.sampler(attempt.work)(attempt.ledger, model, noise, self.sigmas, *rest)
+            )
+
+
+class _Sweep(_Sampler):
+    """A sweep per NFE; its parts are those of sampling.sample. Every chunk serves all micro-batches while it is there."""
+
+    @cached_property
+    def groups(self) -> list[np.ndarray]:
+        """Rows of the contexts that each micro-batch computes: its prompts', then with guidance their negatives'."""
+        work = self.attempt.work
+        rows = np.arange(work.batch).reshape(-1, work.micro_batch)
+        return [np.concatenate([r, r + work.batch]) if work.is_guided else r for r in rows]
+
+    def _rows(self, tree, rows):
+        """These rows of every array, on the device."""
+        return self.attempt.placement.put(jax.tree.map(lambda a: a[rows], tree))
+
+    def draw(self, noise: Float[np.ndarray, "B h w C"]) -> Float[np.ndarray, "B h w C"]:
+        attempt, work, groups = self.attempt, self.attempt.work, self.groups
+        latents = [self._rows(noise, g[: work.micro_batch]) for g in groups]
+        self._contexts = [self._rows(self.context.context, g) for g in groups]
+        inputs = self.context.inputs
+        self._image, self._joint = (
+            [self._rows(of, g) for g in groups] for of in (inputs.image, inputs.joint)
+        )
+        self._stem, self._ends = (
+            attempt.loan.module(COMPONENT, "stem"),
+            _Ends(attempt.programs, work),
+        )
+        choice, nfes, index = attempt.plan.denoise, work.nfes, 0
+        without_kv = lambda chunk, sweep: choice.blocks.without_kv(chunk, nfes[sweep])  # noqa: E731
+        with attempt.stream(choice.blocks, work.steps, without_kv=without_kv) as stream:
             for phase in work.phases:
-                keys = [_rows(self._keys(phase.hold, captions[g]), slice(None)) for g in groups]
-                with self._cache(phase, len(groups)) as cache:
+                keys = [self._rows(self.keys(phase.kv_format, g), slice(None)) for g in groups]
+                with kv_cache(attempt, phase, len(groups)) as cache:
                     for nfe in phase.nfes():
-                        entered = [enter(ledger, stem, x, times[index]) for x in latents]
-                        xs, ts = (list(column) for column in zip(*entered, strict=True))
-                        beside = [
-                            (side._replace(time=t),) for side, t in zip(image, ts, strict=True)
-                        ]
-                        for _ in range(self.plan.refiner_chunks):
-                            xs = stream.visit(xs, beside, **refine)
-                        xs = [join(ledger, x, c) for x, c in zip(xs, contexts, strict=True)]
-                        ledger.hold("activations", (xs, ts, contexts, latents, image, joint, keys))
-                        each = zip(joint, ts, keys, strict=True)
-                        beside = [(side._replace(time=t, keys=k),) for side, t, k in each]
-                        xs = self._main_chunks(stream, nfe, cache, xs, beside, len(groups[0]))
-                        now = sigmas[index], sigmas[index + 1], np.float32(guidance)
-                        latents = [
-                            leave(ledger, stem, x, t, z, *now)
-                            for x, t, z in zip(xs, ts, latents, strict=True)
-                        ]
-                        self.observe(index, np.concatenate(latents))
+                        latents = self._nfe(stream, index, nfe, cache, keys, latents)
+                        attempt.observe(index, np.concatenate(latents))
                         index += 1
         return np.concatenate(latents)
 
-    def _main_chunks(
-        self,
-        stream: Stream,
-        nfe: Nfe,
-        cache: "Cache | None",
-        xs: list,
-        beside: list[tuple],
-        contexts: int,
+    def _nfe(
+        self, stream: Stream, index: int, nfe: Nfe, cache: KVCache | None, keys: list, latents: list
     ) -> list:
-        static = self._static(
-            attend=self.programs.attend(contexts, self.work.tokens, nfe.hold), hold=nfe.hold
+        attempt, ledger, ends = self.attempt, self.attempt.ledger, self._ends
+        t, sigma, sigma_next = (
+            sampling.times(self.sigmas)[index],
+            self.sigmas[index],
+            self.sigmas[index + 1],
         )
-        for chunk in range(len(self.plan.main_sizes)):
+        entered = [ends.enter(ledger, self._stem, x, t) for x in latents]
+        xs, times = (list(column) for column in zip(*entered, strict=True))
+        of_image = [
+            (inputs._replace(time=time),) for inputs, time in zip(self._image, times, strict=True)
+        ]
+        refine = self._static(attend=attempt.programs.attend(attempt.work))
+        for _ in range(attempt.plan.denoise.refiner_chunks):
+            xs = stream.visit(xs, of_image, **refine)
+        xs = [ends.join(ledger, x, c) for x, c in zip(xs, self._contexts, strict=True)]
+        attempt.hold(xs, times, self._contexts, latents, self._image, self._joint, keys)
+        of_joint = [
+            (inputs._replace(time=time, keys=k),)
+            for inputs, time, k in zip(self._joint, times, keys, strict=True)
+        ]
+        xs = self._main_chunks(stream, nfe, cache, xs, of_joint)
+        levels = sigma, sigma_next, self.guidance
+        return [
+            ends.leave(ledger, self._stem, x, time, z, *levels)
+            for x, time, z in zip(xs, times, latents, strict=True)
+        ]
+
+    def _main_chunks(
+        self, stream: Stream, nfe: Nfe, cache: KVCache | None, xs: list, inputs: list[tuple]
+    ) -> list:
+        attempt = self.attempt
+        attend = attempt.programs.attend(attempt.work)
+        static = self._static(attend=attend, kv_format=nfe.kv_format)
+        for chunk in range(len(attempt.plan.denoise.main_sizes)):
             if cache is None or not (nfe.keeps or nfe.reuses):
-                xs = stream.visit(xs, beside, **static)
+                xs = stream.visit(xs, inputs, **static)
                 continue
             carried = list(zip(xs, cache.take(chunk), strict=True))
-            cached = static | {"run": dit.run_cached, "reuses": nfe.reuses}
+            cached = static | {"apply": dit.apply_blocks_cached, "reuses": nfe.reuses}
             xs, held = (
                 list(column)
-                for column in zip(*stream.visit(carried, beside, **cached), strict=True)
+                for column in zip(*stream.visit(carried, inputs, **cached), strict=True)
             )
             cache.put(chunk, held, made=nfe.keeps)
         return xs
 
     def _static(self, **static) -> dict:
-        return {"tree": self.programs.tree("transformer", "layers.0"), "run": dit.run, **static}
-
-    def _stream(self) -> Stream:
-        plan, nfes = self.plan.denoise, self.work.nfes
-        return self.tiers.stream(
-            "transformer",
-            plan.chunks,
-            plan.schedule,
-            self.work.steps,
-            self.host_bytes,
-            self.ledger,
-            lightly=lambda chunk, sweep: plan.lightly(chunk, nfes[sweep]),
-        )
-
-    def _keys(self, hold: Hold, captions: Int[np.ndarray, "G"]) -> dit.Keys | None:
-        work = self.work
-        return dit.grouped_keys(
-            self.programs.config.transformer, work.h, work.w, captions, work.bucket, hold
-        )
-
-    @contextmanager
-    def _cache(self, phase: Phase, groups: int) -> Iterator["Cache | None"]:
-        """Room for the K and V of a phase that reuses them."""
-        if not phase.caches:
-            yield None
-            return
-        config = self.programs.config.transformer
-        each = self.work.contexts // groups, self.work.tokens, config.n_heads, config.head_dim
-        cache = Cache(
-            phase.hold, each, groups, self.plan.main_sizes, self.plan.kv_on_host, self.ledger
-        )
-        try:
-            yield cache
-        finally:
-            cache.clear()
-
-    def _micro_batches(self) -> list[np.ndarray]:
-        """Rows of the contexts that each micro-batch computes: its prompts', then with guidance
-        their negatives'."""
-        work = self.work
-        rows = np.arange(work.batch).reshape(-1, work.micro_batch)
-        return [np.concatenate([r, r + work.batch]) if work.is_guided else r for r in rows]
+        tree = self.attempt.programs.tree(COMPONENT, "layers.0")
+        return {"tree": tree, "apply": dit.apply_blocks, **static}
 
 
-def _rows(tree, rows):
-    """These rows of every array, on the device."""
-    return jax.device_put(jax.tree.map(lambda a: a[rows], tree))
+def _keys_bytes(sizes: Sizes, work: Work, phase: Phase) -> int:
+    """Rotations and masks of keys that are not the tokens' own."""
+    return (
+        0
+        if phase.kv_format.grid is None
+        else sizes.inputs(work, phase.kv_format.keys(work.tokens), 1)
+    )
 
 
-class Cache:
-    """K and V that later NFEs reuse, by chunk: on the device, or on the host between visits."""
+def _cache_bytes(sizes: Sizes, work: Work, phase: Phase, choice: DenoiseChoice) -> int:
+    """K and V on the device between programs: of every main block, or of the largest chunk."""
+    if not phase.caches:
+        return 0
+    config = sizes.config.transformer
+    of_block = phase.kv_format.nbytes(work.contexts, work.tokens, config.n_heads, config.head_dim)
+    return of_block * (max(choice.main_sizes) if choice.kv_on_host else sum(choice.main_sizes))
 
-    NAME = "kv cache"
 
-    def __init__(
-        self,
-        hold: Hold,
-        shape: tuple[int, int, int, int],
-        groups: int,
-        sizes: tuple[int, ...],
-        on_host: bool,
-        ledger: Ledger,
-    ):
-        """`shape`: contexts of a micro-batch, tokens, heads, head width. `sizes`: blocks of each
-        chunk."""
-        self._ledger = ledger
-        self._room: Callable[[int], Held] = lambda chunk: [
-            tuple(kv.empty(hold, *shape) for _ in range(sizes[chunk])) for _ in range(groups)
-        ]
-        device = jax.local_devices()[0]
-        self._host = SingleDeviceSharding(device, memory_kind="pinned_host") if on_host else None
-        self._device = SingleDeviceSharding(device)
-        self._held: dict[int, Held] = (
-            {} if on_host else {chunk: self._room(chunk) for chunk in range(len(sizes))}
-        )
-        ledger.hold(self.NAME, self._held)
-
-    def take(self, chunk: int) -> Held:
-        """What is held for a chunk, or room for it; the caller may donate it."""
-        if self._host is None:
-            return self._held.pop(chunk)
-        if chunk not in self._held:
-            held = self._room(chunk)
-        else:
-            with self._ledger.event(
-                "copy", f"{self.NAME} chunk {chunk}", tree_bytes(self._held[chunk])
-            ):
-                held = jax.block_until_ready(jax.device_put(self._held[chunk], self._device))
-        self._ledger.hold(self.NAME, held)
-        return held
-
-    def put(self, chunk: int, held: Held, *, made: bool) -> None:
-        """`held` after the chunk ran, `made` anew or as it was taken."""
-        if self._host is None:
-            self._held[chunk] = held
-            return
-        if made:
-            self._held[chunk] = jax.block_until_ready(jax.device_put(held, self._host))
-        self._ledger.drop(self.NAME)
-
-    def clear(self) -> None:
-        self._held.clear()
-        self._ledger.drop(self.NAME)
+def _by_phase(
+    sizes: Sizes, work: Work, choice: DenoiseChoice
+) -> Iterator[tuple[int, frozenset[VisitKind]]]:
+    """Of each phase of the K/V policy: bytes of its key tables and its cache, and its kinds of visit."""
+    visits, first = list(choice.blocks.visits(work.nfes)), 0
+    for phase in work.phases:
+        sweeps = range(first, first + phase.steps)
+        held = _keys_bytes(sizes, work, phase) + _cache_bytes(sizes, work, phase, choice)
+        yield held, frozenset(kind for sweep, _, kind in visits if sweep in sweeps)
+        first = sweeps.stop

@@ -1,0 +1,45 @@
+"""What the stages of one try at a job share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..model.config import ModelConfig
+from ..model.prompt import Encoded
+from ..planning.plan import Plan, StreamPlan
+from ..planning.work import Work
+from ..runtime.ledger import Ledger
+from ..runtime.placement import Placement
+from ..runtime.programs import Programs
+from ..runtime.store import Loan
+from ..runtime.stream import Stream
+from .job import Job
+
+
+@dataclass(kw_only=True)
+class Attempt:
+    """One try at a job under a plan. A stage reads what earlier stages left in `results`, by their names."""
+
+    job: Job
+    encoded: dict[str, Encoded]  # tokens of each distinct text
+    work: Work
+    plan: Plan
+    programs: Programs
+    loan: Loan
+    placement: Placement
+    ledger: Ledger
+    observe: Callable[[int, np.ndarray], None]  # called with index and latents after every NFE
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.programs.config
+
+    def stream(self, plan: StreamPlan, sweeps: int = 1, **rest) -> Stream:
+        return self.loan.stream(plan, sweeps, **rest)
+
+    def hold(self, *arrays) -> None:
+        """These arrays are what is on the device beside parameters, from now on."""
+        self.ledger.hold("activations", arrays)

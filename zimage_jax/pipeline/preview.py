@@ -1,0 +1,46 @@
+"""Small pictures from latents while a job runs.
+
+Axes: B pictures, h, w latent rows and columns, C latent channels.
+"""
+
+import threading
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from ..model import vae
+from ..runtime.placement import DEVICE, Placement
+from ..runtime.reader import read_units
+from ..weights.checkpoint import Checkpoint
+from . import picture
+
+
+class Preview:
+    """Linear in the latents, with the VAE's own answer to each channel: what it decodes from constant latents.
+
+    Asked once, on the CPU: no plan has room for a decode between two NFEs.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint, self._lock = checkpoint, threading.Lock()
+        self._basis: tuple[np.ndarray, np.ndarray] | None = None
+
+    def pixels(self, latents: Float[np.ndarray, "B h w C"]) -> UInt8[np.ndarray, "B h w 3"]:
+        with self._lock:
+            if self._basis is None:
+                self._basis = self._measure(latents.shape[-1])
+        slopes, zero = self._basis
+        return picture.to_uint8(latents @ slopes + zero)
+
+    def _measure(self, channels: int) -> tuple[Float[np.ndarray, "C 3"], Float[np.ndarray, "3"]]:
+        """The colour that each channel adds, and the colour of zeros."""
+        cpu = Placement.on_host()
+        probes = np.concatenate([np.zeros((1, channels)), np.eye(channels), -np.eye(channels)])
+        flat = np.tile(probes.astype(np.float32)[:, None, None], (1, 4, 4, 1))
+        with jax.default_device(cpu.device):
+            leaves = read_units(self._checkpoint, "vae", ["decoder"], cpu, DEVICE)
+            decoder = self._checkpoint.storage.assemble("vae", leaves)
+            colours = np.asarray(jax.jit(vae.decode)(decoder, flat)).mean((1, 2))
+        zero, plus, minus = colours[0], colours[1 : channels + 1], colours[channels + 1 :]
+        return (plus - minus) / 2, zero

@@ -1,0 +1,84 @@
+"""What a job did and cost, as JSON."""
+
+import importlib.metadata
+import platform
+from typing import Any, cast
+
+from .attempt import Attempt
+from .job import Report
+
+
+def metadata(attempt: Attempt, model: str) -> dict[str, Any]:
+    """What all pictures of a job say of their making."""
+    job = attempt.job
+    said = {
+        "width": job.width,
+        "height": job.height,
+        "steps": job.steps,
+        "guidance": job.guidance,
+        "negative_prompt": job.negative_prompt,
+        "noise": job.noise,
+        "kv": job.kv.to_json(),
+        "dtype": str(attempt.programs.dtype),
+        "model": model,
+        "versions": versions(),
+    }
+    if job.attention != "auto":
+        said["attention"] = job.attention
+    return said
+
+
+def report(
+    attempt: Attempt,
+    common: dict[str, Any],
+    each: list[dict[str, Any]],
+    warnings: list[str],
+    host_bytes: int,
+) -> Report:
+    """`common` to all pictures, and `each` picture's own prompt, seed and checksum."""
+    plan, ledger, work, programs = attempt.plan, attempt.ledger, attempt.work, attempt.programs
+    config, placement = attempt.config.transformer, attempt.placement
+    # reading parameters goes on while the device computes, so "load" is part of the others
+    load = sum(event.end - event.begin for event in ledger.events if event.lane == "tier")
+    seconds = {**ledger.seconds, "load": load, "compile": programs.compile_seconds}
+    measured = placement.allocator_peak()
+    told = {
+        **{key: each[0][key] if len(each) == 1 else [own[key] for own in each] for key in each[0]},
+        **common,
+        "schedule": plan.schedule,
+        "chunks": len(plan.denoise.main_sizes),
+        "resident_chunks": plan.denoise.resident_chunks,
+        "attention": programs.attention_names(work),
+        "device": placement.device.device_kind,
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "compilations": programs.compilations,
+        "warnings": warnings,
+        "predicted_seconds": None if plan.seconds is None else round(plan.seconds, 3),
+        "predicted_peak_bytes": plan.peak_bytes,
+        "predicted_peak_bytes_by_stage": dict(plan.peak_bytes_by_stage),
+        "peak_device_bytes": ledger.peak if measured is None else measured,
+        "peak_device_bytes_from": "ledger" if measured is None else "allocator",
+        "ledger_peak_bytes": ledger.peak,
+        "allocator_peak_bytes": measured,
+        "peak_device_bytes_by_stage": ledger.peak_by_stage,
+        "copied_bytes": ledger.copied_bytes,
+        "copied_bytes_by_stage": ledger.copied_by_stage,
+        "copied_bytes_saved_by_reuse": ledger.saved_bytes,
+        "kv_bytes": work.kv_bytes(config),
+        "kv_bytes_without_policy": work.without_policy(programs.dtype).kv_bytes(config),
+        "kv_bytes_of_a_block_by_nfe": work.kv_bytes_by_nfe(config),
+        "host_bytes": host_bytes,
+    }
+    return cast(Report, told)
+
+
+def versions() -> dict[str, str]:
+    def of(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+            return "not installed"
+
+    return {name: of(name) for name in ("zimage_jax", "jax", "jaxlib", "flax")} | {
+        "python": platform.python_version()
+    }

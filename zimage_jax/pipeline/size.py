@@ -1,0 +1,41 @@
+"""Sizes of pictures: from words, and within what a model draws."""
+
+import math
+import re
+
+from ..errors import UsageError
+from ..model.config import ModelConfig
+
+
+def parse_size(text: str, side: int, multiple: int) -> tuple[int, int]:
+    """Width and height of "1280x720", or of a ratio such as "16:9": the largest size of that exact ratio within side x
+    side pixels, or, where multiples of `multiple` have none, the nearest. Raises UsageError for other words."""
+    if match := re.fullmatch(r"([0-9]{1,5})[xX×]([0-9]{1,5})", text):
+        return int(match[1]), int(match[2])
+    match = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", text)
+    if not match or not int(match[1]) or not int(match[2]):
+        raise UsageError(f"--size {text}: expected WIDTHxHEIGHT in pixels or a ratio such as 16:9")
+    a, b = int(match[1]), int(match[2])
+    a, b = a // math.gcd(a, b), b // math.gcd(a, b)
+    k = math.isqrt(side * side // (a * b * multiple * multiple))
+    if k:
+        return a * k * multiple, b * k * multiple
+    width = side * math.sqrt(a / b)
+    nearest = [max(multiple, round(v / multiple) * multiple) for v in (width, side * side / width)]
+    return nearest[0], nearest[1]
+
+
+def check_size(config: ModelConfig, width: int, height: int) -> None:
+    """Raises UsageError for a size in pixels that the model cannot draw."""
+    multiple = config.pixel_multiple
+    for name, value in (("width", width), ("height", height)):
+        if value < multiple or value % multiple:
+            near = max(multiple, round(value / multiple) * multiple)
+            raise UsageError(
+                f"{name} must be a multiple of {multiple}, got {value} (the nearest is {near})"
+            )
+    most_high, most_wide = (n * multiple for n in config.transformer.axes_lens[1:])
+    if height > most_high or width > most_wide:
+        raise UsageError(
+            f"this model draws at most {most_wide} x {most_high} pixels, got {width} x {height}"
+        )

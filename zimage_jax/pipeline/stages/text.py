@@ -1,0 +1,115 @@
+"""Text features of each distinct prompt: Qwen3's hidden_states[-2].
+
+Axes: P distinct prompts, L caption tokens (a bucket), E feature width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from ...model import ops, prompt, text_encoder
+from ...planning import schedule
+from ...planning.plan import Choice, Memory, Option, Sizes
+from ...planning.planner import streams
+from ...planning.seconds import Timing
+from ...planning.stored import Figures
+from ...planning.work import Work
+from ...runtime.placement import DEVICE, Placement
+from ...runtime.programs import Programs
+from ...runtime.reader import read_units
+from ..attempt import Attempt
+
+COMPONENT = "text_encoder"
+
+
+@dataclass(frozen=True)
+class TextChoice(Choice):
+    """`stream` None: the text encoder runs on the host."""
+
+
+class Text:
+    name = "text"
+
+    def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
+        if memory.text_encoder == "host":
+            yield Option(TextChoice(), 0, 0, frozenset())
+            return
+        blocks = sizes.units(COMPONENT, "layers")
+        width = sizes.config.text_encoder.hidden_size
+        activations = work.prompts * work.bucket * width * sizes.compute_bytes
+        for stream in streams(sizes, COMPONENT, (), blocks, _of_text(memory, len(blocks))):
+            if stream.is_resident and memory.text_encoder == "staged":
+                continue
+            stays = frozenset((COMPONENT, unit) for unit in blocks) if stream.is_resident else None
+            yield Option(TextChoice(stream), stream.device_bytes(sizes.storage), activations, stays)
+
+    def compiled(self, programs: Programs, work: Work, choice: TextChoice) -> int:
+        if choice.stream is None:
+            return 0
+        x = programs.like(work.prompts, work.bucket, programs.config.text_encoder.hidden_size)
+        static = {"apply": text_encoder.apply_blocks, "attend": programs.attend(work)}
+        return programs.most(choice.stream, choice.stream.visit_kinds, lambda _: (x, (), static))
+
+    def stored(self, figures: Figures, work: Work, choice: TextChoice) -> int:
+        if choice.stream is None:
+            return 0
+        return figures.blocks(self.name, choice.stream.visit_kinds, work.prompts * work.bucket)
+
+    def seconds(self, timing: Timing, choice: TextChoice) -> float | None:
+        if choice.stream is None:  # the host's rates are not known
+            return None
+        config, work = timing.sizes.config.text_encoder, timing.work
+        width = config.num_attention_heads * config.head_dim
+        layer = timing.block(COMPONENT, work.prompts, work.bucket, width=width)
+        return timing.stream(choice.stream, lambda unit, nfe: layer)
+
+    def run(self, attempt: Attempt) -> dict[str, Float[np.ndarray, "T E"]]:
+        """Features by text, without padding. The embedding table is gathered where it is, on the host."""
+        ids, lengths = prompt.batch_ids(list(attempt.encoded.values()))
+        (table,) = attempt.loan.on_host(COMPONENT, "embed_tokens")
+        x = ops.to_tokens(np.asarray(text_encoder.embed(table, ids)), attempt.programs.dtype)
+        choice: TextChoice = attempt.plan.choices[self.name]
+        if choice.stream is None:
+            attempt.ledger.mark()
+            features = _on_host(attempt, x)
+        else:
+            attempt.hold(x)
+            xs = [attempt.placement.put(x)]
+            static = {
+                "tree": attempt.programs.tree(COMPONENT, "layers.0"),
+                "apply": text_encoder.apply_blocks,
+                "attend": attempt.programs.attend(attempt.work),
+            }
+            with attempt.stream(choice.stream) as stream:
+                for _ in choice.stream.chunks:
+                    xs = stream.visit(xs, [()], **static)
+            features = np.asarray(xs[0])
+        features = ops.from_tokens(features)
+        return {text: f[:n] for text, f, n in zip(attempt.encoded, features, lengths, strict=True)}
+
+
+def _of_text(memory: Memory, blocks: int) -> Memory:
+    """`memory` as it applies to the text encoder: --chunks, --resident-chunks and --chunk count the transformer's."""
+    name = memory.schedule
+    if memory.text_encoder == "device":  # whatever the transformer's schedule
+        name = "resident"
+    elif name != "auto" and schedule.row(name).keeps_all:
+        name = "ring" if memory.text_encoder == "staged" else "resident"
+    chunks = min(memory.chunks, blocks) if memory.chunks else None
+    return replace(memory, schedule=name, chunks=chunks, resident_chunks=None, pins=())
+
+
+def _on_host(attempt: Attempt, x: Float[np.ndarray, "P L E"]) -> Float[np.ndarray, "P L E"]:
+    """The text encoder on the CPU, block by block from the checkpoint: no byte of the device is used."""
+    cpu, store = Placement.on_host(), attempt.loan.store
+    tree = attempt.programs.tree(COMPONENT, "layers.0")
+    with jax.default_device(cpu.device):
+        apply = jax.jit(lambda leaves, x: jax.tree.unflatten(tree, leaves)(x))
+        for unit in store.checkpoint.units(COMPONENT):
+            if unit.startswith("layers."):
+                leaves = read_units(store.checkpoint, COMPONENT, [unit], cpu, DEVICE)[unit]
+                x = apply(leaves, x)
+    return np.asarray(x)

@@ -1,0 +1,100 @@
+"""A function compiled once per set of shapes, with the device memory that the compiler says it takes."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .ledger import Ledger
+from .placement import EXHAUSTED, Placement, is_exhausted
+
+# Without the latency-hiding scheduler a GPU copies after it computes; the limit must exceed the arrays of one step, or
+# the first copies are awaited before compute starts
+OVERLAP = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_experimental_parallel_async_compute_limit": 1024,
+}
+
+BEYOND = 1 << 50  # bytes that no device has
+
+
+class Program:
+    """A function compiled once per set of shapes for one device.
+
+    `static` arguments go to the function as keywords and belong to the program. `precision` is that of products of
+    float32: a GPU's own default is TF32.
+    """
+
+    def __init__(
+        self, placement: Placement, function: Callable, *, donate: tuple[int, ...] = (), precision: str | None = None,
+        **static,
+    ):  # fmt: skip
+        def with_token(*args):
+            # what the ledger waits for: the next program may have been given the result itself
+            return function(*args, **static), jnp.zeros((), jnp.int8)
+
+        self.name = function.__name__.strip("_")
+        self._placement, self._precision = placement, precision
+        options = None if placement.shares_memory else OVERLAP
+        self._jitted = jax.jit(
+            with_token, donate_argnums=donate, keep_unused=True, compiler_options=options
+        )
+        self._compiled: dict = {}
+        self._has_run = set[int]()
+        self.compile_seconds = 0.0
+
+    @property
+    def compilations(self) -> int:
+        return len(self._compiled)
+
+    def compiled(self, *args) -> tuple[Any, int]:
+        """The executable for arguments of these shapes (arrays or ShapeDtypeStructs), and its scratch: the device bytes it
+        takes beside its arguments. None and BEYOND where the device had no memory to compile it in."""
+        leaves, tree = jax.tree.flatten(args)
+        key = (tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key not in self._compiled:
+            began = time.perf_counter()
+            try:
+                with self._placement.gate.alone(), jax.default_matmul_precision(self._precision):
+                    executable = self._jitted.lower(*args).compile()
+            except (
+                jax.errors.JaxRuntimeError
+            ) as fault:  # a GPU's compiler runs the kernels it chooses between
+                if not is_exhausted(fault):
+                    raise
+                self._compiled[key] = None, BEYOND
+            else:
+                memory = executable.memory_analysis()
+                self._compiled[key] = executable, 0 if memory is None else scratch_bytes(memory)
+            self.compile_seconds += time.perf_counter() - began
+        return self._compiled[key]
+
+    def __call__(
+        self, ledger: Ledger, *args, name: str = "", copied: tuple[str, int] | None = None
+    ):
+        """`name`: what the ledger calls this run. `copied`: name and bytes of what is copied to the device meanwhile."""
+        executable, scratch = self.compiled(*args)
+        if executable is None:
+            raise jax.errors.JaxRuntimeError(
+                f"{EXHAUSTED}: {self.name} could not be compiled in the device's memory"
+            )
+        ledger.mark(scratch)
+        kinds = [("compute", name or self.name, 0), *([("copy", *copied)] if copied else [])]
+        if id(executable) in self._has_run:
+            result, token = executable(*args)
+            ledger.launched(token, *kinds)
+            return result
+        ledger.settle()
+        with self._placement.gate.alone():
+            result, token = executable(*args)
+            ledger.launched(token, *kinds)
+            ledger.settle()
+        self._has_run.add(id(executable))
+        return result
+
+
+def scratch_bytes(memory) -> int:
+    """Device bytes that an executable takes beside its arguments: temporaries, and results in no donated buffer."""
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -1,0 +1,171 @@
+"""The compiled programs of a model: one per function and static arguments, shared by all jobs.
+
+Axes: B pictures, G contexts (B, or 2 B with guidance), L caption tokens, I image tokens, T = I + L.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..model import dit, sampling
+from ..model.attention import Attend, Target
+from ..model.config import ModelConfig
+from ..model.kv import KVFormat
+from ..planning.plan import Stage, StreamPlan, VisitKind
+from ..planning.work import Work
+from ..weights.formats import Storage
+from .placement import HOST, Placement, require_cudnn
+from .program import Program
+from .stream import ring_step, run_chunk
+
+
+class Observer:
+    """What the scan's program calls after every NFE: one for all jobs, or each would be compiled anew."""
+
+    def __init__(self) -> None:
+        self._see: Callable[[int, np.ndarray], None] | None = None
+        self._fault: BaseException | None = None
+
+    def __call__(self, index: jax.Array, latents: jax.Array) -> None:
+        try:
+            if self._see is not None:
+                self._see(int(index), np.asarray(latents))
+        except BaseException as fault:
+            self._see, self._fault = None, fault
+
+    @contextmanager
+    def shows(self, see: Callable[[int, np.ndarray], None]) -> Iterator[None]:
+        """While a program runs. What `see` raises is raised when the program has ended: it cannot be stopped from
+        within."""
+        self._see, self._fault = see, None
+        try:
+            yield
+        finally:
+            self._see = None
+        if self._fault is not None:
+            raise self._fault
+
+
+class Programs:
+    """One Program per function and static arguments, for one model, compute dtype and device."""
+
+    observer: Observer | None
+
+    def __init__(self, storage: Storage, dtype, placement: Placement):
+        self.storage, self.dtype, self.placement = storage, jnp.dtype(dtype), placement
+        self._programs: dict[tuple, Program] = {}
+        self.observer = Observer()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.storage.config
+
+    def __call__(self, function: Callable, *, donate: tuple[int, ...] = (), **static) -> Program:
+        key = (function, donate, *sorted(static.items()))
+        if key not in self._programs:
+            self._programs[key] = self._make(function, donate, static)
+        return self._programs[key]
+
+    def _make(self, function: Callable, donate: tuple[int, ...], static: dict) -> Program:
+        precision = "float32" if self.dtype == jnp.float32 else None
+        return Program(self.placement, function, donate=donate, precision=precision, **static)
+
+    @property
+    def compile_seconds(self) -> float:
+        return sum(program.compile_seconds for program in self._programs.values())
+
+    @property
+    def compilations(self) -> int:
+        return sum(program.compilations for program in self._programs.values())
+
+    @property
+    def target(self) -> Target:
+        """The device that programs are compiled for."""
+        return self.placement.target
+
+    def attend(self, work: Work) -> Attend:
+        """How a job computes attention on this device. Raises UsageError where it asks for cuDNN's and there is none."""
+        if work.attention == "cudnn":
+            require_cudnn()
+        return Attend(work.attention, self.target)
+
+    def attention_names(self, work: Work) -> str:
+        """What the main blocks' attention is computed by, in the order of the phases."""
+        attend, width = self.attend(work), self.config.transformer.head_dim
+        names = [
+            attend.implementation(
+                kv_format.attention_dtype(self.dtype), width, biased=kv_format.grid is not None
+            )
+            for kv_format in (phase.kv_format for phase in work.phases)
+        ]
+        return ", ".join(dict.fromkeys(names))
+
+    def sampler(self, work: Work) -> Program:
+        """The whole sampler as one program, which calls the observer after every NFE."""
+        return self(
+            sampling.sample,
+            is_guided=work.is_guided,
+            attend=self.attend(work),
+            phases=work.phases,
+            on_step=self.observer,
+        )
+
+    # -- abstract arguments -------------------------------------------------------------------------------------------
+
+    def tree(self, component: str, unit: str):
+        """The structure that turns a unit's leaves into its module."""
+        return self.storage.tree(component, unit)
+
+    def module(self, component: str, unit: str) -> Any:
+        """A unit's module of ShapeDtypeStructs."""
+        return self.storage.module(component, unit)
+
+    def like(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, self.dtype)
+
+    def inputs(self, work: Work, contexts: int) -> dit.Inputs:
+        lengths = np.ones(contexts, np.int32)  # shapes count: a full bucket may be beyond axes_lens
+        return dit.inputs(self.config.transformer, work.h, work.w, lengths, work.bucket)
+
+    def keys(self, work: Work, contexts: int, kv_format: KVFormat) -> dit.KeyTable | None:
+        lengths = np.full(contexts, work.bucket, np.int32)
+        return dit.grouped_keys(
+            self.config.transformer, work.h, work.w, lengths, work.bucket, kv_format
+        )
+
+    def most(
+        self, plan: StreamPlan, kinds: Iterable[VisitKind], call: Callable[[VisitKind], tuple]
+    ) -> int:
+        """The largest scratch of any of these visits. `call` gives x, inputs and static arguments of a kind."""
+        component, unit = plan.component, plan.chunks[0][0]
+        leaves, tree = self.storage.specs(component, unit), self.tree(component, unit)
+        host = self.placement.sharding(HOST)
+        away = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=host) for a in leaves)
+        scratch = [0]
+        for kind in kinds:
+            x, inputs, static = call(kind)
+            static = static | {"tree": tree}
+            chunk = (leaves,) * kind.blocks
+            if kind.copied:
+                ring = self(ring_step, donate=(1, 3), **static)
+                block = self.storage.without_kv(component, unit, away) if kind.without_kv else away
+                args = chunk, (leaves,) * plan.slot_blocks, (block,) * kind.copied, x, *inputs
+                scratch.append(ring.compiled(*args)[1])
+            else:
+                plain = self(run_chunk, donate=(1,), **static)
+                scratch.append(plain.compiled(chunk, x, *inputs)[1])
+        return max(scratch)
+
+
+class CompiledCosts:
+    """Scratch bytes by compiling the very programs that will run. (planning.plan.Costs)"""
+
+    def __init__(self, programs: Programs):
+        self._programs = programs
+
+    def scratch(self, stage: Stage, work: Work, choice: Any) -> int:
+        return stage.compiled(self._programs, work, choice)
