@@ -23,8 +23,8 @@ from zimage_jax.planning.stored import StoredCosts
 # and 1457 (sparse FP8) over 2 and 4; of Turing, which has no bf16: float16's
 # that are summed in float32
 PUBLISHED = {
-    "rtx-2060": 25.8,
-    "rtx-2070": 29.9,
+    "rtx-2060": 51.6 / 2,
+    "rtx-2070": 59.7 / 2,
     "t4": 65,
     "rtx-3060": 101 / 4,
     "a10": 125,
