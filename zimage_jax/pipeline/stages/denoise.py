@@ -339,7 +339,7 @@ class _Sweep(_Sampler):
             if cache is None or not (nfe.keeps or nfe.reuses):
                 xs = stream.visit(xs, inputs, **static)
                 continue
-            carried = list(zip(xs, cache.take(chunk), strict=True))
+            carried = list(zip(xs, cache.take(chunk, reads=nfe.reuses), strict=True))
             cached = static | {"apply": dit.apply_blocks_cached, "reuses": nfe.reuses}
             xs, held = (
                 list(column)
@@ -363,12 +363,14 @@ def _keys_bytes(sizes: Sizes, work: Work, phase: Phase) -> int:
 
 
 def _cache_bytes(sizes: Sizes, work: Work, phase: Phase, choice: DenoiseChoice) -> int:
-    """K and V on the device between programs: of every main block, or of the largest chunk."""
+    """K and V on the device between programs: of every main block; or, kept on the host, of the chunk that computes
+    and of its neighbour on its way."""
     if not phase.caches:
         return 0
-    config = sizes.config.transformer
+    config, chunks = sizes.config.transformer, choice.main_sizes
     of_block = phase.kv_format.nbytes(work.contexts, work.tokens, config.n_heads, config.head_dim)
-    return of_block * (max(choice.main_sizes) if choice.kv_on_host else sum(choice.main_sizes))
+    pairs = [sum(chunks[i : i + 2]) for i in range(max(1, len(chunks) - 1))]
+    return of_block * (max(pairs) if choice.kv_on_host else sum(chunks))
 
 
 def _by_phase(
