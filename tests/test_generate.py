@@ -185,6 +185,7 @@ def without_space(path: Path) -> Path:
         (("a", "-o", "{seed.__class__}.png"), 2, "only {date}, {seed}, {index} are filled in"),
         (("a", "--prompt-file", "none.txt"), 2, "--prompt-file none.txt: cannot be read"),
         (("a", "--from-image", "none.png"), 2, "none.png: cannot be read"),
+        (("a", "--attention", "cudnn"), 2, "needs cuDNN 9.10.2 or newer, found none"),
         (("a", "--frobnicate"), 2, "No such option"),
         (("a", *SMALL, "-o", "file/x.png"), 1, "file/x.png: cannot be written"),
     ],
@@ -407,6 +408,24 @@ def test_words_about_k_and_v(run, tmp_path, monkeypatch):
     other = drawn_by(run, tmp_path, *picture, "--kv-reuse", 2)
     assert other["kv"] == told["kv"] | {"reuse": 2}
     assert drawn_by(run, tmp_path)["kv"]["dtype"] is None
+
+
+def test_words_about_attention(run, tmp_path, monkeypatch):
+    """The report says what computed it, the picture what was asked for, and --from-image repeats
+    that."""
+    auto = drawn_by(run, tmp_path)
+    assert auto["attention"] == "chunks"
+    assert "attention" not in read_metadata(tmp_path / "m.png")
+    asked = drawn_by(run, tmp_path, "--attention", "chunks")
+    assert asked["latents_sha256"] == auto["latents_sha256"]
+    (tmp_path / "m.png").rename(tmp_path / "x.png")
+    assert read_metadata(tmp_path / "x.png")["attention"] == "chunks"
+    drawn_by(run, tmp_path, "--from-image", "x.png")
+    assert read_metadata(tmp_path / "m.png")["attention"] == "chunks"
+    monkeypatch.setenv("ZIMAGE_ATTENTION", "flash")
+    code, _, err = run("a", *SMALL)
+    assert code == 2
+    assert "attention 'flash' needs an NVIDIA GPU of capability 8.0 or newer, this is cpu" in err
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_file(run, tmp_path, monkeypatch):
