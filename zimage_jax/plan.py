@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from . import cli
-from .cli import GIB
+from . import cli, options
 from .errors import OutOfMemoryError, UsageError
+from .units import GIB
 from .generate import parse_size
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class Device:
     show_default=True,
     help="Evaluations of the DiT (NFEs).",
 )
-@cli.kv_options
-@cli.memory_options
+@options.kv_options
+@options.memory_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def command(
     model,
@@ -85,13 +85,15 @@ def command(
 ) -> None:
     """Say for each size of picture which memory schedule would be used, its peak of device memory,
     its seconds, and what bounds it; and which size to draw."""
-    memory = cli.memory_of(**memory_words)
-    kv = cli.kv_of(kv_dtype=kv_dtype, kv_switch_t=kv_switch_t, kv_group=kv_group, kv_reuse=kv_reuse)
+    memory = options.memory_of(**memory_words)
+    kv = options.kv_of(
+        {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
+    )
     if compiles and not card:
         raise click.UsageError(
             "--compile is for a --card: for its own device, this machine's compiler is always asked"
         )
-    cli.use_compile_cache()
+    cli.start_jax()
     from .planning.cards import find  # after the words were checked: importing JAX takes a second
 
     wanted = find(card) if card else None

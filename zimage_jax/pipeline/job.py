@@ -3,38 +3,31 @@
 Axes: B pictures, H, W pixels, h, w latent rows and columns, C latent channels.
 """
 
-from collections.abc import Callable
+import contextlib
+import operator
+import os
+import secrets
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from .. import checks
 from ..errors import UsageError
-from ..files import write_whole
+from ..files import printable, write_whole
 from ..model import sampling
 from ..model.attention import CHOICES
 from ..model.config import ModelConfig
 from ..model.kv import KVPolicy
-from ..planning.planner import Plan, Work
+from ..planning.plan import Plan
+from ..planning.work import Work
 from ..runtime.ledger import Ledger
+from ..units import size
 from . import picture as image
-
-
-def check_size(config: ModelConfig, width: int, height: int) -> None:
-    """Raises UsageError for a size in pixels that the model cannot draw."""
-    multiple = config.pixel_multiple
-    for name, value in (("width", width), ("height", height)):
-        if value < multiple or value % multiple:
-            near = max(multiple, round(value / multiple) * multiple)
-            raise UsageError(
-                f"{name} must be a multiple of {multiple}, got {value} (the nearest is {near})"
-            )
-    most_high, most_wide = (n * multiple for n in config.transformer.axes_lens[1:])
-    if height > most_high or width > most_wide:
-        raise UsageError(
-            f"this model draws at most {most_wide} x {most_high} pixels, {width} x {height} were asked for"
-        )
+from .size import check_size
 
 
 class ZImageWarning(UserWarning):
@@ -51,6 +44,9 @@ class Step:
     latents: Float[np.ndarray, "B h w C"]
     _to_rgb: Callable[[np.ndarray], np.ndarray]
 
+    def __repr__(self) -> str:
+        return f"<Step {self.index + 1} of {self.steps}, t {self.t:.1f}>"
+
     def previews(self) -> UInt8[np.ndarray, "B h w 3"]:
         """Small pictures, made linearly from the latents."""
         return self._to_rgb(self.latents)
@@ -61,26 +57,89 @@ class Picture:
     pixels: UInt8[np.ndarray, "H W 3"]
     metadata: dict
 
+    def __repr__(self) -> str:
+        height, width = self.pixels.shape[:2]
+        prompt = printable(self.metadata.get("prompt", ""), 40)
+        return f"<Picture {width}x{height}, seed {self.metadata.get('seed')}, {prompt!r}>"
+
     def save(self, path: str | Path, *, metadata: bool = True, overwrite: bool = False) -> Path:
-        """Write a PNG; a name in use gets "-2", … unless `overwrite`. Returns the path used."""
+        """Write a PNG; a name in use gets "-2", … unless `overwrite`. Returns the path used.
+
+        Raises UsageError for what names no file, OutputError where it cannot be written.
+        """
+        if not isinstance(path, str | os.PathLike):
+            checks.refuse("path", "a path", path)
+        if Path(path).name in ("", "..") or os.path.isdir(path):
+            raise UsageError(f"path {checks.shown(str(path))} names a folder: expected a file")
         data = image.encode_png(self.pixels, self.metadata if metadata else None)
         return write_whole(Path(path), data, overwrite=overwrite)
+
+
+class Report(TypedDict):
+    """The report of a batch. `prompt`, `seed` and `latents_sha256` are lists when there are several pictures.
+
+    Bytes are of device memory unless the key says otherwise; seconds are by the clock.
+    """
+
+    prompt: str | list[str]
+    seed: int | list[int]
+    latents_sha256: str | list[str]
+    width: int
+    height: int
+    steps: int  # NFEs
+    guidance: float
+    negative_prompt: str
+    noise: str
+    kv: dict[str, Any]  # what KVPolicy.parse takes
+    dtype: str  # computed in
+    model: str
+    versions: dict[str, str]
+    schedule: str
+    chunks: int  # of the main blocks
+    resident_chunks: int
+    attention: str  # how the main blocks' attention was computed
+    device: str
+    seconds: dict[str, float]  # by stage, and total; load and compile are parts of the others
+    compilations: int
+    warnings: list[str]
+    predicted_seconds: float | None
+    predicted_peak_bytes: int
+    predicted_peak_bytes_by_stage: dict[str, int]
+    peak_device_bytes: int
+    peak_device_bytes_from: str  # "allocator", or "ledger" where the device keeps no count
+    ledger_peak_bytes: int
+    allocator_peak_bytes: int | None
+    peak_device_bytes_by_stage: dict[str, int]  # the ledger's
+    copied_bytes: int  # from host to device
+    copied_bytes_by_stage: dict[str, int]
+    copied_bytes_saved_by_reuse: int
+    kv_bytes: int  # the most K and V held at once
+    kv_bytes_without_policy: int
+    kv_bytes_of_a_block_by_nfe: list[int]
+    host_bytes: int  # of parameters kept in host memory between jobs
 
 
 @dataclass(frozen=True)
 class Result:
     pictures: list[Picture]
-    report: dict  # one value per picture for prompt, seed, latents_sha256: a list when there are several
+    report: Report
     latents: Float[np.ndarray, "B h w C"]
     work: Work
     plan: Plan
     ledger: Ledger  # every copy and every program's run; `ledger.trace()` draws them
 
+    def __repr__(self) -> str:
+        report = self.report
+        return (
+            f"<Result {len(self.pictures)} of {report['width']}x{report['height']}, {report['steps']} NFEs, "
+            f"schedule {report['schedule']}, {report['seconds']['total']:.1f} s, "
+            f"peak {size(report['peak_device_bytes'])}>"
+        )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """One batch of pictures of one size: what `generate` was asked for, checked and with its seeds
-    drawn."""
+    """One batch of pictures of one size: what `generate` was asked for, checked and with its seeds drawn."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -96,22 +155,91 @@ class Job:
     @property
     def texts(self) -> tuple[str, ...]:
         """A text per context: the prompts, then with guidance the negative prompt for each."""
-        return self.prompts + (self.negative_prompt,) * len(self.prompts) * bool(self.guidance)
+        negatives = (self.negative_prompt,) * len(self.prompts) if self.guidance else ()
+        return self.prompts + negatives
 
-    def __post_init__(self):
-        for text in self.prompts:
-            if not text.strip():
-                raise UsageError("the prompt is empty: say what to draw")
-        for seed in self.seeds:
-            if not 0 <= seed <= sampling.LARGEST_SEED:
-                raise UsageError(
-                    f"seed {seed} is out of range: 0 to {sampling.LARGEST_SEED}, or -1 for a random one"
-                )
-        if self.noise not in sampling.NOISE:
-            raise UsageError(f"noise {self.noise!r}: expected one of {', '.join(sampling.NOISE)}")
-        if self.attention not in CHOICES:
-            raise UsageError(f"attention {self.attention!r}: expected one of {', '.join(CHOICES)}")
-        if not 1 <= self.steps <= 1000:
-            raise UsageError(f"steps must be from 1 to 1000, got {self.steps}")
-        if not 0 <= self.guidance <= 100:
-            raise UsageError(f"guidance must be from 0 (off) to 100, got {self.guidance}")
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        prompt: object,
+        *,
+        seed: object = -1,
+        negative_prompt: object = "",
+        width: object = None,
+        height: object = None,
+        steps: object = 8,
+        guidance: object = 0.0,
+        noise: object = "torch",
+        kv: object = None,
+        attention: object = "auto",
+    ) -> "Job":
+        """What a user asks for, each value checked for its type and its bounds. Raises UsageError."""
+        prompts = _several("prompt", prompt, str)
+        seeds = _several("seed", seed, int)
+        count = max(len(prompts), len(seeds))
+        if not prompts or not seeds or any(len(of) not in (1, count) for of in (prompts, seeds)):
+            raise UsageError(
+                f"{len(prompts)} prompts and {len(seeds)} seeds: expected as many of one as of the other, or one"
+            )
+        side = config.vae.sample_size
+        job = cls(
+            prompts=tuple(_prompt(text) for text in (prompts * count)[:count]),
+            seeds=tuple(_seed(number) for number in (seeds * count)[:count]),
+            negative_prompt=checks.text("negative_prompt", negative_prompt),
+            width=side if width is None else checks.whole("width", width),
+            height=side if height is None else checks.whole("height", height),
+            steps=checks.whole("steps", steps, 1, 1000),
+            guidance=checks.real("guidance", guidance, 0, 100),
+            noise=checks.one_of("noise", noise, tuple(sampling.NOISE)),
+            kv=KVPolicy() if kv is None else checks.instance("kv", kv, KVPolicy),
+            attention=checks.one_of("attention", attention, CHOICES),
+        )
+        check_size(config, job.width, job.height)
+        return job
+
+    @property
+    def remarks(self) -> list[str]:
+        """What of the request has no effect, a sentence each."""
+        found = []
+        if self.negative_prompt and not self.guidance:
+            found.append("the negative prompt has no effect while guidance is 0")
+        if self.noise == "torch":
+            found += [
+                f"seed {s} draws the same noise as {s & 0xFFFFFFFF}: PyTorch uses 32 bits (--noise jax: all)"
+                for s in self.seeds
+                if s >> 32
+            ]
+        return found
+
+
+def _several(name: str, value: object, kind: type) -> list:
+    """One value or an iterable of them, as a list."""
+    if isinstance(value, kind):
+        return [value]
+    if kind is int and hasattr(type(value), "__index__"):  # numpy's integers, and its arrays
+        with contextlib.suppress(TypeError):
+            return [operator.index(value)]  # type: ignore[arg-type]
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        what = "text, or a list of texts" if kind is str else "a whole number, or a list of them"
+        checks.refuse(name, what, value)
+    return list(value)
+
+
+def _prompt(value: object) -> str:
+    text = checks.text("prompt", value)
+    if not text.strip():
+        raise UsageError("the prompt is empty: say what to draw")
+    return text
+
+
+def _seed(value: object) -> int:
+    """A seed; -1 draws one below 2^32, where every noise and every other program takes it."""
+    seed = checks.whole("seed", value)
+    if seed == -1:
+        return secrets.randbits(32)
+    if not 0 <= seed <= checks.LARGEST_SEED:
+        raise UsageError(
+            f"seed {checks.shown(seed)} is out of range: 0 to {checks.LARGEST_SEED}, or -1 for a random one"
+        )
+    return seed
