@@ -1,101 +1,21 @@
-"""python -m checkpoints_convert: PyTorch checkpoints to native ones, and what a checkpoint
-holds."""
+"""python -m checkpoints_convert"""
 
-import json
 import sys
-import time
-from pathlib import Path
 
-import click
-
-from zimage_jax.cli import run
-
-from . import sources
-from .convert import convert as convert_source
-from .inspect import inspect as inspect_path
-
-FILE = click.Path(path_type=Path)
-
-
-@click.command(
-    epilog="python -m checkpoints_convert inspect PATH prints what a file, a folder or a native checkpoint holds."
-)
-@click.argument("paths", nargs=-1, required=True, type=FILE, metavar="[SRC] DST")
-@click.option(
-    "--dit", type=FILE, help="The DiT as one safetensors file (ComfyUI's or diffusers' names)."
-)
-@click.option("--text-encoder", type=FILE, help="The Qwen3 text encoder as one file.")
-@click.option("--vae", type=FILE, help="The VAE as one file (diffusers' or Flux's names).")
-@click.option(
-    "--config",
-    "config_folder",
-    type=FILE,
-    help="Folder with configs and tokenizer for single files.",
-)
-@click.option("--tokenizer", type=FILE, help="tokenizer.json, when there is no --config.")
-@click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True
-)
-@click.option("--verify", is_flag=True, help="Compare SRC with the published MD5 sums first.")
-@click.option("--quiet", is_flag=True, help="No progress, no summary.")
-@click.option("--json", "as_json", is_flag=True, help="The summary as one line of JSON.")
-def convert(
-    paths, dit, text_encoder, vae, config_folder, tokenizer, dtype, verify, quiet, as_json
-) -> None:
-    """Convert a PyTorch Z-Image to a native checkpoint.
-
-    SRC is a folder as diffusers saves it. Single files, as ComfyUI keeps them, are given with
-    --dit, --text-encoder and --vae instead of SRC, or in the place of SRC's. Interrupted, the same
-    command goes on where it was."""
-    if len(paths) > 2:
-        raise click.UsageError(f"expected [SRC] DST, got {len(paths)} paths")
-    folder, dst = (paths[0], paths[1]) if len(paths) == 2 else (None, paths[0])
-    files = {"transformer": dit, "text_encoder": text_encoder, "vae": vae}
-    if verify:
-        if folder is None:
-            raise click.UsageError("--verify compares a published folder: give SRC")
-        sources.verify(folder, quiet=quiet)
-    began = time.monotonic()
-    source = sources.open_source(
-        folder, {c: f for c, f in files.items() if f}, config_folder, tokenizer
-    )
-    convert_source(source, dst, dtype, quiet=quiet or as_json)
-    size = sum(f.stat().st_size for f in dst.rglob("*") if f.is_file())
-    seconds = time.monotonic() - began
-    if as_json:
-        click.echo(
-            json.dumps(
-                {"path": str(dst), "bytes": size, "seconds": round(seconds, 3), "dtype": dtype}
-            )
-        )
-    elif not quiet:
-        click.echo(f"{dst}: {size / 2**30:.2f} GiB in {dtype}, {seconds:.1f} s")
-
-
-@click.command()
-@click.argument("path", type=FILE)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def inspect(path: Path, as_json: bool) -> None:
-    """What PATH holds: components, parameters, bytes, dtypes."""
-    parts = inspect_path(path)
-    if as_json:
-        click.echo(json.dumps(parts))
-        return
-    click.echo(f"{path}: {parts['kind']}")
-    for name, part in parts["components"].items():
-        click.echo(
-            f"  {name:13s} {part['layout']:10s} {part['tensors']:5d} tensors  {part['parameters'] / 1e9:8.4f} B parameters  "
-            f"{part['bytes'] / 2**30:8.3f} GiB  {', '.join(part['dtypes'])}"
-        )
-    for key, value in parts.get("notes", {}).items():
-        click.echo(f"  {key}: {value}")
+from zimage_jax import interrupts
 
 
 def main() -> None:
+    interrupts.install()  # before the imports below, which take a second
+    from zimage_jax.cli import run
+
+    from .commands import convert, inspect
+
     if sys.argv[1:2] == ["inspect"]:
         run(inspect, sys.argv[2:], "python -m checkpoints_convert inspect")
-    else:
-        run(convert, sys.argv[1:], "python -m checkpoints_convert")
+    import orbax.checkpoint  # noqa: F401  which the end of a conversion needs
+
+    run(convert, sys.argv[1:], "python -m checkpoints_convert")
 
 
 if __name__ == "__main__":

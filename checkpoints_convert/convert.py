@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from zimage_jax.errors import ConversionError
+from zimage_jax import interrupts
+from zimage_jax.errors import ConversionError, UsageError
+from zimage_jax.files import LARGEST_JSON, read_regular
 from zimage_jax.model.prompt import Prompts
 from zimage_jax.units import DTYPES
 from zimage_jax.weights import formats
 from zimage_jax.weights import names as rules
 from zimage_jax.weights.formats import Storage
-from zimage_jax.weights.writer import Writer
+from zimage_jax.weights.writer import Writer, partial_folder
 
 from .sources import COMPONENTS, Source, Tensor
 
@@ -38,19 +40,42 @@ class _Origin:
 def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool = False) -> Path:
     """Write `dst` from `source`. An interrupted run goes on where it was when called again.
 
-    Raises ConversionError before anything is written when a tensor is unknown, missing, duplicate
-    or misshapen, and on the way when one holds NaN or infinity."""
+    Raises UsageError when the source lies where the conversion writes, ConversionError before
+    anything is written when a tensor is unknown, missing, duplicate or misshapen, and on the way
+    when one holds NaN or infinity."""
+    files = {f: f.stat() for c in COMPONENTS for f in source.components[c].files}
+    _refuse_inside(partial_folder(dst), [*files, source.tokenizer])
     source.check()
-    vocabulary = Prompts.load(source.tokenizer).vocab_size
+    tokenizer = read_regular(source.tokenizer, LARGEST_JSON, ConversionError)
+    vocabulary = Prompts.parse(tokenizer, str(source.tokenizer)).vocab_size
     if vocabulary > source.config.text_encoder.vocab_size:
         raise ConversionError(
             f"{source.tokenizer}: has {vocabulary} tokens, the text encoder {source.config.text_encoder.vocab_size}; "
             "it belongs to another model"
         )
-    files = {f: f.stat() for c in COMPONENTS for f in source.components[c].files}
     fingerprint = [[f.name, s.st_size, s.st_mtime_ns] for f, s in files.items()]
     storage = Storage(source.config, formats.named(dtype))
-    writer = Writer(dst, storage, {"files": fingerprint})
+    provenance = {
+        "layouts": {c: source.components[c].layout for c in COMPONENTS},
+        "files": {f"{f.parent.name}/{f.name}": s.st_size for f, s in files.items()},
+    }
+    with Writer(dst, storage, {"files": fingerprint}) as writer:
+        _write_units(source, writer, dtype, quiet)
+        return writer.finish(tokenizer, provenance)
+
+
+def _refuse_inside(partial: Path, files: list[Path]) -> None:
+    """What lies in DST.partial may be removed to start over."""
+    for file in files:
+        for place in (file.resolve(), file.parent.resolve()):
+            if place.is_relative_to(partial.resolve()):
+                raise UsageError(
+                    f"{file}: the source lies in {partial}, where the conversion writes; choose another DST"
+                )
+
+
+def _write_units(source: Source, writer: Writer, dtype: str, quiet: bool) -> None:
+    storage = writer.storage
     units = [(c, unit) for c in COMPONENTS for unit in storage.units(c)]
     total = sum(storage.nbytes(*unit) for unit in units)
     origins = {c: _origins(source, c) for c in COMPONENTS}
@@ -72,14 +97,10 @@ def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool =
         try:
             for job in [pool.submit(write, *unit) for unit in units]:
                 job.result()
+                interrupts.check()  # Python may have dropped it, raised in a destructor
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    provenance = {
-        "layouts": {c: source.components[c].layout for c in COMPONENTS},
-        "files": {f"{f.parent.name}/{f.name}": s.st_size for f, s in files.items()},
-    }
-    return writer.finish(source.tokenizer.read_bytes(), provenance)
 
 
 def _origins(source: Source, component: str) -> dict[str, _Origin]:

@@ -3,7 +3,8 @@
 import math
 from pathlib import Path
 
-from zimage_jax.errors import ForeignError, ZImageError
+from zimage_jax.errors import ForeignError
+from zimage_jax.files import kind_of, printable
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.components import COMPONENTS
 
@@ -15,40 +16,33 @@ _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4}
 def inspect(path: Path) -> dict:
     """{"kind": …, "components": {name: {layout, tensors, parameters, bytes, dtypes}}, "notes":
     {…}}"""
-    if (path / "manifest").exists():
+    if kind_of(path / "manifest", ForeignError):
         return _native(Checkpoint(path))
-    if path.is_dir():
+    kind = kind_of(path, ForeignError)
+    if kind == "folder":
         components = {}
         for name in sources.COMPONENTS:
-            if (path / name).is_dir():
+            if kind_of(path / name) == "folder":
                 components[name] = _describe(sources.open_component_folder(name, path / name))
         if not components:
             raise ForeignError(
                 f"{path}: neither a native checkpoint nor a folder with {', '.join(sources.COMPONENTS)}"
             )
-        notes = {
-            "tokenizer": "present"
-            if (path / "tokenizer" / "tokenizer.json").is_file()
-            else "missing"
-        }
+        tokenizer = kind_of(path / "tokenizer" / "tokenizer.json")
+        notes = {"tokenizer": "present" if tokenizer == "file" else "missing"}
         return {"kind": "diffusers folder", "components": components, "notes": notes}
+    header, components, faults = sources.read_header(path), {}, []
     for name in sources.COMPONENTS:
         try:
-            return {
-                "kind": "single file",
-                "components": {name: _describe(sources.open_file(name, path))},
-            }
-        except ForeignError:
-            continue
-    header = sources.read_header(path)
-    try:
-        sources.open_file("transformer", path)
-    except ZImageError as fault:
-        notes = {"note": str(fault)}
+            components[name] = _describe(sources.open_file(name, path))
+        except ForeignError as fault:
+            faults.append(str(fault))
+    if components:
+        return {"kind": "single file", "components": components}
     return {
         "kind": "safetensors file",
         "components": {"unknown": _summary("-", header)},
-        "notes": notes,
+        "notes": {"note": faults[0]},
     }
 
 
@@ -77,11 +71,15 @@ def _native(checkpoint: Checkpoint) -> dict:
         }
         for name in COMPONENTS
     }
+    layouts, defaults = checkpoint.provenance.get("layouts"), checkpoint.config.defaults
+    if not isinstance(layouts, dict):  # a checkpoint that was not converted
+        layouts = {}
     notes = {
         "units": ", ".join(f"{len(checkpoint.units(name))} of {name}" for name in COMPONENTS),
         "source": ", ".join(
-            f"{c} from {layout}" for c, layout in checkpoint.provenance.get("layouts", {}).items()
+            f"{printable(c)} from {printable(layout)}" for c, layout in layouts.items()
         ),
+        "defaults": f"{defaults.steps} steps, guidance {defaults.guidance:g}",
     }
     return {
         "kind": "native checkpoint",

@@ -3,8 +3,8 @@
 Every source is a set of safetensors files. Opening one reads headers alone; the safetensors library
 refuses a header that lies about sizes or offsets. Pickles are never opened: they run code."""
 
+import functools
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -18,15 +18,17 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from zimage_jax.errors import ConfigError, ConversionError, ForeignError, UsageError
-from zimage_jax.model import dit, text_encoder, vae
+from zimage_jax.files import kind_of, open_regular, parse_json, printable, read_json
 from zimage_jax.model.config import (
-    TURBO,
+    PRESETS,
+    DefaultsConfig,
     DiTConfig,
     ModelConfig,
     SigmasConfig,
     TextEncoderConfig,
     VAEConfig,
 )
+from zimage_jax.weights import components
 from zimage_jax.weights import names as rules
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
@@ -36,22 +38,30 @@ _CONFIGS: dict[str, tuple[Any, str]] = {
     "vae": (VAEConfig, "vae/config.json"),
     "scheduler": (SigmasConfig, "scheduler/scheduler_config.json"),
 }
+_FLAGS = {"transformer": "--dit", "text_encoder": "--text-encoder", "vae": "--vae"}
 _WEIGHTS = {
     "transformer": "diffusion_pytorch_model",
     "text_encoder": "model",
     "vae": "diffusion_pytorch_model",
 }
+# what stands before the names where a file may hold all three models
 _PREFIXES = {
-    "transformer": "model.diffusion_model.",
-    "text_encoder": "model.",
-    "vae": "first_stage_model.",
+    "transformer": re.compile(r"^((model\.)?diffusion_model\.)?"),
+    "text_encoder": re.compile(r"^(text_encoders\.qwen3_4b\.transformer\.)?(model\.)?"),
+    "vae": re.compile(r"^((first_stage_model|vae)\.)?"),
+}
+_OF_OTHER_MODELS = {
+    "transformer": ("text_encoders.", "first_stage_model.", "vae."),
+    "text_encoder": ("model.diffusion_model.", "first_stage_model.", "vae."),
+    "vae": ("model.diffusion_model.", "text_encoders."),
 }
 _NUMPY = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-_LARGEST_JSON = 64 << 20
+_LARGEST_INDEX = 64 << 20
+_SHOWN = 3  # tensors named per kind of fault
 # tensors a source may carry and the model never uses
 _LEFT_OUT = {
     "transformer": re.compile(r"norm_final\.weight"),
@@ -60,6 +70,10 @@ _LEFT_OUT = {
 }
 # other models, by a tensor name that only they have
 _OTHERS = {
+    r".*[._]lora_(A|B|up|down|a|b)\..*": "a LoRA, which is no model of its own",
+    r"control_(layers|noise_refiner|all_x_embedder)\..*": "a Z-Image ControlNet",
+    r"siglip_.*": "Z-Image Omni or Edit, which are not supported",
+    r"dec_net\..*": "Z-Image in pixel space, which is not supported",
     r"double_blocks\.\d+\.img_attn\.qkv\.weight": "Flux",
     r"transformer_blocks\.\d+\.attn\.add_k_proj\.weight": "Flux or SD3 (diffusers)",
     r"joint_blocks\.\d+\..*": "SD3",
@@ -111,15 +125,21 @@ class Component:
     def files(self) -> list[Path]:
         return sorted({t.file for t in self.tensors.values()})
 
-    def table(self, config: ModelConfig) -> list:
-        if self.layout == "flux":
-            return rules.vae_flux(len(config.vae.block_out_channels))
-        return {
-            ("transformer", "diffusers"): rules.DIT_DIFFUSERS,
-            ("transformer", "comfy"): rules.DIT_COMFY,
-            ("text_encoder", "diffusers"): rules.TEXT_ENCODER,
-            ("vae", "diffusers"): rules.VAE_DIFFUSERS,
-        }[self.name, self.layout]
+
+def table(config: ModelConfig, component: str, layout: str) -> list:
+    if layout == "flux":
+        return rules.vae_flux(len(config.vae.block_out_channels))
+    return {
+        ("transformer", "diffusers"): rules.DIT_DIFFUSERS,
+        ("transformer", "comfy"): rules.DIT_COMFY,
+        ("text_encoder", "diffusers"): rules.TEXT_ENCODER,
+        ("vae", "diffusers"): rules.VAE_DIFFUSERS,
+    }[component, layout]
+
+
+@functools.cache  # 0.3 s for a table and a spec of some hundred tensors, and every component is asked twice
+def _entries(config: ModelConfig, component: str, layout: str) -> dict[str, rules.Entry]:
+    return rules.expected(table(config, component, layout), components.spec(config, component))
 
 
 @dataclass
@@ -130,70 +150,78 @@ class Source:
 
     def entries(self, component: str) -> dict[str, rules.Entry]:
         """The tensors this component must have, by name."""
-        model = {"transformer": dit, "text_encoder": text_encoder, "vae": vae}[component]
-        spec = model.spec(getattr(self.config, component))
-        return rules.expected(self.components[component].table(self.config), spec)
+        return _entries(self.config, component, self.components[component].layout)
 
     def check(self) -> None:
-        """Raises ConversionError with every unknown, missing, duplicate and misshapen tensor of all
-        components."""
-        faults = [fault for component in COMPONENTS for fault in self._faults(component)]
-        if faults:
-            kinds = ", ".join(
-                f"{sum(kind in f for f in faults)} {kind}"
-                for kind in _KINDS
-                if any(kind in f for f in faults)
-            )
-            raise ConversionError(
-                f"the tensors are not exactly those of the configured Z-Image ({kinds}); nothing was written:\n"
-                + "\n".join(f"  {f}" for f in faults)
-            )
+        """Raises ConversionError with every kind of fault in all components: unknown, missing,
+        duplicate and misshapen tensors, and dtypes that are not read."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for component in COMPONENTS:
+            for kind, what in self._faults(component):
+                groups.setdefault((component, kind), []).append(what)
+        if not groups:
+            return
+        lines = []
+        for (component, kind), faults in groups.items():
+            more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+            lines.append(f"  {component}: {kind} {', '.join(faults[:_SHOWN])}{more}")
+        kinds = list(dict.fromkeys(kind for _, kind in groups))
+        counts = [sum(len(f) for (_, k), f in groups.items() if k == kind) for kind in kinds]
+        raise ConversionError(
+            "the tensors are not exactly those of the configured Z-Image "
+            f"({', '.join(f'{n} {kind}' for n, kind in zip(counts, kinds, strict=True))}); "
+            "nothing was written:\n" + "\n".join(lines)
+        )
 
-    def _faults(self, component: str) -> Iterator[str]:
+    def _faults(self, component: str) -> Iterator[tuple[str, str]]:
+        """(kind, tensor) for each."""
         found, expected = self.components[component].tensors, self.entries(component)
         last = f"layers.{self.config.text_encoder.n_layers}."  # the layer behind the features
         for name in self.components[component].duplicates:
-            yield f"{component}: duplicate {name} (in {found[name].file.name} and elsewhere)"
+            yield "duplicate", f"{printable(name)} (in {found[name].file.name} and elsewhere)"
         for name in sorted(expected.keys() - found.keys()):
-            yield f"{component}: missing {name} {list(expected[name].shape)}"
+            yield "missing", f"{name} {list(expected[name].shape)}"
         for name, tensor in sorted(found.items()):
             if name in expected:
                 if tensor.shape != expected[name].shape:
-                    yield f"{component}: misshapen {name}: expected {list(expected[name].shape)}, got {list(tensor.shape)}"
+                    wanted, got = list(expected[name].shape), printable(list(tensor.shape))
+                    yield "misshapen", f"{name}: expected {wanted}, got {got}"
                 if tensor.dtype not in _NUMPY:
-                    yield f"{component}: unsupported dtype {tensor.dtype} of {name} (F32, BF16 or F16 is read; not quantised files)"
+                    yield f"{tensor.dtype}, not {', '.join(_NUMPY)}:", name
             elif not _LEFT_OUT[component].fullmatch(name) and not (
                 component == "text_encoder" and name.startswith(last)
             ):
-                yield f"{component}: unknown {name} {list(tensor.shape)}"
-
-
-_KINDS = ("missing", "unknown", "duplicate", "misshapen", "unsupported dtype")
+                yield "unknown", f"{printable(name)} {printable(list(tensor.shape))}"
 
 
 # -- opening ---------------------------------------------------------------------------------------
 
 
 def open_source(
-    folder: Path | None, files: dict[str, Path], config_folder: Path | None, tokenizer: Path | None
+    path: Path | None,
+    files: dict[str, Path],
+    config_folder: Path | None,
+    tokenizer: Path | None,
+    variant: str | None = None,
 ) -> Source:
-    """`folder` as diffusers saves it; `files` take the place of its components, or are all there
-    is."""
-    components = {c: open_file(c, path) for c, path in files.items()}
+    """`path` is a folder as diffusers saves it, or one file with all models; `files` take the place
+    of its components, or are all there is. `variant`: a name of PRESETS, for files without configs."""
+    parts = {c: open_file(c, file) for c, file in files.items()}
     missing = [c for c in COMPONENTS if c not in files]
-    if folder is not None:
-        if not folder.is_dir():
-            raise ForeignError(
-                f"{folder}: expected a folder as diffusers saves it; single files go with --dit, --vae, …"
-            )
-        components |= {c: open_component_folder(c, folder / c) for c in missing}
+    kind = path and kind_of(path)
+    if path is not None and kind == "folder":
+        parts |= {c: open_component_folder(c, path / c) for c in missing}
+    elif path is not None and kind:
+        parts |= {c: open_file(c, path) for c in missing}
+    elif path is not None:
+        raise ForeignError(f"{path}: no such file or folder")
     elif missing:
-        flags = ", ".join(
-            "--dit" if c == "transformer" else "--" + c.replace("_", "-") for c in missing
-        )
+        flags = ", ".join(_FLAGS[c] for c in missing)
         raise UsageError(f"without a source folder every component needs a file: {flags} missing")
-    configs = config_folder or folder
+    configs = config_folder or (path if kind == "folder" else None)
     if configs is not None:
+        if variant:
+            raise UsageError(f"--variant is for single files: {configs} says what it holds")
         config = read_configs(configs)
         tokenizer = tokenizer or configs / "tokenizer" / "tokenizer.json"
     elif tokenizer is None:
@@ -201,62 +229,54 @@ def open_source(
             "single files hold no tokenizer: give --config FOLDER, or --tokenizer FILE for the published model"
         )
     else:
-        config = TURBO
-    if not tokenizer.is_file():
+        config = PRESETS[variant or "turbo"]
+    if not kind_of(tokenizer):
         raise ConversionError(
             f"{tokenizer}: the tokenizer is missing; Z-Image's folder has it as tokenizer/tokenizer.json"
         )
-    return Source({c: components[c] for c in COMPONENTS}, config, tokenizer)
+    return Source({c: parts[c] for c in COMPONENTS}, config, tokenizer)
 
 
 def read_configs(folder: Path) -> ModelConfig:
     parts = {}
     for name, (kind, path) in _CONFIGS.items():
-        parts[name] = kind.from_json(read_json(folder / path), str(folder / path))
+        data = read_json(folder / path, fault=ConfigError)
+        parts[name] = kind.from_json(data, str(folder / path))
     try:
-        return ModelConfig(**parts)
+        return ModelConfig(**parts, defaults=DefaultsConfig.of(parts["scheduler"]))
     except ConfigError as fault:
         raise ConfigError(f"{folder}: {fault}") from None
-
-
-def read_json(path: Path) -> dict:
-    try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ConfigError(f"{path}: too large for a JSON file of this kind")
-        return json.loads(path.read_text("utf-8"))
-    except OSError as fault:
-        raise ConfigError(
-            f"{path}: cannot be read ({fault.strerror}); is this the whole folder?"
-        ) from None
-    except ValueError as fault:
-        raise ConfigError(f"{path}: not JSON ({fault})") from None
 
 
 def open_component_folder(component: str, folder: Path) -> Component:
     """The shards an index names, or the one file there is."""
     stem = _WEIGHTS[component]
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+    if kind_of(index, ConversionError):
+        names = read_json(index, _LARGEST_INDEX, ConversionError).get("weight_map")
+        if (
+            not isinstance(names, dict)
+            or not names
+            or not all(isinstance(v, str) for v in names.values())
+        ):
             raise ConversionError(
                 f"{index}: expected a weight_map from tensor names to shard files"
             )
         shards = sorted(set(names.values()))
         if bad := [s for s in shards if Path(s).name != s]:
-            raise ConversionError(f"{index}: {bad[0]!r} is not the name of a file beside it")
-        files = [folder / s for s in shards]
-    elif single.is_file():
-        files = [single]
-    else:
-        pickles = [p.name for p in folder.glob("*.bin")] if folder.is_dir() else []
-        hint = (
-            f"{pickles[0]} is a pickle and is not opened; save as safetensors"
-            if pickles
-            else "is this the whole folder?"
-        )
-        raise ConversionError(f"{folder}: expected {single.name} or {index.name}; {hint}")
-    return _collect(component, files)
+            raise ConversionError(
+                f"{index}: '{printable(bad[0])}' is not the name of a file beside it"
+            )
+        return _collect(component, [folder / s for s in shards])
+    if kind_of(single, ConversionError):
+        return _collect(component, [single])
+    pickles = [p.name for p in folder.glob("*.bin")]
+    hint = (
+        f"{printable(pickles[0])} is a pickle and is not opened; save as safetensors"
+        if pickles
+        else "is this the whole folder?"
+    )
+    raise ConversionError(f"{folder}: expected {single.name} or {index.name}; {hint}")
 
 
 def open_file(component: str, path: Path) -> Component:
@@ -264,34 +284,41 @@ def open_file(component: str, path: Path) -> Component:
 
 
 def _collect(component: str, files: list[Path]) -> Component:
+    """A component's tensors, without those of the other models that a file may hold too."""
     tensors = [tensor for file in files for tensor in read_header(file)]
-    prefix = _PREFIXES[component]
-    prefixed = any(t.name.startswith(prefix) for t in tensors)
-    result = Component(component, "diffusers")
-    for tensor in tensors:
-        bare = tensor.name.removeprefix(prefix) if prefixed else tensor.name
+    own = [t for t in tensors if not t.name.startswith(_OF_OTHER_MODELS[component])]
+    result = Component(component, "")
+    for tensor in own:
+        bare = _PREFIXES[component].sub("", tensor.name, count=1)
         if bare in result.tensors:
             result.duplicates.append(bare)
         result.tensors[bare] = tensor
-    result.layout = _layout(component, result.tensors, files)
+    names = list(result.tensors) or [t.name for t in tensors]
+    result.layout = _layout(component, names, files[0])
     return result
 
 
 def read_header(file: Path) -> list[Tensor]:
     """The tensors of a safetensors file. The library has checked that its sizes and offsets are
     those of the file."""
-    try:
-        with safe_open(file, "numpy"):
-            pass
-        with file.open("rb") as f:
-            size = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(size))
-    except SafetensorError as fault:
-        raise ConversionError(
-            f"{file}: not a whole safetensors file ({fault}); download it again"
-        ) from None
-    except OSError as fault:
-        raise ConversionError(f"{file}: cannot be read ({fault.strerror or fault})") from None
+    # opened first: the library would wait for a FIFO
+    with open_regular(file, ConversionError, buffering=-1) as f:
+        start = f.read(8)
+        if start.startswith(b"GGUF"):
+            raise ForeignError(f"{file}: a GGUF file; only safetensors files are read")
+        try:
+            with safe_open(file, "numpy"):
+                pass
+        except SafetensorError as fault:
+            raise ConversionError(
+                f"{file}: not a whole safetensors file ({printable(fault)}); download it again"
+            ) from None
+        except OSError as fault:
+            raise ConversionError(
+                f"{file}: cannot be read ({fault.strerror or printable(fault)})"
+            ) from None
+        size = int.from_bytes(start, "little")
+        header = parse_json(f.read(size), str(file), ConversionError)
     header.pop("__metadata__", None)
     return [
         Tensor(
@@ -301,9 +328,9 @@ def read_header(file: Path) -> list[Tensor]:
     ]
 
 
-def _layout(component: str, tensors: dict[str, Tensor], files: list[Path]) -> str:
+def _layout(component: str, names: list[str], file: Path) -> str:
     def has(pattern: str) -> bool:
-        return any(re.fullmatch(pattern, name) for name in tensors)
+        return any(re.fullmatch(pattern, name) for name in names)
 
     layouts = {
         "transformer": {
@@ -313,14 +340,14 @@ def _layout(component: str, tensors: dict[str, Tensor], files: list[Path]) -> st
         "text_encoder": {"diffusers": r"layers\.\d+\.self_attn\.q_norm\.weight"},
         "vae": {"flux": r"decoder\.up\.\d+\..*", "diffusers": r"decoder\.up_blocks\.\d+\..*"},
     }[component]
-    for layout, pattern in layouts.items():
-        if has(pattern):
-            return layout
     other = next((model for pattern, model in _OTHERS.items() if has(pattern)), None)
-    what = (
-        f"these are tensors of {other}" if other else f"found names such as {sorted(tensors)[:2]}"
-    )
-    raise ForeignError(f"{files[0]}: not Z-Image's {component.replace('_', ' ')}; {what}")
+    if other is None:
+        for layout, pattern in layouts.items():
+            if has(pattern):
+                return layout
+    found = ", ".join(printable(name, 60) for name in sorted(names)[:2])
+    what = f"these are tensors of {other}" if other else f"found {found or 'no tensors'}"
+    raise ForeignError(f"{file}: not Z-Image's {component.replace('_', ' ')}; {what}")
 
 
 # -- checksums -------------------------------------------------------------------------------------
@@ -335,13 +362,13 @@ def verify(folder: Path, *, quiet: bool = False) -> None:
     """Compare the published folder's files with their published MD5. Raises ConversionError naming
     all that differ."""
     published = published_md5()
-    wrong = [f"{name} is missing" for name in published if not (folder / name).is_file()]
-    present = [name for name in published if (folder / name).is_file()]
+    present = [name for name in published if kind_of(folder / name) == "file"]
+    wrong = [f"{name} is missing" for name in published if name not in present]
     total = sum((folder / name).stat().st_size for name in present)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=quiet) as bar:
         for name in present:
             digest = hashlib.md5(usedforsecurity=False)
-            with (folder / name).open("rb") as f:
+            with open_regular(folder / name) as f:
                 while run := f.read(1 << 22):
                     digest.update(run)
                     bar.update(len(run))

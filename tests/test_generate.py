@@ -378,7 +378,7 @@ def test_seconds_are_predicted_for_a_known_card_alone(run, tmp_path, monkeypatch
         ], "s once parameters are read" in err
 
     assert predicted() == (None, False)
-    monkeypatch.setattr("zimage_jax.cards.of_device", lambda kind: cards.find("rtx-4090"))
+    monkeypatch.setattr("zimage_jax.planning.cards.of_device", lambda kind: cards.find("rtx-4090"))
     seconds, is_said = predicted("--dtype", "bfloat16")
     assert is_said
     assert 0 <= seconds < 1

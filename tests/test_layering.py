@@ -19,7 +19,7 @@ FLOORS = [
     ("pipeline",),
     ("__init__", "interrupts", "cli", "options", "naming", "generate", "plan", "__main__"),
 ]
-CONVERTER_ORDER = ["sources", "convert", "inspect", "__main__"]
+CONVERTER_ORDER = ["sources", "convert", "inspect", "commands", "__main__"]
 FLOOR = {name: index for index, names in enumerate(FLOORS) for name in names}
 
 

@@ -1,9 +1,11 @@
 """python -m zimage_jax.plan as a user runs it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from tests.planning.test_cards import MINE
 from zimage_jax import __main__ as commands
 from zimage_jax import cli, plan
 from zimage_jax.planning.cards import CARDS
@@ -17,6 +19,7 @@ KEYS = {
     "predicted_peak_bytes",
     "predicted_seconds",
     "bound_by",
+    "host_bytes",
 }
 
 
@@ -140,12 +143,69 @@ def test_the_prediction_is_that_of_the_run(run, native):
     # a caption of 33 to 64 tokens, as the plan supposes
     report = pipe.generate("red circle " * 10, seed=1, width=64, height=48).report
     assert row["predicted_peak_bytes"] == report["predicted_peak_bytes"]
+    assert row["host_bytes"] == report["host_bytes"]
+
+
+def test_a_host_window_reads_from_disk(run):
+    words = ("--card", "rtx-4060", "--size", "512x512", "--schedule", "ring", "--chunks", 30)
+    (plain,) = told(run, *words)["sizes"]
+    result = told(run, *words, "--host-memory", 2)
+    (read,) = result["sizes"]
+    assert read["predicted_seconds"] > 1.5 * plain["predicted_seconds"]
+    assert (plain["bound_by"], read["bound_by"]) == ("link", "disk")
+    assert read["predicted_peak_bytes"] == plain["predicted_peak_bytes"]
+    assert read["host_bytes"] < 3 * GIB < 18 * GIB < plain["host_bytes"]
+    assert result["disk"].startswith("3 GB/s, assumed: an NVMe drive; nothing of the checkpoint")
+    faster = told(run, *words, "--host-memory", 2, "--disk-gbps", 100)
+    assert faster["disk"].startswith("100 GB/s, as given with --disk-gbps; ")
+    assert faster["sizes"][0]["bound_by"] == "link"
+    out = run(*words, "--host-memory", 2)[1]
+    assert "\ndisk: 3 GB/s" in out
+    assert "parameters read from disk at every visit" in out
+    assert "disk" not in told(run, *words)
+
+
+def test_the_context_is_named_beside_the_peak(run):
+    words = ("--card", "rtx-3050-ti-laptop", "--size", "512x512")
+    result = told(run, *words)
+    assert (result["context_bytes"], result["context"]) == (350 * 2**20, "assumed")
+    assert (
+        "\nbeside the peak: 0.35 GiB of the card for CUDA's own context, assumed\n"
+        in run(*words)[1]
+    )
+
+
+def test_a_measured_card_by_its_file(run, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(MINE.as_json()))
+    words = ("--card", path, "--size", "512x512", "--schedule", "ring", "--chunks", 30)
+    result = told(run, *words)
+    assert (result["card"], result["context_bytes"]) == ("mine", MINE.context_bytes)
+    assert result["budget_bytes"] == 6 * GIB
+    assert result["rates"].startswith("measured on NVIDIA GeForce RTX 4060 Laptop GPU, 2026-11-25")
+    (row,) = result["sizes"]
+    path.write_text(json.dumps(replace(MINE, link=MINE.link / 2).as_json()))
+    (slower,) = told(run, *words)["sizes"]
+    assert slower["predicted_seconds"] > 1.5 * row["predicted_seconds"]
+    assert told(run, *words, "--host-memory", 2)["disk"].startswith("2.5 GB/s, measured; ")
+    path.write_text("{}")
+    code, out, err = run(*words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "mine.json: expected the keys format, name" in err
+
+
+def test_a_measured_card_that_is_in_no_table_is_not_compiled_for(run, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(replace(MINE, device="NVIDIA GeForce RTX 9090").as_json()))
+    code, _, err = run("--card", path, "--compile")
+    assert code == 2
+    assert "--compile: expected a card of the table, got mine" in err
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--card", "voodoo-2"), "card 'voodoo-2': expected one of rtx-3060-laptop"),
+        (("--card", "voodoo-2"), "card 'voodoo-2': expected one of rtx-2060, "),
         (
             ("--model", "turbo-9000", "--card", "h100"),
             "--model turbo-9000: neither a folder nor one of turbo, turbo-24",
@@ -157,6 +217,11 @@ def test_the_prediction_is_that_of_the_run(run, native):
         ),
         (("--card", "h100", "--size", "16384x64"), "this model draws at most 8192 x 8192 pixels"),
         (("--model", "turbo", "--compile"), "--compile is for a --card"),
+        (("--card", "h100", "--disk-gbps", "3"), "--disk-gbps is for a window on the checkpoint"),
+        (
+            ("--card", "rtx-4060", "--chunks", "4", "--schedule", "ring", "--host-memory", "1"),
+            "the host window of 1.00 GiB is smaller than a chunk of 1.69 GiB",
+        ),
         (("--card", "h100", "--steps", "0"), "Invalid value for '--steps'"),
     ],
 )

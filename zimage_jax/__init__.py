@@ -44,7 +44,7 @@ _MODULES = {
     "ZImageWarning": "pipeline.job",
 }
 
-__all__ = [  # noqa: F822  as _MODULES; a type checker reads no dict
+__all__ = [
     "CheckpointError",
     "ConfigError",
     "ConversionError",

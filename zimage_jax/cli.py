@@ -84,11 +84,12 @@ def start_jax() -> None:
         try:
             jax.local_devices()
         except (RuntimeError, AssertionError) as fault:
-            if not jax.config.jax_platforms:
+            wanted = jax.config.values["jax_platforms"]
+            if not wanted:
                 raise
             reason = str(fault).splitlines()[0] if str(fault) else "no such device"
             raise UsageError(
-                f"JAX_PLATFORMS={jax.config.jax_platforms}: not on this machine ({reason}); unset it, or name cpu"
+                f"JAX_PLATFORMS={wanted}: not on this machine ({reason}); unset it, or name cpu"
             ) from None
     use_compile_cache()
 

@@ -17,6 +17,7 @@ from .errors import OutputError, UsageError, ZImageError
 
 LARGEST_JSON = 64 << 20  # a shard index has some MB, Qwen's tokenizer.json 11
 LARGEST_TOML = 1 << 20
+LONGEST_PATH = 4096  # Linux's own limit: a path is named whole, with its end
 
 Fault = type[ZImageError]
 
@@ -24,7 +25,8 @@ Fault = type[ZImageError]
 def printable(text: object, longest: int = 120) -> str:
     """Text of a stranger, for a message: control characters escaped, cut to `longest` characters."""
     words = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in str(text)[: longest + 1]
     )
     return words if len(words) <= longest else words[: longest - 1] + "…"
 
@@ -32,8 +34,19 @@ def printable(text: object, longest: int = 120) -> str:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def open_regular(path: Path, fault: Fault = UsageError) -> BinaryIO:
-    """Open a file for reading, unbuffered. A FIFO or a device is refused and never waited for."""
+def kind_of(path: Path, fault: Fault = UsageError) -> str:
+    """What a path names: "file", "folder", "other", or "" for nothing. Raises `fault` where that cannot be found out."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, ValueError) as error:
+        _refuse(path, error, fault)
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def open_regular(path: Path, fault: Fault = UsageError, *, buffering: int = 0) -> BinaryIO:
+    """Open a file for reading, unbuffered unless `buffering` is -1. A FIFO or a device is refused and never waited for."""
     try:
         # O_NONBLOCK: opening a FIFO would wait for its writer
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -43,13 +56,13 @@ def open_regular(path: Path, fault: Fault = UsageError) -> BinaryIO:
     if not stat.S_ISREG(kind):
         os.close(handle)
         what = "a folder" if stat.S_ISDIR(kind) else "a device, a pipe or a socket"
-        raise fault(f"{printable(path)}: expected a file, found {what}")
-    return os.fdopen(handle, "rb", buffering=0)
+        raise fault(f"{printable(path, LONGEST_PATH)}: expected a file, found {what}")
+    return os.fdopen(handle, "rb", buffering=buffering)
 
 
 def read_regular(path: Path, limit: int, fault: Fault = UsageError) -> bytes:
     """A whole file of at most `limit` bytes."""
-    with open_regular(path, fault) as f:
+    with open_regular(path, fault, buffering=-1) as f:  # which reads on after a short read
         try:
             nbytes = os.fstat(f.fileno()).st_size
             # what /proc has says 0; so does a file that grows while it is read
@@ -58,7 +71,7 @@ def read_regular(path: Path, limit: int, fault: Fault = UsageError) -> bytes:
             _refuse(path, error, fault)
     if nbytes > limit or len(data) > limit:
         raise fault(
-            f"{printable(path)}: larger than the {limit} bytes that a file of this kind may have"
+            f"{printable(path, LONGEST_PATH)}: larger than the {limit} bytes that a file of this kind may have"
         )
     return data
 
@@ -68,7 +81,9 @@ def read_text(path: Path, limit: int, fault: Fault = UsageError) -> str:
     try:
         return read_regular(path, limit, fault).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise fault(f"{printable(path)}: not UTF-8 text (byte {error.start})") from None
+        raise fault(
+            f"{printable(path, LONGEST_PATH)}: not UTF-8 text (byte {error.start})"
+        ) from None
 
 
 def read_json(path: Path, limit: int = LARGEST_JSON, fault: Fault = UsageError) -> dict[str, Any]:
@@ -86,9 +101,11 @@ def parse_json(data: bytes | str, where: str, fault: Fault = UsageError) -> dict
         found = json.loads(data, parse_constant=no_number)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else printable(error)
-        raise fault(f"{printable(where)}: not JSON ({reason})") from None
+        raise fault(f"{printable(where, LONGEST_PATH)}: not JSON ({reason})") from None
     if not isinstance(found, dict):
-        raise fault(f"{printable(where)}: expected a JSON object, found {type(found).__name__}")
+        raise fault(
+            f"{printable(where, LONGEST_PATH)}: expected a JSON object, found {type(found).__name__}"
+        )
     return found
 
 
@@ -98,12 +115,15 @@ def read_toml(path: Path, fault: Fault = UsageError) -> dict[str, Any]:
         return tomllib.loads(read_text(path, LARGEST_TOML, fault))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else printable(error)
-        raise fault(f"{printable(path)}: not TOML ({reason})") from None
+        raise fault(f"{printable(path, LONGEST_PATH)}: not TOML ({reason})") from None
 
 
 def _refuse(path: Path, error: Exception, fault: Fault) -> NoReturn:
-    reason = error.strerror if isinstance(error, OSError) else "the name has a NUL character"
-    raise fault(f"{printable(path)}: cannot be read ({reason})") from None
+    if isinstance(error, OSError):
+        reason = error.strerror or printable(error)
+    else:  # what the operating system's calls take for no name at all
+        reason = "the name has a NUL character" if "\0" in str(path) else "the name is not UTF-8"
+    raise fault(f"{printable(path, LONGEST_PATH)}: cannot be read ({reason})") from None
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -138,7 +158,7 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool = False) -> Path:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise OutputError(
-            f"{printable(path)}: cannot be written ({reason}); choose another place"
+            f"{printable(path, LONGEST_PATH)}: cannot be written ({reason}); choose another place"
         ) from None
 
 

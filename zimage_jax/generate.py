@@ -57,7 +57,7 @@ LARGEST_PROMPT = 64 << 10  # bytes; 512 tokens of 128 characters, Qwen's longest
 @click.option(
     "--steps",
     type=Number(int, 1, 1000),
-    help="Number of evaluations of the DiT (NFEs).  [default: 8]",
+    help="Number of evaluations of the DiT (NFEs).  [default: the model's own, 8 for Turbo]",
 )
 @click.option(
     "--seed",
@@ -78,7 +78,7 @@ LARGEST_PROMPT = 64 << 10  # bytes; 512 tokens of 128 characters, Qwen's longest
 @click.option(
     "--guidance",
     type=Number(float, 0, 100),
-    help="Guidance scale as diffusers counts it, 0 to 100; 0 is off.  [default: 0]",
+    help="Guidance scale as diffusers counts it, 0 to 100; 0 is off.  [default: the model's own, 0 for Turbo]",
 )
 @click.option(
     "--cfg-scale",
@@ -181,7 +181,7 @@ def command(
     job = {
         "prompts": _texts(prompts, files),
         "seeds": list(seeds),
-        "negative_prompt": _unicode("--negative-prompt", negative_prompt),
+        "negative_prompt": negative_prompt and _unicode("--negative-prompt", negative_prompt),
         "width": width,
         "height": height,
         "steps": steps,
@@ -278,10 +278,8 @@ def _standard_input() -> str:
         raise UsageError(f"-: standard input is not UTF-8 text (byte {fault.start})") from None
 
 
-def _unicode(name: str, text: str | None) -> str | None:
+def _unicode(name: str, text: str) -> str:
     """A flag's text. Under a locale without UTF-8, Python decodes a flag's bytes to surrogates."""
-    if text is None:
-        return None
     try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeError:
@@ -415,7 +413,7 @@ class _Talk:
         """What will be done, before it is."""
         if not self._tells_plan:
             return
-        seconds = "" if plan.seconds is None else f", about {plan.seconds:.1f} s"
+        seconds = "" if plan.seconds is None else f", about {plan.seconds:.1f} s once compiled"
         self._say(
             f"schedule {plan.denoise}; predicted peak {units.size(plan.peak_bytes)} of {units.size(budget)}{seconds}"
         )

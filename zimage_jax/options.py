@@ -103,14 +103,14 @@ def _read_config(context: click.Context, _, file: Path | None) -> None:
 
 def _default(name: str, option: click.Option, value: object):
     """A TOML value of exactly the option's type; several values as a list, or one as it is."""
+    kinds: tuple[type, ...] = (str,)
+    what = "text in quotes"
     if option.is_flag:
         kinds, what = (bool,), "true or false"
     elif isinstance(option.type, Number):
-        kinds, what = (
-            ((int,), "a whole number") if option.type.kind is int else ((int, float), "a number")
-        )
-    else:
-        kinds, what = (str,), "text in quotes"
+        is_whole = option.type.kind is int
+        kinds = (int,) if is_whole else (int, float)
+        what = "a whole number" if is_whole else "a number"
     values = value if option.multiple and isinstance(value, list) else [value]
     for each in values:
         if type(each) not in kinds:  # a bool is an int to isinstance

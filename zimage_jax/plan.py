@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +13,14 @@ import click
 from . import cli, options
 from .errors import OutOfMemoryError, UsageError
 from .units import GIB
-from .generate import parse_size
 
 if TYPE_CHECKING:
     from .model.config import ModelConfig
     from .model.kv import KVPolicy
-    from .planning.cards import Card, Rates
-    from .planning.planner import Costs, Memory
+    from .planning.cards import Card, MeasuredCard
+    from .planning.plan import Costs, Memory
+    from .planning.seconds import Rates
+    from .runtime.placement import Placement
     from .weights.formats import Storage
 
 SIZES = ("512x512", "768x768", "1024x1024", "1280x720", "720x1280", "1536x1536", "2048x2048")
@@ -36,7 +37,10 @@ class Device:
     costs: "Costs"
     compute: str  # dtype
     sizes: tuple[str, ...]  # when none are named
+    context_bytes: int  # what CUDA itself takes of it, beside the budget
     notes: dict[str, str]  # where the numbers come from
+    disk_source: str
+    shares_memory: bool = False  # with the host
 
 
 @click.command()
@@ -44,7 +48,11 @@ class Device:
     "--model",
     help="Folder written by checkpoints_convert, or turbo, turbo-24: the published widths, no files.",
 )
-@click.option("--card", help="A card by name, as rtx-4090.  [default: this machine's own device]")
+@click.option(
+    "--card",
+    metavar="NAME|FILE",
+    help="A card by name, as rtx-4090, or measured, as mine.json.  [default: this machine's own device]",
+)
 @click.option(
     "--compile",
     "compiles",
@@ -66,6 +74,12 @@ class Device:
     show_default=True,
     help="Evaluations of the DiT (NFEs).",
 )
+@click.option(
+    "--disk-gbps",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB/S",
+    help="How fast the checkpoint is read, with --host-memory.  [default: the card's file, or 3]",
+)
 @options.kv_options
 @options.memory_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
@@ -76,6 +90,7 @@ def command(
     sizes,
     more_sizes,
     steps,
+    disk_gbps,
     as_json,
     kv_dtype,
     kv_switch_t,
@@ -84,7 +99,7 @@ def command(
     **memory_words,
 ) -> None:
     """Say for each size of picture which memory schedule would be used, its peak of device memory,
-    its seconds, and what bounds it; and which size to draw."""
+    the host memory it keeps, its seconds, and what bounds it; and which size to draw."""
     memory = options.memory_of(**memory_words)
     kv = options.kv_of(
         {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
@@ -93,12 +108,18 @@ def command(
         raise click.UsageError(
             "--compile is for a --card: for its own device, this machine's compiler is always asked"
         )
+    if disk_gbps and memory.host_bytes is None:
+        raise click.UsageError(
+            "--disk-gbps is for a window on the checkpoint: give its size with --host-memory"
+        )
     cli.start_jax()
     from .planning.cards import find  # after the words were checked: importing JAX takes a second
 
     wanted = find(card) if card else None
     name, storage = _model(model, wanted)
     device = _for_card(wanted, storage, compiles) if wanted else _own(storage)
+    if memory.host_bytes is not None:
+        device = _read_from_disk(device, disk_gbps)
     budget = (
         min(device.budget, memory.max_vram_bytes or device.budget)
         if card
@@ -114,8 +135,9 @@ def command(
         "card": device.name,
         "model": name,
         "steps": steps,
-        "kv": kv.words(),
+        "kv": kv.to_json(),
         "budget_bytes": budget,
+        "context_bytes": device.context_bytes,
         "recommended_size": _recommended(rows, storage.config),
         "sizes": rows,
         **device.notes,
@@ -129,12 +151,12 @@ def command(
 # -- for what --------------------------------------------------------------------------------------
 
 
-def _model(model: str | None, card: "Card | None") -> "tuple[str, Storage]":
+def _model(model: str | None, card: "Card | MeasuredCard | None") -> "tuple[str, Storage]":
     """Name, and the parameters as stored."""
     from .model.config import PRESETS
     from .pipeline.pipeline import TINY
     from .weights.checkpoint import Checkpoint
-    from .weights.formats import FORMATS, Storage
+    from .weights.formats import uniform
 
     if model is None and card:
         model = "turbo"
@@ -143,24 +165,30 @@ def _model(model: str | None, card: "Card | None") -> "tuple[str, Storage]":
             f"--model is needed: a folder written by checkpoints_convert, or one of {', '.join(PRESETS)}"
         )
     if model in PRESETS:
-        return model, Storage(PRESETS[model], FORMATS["bfloat16"])
+        return model, uniform(PRESETS[model], "bfloat16")
     if model is not None and not Path(model).exists():
         raise UsageError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
     checkpoint = Checkpoint(model or TINY)
     return checkpoint.path.resolve().name, checkpoint.storage
 
 
-def _for_card(card: "Card", storage: "Storage", compiles: bool) -> Device:
-    from .planning.cards import ASSUMED, StoredCosts
+def _for_card(card: "Card | MeasuredCard", storage: "Storage", compiles: bool) -> Device:
+    from .planning.cards import Card, of_device
+    from .planning.stored import StoredCosts
 
     if compiles:
-        from .runtime.compiled import CompiledCosts
         from .runtime.deviceless import CardPrograms
+        from .runtime.programs import CompiledCosts
 
-        costs: Costs = CompiledCosts(CardPrograms(storage, "bfloat16", card))
-        source = "compiled for this card without one; attention by query chunks where the card would use cuDNN's: conservative"
+        sheet = card if isinstance(card, Card) else of_device(card.device)
+        if sheet is None:
+            raise UsageError(
+                f"--compile: expected a card of the table, got a {card.name} by its file"
+            )
+        costs: Costs = CompiledCosts(CardPrograms(storage, "bfloat16", sheet))
+        source = "compiled for this card without one"
     else:
-        costs = StoredCosts(storage.config, card)
+        costs = StoredCosts(storage, card)
         source = costs.source
     return Device(
         card.name,
@@ -169,71 +197,79 @@ def _for_card(card: "Card", storage: "Storage", compiles: bool) -> Device:
         costs,
         "bfloat16",
         SIZES,
-        {"temporaries": source, "rates": ASSUMED},
+        card.context_bytes,
+        {"temporaries": source, "rates": card.source, "context": card.context_source},
+        card.disk_source,
     )
+
+
+def _read_from_disk(device: Device, gbps: float | None) -> Device:
+    """The device with blocks read from disk, at `gbps` where the user says so."""
+    if gbps is not None:
+        rates = device.rates._replace(disk=gbps * 1e9)
+        device = replace(device, rates=rates, disk_source="as given with --disk-gbps")
+    note = f"{device.rates.disk / 1e9:.3g} GB/s, {device.disk_source}; nothing of the checkpoint in the page cache"
+    return replace(device, notes=device.notes | {"disk": note})
 
 
 def _own(storage: "Storage") -> Device:
-    import jax
+    from .pipeline.report import default_dtype
+    from .planning.cards import ASSUMED_DISK, DISK_ASSUMED, context_bytes
+    from .runtime.placement import Placement
+    from .runtime.programs import CompiledCosts, Programs
 
-    from .pipeline.pipeline import default_dtype
-    from .runtime.compiled import CompiledCosts, Programs
-    from .runtime.placement import free_device_bytes
-
-    config = storage.config
-    device, side = jax.local_devices()[0], config.vae.sample_size
-    is_cpu, dtype = device.platform == "cpu", default_dtype()
+    config, placement = storage.config, Placement.on()
+    side, is_cpu, dtype = config.vae.sample_size, placement.shares_memory, default_dtype(placement)
     sides = [n for n in (side // 2, side, 2 * side) if n % config.pixel_multiple == 0]
     largest = min(config.transformer.axes_lens[1:]) * config.pixel_multiple
-    rates = measure(dtype)
+    rates = measure(placement, dtype)._replace(disk=ASSUMED_DISK)
     notes = {
         "temporaries": "compiled for this device",
+        "context": "none on a CPU" if is_cpu else "assumed",
         "rates": f"measured: {rates.flops / 1e12:.3g} TFLOP/s of {dtype} matrix products, {rates.link / 1e9:.3g} GB/s to the device",
     }
     return Device(
-        device.device_kind,
-        free_device_bytes(),
+        placement.device.device_kind,
+        placement.free_bytes(),
         rates,
-        CompiledCosts(Programs(storage, dtype)),
+        CompiledCosts(Programs(storage, dtype, placement)),
         dtype,
         tuple(f"{n}x{n}" for n in sides if n <= largest) if is_cpu else SIZES,
+        context_bytes(placement.target.capability) if placement.target.capability else 0,
         notes,
+        DISK_ASSUMED,
+        shares_memory=is_cpu,
     )
 
 
-def measure(dtype: str) -> "Rates":
-    """What this device achieves: products of square matrices for a fifth of a second, the best of
-    three copies of 64 MiB."""
+def measure(placement: "Placement", dtype: str) -> "Rates":
+    """What this device achieves: products of square matrices for a fifth of a second, the best of three copies of
+    64 MiB."""
     import jax
     import jax.numpy as jnp
-    from jax.sharding import SingleDeviceSharding
 
-    from .planning.cards import Rates
+    from .planning.seconds import Rates
+    from .runtime.placement import HOST
 
-    device = jax.local_devices()[0]
-    side = 1024 if device.platform == "cpu" else 4096  # 0.2 s of a core, 0.2 ms of an H100
-    a, multiply = jnp.ones((side, side), dtype), jax.jit(jnp.matmul)
+    is_cpu = placement.shares_memory
+    side = 1024 if is_cpu else 4096  # 0.2 s of a core, 0.2 ms of an H100
+    a, multiply = placement.put(jnp.ones((side, side), dtype)), jax.jit(jnp.matmul)
     multiply(a, a).block_until_ready()
     began, products = time.perf_counter(), 0
     while (spent := time.perf_counter() - began) < 0.2 or not products:
         jax.block_until_ready([multiply(a, a) for _ in range(8)])
         products += 8
-    host = jax.device_put(
-        jnp.zeros(2**26, jnp.uint8), SingleDeviceSharding(device, memory_kind="pinned_host")
-    )
-    host.block_until_ready()
+    host = placement.put(jnp.zeros(2**26, jnp.uint8), HOST)
     copies = []
     for _ in range(3):
         copy_began = time.perf_counter()
-        jax.device_put(host, SingleDeviceSharding(device)).block_until_ready()
+        placement.put(host)
         copies.append(time.perf_counter() - copy_began)
-    return Rates(
-        products * 2 * side**3 / spent, host.nbytes / min(copies), overlaps=device.platform != "cpu"
-    )
+    return Rates(products * 2 * side**3 / spent, host.nbytes / min(copies), overlaps=not is_cpu)
 
 
 def _pixels(text: str, config: "ModelConfig") -> tuple[int, int]:
-    from .pipeline.job import check_size
+    from .pipeline.size import check_size, parse_size
 
     size = parse_size(text, config.vae.sample_size, config.pixel_multiple)
     check_size(config, *size)
@@ -255,11 +291,14 @@ def _rows(
     """A row per size. One that no plan fits has no schedule, and the peak of the smallest plan."""
     import jax.numpy as jnp
 
-    from .planning.cards import Rates, bound_by, seconds
-    from .planning.planner import Planner, Work
+    from .pipeline.stages import STAGES
+    from .planning.plan import Sizes, host_bytes
+    from .planning.planner import Planner
+    from .planning.seconds import Rates, bound_by, seconds
+    from .planning.work import Work
 
-    config = storage.config
-    planner = Planner(storage, jnp.dtype(device.compute).itemsize, device.costs)
+    config, sizes = storage.config, Sizes(storage, jnp.dtype(device.compute).itemsize)
+    planner = Planner(STAGES, storage, sizes.compute_bytes, device.costs)
     for width, height in pixels:
         work = Work.of(config, width, height, steps, kv, device.compute, bucket=BUCKET)
         row: dict = {"size": f"{width}x{height}", "width": width, "height": height}
@@ -274,24 +313,28 @@ def _rows(
                     "predicted_peak_bytes": fault.needed,
                     "predicted_seconds": None,
                     "bound_by": None,
+                    "host_bytes": None,
                 }
             )
             continue
-        by_stage = seconds(plan, work, storage, device.rates)
+        by_stage = seconds(STAGES, plan, work, sizes, device.rates)
         yield row | {
             "schedule": plan.schedule,
-            "chunks": len(plan.main_sizes),
-            "resident_chunks": plan.resident_chunks,
-            "vae_rows": plan.vae_rows,
+            "chunks": len(plan.denoise.main_sizes),
+            "resident_chunks": plan.denoise.resident_chunks,
+            "vae_rows": plan.choices["decode"].rows,
             "predicted_peak_bytes": plan.peak_bytes,
-            "predicted_peak_bytes_by_stage": plan.peak_bytes_by_stage,
+            "predicted_peak_bytes_by_stage": dict(plan.peak_bytes_by_stage),
             "predicted_seconds": round(sum(by_stage.values()), 3),
             "predicted_seconds_by_stage": {
                 stage: round(value, 3) for stage, value in by_stage.items()
             },
-            "bound_by": bound_by(plan, work, storage, device.rates),
-            "link_bytes": round(sum(seconds(plan, work, storage, Rates(math.inf, 1.0)).values())),
+            "bound_by": bound_by(STAGES, plan, work, sizes, device.rates),
+            "link_bytes": round(
+                sum(seconds(STAGES, plan, work, sizes, Rates(math.inf, 1.0)).values())
+            ),
             "kv_bytes": work.kv_bytes(config.transformer),
+            "host_bytes": host_bytes(plan, storage, shares_memory=device.shares_memory),
         }
 
 
@@ -310,20 +353,20 @@ def _print(result: dict) -> None:
     click.echo(
         f"{result['model']} on {result['card']}: {result['budget_bytes'] / GIB:.2f} GiB may be used, {result['steps']} NFEs"
     )
-    layout = "{:>11}  {:<9} {:>6} {:>6} {:>9} {:>9}  {}"
-    click.echo(
-        layout.format("size", "schedule", "chunks", "stay", "peak GiB", "seconds", "bound by")
-    )
+    layout = "{:>11}  {:<9} {:>6} {:>6} {:>9} {:>9} {:>9}  {}"
+    columns = ("size", "schedule", "chunks", "stay", "peak GiB", "host GiB", "seconds", "bound by")
+    click.echo(layout.format(*columns))
     for row in result["sizes"]:
-        peak = math.ceil(row["predicted_peak_bytes"] / GIB * 100) / 100
+        peak = _gib(row["predicted_peak_bytes"])
         words = (
-            ("none fits", "", "", f"{peak:.2f}", "", "memory")
+            ("none fits", "", "", peak, "", "", "memory")
             if row["schedule"] is None
             else (
                 row["schedule"],
                 row["chunks"],
                 row["resident_chunks"],
-                f"{peak:.2f}",
+                peak,
+                _gib(row["host_bytes"]),
                 f"{row['predicted_seconds']:.1f}",
                 row["bound_by"],
             )
@@ -332,10 +375,23 @@ def _print(result: dict) -> None:
     click.echo(
         f"recommended: {result['recommended_size'] or 'none of these sizes; a smaller one, or a larger budget'}"
     )
+    if result["context_bytes"]:
+        click.echo(
+            f"beside the peak: {_gib(result['context_bytes'])} GiB of the card for CUDA's own context, {result['context']}"
+        )
     click.echo(f"temporaries: {result['temporaries']}")
+    where = "in host memory"
+    if "disk" in result:
+        click.echo(f"disk: {result['disk']}")
+        where = "read from disk at every visit"
     click.echo(
-        f"rates: {result['rates']}; the first picture, parameters in host memory, programs compiled"
+        f"rates: {result['rates']}; the first picture, parameters {where}, programs compiled"
     )
+
+
+def _gib(size: int) -> str:
+    """Rounded up."""
+    return f"{math.ceil(size / GIB * 100) / 100:.2f}"
 
 
 def main() -> None:

@@ -124,8 +124,8 @@ def write_sources(folder: Path, config: ModelConfig, layout: dict[str, Source]) 
                 (folder / component / f"{stem}.safetensors.index.json").write_text(
                     json.dumps({"weight_map": index})
                 )
-    for name, part in config.to_json().items():
-        file = folder / CONFIG_FILES[name]
+    for name, place in CONFIG_FILES.items():
+        part, file = config.to_json()[name], folder / place
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(part | (_vae_blocks(part) if name == "vae" else {})))
     (folder / "tokenizer").mkdir()

@@ -28,8 +28,8 @@ from scripts.compare import sweep  # noqa: E402
 
 if TYPE_CHECKING:
     from zimage_jax import Memory, Plan, Result, ZImage
-    from zimage_jax.planning.cards import Rates
     from zimage_jax.planning.planner import Work
+    from zimage_jax.planning.seconds import Rates
     from zimage_jax.weights.checkpoint import Checkpoint
 
 MIB, GIB = 2**20, 2**30
@@ -192,13 +192,13 @@ def _allocator_peak() -> int:
 def _floor(result: "Result", row: dict, pipe: "ZImage") -> dict:
     """The least seconds an NFE can take: its kernels', or its bytes' over the link, both as
     measured in this process."""
-    from zimage_jax.weights.formats import uniform
+    from zimage_jax.weights import components
 
     if "kernel_seconds_per_nfe" not in row:
         return {}
     stream = result.plan.denoise
-    nbytes = stream.copied_blocks * uniform(pipe.config, "bfloat16").nbytes(
-        "transformer", "layers.0"
+    nbytes = stream.copied_blocks * components.nbytes(
+        pipe.config, "transformer", "layers.0", "bfloat16"
     )
     link = nbytes / row["chunk_copy_bytes_per_sec"] if nbytes else 0.0
     floor = max(row["kernel_seconds_per_nfe"], link)
@@ -390,10 +390,10 @@ def _model(
 ) -> dict[str, float]:
     """Seconds by stage of a picture that is not the first: what stays between pictures is not
     copied again."""
-    from zimage_jax.planning import cards
+    from zimage_jax.planning.seconds import seconds
 
     again = rates._replace(link=math.inf) if plan.kept else rates
-    return cards.seconds(plan, work, checkpoint.storage, again)
+    return seconds(plan, work, checkpoint.config, checkpoint.dtype, again)
 
 
 def _chunk_speed(checkpoint: "Checkpoint", plan: "Plan") -> Speed:
@@ -458,7 +458,8 @@ def simulate(cell: dict) -> dict:
     from zimage_jax.model.kv import KVPolicy
     from zimage_jax.planning import cards
     from zimage_jax.planning.planner import Planner, Work
-    from zimage_jax.weights.formats import uniform
+    from zimage_jax.planning.seconds import bound_by, seconds
+    from zimage_jax.planning.stored import StoredCosts
 
     name = cell.get("model", "turbo")
     if name not in PRESETS:
@@ -466,19 +467,18 @@ def simulate(cell: dict) -> dict:
             f"model {name!r}: a card is simulated with one of {', '.join(PRESETS)}"
         )
     config, dtype, card = PRESETS[name], "bfloat16", cards.find(cell["card"])
-    storage = uniform(config, dtype)
     width, height = sweep.pixels(cell["size"])
     policy, steps = KVPolicy.parse(**cell.get("kv", {})), cell.get("steps", 8)
     work = Work.of(
         config, width, height, steps, policy, dtype, bucket=BUCKET, batch=cell.get("batch", 1)
     )
-    costs = cards.StoredCosts(config, card)
+    costs = StoredCosts(config, card)
     budget = (
         min(card.usable, int(cell["max_vram_gib"] * GIB)) if "max_vram_gib" in cell else card.usable
     )
-    plan = Planner(storage, 2, costs).plan(work, memory_of(cell), budget)
-    by_stage = cards.seconds(plan, work, storage, card.rates)
-    alone = cards.seconds(plan, work, storage, card.rates._replace(link=math.inf))
+    plan = Planner(config, dtype, 2, costs).plan(work, memory_of(cell), budget)
+    by_stage = seconds(plan, work, config, dtype, card.rates)
+    alone = seconds(plan, work, config, dtype, card.rates._replace(link=math.inf, disk=math.inf))
     return {
         "schedule": plan.schedule,
         "chunks": len(plan.main_sizes),
@@ -492,9 +492,9 @@ def simulate(cell: dict) -> dict:
         "predicted_compute_seconds_by_stage": {
             stage: round(value, 4) for stage, value in alone.items()
         },
-        "bound_by": cards.bound_by(plan, work, storage, card.rates),
+        "bound_by": bound_by(plan, work, config, dtype, card.rates),
         "temporaries": costs.source,
-        "rates": cards.ASSUMED,
+        "rates": card.source,
     }
 
 

@@ -27,11 +27,11 @@ from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import Phase
 from zimage_jax.planning import cards
 from zimage_jax.planning.planner import Visit, Work
+from zimage_jax.planning.stored import StoredCosts
 from zimage_jax.runtime.deviceless import CardPrograms
-from zimage_jax.weights.formats import uniform
+from zimage_jax.weights import components
 
 DTYPE = "bfloat16"
-STORAGE = uniform(TURBO, DTYPE)
 
 
 def to_device(leaves: tuple) -> tuple:
@@ -62,10 +62,10 @@ def compiled(programs: CardPrograms, work: Work, run: Callable) -> tuple:
     sides = dit.sides(
         TURBO.transformer, work.h, work.w, np.full(1, work.bucket, np.int32), work.bucket
     )
-    attend = programs.attend(work)
+    attend = programs.attend(1, work.tokens)
 
     def stack(blocks: int) -> tuple:
-        leaves = STORAGE.specs("transformer", "layers.0")
+        leaves = components.leaves(TURBO, "transformer", "layers.0", DTYPE)
         return tuple(
             jax.ShapeDtypeStruct((blocks, *leaf.shape), leaf.dtype, sharding=host)
             for leaf in leaves
@@ -88,7 +88,7 @@ def compiled(programs: CardPrograms, work: Work, run: Callable) -> tuple:
         return lax.scan(step, noise, (sigmas[:-1], sigmas[1:], times))[0]
 
     stem = jax.tree.unflatten(
-        programs.tree("transformer", "stem"), STORAGE.specs("transformer", "stem")
+        programs.tree("transformer", "stem"), components.leaves(TURBO, "transformer", "stem", DTYPE)
     )
     sigmas = sampling.sigmas(work.steps, TURBO.scheduler.shift)
     noise = jax.ShapeDtypeStruct((1, work.h, work.w, TURBO.transformer.in_channels), jnp.float32)
@@ -102,7 +102,7 @@ def body_order(executable) -> list[tuple[str, int]]:
     block's arrays."""
     (module,), copies = (
         executable.hlo_modules(),
-        len(STORAGE.specs("transformer", "layers.0")),
+        len(components.units(TURBO, "transformer")["layers.0"]),
     )
     for computation in reversed(module.to_string().split("\n\n")):
         parts = re.findall(r" (?:fusion|copy|custom-call)(-start|-done|)\(", computation)
@@ -118,11 +118,11 @@ def body_order(executable) -> list[tuple[str, int]]:
 )
 @click.option("--side", default=512, show_default=True, help="Pixels.")
 def main(name: str, side: int) -> None:
-    card = cards.find(name)
+    card = cards.sheet(name)
     h = w = side // TURBO.vae.scale
     work = Work(1, False, 1, 64, h, w, (Phase(kv.plain(DTYPE), 8),))
-    stored, none = cards.StoredCosts(TURBO, card), frozenset()
-    block = STORAGE.nbytes("transformer", "layers.0")
+    stored, none = StoredCosts(TURBO, card), frozenset()
+    block = components.nbytes(TURBO, "transformer", "layers.0", DTYPE)
     blocks = TURBO.transformer.n_layers + TURBO.transformer.n_refiner_layers
     ring = 2 * block + stored.denoise(
         work, none, frozenset(Visit(1, 1, nfe=nfe) for nfe in work.nfes), 1
@@ -131,7 +131,7 @@ def main(name: str, side: int) -> None:
     for what, held in lines.items():
         click.echo(json.dumps({"card": name, "side": side, "what": what, "device_bytes": held}))
     for run in (use, ahead):
-        executable, own = compiled(CardPrograms(STORAGE, DTYPE, card), work, run)
+        executable, own = compiled(CardPrograms(TURBO, DTYPE, DTYPE, card), work, run)
         line = {
             "card": name,
             "side": side,

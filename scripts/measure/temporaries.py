@@ -20,6 +20,7 @@ from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import KVPolicy
 from zimage_jax.planning import cards
 from zimage_jax.planning.planner import Visit, Work
+from zimage_jax.planning.stored import TEMPORARIES
 from zimage_jax.runtime.compiled import CompiledCosts
 from zimage_jax.runtime.deviceless import CardPrograms, order
 from zimage_jax.runtime.staging import ring_step
@@ -115,13 +116,9 @@ def text_of(table: dict) -> str:
 @click.command(help=__doc__)
 @click.argument("names", nargs=-1)
 def main(names: tuple[str, ...]) -> None:
-    table = (
-        json.loads(cards.TEMPORARIES.read_text())
-        if cards.TEMPORARIES.exists()
-        else {"capabilities": {}}
-    )
-    for name in names or ("rtx-4090", "rtx-3060", "h100", "rtx-5090"):
-        card = cards.find(name)
+    table = json.loads(TEMPORARIES.read_text()) if TEMPORARIES.exists() else {"capabilities": {}}
+    for name in names or ("rtx-4090", "rtx-3060", "h100", "rtx-5090", "t4", "a100-40gb"):
+        card = cards.sheet(name)
         click.echo(name, err=True)
         programs = CardPrograms(uniform(TURBO, "bfloat16"), "bfloat16", card)
         made = {
@@ -134,7 +131,7 @@ def main(names: tuple[str, ...]) -> None:
         table["capabilities"]["{}.{}".format(*card.capability)] = made | measure(
             CompiledCosts(programs)
         )
-        cards.TEMPORARIES.write_text(text_of(table))
+        TEMPORARIES.write_text(text_of(table))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,26 @@
 """The converter: layouts, strictness, interruption, and every kind of bad source."""
 
+import functools
 import hashlib
 import json
+import os
+import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert import sources
 from checkpoints_convert.convert import convert
 from checkpoints_convert.inspect import inspect
 from tests import small
 from tests.model.test_config import PUBLISHED
+from zimage_jax import cli
 from zimage_jax.errors import (
     ConfigError,
     ConversionError,
@@ -24,13 +30,14 @@ from zimage_jax.errors import (
     ZImageError,
 )
 from zimage_jax.model import dit, text_encoder, vae
-from zimage_jax.model.config import TURBO
+from zimage_jax.model.config import BASE, TURBO, DefaultsConfig
 from zimage_jax.model.layers import named_arrays
 from zimage_jax.weights import components, writer
 from zimage_jax.weights import names as rules
 from zimage_jax.weights.checkpoint import Checkpoint
 
 CONFIG = small.CONFIGS["five_blocks"]
+TENSORS = small.random_tensors(CONFIG)  # copy before you change one
 STEMS = {
     "transformer": "diffusion_pytorch_model",
     "text_encoder": "model",
@@ -38,10 +45,16 @@ STEMS = {
 }
 
 
+@functools.cache
+def expected_arrays(component: str, dtype=np.float32) -> dict[str, np.ndarray]:
+    """What a checkpoint of TENSORS holds."""
+    return named_arrays(small.our_model(component, CONFIG, TENSORS[component], dtype))
+
+
 def published_like(component: str, dtype=np.float32) -> dict[str, np.ndarray]:
     """A component's tensors as the published folder has them: the text encoder with its unused last
     layer."""
-    tensors = dict(small.random_tensors(CONFIG)[component])
+    tensors = dict(TENSORS[component])
     if component == "text_encoder":
         last = CONFIG.text_encoder.n_layers
         tensors |= {
@@ -53,8 +66,8 @@ def published_like(component: str, dtype=np.float32) -> dict[str, np.ndarray]:
 
 
 def write_configs(folder: Path) -> None:
-    for name, part in CONFIG.to_json().items():
-        file = folder / sources._CONFIGS[name][1]
+    for name, (_, place) in sources._CONFIGS.items():
+        part, file = CONFIG.to_json()[name], folder / place
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(part))
     (folder / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
@@ -62,10 +75,10 @@ def write_configs(folder: Path) -> None:
     (folder / "tokenizer" / "tokenizer.json").write_text(small.tokenizer().to_str())
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
+@pytest.fixture(scope="session")
+def published(tmp_path_factory) -> Path:
     """A diffusers folder with the DiT in three shards."""
-    path = tmp_path / "published"
+    path = tmp_path_factory.mktemp("source") / "published"
     write_configs(path)
     for component, stem in STEMS.items():
         tensors = published_like(component)
@@ -84,10 +97,16 @@ def folder(tmp_path) -> Path:
     return path
 
 
+@pytest.fixture
+def folder(published, tmp_path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(published, tmp_path / "published")
+
+
 def run(
-    folder: Path | None, dst: Path, files=None, config=None, tokenizer=None, dtype="float32"
+    src: Path | None, dst: Path, files=None, config=None, tokenizer=None, dtype="float32"
 ) -> Checkpoint:
-    source = sources.open_source(folder, files or {}, config, tokenizer)
+    source = sources.open_source(src, files or {}, config, tokenizer)
     return Checkpoint(convert(source, dst, dtype, quiet=True))
 
 
@@ -96,9 +115,8 @@ def arrays_of(found: Checkpoint, component: str) -> dict[str, np.ndarray]:
 
 
 def assert_holds(found: Checkpoint, dtype=np.float32) -> None:
-    tensors = small.random_tensors(CONFIG)
     for component in components.COMPONENTS:
-        expected = named_arrays(small.our_model(component, CONFIG, tensors[component], dtype))
+        expected = expected_arrays(component, dtype)
         got = arrays_of(found, component)
         assert got.keys() == expected.keys()
         for path, array in got.items():
@@ -170,7 +188,7 @@ def test_sixteen_bit_sources(folder, tmp_path, dtype):
 def comfy_files(folder: Path, *, prefix: str = "", flux_vae: bool = True) -> dict[str, Path]:
     """The same weights under ComfyUI's names, made by the inverse of nothing but NumPy."""
     folder.mkdir()
-    tensors = small.random_tensors(CONFIG)
+    tensors = TENSORS
     renamed = {}
     for name, array in tensors["transformer"].items():
         if ".to_q." in name:
@@ -257,23 +275,62 @@ def test_diffusers_reads_the_comfy_names_the_same(tmp_path):
     back = single.convert_z_image_transformer_checkpoint_to_diffusers(
         load_file(files["transformer"])
     )
-    expected = small.random_tensors(CONFIG)["transformer"]
+    expected = TENSORS["transformer"]
     assert back.keys() == expected.keys()
     assert all(torch.equal(back[n], torch.from_numpy(a.copy())) for n, a in expected.items())
-    vae_names = {
-        n: torch.from_numpy(a.copy())
-        for n, a in flux_named(small.random_tensors(CONFIG)["vae"]).items()
-    }
+    vae_names = {n: torch.from_numpy(a.copy()) for n, a in flux_named(TENSORS["vae"]).items()}
     config = {"down_block_types": [0] * 4, "up_block_types": [0] * 4}
-    assert (
-        single.convert_ldm_vae_checkpoint(vae_names, config).keys()
-        == small.random_tensors(CONFIG)["vae"].keys()
-    )
+    assert single.convert_ldm_vae_checkpoint(vae_names, config).keys() == TENSORS["vae"].keys()
 
 
 def test_a_file_takes_the_place_of_a_component(folder, tmp_path):
     files = comfy_files(tmp_path / "comfy")
     assert_holds(run(folder, tmp_path / "out", {"vae": files["vae"]}))
+
+
+@pytest.mark.parametrize(
+    ("of_text", "of_vae"),
+    [
+        ("text_encoders.qwen3_4b.transformer.", "vae."),
+        ("text_encoders.qwen3_4b.transformer.", "first_stage_model."),
+    ],
+)
+def test_one_file_with_all_models(folder, tmp_path, of_text, of_vae):
+    files = comfy_files(tmp_path / "comfy", prefix="model.diffusion_model.")
+    tensors = load_file(files["transformer"])
+    tensors |= {of_text + n: a for n, a in load_file(files["text_encoder"]).items()}
+    tensors |= {of_vae + n: a for n, a in load_file(files["vae"]).items()}
+    single = tmp_path / "all.safetensors"
+    save_file(tensors, single)
+    assert_holds(run(single, tmp_path / "out", config=folder))
+    assert set(inspect(single)["components"]) == set(STEMS)
+    # without its VAE, the file says so, and takes another's
+    save_file({n: a for n, a in tensors.items() if not n.startswith(of_vae)}, single)
+    with pytest.raises(ForeignError, match="not Z-Image's vae"):
+        run(single, tmp_path / "more", config=folder)
+    assert_holds(run(single, tmp_path / "more", {"vae": files["vae"]}, config=folder))
+
+
+def test_the_bare_prefix_of_a_transformer(folder, tmp_path):
+    files = comfy_files(tmp_path / "comfy", prefix="diffusion_model.")
+    assert_holds(run(folder, tmp_path / "out", files))
+
+
+def test_the_base_model_brings_its_steps_and_guidance(folder, tmp_path):
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"shift": 6.0}')
+    found = run(folder, tmp_path / "out")
+    assert found.config.scheduler.shift == 6
+    assert found.config.defaults == DefaultsConfig(28, 4.0)
+    assert "28 steps, guidance 4" in inspect(found.path)["notes"]["defaults"]
+
+
+@pytest.mark.parametrize(("variant", "config"), [(None, TURBO), ("turbo", TURBO), ("base", BASE)])
+def test_single_files_are_of_a_variant(folder, tmp_path, variant, config):
+    files, tokenizer = comfy_files(tmp_path / "comfy"), folder / "tokenizer" / "tokenizer.json"
+    assert sources.open_source(None, files, None, tokenizer, variant).config == config
+    if variant:
+        with pytest.raises(UsageError, match="--variant is for single files"):
+            sources.open_source(None, files, folder, None, variant)
 
 
 def test_single_files_need_a_tokenizer_and_all_components(folder, tmp_path):
@@ -321,12 +378,13 @@ def test_every_fault_is_reported_at_once_and_nothing_is_written(folder, tmp_path
     with pytest.raises(ConversionError) as fault:
         run(folder, tmp_path / "out")
     message = str(fault.value)
-    assert "1 missing, 1 unknown, 1 duplicate, 1 misshapen, 1 unsupported dtype" in message
+    for count in ("1 missing", "1 unknown", "1 duplicate", "1 misshapen", "1 I32, not"):
+        assert count in message
     for words in (
         "vae: missing encoder.conv_in.bias [16]",
         "vae: unknown encoder.conv_extra.weight [2, 2]",
         "vae: misshapen decoder.conv_out.bias: expected [3], got [4]",
-        "unsupported dtype I32",
+        "vae: I32, not F32, BF16, F16: decoder.conv_in.bias",
         duplicate,
     ):
         assert words in message
@@ -387,6 +445,13 @@ def test_a_file_that_is_cut_or_lies_is_one_line(folder, tmp_path, spoil):
         (["model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"], "SDXL"),
         (["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"], "SDXL"),
         (["some.other.weight"], "some.other.weight"),
+        (["diffusion_model.layers.0.attention.to_q.lora_A.weight"], "a LoRA"),
+        (["lora_unet__layers_0_attention_to_q.lora_down.weight"], "a LoRA"),
+        (["control_layers.0.before_proj.weight"], "ControlNet"),
+        (["layers.0.attention.qkv.weight", "siglip_embedder.0.weight"], "Omni"),
+        (["layers.0.attention.to_q.weight", "dec_net.a.weight"], "pixel space"),
+        (["vae.decoder.up_blocks.0.a", "model.layers.0.self_attn.q_norm.weight"], "model.layers.0"),
+        (["\x1b[31m" + "x" * 5000], r"\\x1b\[31mx"),
     ],
 )
 def test_another_model_is_named(folder, tmp_path, names, model):
@@ -395,6 +460,58 @@ def test_another_model_is_named(folder, tmp_path, names, model):
     with pytest.raises(ForeignError, match=model) as fault:
         run(folder, tmp_path / "out", {"transformer": file})
     assert "not Z-Image's transformer" in str(fault.value)
+    assert str(fault.value).isprintable()
+    assert len(str(fault.value)) < 600
+
+
+def test_a_gguf_file_is_named(folder, tmp_path):
+    file = tmp_path / "z.gguf"
+    file.write_bytes(b"GGUF\3\0\0\0" + bytes(100))
+    with pytest.raises(ForeignError, match="a GGUF file"):
+        run(folder, tmp_path / "out", {"transformer": file})
+
+
+def rewrite(file: Path, change) -> None:
+    """Change a safetensors file's tensors as (dtype, shape, bytes), whatever NumPy lacks."""
+    data = file.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    tensors = {
+        n: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])]) for n, e in header.items()
+    }
+    tensors, header, body = change(tensors), {}, b""
+    for name, (dtype, shape, part) in tensors.items():
+        offsets = [len(body), len(body) + len(part)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        body += part
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def test_a_quantised_file_is_one_line_per_kind(folder, tmp_path):
+    """Of its hundred tensors three are named."""
+    files = comfy_files(tmp_path / "comfy")
+    rewrite(
+        files["transformer"],
+        lambda tensors: {
+            n: ("F8_E4M3", shape, part[: len(part) // 4]) for n, (_, shape, part) in tensors.items()
+        },
+    )
+    with pytest.raises(ConversionError, match=r"F8_E4M3, not F32, BF16, F16: .* more$") as fault:
+        run(folder, tmp_path / "out", files)
+    assert str(fault.value).count("\n") == 1
+
+
+def test_hostile_names_of_tensors_are_escaped_and_cut(folder, tmp_path):
+    def spoil(tensors):
+        tensors["\x1b[31m\n" + "x" * 100_000] = np.ones(2, np.float32)
+
+    edit(folder, spoil)
+    with pytest.raises(ConversionError, match="1 unknown") as fault:
+        run(folder, tmp_path / "out")
+    assert str(fault.value).count("\n") == 1
+    assert str(fault.value).replace("\n", "").isprintable()
+    assert len(str(fault.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -438,6 +555,84 @@ def test_an_incomplete_folder_is_one_line(folder, tmp_path, spoil, kind, words):
     assert "\n" not in str(fault.value)
 
 
+INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
+PLACES = (
+    "vae/config.json",
+    "scheduler/scheduler_config.json",
+    INDEX,
+    "vae/diffusion_pytorch_model.safetensors",
+    "tokenizer/tokenizer.json",
+)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_pipe_is_never_waited_for(folder, tmp_path, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ZImageError, match=f"{name}: expected a file, found a device, a pipe"):
+        run(folder, tmp_path / "out")
+
+
+def test_a_pipe_as_a_component_or_to_inspect_is_never_waited_for(folder, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for component in STEMS:
+        with pytest.raises(ConversionError, match="found a device, a pipe"):
+            run(folder, tmp_path / "out", {component: tmp_path / "pipe"})
+    with pytest.raises(ZImageError, match="found a device, a pipe"):
+        inspect(tmp_path / "pipe")
+    with pytest.raises(ZImageError, match="found a device, a pipe"):
+        run(tmp_path / "pipe", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_device_is_not_read(folder, tmp_path, name):
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(ZImageError, match="found a device"):
+        run(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "[]",
+            "5",
+            "null",
+            '"x"',
+            "[" * 100_000,
+            '{"a":' * 100_000,
+            "\x1b[31m",
+            '{"weight_map": {}}',
+        ),
+        *('{"weight_map": []}', '{"weight_map": {"a": 5}}', '{"weight_map": {"a": "\\ud800"}}'),
+        *(
+            '{"weight_map": {"a": "\\u0000"}}',
+            '{"weight_map": {"a": "a/b"}}',
+            '{"weight_map": {"a": ""}}',
+        ),
+        '{"weight_map": {"a": "' + "x" * 9999 + '"}}',
+    ],
+)
+def test_a_shard_index_that_is_none_is_one_line(folder, tmp_path, text):
+    (folder / INDEX).write_text(text)
+    with pytest.raises(ConversionError) as fault:
+        run(folder, tmp_path / "out")
+    assert str(fault.value).isprintable()
+    assert len(str(fault.value)) < 5000
+
+
+def test_a_name_that_no_file_can_have_is_one_line(folder, tmp_path):
+    long = tmp_path / ("x" * 300)
+    for attempt in (
+        lambda: run(long, tmp_path / "out"),
+        lambda: run(folder, tmp_path / "out", tokenizer=long),
+        lambda: inspect(long),
+    ):
+        with pytest.raises(ZImageError, match="File name too long"):
+            attempt()
+
+
 def test_a_pickle_is_not_opened(folder, tmp_path):
     (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(
         folder / "vae" / "diffusion_pytorch_model.bin"
@@ -474,6 +669,67 @@ def test_an_interrupted_conversion_goes_on(folder, tmp_path, monkeypatch, stop_a
     written.clear()
     assert_holds(run(folder, tmp_path / "out"))
     assert not first & set(written), "finished units are not written again"
+
+
+@pytest.mark.parametrize("inner", ["", "inner"])
+def test_a_source_in_the_folder_that_is_written_stays(folder, tmp_path, inner):
+    place = tmp_path / "m.partial"
+    shutil.copytree(folder, place / inner)
+    before = sorted(place.rglob("*"))
+    with pytest.raises(UsageError, match=r"the source lies in .*m\.partial"):
+        run(place / inner, tmp_path / "m")
+    with pytest.raises(UsageError, match=r"the source lies in .*m\.partial"):
+        run(
+            folder,
+            tmp_path / "m",
+            {"vae": place / inner / "vae" / "diffusion_pytorch_model.safetensors"},
+        )
+    assert sorted(place.rglob("*")) == before
+
+
+def test_damage_to_a_finished_unit_is_mended(folder, tmp_path, monkeypatch):
+    def stop(self, tokenizer, provenance):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, tmp_path / "out")
+    file = tmp_path / "out.partial" / "transformer" / "layers.3.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
+    assert_holds(run(folder, tmp_path / "out"))
+
+
+def test_two_conversions_give_the_same_bytes(folder, tmp_path):
+    a, b = (run(folder, tmp_path / name).path for name in "ab")
+    files = sorted(p.relative_to(a) for p in a.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(b) for p in b.rglob("*") if p.is_file())
+    for file in files:
+        assert (a / file).read_bytes() == (b / file).read_bytes()
+
+
+def test_an_interrupt_that_python_dropped_stops_the_conversion(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_interrupts", [2])
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", ["click", "numpy", "jaxlib", "orbax.checkpoint"])
+def test_an_interrupt_while_modules_load_is_one_line(module, tmp_path):
+    code = f"""
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["convert", "nothing", "out"]
+from checkpoints_convert.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def test_an_existing_result_is_kept(folder, tmp_path):

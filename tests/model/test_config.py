@@ -11,6 +11,7 @@ from zimage_jax.errors import ConfigError
 from zimage_jax.model.config import (
     PRESETS,
     TURBO,
+    DefaultsConfig,
     DiTConfig,
     ModelConfig,
     SigmasConfig,
@@ -174,6 +175,10 @@ def test_every_missing_key_is_named(kind):
             "rope_type = 'yarn'",
         ),
         (TextEncoderConfig, {"layer_types": ["sliding_attention"]}, "layer_types"),
+        (TextEncoderConfig, {"layer_types": 5}, "layer_types 5"),
+        (TextEncoderConfig, {"layer_types": True}, "layer_types True"),
+        (TextEncoderConfig, {"layer_types": [[1]]}, "layer_types [[1]]"),
+        (TextEncoderConfig, {"layer_types": [{}]}, "layer_types [{}]"),
         (TextEncoderConfig, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (TextEncoderConfig, {"num_hidden_layers": 1}, "at least 2"),
         (VAEConfig, {"use_quant_conv": True}, "use_quant_conv"),
@@ -181,6 +186,9 @@ def test_every_missing_key_is_named(kind):
         (VAEConfig, {"mid_block_add_attention": False}, "mid_block_add_attention"),
         (VAEConfig, {"up_block_types": ["AttnUpDecoderBlock2D"] * 4}, "up_block_types"),
         (VAEConfig, {"scaling_factor": 0}, "scaling_factor"),
+        (VAEConfig, {"block_out_channels": 5}, "block_out_channels must be a short list"),
+        (VAEConfig, {"block_out_channels": 1.5}, "block_out_channels must be a short list"),
+        (VAEConfig, {"block_out_channels": True}, "block_out_channels must be a short list"),
         (SigmasConfig, {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
         (SigmasConfig, {"use_karras_sigmas": True}, "use_karras_sigmas"),
         (SigmasConfig, {"shift": -1}, "shift must be positive"),
@@ -191,6 +199,28 @@ def test_what_would_change_arithmetic_is_refused(kind, change, words):
         kind.from_json(SAVED[kind] | change, "here.json")
     assert words in str(fault.value)
     assert str(fault.value).startswith("here.json")
+
+
+def test_strangers_text_is_escaped_and_cut():
+    """In keys and values, however many, long and deep they are."""
+    deep: list = []
+    for _ in range(500):
+        deep = [deep]
+    changes = {f"\x1b[31m{k}" + "x" * 100_000: "y\n" * 100_000 for k in range(100)}
+    for data in (changes, {"shift": "z\n" * 100_000}, {"shift": deep}):
+        with pytest.raises(ConfigError) as fault:
+            SigmasConfig.from_json(data)
+        assert str(fault.value).isprintable()
+        assert len(str(fault.value)) < 2000
+
+
+def test_defaults_follow_from_the_shift():
+    """The two published models have the same tensors and differ in this."""
+    assert DefaultsConfig.of(SigmasConfig(3.0)) == DefaultsConfig(8, 0.0)
+    assert DefaultsConfig.of(SigmasConfig(6.0)) == DefaultsConfig(28, 4.0)
+    for wrong in ({"steps": 0}, {"steps": 1001}, {"guidance": -1}, {"guidance": 101}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            DefaultsConfig.from_json({"steps": 8, "guidance": 0.0} | wrong)
 
 
 @pytest.mark.parametrize("name", PRESETS)

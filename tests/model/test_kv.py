@@ -73,7 +73,7 @@ def test_words_that_are_wrong(words, message):
 )
 def test_words_come_back(dtype, group, reuse):
     policy = KVPolicy.parse(dtype, 400.0, group, reuse)
-    assert KVPolicy.parse(**json.loads(json.dumps(policy.words()))) == policy
+    assert KVPolicy.parse(**json.loads(json.dumps(policy.to_json()))) == policy
 
 
 @given(st.integers(1, 20), st.integers(1, 6))

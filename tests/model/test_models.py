@@ -1,6 +1,7 @@
 """Every model against the PyTorch class, on odd small configurations: from goldens always, live
 where torch is."""
 
+import dataclasses
 from functools import cache
 
 import jax
@@ -133,6 +134,14 @@ def test_positions():
     assert image[1, 5].tolist() == [65, 1, 0]
     assert image[0, 15:].max() == 0  # pad tokens sit at the origin
     assert dit.caption_positions(1, 64)[0, :3].tolist() == [[1, 0, 0], [2, 0, 0], [3, 0, 0]]
+
+
+def test_the_padded_caption_and_not_its_bucket_must_fit():
+    """208 tokens are padded to 224; the bucket of 256 behind that is masked."""
+    config = dataclasses.replace(CONFIGS["plain"].transformer, axes_lens=(256, 64, 64))
+    assert dit.sides(config, 4, 4, np.array([208]), 256).caption.cos.shape[1] == 256
+    with pytest.raises(ConfigError, match="position 257 on axis 0"):
+        dit.sides(config, 4, 4, np.array([225]), 256)
 
 
 def test_a_position_beyond_the_model_is_refused():

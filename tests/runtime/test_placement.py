@@ -50,3 +50,23 @@ def test_a_device_of_its_own_memory_says_what_is_free(in_use, free, monkeypatch)
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda: stats)])
     assert device.free_device_bytes() == free * mib
     assert device.allocator_peak() == 950 * mib
+
+
+@pytest.mark.parametrize(
+    ("kernel", "is_wsl"),
+    [
+        ("Linux version 6.6.87.2-microsoft-standard-WSL2 (root@x) #1 SMP", True),
+        ("Linux version 6.8.0-45-generic (buildd@x) #45-Ubuntu SMP", False),
+        (None, False),
+    ],
+)
+def test_pinned_memory_that_runs_out_names_the_limit_of_wsl(kernel, is_wsl, tmp_path, monkeypatch):
+    path = tmp_path / "version"
+    if kernel is not None:
+        path.write_text(kernel)
+    monkeypatch.setattr(device, "_KERNEL", path)
+    fault = device.out_of_pinned_memory(3 * 2**29)
+    assert str(fault).startswith("the host could not pin 1.50 GiB of memory for parameters")
+    assert ("WSL2" in str(fault)) == ("--host-memory" in str(fault)) == is_wsl
+    assert (".wslconfig" in device.pinned_limit_hint()) == is_wsl
+    assert "\n" not in str(fault)

@@ -12,7 +12,7 @@ from tests import small
 from tests.model.test_models import relative
 from zimage_jax import Memory, ZImage, ZImageWarning
 from zimage_jax.errors import DamagedError, OutOfMemoryError, UsageError
-from zimage_jax.planning import cards
+from zimage_jax.planning import cards, stored
 from zimage_jax.runtime.ledger import Ledger
 from zimage_jax.runtime.staging import BEYOND, Program, Source, is_exhausted
 from zimage_jax.weights.checkpoint import Checkpoint
@@ -282,10 +282,10 @@ def test_a_known_card_advises_without_its_compiler(load, monkeypatch):
     budget = pipe.generate("a", **JOB).report["predicted_peak_bytes"] + 1000
     monkeypatch.setattr(cards, "of_device", lambda kind: cards.CARDS["rtx-4090"])
     monkeypatch.setattr(
-        cards, "has_published_widths", lambda config: True
+        stored, "has_published_widths", lambda config: True
     )  # and figures of the full model's size
     monkeypatch.setattr(
-        cards.StoredCosts, "context", lambda self, work, *_: asked.append(work.h) or 2**40
+        stored.StoredCosts, "context", lambda self, work, *_: asked.append(work.h) or 2**40
     )
     with pytest.raises(OutOfMemoryError, match="no smaller picture fits"):
         pipe.generate(

@@ -137,9 +137,10 @@ def attention(
             key_value_seq_lengths=lengths,
             implementation="cudnn",
         )
-    chunk = attend.queries_at_once(*q.shape[:2], k.shape[1], q.shape[2])
+    batch, queries, heads, _ = q.shape
+    chunk = attend.queries_at_once(batch, queries, k.shape[1], heads)
     if causal:
-        chunk = attend.query_chunk or q.shape[1]
+        chunk = attend.query_chunk or queries
     return in_chunks(q, k, v, lengths=lengths, bias=bias, causal=causal, chunk=chunk)
 
 

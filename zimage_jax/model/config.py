@@ -6,13 +6,16 @@ nothing). Any other key is an error: a model that was trained with something thi
 not run silently without it."""
 
 import dataclasses
+import reprlib
 import typing
 from dataclasses import dataclass, replace
 
 from ..errors import ConfigError
+from ..files import printable
 
 # Larger numbers cannot be a Z-Image and would let a hostile config exhaust memory.
 _LARGEST, _MOST_LAYERS = 1 << 20, 512
+_MOST_FAULTS = 8  # named in one message
 
 
 def _read(cls, data, where: str, inert=(), neutral=None):
@@ -30,9 +33,13 @@ def _read(cls, data, where: str, inert=(), neutral=None):
                 faults.append(f"{key} {fault}")
         elif neutral and key in neutral:
             if value not in neutral[key]:
-                faults.append(f"{key} = {value!r} is not supported (only {neutral[key][0]!r})")
+                faults.append(
+                    f"{key} = {_shown(value)} is not supported (only {neutral[key][0]!r})"
+                )
         elif key not in inert and not key.startswith("_"):
-            faults.append(f"unknown key {key!r} = {value!r}")
+            faults.append(f"unknown key {_shown(key)} = {_shown(value)}")
+    if len(faults) > _MOST_FAULTS:
+        faults[_MOST_FAULTS:] = [f"and {len(faults) - _MOST_FAULTS} more"]
     faults += [f"key {name!r} is missing" for name in hints if name not in data]
     if faults:
         raise ConfigError(f"{where}: {'; '.join(faults)}")
@@ -40,6 +47,10 @@ def _read(cls, data, where: str, inert=(), neutral=None):
         return cls(**values)
     except ConfigError as fault:
         raise ConfigError(f"{where}: {fault}") from None
+
+
+def _shown(value) -> str:
+    return printable(reprlib.repr(value), 60)  # which goes no deeper than six levels
 
 
 def _coerce(value, hint):
@@ -64,7 +75,9 @@ def _coerce(value, hint):
     ):
         return tuple(_coerce(v, int) for v in value)
     names = {int: f"a whole number from 1 to {_LARGEST}", float: "a number"}
-    raise ValueError(f"must be {names.get(hint, 'a short list of whole numbers')}, got {value!r}")
+    raise ValueError(
+        f"must be {names.get(hint, 'a short list of whole numbers')}, got {_shown(value)}"
+    )
 
 
 def _require(condition: bool, message: str) -> None:
@@ -208,8 +221,8 @@ class TextEncoderConfig:
                 data |= rope
             layers = data.pop("layer_types", None) or ["full_attention"]
             _require(
-                set(layers) == {"full_attention"},
-                f"{where}: layer_types {layers} must all be 'full_attention'",
+                isinstance(layers, list) and all(layer == "full_attention" for layer in layers),
+                f"{where}: layer_types {_shown(layers)} must all be 'full_attention'",
             )
             _require(
                 data.get("partial_rotary_factor", 1.0) == 1.0,
@@ -257,7 +270,8 @@ class VAEConfig:
 
     @classmethod
     def from_json(cls, data, where: str = "vae/config.json") -> "VAEConfig":
-        levels = len(data.get("block_out_channels") or []) if isinstance(data, dict) else 0
+        channels = data.get("block_out_channels") if isinstance(data, dict) else None
+        levels = len(channels) if isinstance(channels, list | tuple) else 0
         neutral = {
             "act_fn": ["silu"],
             "down_block_types": [["DownEncoderBlock2D"] * levels],
@@ -274,12 +288,15 @@ class VAEConfig:
         return dataclasses.asdict(self)
 
 
+TURBO_SHIFT, BASE_SHIFT = 3.0, 6.0
+
+
 @dataclass(frozen=True)
 class SigmasConfig:
     """What of the published scheduler config (`FlowMatchEulerDiscreteScheduler`) the sampler
     uses."""
 
-    shift: float = 3.0
+    shift: float = TURBO_SHIFT
 
     def __post_init__(self):
         _require(self.shift > 0, f"shift must be positive, got {self.shift}")
@@ -310,6 +327,30 @@ class SigmasConfig:
 
 
 @dataclass(frozen=True)
+class DefaultsConfig:
+    """How many NFEs and how much guidance a model is made for; what counts where a job names none."""
+
+    steps: int = 8
+    guidance: float = 0.0
+
+    def __post_init__(self):
+        _require(self.steps <= 1000, f"steps must be at most 1000, got {self.steps}")
+        _require(0 <= self.guidance <= 100, f"guidance must be from 0 to 100, got {self.guidance}")
+
+    @classmethod
+    def of(cls, sigmas: SigmasConfig) -> "DefaultsConfig":
+        """By the shift, the one thing in which the published models differ: Turbo's is 3, the base model's 6."""
+        return cls() if sigmas.shift == TURBO_SHIFT else cls(28, 4.0)
+
+    @classmethod
+    def from_json(cls, data, where: str = "defaults") -> "DefaultsConfig":
+        return _read(cls, data, where)
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole Z-Image: what one checkpoint holds."""
 
@@ -317,6 +358,7 @@ class ModelConfig:
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     vae: VAEConfig = VAEConfig()
     scheduler: SigmasConfig = SigmasConfig()
+    defaults: DefaultsConfig = DefaultsConfig()
 
     def __post_init__(self):
         _require(
@@ -337,23 +379,27 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: dict, where: str = "config") -> "ModelConfig":
-        """`data` has one object per component, as `to_json` writes it."""
+        """`data` has one object per component, as `to_json` writes it; checkpoints of version 1 have no defaults."""
         parts = typing.get_type_hints(cls)
         _require(
-            isinstance(data, dict) and set(data) == set(parts),
+            isinstance(data, dict) and parts.keys() - {"defaults"} <= data.keys() <= parts.keys(),
             f"{where}: expected the keys {sorted(parts)}",
         )
-        return cls(
-            **{name: part.from_json(data[name], f"{where}, {name}") for name, part in parts.items()}
-        )
+        read = {
+            name: parts[name].from_json(part, f"{where}, {name}") for name, part in data.items()
+        }
+        return cls(**{"defaults": DefaultsConfig.of(read["scheduler"])} | read)
 
     def to_json(self) -> dict:
         return {f.name: getattr(self, f.name).to_json() for f in dataclasses.fields(self)}
 
 
 TURBO = ModelConfig()
+_BASE = SigmasConfig(BASE_SHIFT)
+BASE = replace(TURBO, scheduler=_BASE, defaults=DefaultsConfig.of(_BASE))
 PRESETS = {
     "turbo": TURBO,
+    "base": BASE,
     # 24 blocks: four chunks of six
     "turbo-24": replace(TURBO, transformer=replace(TURBO.transformer, n_layers=24)),
 }

@@ -216,8 +216,8 @@ def sides(config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], buck
     """
     caption, image = caption_positions(len(lengths), bucket), image_positions(h, w, lengths)
     for axis, limit in enumerate(config.axes_lens):
-        last = max(caption[..., axis].max(), image[..., axis].max())
-        if last >= limit:
+        # the image comes one past the padded caption; what the bucket has behind that is masked
+        if (last := image[..., axis].max()) >= limit:
             raise ConfigError(
                 f"position {last:.0f} on axis {axis} is beyond the {limit} this model was made for"
             )
@@ -299,7 +299,7 @@ def velocity(
     return ops.unpatchify(x, h, w).astype(jnp.float32)
 
 
-def run(
+def apply_blocks(
     blocks, x: Float[Array, "B T D"], side: Side, attend: Attend, hold: Hold | None = None
 ) -> Float[Array, "B T D"]:
     """A run of consecutive blocks, as one chunk holds them. K and V whole and in x's dtype, unless
@@ -309,7 +309,7 @@ def run(
     return x
 
 
-def run_cached(
+def apply_blocks_cached(
     blocks,
     carry: tuple[Float[Array, "B T D"], tuple[KV, ...]],
     side: Side,
@@ -337,7 +337,9 @@ def context(
     attend: Attend = Attend(),
 ) -> Float[Array, "B L D"]:
     """Text features to the refined context; once per prompt, for it does not depend on time."""
-    return run(dit.context_refiner, embed_caption(dit.stem, features, lengths), side, attend)
+    return apply_blocks(
+        dit.context_refiner, embed_caption(dit.stem, features, lengths), side, attend
+    )
 
 
 def denoise(
@@ -350,6 +352,6 @@ def denoise(
 ) -> Float[Array, "B h w C"]:
     """One NFE: the velocity of `latents`, float32, computed in the dtype of `context`."""
     x = embed_image(dit.stem, latents, context.dtype)
-    x = run(dit.noise_refiner, x, sides.image._replace(time=time), attend)
-    x = run(dit.layers, join(x, context), sides.joint._replace(time=time), attend)
+    x = apply_blocks(dit.noise_refiner, x, sides.image._replace(time=time), attend)
+    x = apply_blocks(dit.layers, join(x, context), sides.joint._replace(time=time), attend)
     return velocity(dit.stem, x, time, *latents.shape[1:3])

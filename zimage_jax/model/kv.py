@@ -150,7 +150,7 @@ class KVPolicy:
         found = Phase(early, before, self.reuse), Phase(late, len(times) - before, self.reuse)
         return tuple(phase for phase in found if phase.steps)
 
-    def words(self) -> dict[str, str | float | int | None]:
+    def to_json(self) -> dict[str, str | float | int | None]:
         """What `parse` takes."""
         dtype = _join(self.dtype) if self.dtype else None
         return {

@@ -13,10 +13,10 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 
 from ..errors import CheckpointError
+from ..files import LARGEST_JSON, printable, read_regular
 
 MAX_TOKENS = 512
 _LONGEST_TOKEN = 128  # characters, of Qwen's vocabulary: a run of spaces
-_LARGEST_FILE = 64 << 20  # Qwen's tokenizer.json has 11 MB
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,18 @@ class Prompts:
     def load(cls, path: Path) -> "Prompts":
         """From a tokenizer.json. Raises CheckpointError when it is missing, too large or not a
         tokenizer."""
+        return cls.parse(read_regular(path, LARGEST_JSON, CheckpointError), str(path))
+
+    @classmethod
+    def parse(cls, data: bytes, where: str = "tokenizer.json") -> "Prompts":
+        """From the bytes of a tokenizer.json. Raises CheckpointError when they are none."""
         try:
-            if path.stat().st_size > _LARGEST_FILE:
-                raise CheckpointError(
-                    f"{path}: {path.stat().st_size} bytes is too large for a tokenizer"
-                )
-            return cls(Tokenizer.from_buffer(path.read_bytes()), str(path))
-        except OSError as fault:
-            raise CheckpointError(
-                f"{path}: the tokenizer cannot be read ({fault.strerror})"
-            ) from None
+            return cls(Tokenizer.from_buffer(data), where)
         except CheckpointError:
             raise
         except Exception as fault:  # the library raises plain Exception
             raise CheckpointError(
-                f"{path}: not a tokenizer.json of the tokenizers library ({fault})"
+                f"{where}: not a tokenizer.json of the tokenizers library ({printable(fault)})"
             ) from None
 
     @property

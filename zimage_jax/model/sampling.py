@@ -17,7 +17,6 @@ from . import dit, kv
 from .attention import Attend
 from .kv import KV, Phase
 
-
 # -- noise levels ----------------------------------------------------------------------------------
 
 
@@ -95,7 +94,7 @@ def euler(
 # -- the sampler -----------------------------------------------------------------------------------
 
 
-def enter(
+def before_blocks(
     stem: dit.Stem, latents: Float[Array, "B h w C"], t: Float[Array, ""], *, is_guided: bool, dtype
 ) -> tuple[Float[Array, "G I D"], Float[Array, "G A"]]:
     """What an NFE does before the blocks: image tokens and time of each context."""
@@ -104,7 +103,7 @@ def enter(
     return dit.embed_image(stem, batch, dtype), time
 
 
-def leave(
+def after_blocks(
     stem: dit.Stem,
     x: Float[Array, "G T D"],
     time: Float[Array, "G A"],
@@ -147,11 +146,13 @@ def sample(
         def step(carry, now, phase=phase, of_phase=of_phase):
             latents, cache = carry
             index, reuses, sigma, sigma_next, t = now
-            x, time = enter(model.stem, latents, t, is_guided=is_guided, dtype=context.dtype)
-            x = dit.run(model.noise_refiner, x, sides.image._replace(time=time), attend)
+            x, time = before_blocks(
+                model.stem, latents, t, is_guided=is_guided, dtype=context.dtype
+            )
+            x = dit.apply_blocks(model.noise_refiner, x, sides.image._replace(time=time), attend)
             x, side = dit.join(x, context), sides.joint._replace(time=time, keys=of_phase)
             x, cache = _main_blocks(model.layers, (x, cache), side, attend, phase.hold, reuses)
-            latents = leave(
+            latents = after_blocks(
                 model.stem, x, time, latents, sigma, sigma_next, guidance, is_guided=is_guided
             )
             if on_step is not None:
@@ -179,9 +180,11 @@ def _main_blocks(blocks, carry, side: dit.Side, attend: Attend, hold: kv.Hold, r
     only one runs."""
     x, cache = carry
     if cache is None:
-        return dit.run(blocks, x, side, attend, hold), None
+        return dit.apply_blocks(blocks, x, side, attend, hold), None
     make, take = (
-        lambda carry, reuses=reuses: dit.run_cached(blocks, carry, side, attend, hold, reuses)
+        lambda carry, reuses=reuses: dit.apply_blocks_cached(
+            blocks, carry, side, attend, hold, reuses
+        )
         for reuses in (False, True)
     )
     return lax.cond(reuses, take, make, carry)

@@ -92,7 +92,9 @@ def embed(
     return table[ids]
 
 
-def run(blocks, x: Float[Array, "B T D"], attend: Attend = Attend()) -> Float[Array, "B T D"]:
+def apply_blocks(
+    blocks, x: Float[Array, "B T D"], attend: Attend = Attend()
+) -> Float[Array, "B T D"]:
     """A run of consecutive blocks, as one chunk holds them."""
     for block in blocks:
         x = block(x, attend)

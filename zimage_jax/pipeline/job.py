@@ -168,13 +168,14 @@ class Job:
         negative_prompt: object = "",
         width: object = None,
         height: object = None,
-        steps: object = 8,
-        guidance: object = 0.0,
+        steps: object = None,
+        guidance: object = None,
         noise: object = "torch",
         kv: object = None,
         attention: object = "auto",
     ) -> "Job":
-        """What a user asks for, each value checked for its type and its bounds. Raises UsageError."""
+        """What a user asks for, each value checked for its type and its bounds; None is the model's own. Raises
+        UsageError."""
         prompts = _several("prompt", prompt, str)
         seeds = _several("seed", seed, int)
         count = max(len(prompts), len(seeds))
@@ -182,15 +183,17 @@ class Job:
             raise UsageError(
                 f"{len(prompts)} prompts and {len(seeds)} seeds: expected as many of one as of the other, or one"
             )
-        side = config.vae.sample_size
+        side, defaults = config.vae.sample_size, config.defaults
         job = cls(
             prompts=tuple(_prompt(text) for text in (prompts * count)[:count]),
             seeds=tuple(_seed(number) for number in (seeds * count)[:count]),
             negative_prompt=checks.text("negative_prompt", negative_prompt),
             width=side if width is None else checks.whole("width", width),
             height=side if height is None else checks.whole("height", height),
-            steps=checks.whole("steps", steps, 1, 1000),
-            guidance=checks.real("guidance", guidance, 0, 100),
+            steps=defaults.steps if steps is None else checks.whole("steps", steps, 1, 1000),
+            guidance=defaults.guidance
+            if guidance is None
+            else checks.real("guidance", guidance, 0, 100),
             noise=checks.one_of("noise", noise, tuple(sampling.NOISE)),
             kv=KVPolicy() if kv is None else checks.instance("kv", kv, KVPolicy),
             attention=checks.one_of("attention", attention, CHOICES),

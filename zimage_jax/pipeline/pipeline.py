@@ -28,7 +28,6 @@ from ..errors import NonFiniteError, OutOfMemoryError, UsageError
 from ..files import printable
 from ..model import prompt as prompts_of
 from ..model import sampling
-from ..model.config import ModelConfig
 from ..model.kv import KVPolicy
 from ..planning import cards
 from ..planning.plan import Memory, Plan, Sizes
@@ -37,8 +36,7 @@ from ..planning.seconds import seconds
 from ..planning.stored import StoredCosts, has_published_widths
 from ..planning.work import Work
 from ..runtime.ledger import Ledger
-from ..runtime.placement import Placement
-from ..runtime.program import is_exhausted
+from ..runtime.placement import Placement, is_exhausted
 from ..runtime.programs import CompiledCosts, Programs
 from ..runtime.store import ParameterStore
 from ..units import COMPUTE, size
@@ -99,7 +97,11 @@ class ZImage:
         checkpoint, placement = Checkpoint(TINY if path is None else path), Placement.on(device)
         dtype = dtype or reports.default_dtype(placement)
         return cls(
-            checkpoint, prompts_of.Prompts.load(checkpoint.tokenizer), dtype, memory, placement
+            checkpoint,
+            prompts_of.Prompts.load(checkpoint.tokenizer),
+            dtype,
+            memory,
+            placement,
         )
 
     def __repr__(self) -> str:
@@ -112,7 +114,9 @@ class ZImage:
             number = self._checkpoint.parameters(component)
             return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.3g} M"
 
-        held = ", ".join(f"{component.replace('_', ' ')} {count(component)}" for component in COMPONENTS)
+        held = ", ".join(
+            f"{component.replace('_', ' ')} {count(component)}" for component in COMPONENTS
+        )
         return f"{held}; computing in {self.dtype} on {self._placement.device.device_kind}"
 
     # -- the job ------------------------------------------------------------------------------------------------------
@@ -125,8 +129,8 @@ class ZImage:
         negative_prompt: str = "",
         width: int | None = None,
         height: int | None = None,
-        steps: int = 8,
-        guidance: float = 0.0,
+        steps: int | None = None,
+        guidance: float | None = None,
         noise: str = "torch",
         kv: KVPolicy | None = None,
         attention: str = "auto",
@@ -136,7 +140,7 @@ class ZImage:
     ) -> Result:
         """Pictures of one size, one per prompt or per seed (one of either serves all of the other).
 
-        `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; ComfyUI's cfg minus one). `kv`
+        `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; ComfyUI's cfg minus one); None takes the checkpoint's own. `kv`
         says how the DiT holds K and V, which changes the picture: precision, groups, reuse. `attention` is the kernel
         (model.attention.Attend says which there are), which changes its last bits. `memory` takes the place of what the
         model was loaded with, for this job. `on_plan` gets the plan and the budget in bytes before anything runs, and
@@ -173,7 +177,10 @@ class ZImage:
     ) -> Result:
         encoded = self._tokens(job.texts, said)
         work = self._work(job, encoded)
-        budget, ahead = memory.max_vram_bytes or self._store.free_device_bytes(), self._placement.runs_ahead
+        budget, ahead = (
+            memory.max_vram_bytes or self._store.free_device_bytes(),
+            self._placement.runs_ahead,
+        )
         while True:
             plan = self._plan(work, memory, budget)
             if on_plan is not None:
@@ -193,7 +200,14 @@ class ZImage:
             _warn(said, f"out of device memory with a plan of {size(plan.peak_bytes)}; {then}")
 
     def _attempt(
-        self, job: Job, encoded: dict, work: Work, plan: Plan, memory: Memory, ledger: Ledger, on_step
+        self,
+        job: Job,
+        encoded: dict,
+        work: Work,
+        plan: Plan,
+        memory: Memory,
+        ledger: Ledger,
+        on_step,
     ) -> Attempt:
         sigmas = sampling.sigmas(job.steps, self.config.scheduler.shift)
 
@@ -204,7 +218,9 @@ class ZImage:
                     "damaged or the dtype is too narrow (--dtype float32)"
                 )
             if on_step is not None:
-                step = Step(index, job.steps, float(1000 * sigmas[index]), latents, self._preview.pixels)
+                step = Step(
+                    index, job.steps, float(1000 * sigmas[index]), latents, self._preview.pixels
+                )
                 with self._turn.of_callback():
                     on_step(step)
 
@@ -239,20 +255,28 @@ class ZImage:
             attempt.loan.release()
         return attempt.results[stage.name]
 
-    def encode(self, texts: Sequence[str], memory: Memory | None = None) -> list[Float[np.ndarray, "T E"]]:
+    def encode(
+        self, texts: Sequence[str], memory: Memory | None = None
+    ) -> list[Float[np.ndarray, "T E"]]:
         """Text features of each text, without padding: Qwen3's hidden_states[-2]. Raises as `generate` does."""
         with self._turn.of_job():
             said: list[str] = []
-            job = self._job(said, texts, seed=0)
+            job = self._job(said, texts, seed=0, steps=1, guidance=0.0)
             memory, encoded = self._memory(memory), self._tokens(job.texts, said)
             work = self._work(job, encoded)
-            plan = self._plan(work, memory, memory.max_vram_bytes or self._store.free_device_bytes())
-            attempt = self._attempt(job, encoded, work, plan, memory, Ledger(self._placement.runs_ahead), None)
+            plan = self._plan(
+                work, memory, memory.max_vram_bytes or self._store.free_device_bytes()
+            )
+            attempt = self._attempt(
+                job, encoded, work, plan, memory, Ledger(self._placement.runs_ahead), None
+            )
             try:
-                features = self._run(next(stage for stage in STAGES if stage.name == "text"), attempt)
+                features = self._run(
+                    next(stage for stage in STAGES if stage.name == "text"), attempt
+                )
             finally:
                 attempt.loan.release()
-            return [features[text] for text in texts]
+            return [features[text] for text in job.prompts]
 
     # -- before it ----------------------------------------------------------------------------------------------------
 
@@ -270,7 +294,10 @@ class ZImage:
         encoded = {text: self._prompts.encode(text) for text in texts}
         for e in encoded.values():
             if e.cut:
-                _warn(said, f"the prompt is longer than {prompts_of.MAX_TOKENS} tokens; cut off: {printable(e.cut)!r}")
+                _warn(
+                    said,
+                    f"the prompt is longer than {prompts_of.MAX_TOKENS} tokens; cut off: {printable(e.cut)!r}",
+                )
         return encoded
 
     def _work(self, job: Job, encoded: dict[str, prompts_of.Encoded]) -> Work:
@@ -294,7 +321,11 @@ class ZImage:
             return replace(plan, seconds_by_stage=self._seconds(plan, work, memory))
         except OutOfMemoryError as fault:
             side = self._largest_side(work, memory, budget)
-            advice = f"the largest square picture that fits is {side} x {side}" if side else "no smaller picture fits"
+            advice = (
+                f"the largest square picture that fits is {side} x {side}"
+                if side
+                else "no smaller picture fits"
+            )
             raise OutOfMemoryError(f"{fault}; raise --max-vram; {advice}", fault.needed) from None
 
     def _seconds(self, plan: Plan, work: Work, memory: Memory) -> dict[str, float] | None:
@@ -329,7 +360,11 @@ class ZImage:
         job, latents = attempt.job, attempt.results["denoise"]
         common = reports.metadata(attempt, self.name)
         each = [
-            {"prompt": text, "seed": seed, "latents_sha256": hashlib.sha256(row.tobytes()).hexdigest()}
+            {
+                "prompt": text,
+                "seed": seed,
+                "latents_sha256": hashlib.sha256(row.tobytes()).hexdigest(),
+            }
             for text, seed, row in zip(job.prompts, job.seeds, latents, strict=True)
         ]
         pictures = [

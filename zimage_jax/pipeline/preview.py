@@ -10,9 +10,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from ..model import vae
-from ..runtime.placement import Placement
+from ..runtime.placement import DEVICE, Placement
 from ..runtime.reader import read_units
-from ..runtime.placement import DEVICE
 from ..weights.checkpoint import Checkpoint
 from . import picture
 

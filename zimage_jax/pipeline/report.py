@@ -2,54 +2,11 @@
 
 import importlib.metadata
 import platform
-from typing import Any, TypedDict
+from typing import Any, cast
 
 from ..runtime.placement import Placement
 from .attempt import Attempt
-
-
-class Report(TypedDict):
-    """The report of a batch. `prompt`, `seed` and `latents_sha256` are lists when there are several pictures.
-
-    Bytes are of device memory unless the key says otherwise; seconds are by the clock.
-    """
-
-    prompt: str | list[str]
-    seed: int | list[int]
-    latents_sha256: str | list[str]
-    width: int
-    height: int
-    steps: int  # NFEs
-    guidance: float
-    negative_prompt: str
-    noise: str
-    kv: dict[str, Any]  # what KVPolicy.parse takes
-    dtype: str  # computed in
-    model: str
-    versions: dict[str, str]
-    schedule: str
-    chunks: int  # of the main blocks
-    resident_chunks: int
-    attention: str  # how the main blocks' attention was computed
-    device: str
-    seconds: dict[str, float]  # by stage, and total; load and compile are parts of the others
-    compilations: int
-    warnings: list[str]
-    predicted_seconds: float | None
-    predicted_peak_bytes: int
-    predicted_peak_bytes_by_stage: dict[str, int]
-    peak_device_bytes: int
-    peak_device_bytes_from: str  # "allocator", or "ledger" where the device keeps no count
-    ledger_peak_bytes: int
-    allocator_peak_bytes: int | None
-    peak_device_bytes_by_stage: dict[str, int]  # the ledger's
-    copied_bytes: int  # from host to device
-    copied_bytes_by_stage: dict[str, int]
-    copied_bytes_saved_by_reuse: int
-    kv_bytes: int  # the most K and V held at once
-    kv_bytes_without_policy: int
-    kv_bytes_of_a_block_by_nfe: list[int]
-    host_bytes: int  # of parameters kept in host memory between jobs
+from .job import Report
 
 
 def metadata(attempt: Attempt, model: str) -> dict[str, Any]:
@@ -73,7 +30,11 @@ def metadata(attempt: Attempt, model: str) -> dict[str, Any]:
 
 
 def report(
-    attempt: Attempt, common: dict[str, Any], each: list[dict[str, Any]], warnings: list[str], host_bytes: int
+    attempt: Attempt,
+    common: dict[str, Any],
+    each: list[dict[str, Any]],
+    warnings: list[str],
+    host_bytes: int,
 ) -> Report:
     """`common` to all pictures, and `each` picture's own prompt, seed and checksum."""
     plan, ledger, work, programs = attempt.plan, attempt.ledger, attempt.work, attempt.programs
@@ -82,7 +43,7 @@ def report(
     load = sum(event.end - event.begin for event in ledger.events if event.lane == "tier")
     seconds = {**ledger.seconds, "load": load, "compile": programs.compile_seconds}
     measured = placement.allocator_peak()
-    return {  # type: ignore[typeddict-item]
+    told = {
         **{key: each[0][key] if len(each) == 1 else [own[key] for own in each] for key in each[0]},
         **common,
         "schedule": plan.schedule,
@@ -109,6 +70,7 @@ def report(
         "kv_bytes_of_a_block_by_nfe": work.kv_bytes_by_nfe(config),
         "host_bytes": host_bytes,
     }
+    return cast(Report, told)
 
 
 def default_dtype(placement: Placement) -> str:
@@ -123,4 +85,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # a checkout on the path
             return "not installed"
 
-    return {name: of(name) for name in ("zimage_jax", "jax", "jaxlib", "flax")} | {"python": platform.python_version()}
+    return {name: of(name) for name in ("zimage_jax", "jax", "jaxlib", "flax")} | {
+        "python": platform.python_version()
+    }

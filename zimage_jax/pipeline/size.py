@@ -31,7 +31,11 @@ def check_size(config: ModelConfig, width: int, height: int) -> None:
     for name, value in (("width", width), ("height", height)):
         if value < multiple or value % multiple:
             near = max(multiple, round(value / multiple) * multiple)
-            raise UsageError(f"{name} must be a multiple of {multiple}, got {value} (the nearest is {near})")
+            raise UsageError(
+                f"{name} must be a multiple of {multiple}, got {value} (the nearest is {near})"
+            )
     most_high, most_wide = (n * multiple for n in config.transformer.axes_lens[1:])
     if height > most_high or width > most_wide:
-        raise UsageError(f"this model draws at most {most_wide} x {most_high} pixels, got {width} x {height}")
+        raise UsageError(
+            f"this model draws at most {most_wide} x {most_high} pixels, got {width} x {height}"
+        )

@@ -1,48 +1,45 @@
-"""Cards by name: what each holds, how fast it is, and what our programs take of it beside their
-arguments.
+"""Cards by name, each by its public data sheet, and cards that were measured: what each holds, how
+fast it is, and what CUDA itself takes of it.
 
-The bytes are the compiler's own, stored: scripts/measure/temporaries.py compiles the very programs
-for each capability."""
+Sources of the table: NVIDIA's data sheets, architecture white papers and comparison pages of
+laptops. A laptop's clock follows the power its maker allows: taken is the middle of the published
+range. PCIe lanes are those of the chip; a maker may wire fewer."""
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
+from typing import Any
 
 from ..errors import UsageError
-from ..model.config import TURBO, ModelConfig
-from ..model.kv import UNUSED_WHEN_REUSED, Nfe
-from ..model.vae_strips import layer_costs
-from ..units import DTYPES, tree_bytes
-from ..weights import components
-from ..weights.formats import Storage
-from .planner import GIB, Plan, StreamPlan, Visit, Work
-from .schedule import Free, Load, Pin, Run, steps
-
-TEMPORARIES = Path(__file__).parent.parent / "assets" / "temporaries.json"
+from ..units import GIB
+from .seconds import Rates
 
 # Assumed, not measured: large bf16 matrix products reach 60 % of the data sheet's dense tensor
 # FLOP/s, copies from pinned memory 80 % of the link's; and JAX gives a process three quarters of
 # the memory (XLA_CLIENT_MEM_FRACTION)
 ACHIEVED_FLOPS, ACHIEVED_LINK, ALLOWED = 0.6, 0.8, 0.75
 ASSUMED = f"assumed, not measured: {ACHIEVED_FLOPS:.0%} of the data sheet's FLOP/s, {ACHIEVED_LINK:.0%} of the link's"
-PCIE4_X8, PCIE4_X16, PCIE5_X16 = 15.75e9, 31.5e9, 63.0e9  # bytes/s
+ASSUMED_DISK, DISK_ASSUMED = 3.0e9, "assumed: an NVMe drive"  # bytes/s, of files not yet cached
+
+# MiB by capability, assumed: a process's CUDA context, the kernels it loads and the handles of
+# cuBLAS and cuDNN, outside JAX's allocator. PyTorch's users report 300 and more; larger chips
+# reserve more local memory
+_CONTEXT: dict[tuple[int, ...], int] = {
+    (7, 5): 300,
+    (8, 0): 450,
+    (8, 6): 350,
+    (8, 9): 400,
+    (9, 0): 500,
+    (12, 0): 500,
+}
+_MIB = 2**20
 
 
-class Rates(NamedTuple):
-    """What a device achieves: FLOP/s, bytes/s from host to device, whether it copies beside
-    computing (a CPU, whose cores do both, does not), and the seconds that starting and awaiting a
-    chunk's program takes, where they are not hidden."""
-
-    flops: float
-    link: float
-    overlaps: bool = True
-    dispatch: float = 0.0
+def context_bytes(capability: tuple[int, ...]) -> int:
+    """Device bytes that CUDA's context is assumed to take beside JAX's allocator."""
+    return _CONTEXT.get(capability, max(_CONTEXT.values())) * _MIB
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,9 @@ class Card:
     """An NVIDIA card by its public data sheet."""
 
     name: str
-    device: str  # what its driver calls it, "NVIDIA " aside
+    devices: tuple[str, ...]  # its names in JAX's device_kind, which are the driver's
     capability: tuple[int, int]
+    cycle_flops: int  # of a multiprocessor in a cycle: dense bf16 products summed in float32
     multiprocessors: int
     clock: float  # GHz, boost
     l2_bytes: int
@@ -59,330 +57,240 @@ class Card:
     memory: int  # bytes
     pcie: float  # bytes/s, one way
 
+    # where its rates and the other figures come from
+    source, context_source, disk_source = ASSUMED, "assumed", DISK_ASSUMED
+
     @property
     def usable(self) -> int:
+        """Bytes that JAX's allocator gives a process."""
         return int(ALLOWED * self.memory)
 
     @property
+    def peak_flops(self) -> float:
+        """Dense bf16 FLOP/s of the data sheet."""
+        return self.multiprocessors * self.clock * 1e9 * self.cycle_flops
+
+    @property
     def rates(self) -> Rates:
-        # of one multiprocessor in one cycle: dense bf16 products, summed in float32
-        flops = 4096 if self.capability == (9, 0) else 512
-        peak = self.multiprocessors * self.clock * 1e9 * flops
-        return Rates(ACHIEVED_FLOPS * peak, ACHIEVED_LINK * self.pcie)
+        return Rates(ACHIEVED_FLOPS * self.peak_flops, ACHIEVED_LINK * self.pcie, disk=ASSUMED_DISK)
+
+    @property
+    def context_bytes(self) -> int:
+        return context_bytes(self.capability)
 
 
-_MIB = 2**20
-CARDS = {
-    card.name: card
-    for card in (
-        # as many laptops wire it: eight lanes
-        Card(
-            "rtx-3060-laptop",
-            "GeForce RTX 3060 Laptop GPU",
-            (8, 6),
-            30,
-            1.425,
-            3 * _MIB,
-            336e9,
-            6 * GIB,
-            PCIE4_X8,
-        ),
-        Card(
-            "rtx-3060", "GeForce RTX 3060", (8, 6), 28, 1.777, 3 * _MIB, 360e9, 12 * GIB, PCIE4_X16
-        ),
-        Card("rtx-4060", "GeForce RTX 4060", (8, 9), 24, 2.46, 24 * _MIB, 272e9, 8 * GIB, PCIE4_X8),
-        Card(
-            "rtx-4070", "GeForce RTX 4070", (8, 9), 46, 2.475, 36 * _MIB, 504e9, 12 * GIB, PCIE4_X16
-        ),
-        Card(
-            "rtx-4080", "GeForce RTX 4080", (8, 9), 76, 2.505, 64 * _MIB, 717e9, 16 * GIB, PCIE4_X16
-        ),
-        Card(
-            "rtx-4090",
-            "GeForce RTX 4090",
-            (8, 9),
-            128,
-            2.52,
-            72 * _MIB,
-            1008e9,
-            24 * GIB,
-            PCIE4_X16,
-        ),
-        Card(
-            "rtx-5090",
-            "GeForce RTX 5090",
-            (12, 0),
-            170,
-            2.407,
-            96 * _MIB,
-            1792e9,
-            32 * GIB,
-            PCIE5_X16,
-        ),
-        Card("h100", "H100 80GB HBM3", (9, 0), 132, 1.83, 50 * _MIB, 3350e9, 80 * GIB, PCIE5_X16),
-        Card("h200", "H200", (9, 0), 132, 1.83, 50 * _MIB, 4800e9, 140 * GIB, PCIE5_X16),
-    )
+# Capability, and FLOPs of a multiprocessor in a cycle. GeForce cards halve products that are summed
+# in float32. Turing's tensor cores know float16 alone, in which this model overflows: XLA turns its
+# bf16 products into float32 ones, on the other cores (64 multiply-adds)
+_CHIPS = {
+    "Turing": ((7, 5), 128),
+    "GA100": ((8, 0), 2048),
+    "Ampere": ((8, 6), 512),
+    "Ampere-pro": ((8, 6), 1024),
+    "Ada": ((8, 9), 512),
+    "Ada-pro": ((8, 9), 1024),
+    "Hopper": ((9, 0), 4096),
+    "Blackwell": ((12, 0), 512),
 }
+_LANE = {3: 63e9 / 64, 4: 63e9 / 32, 5: 63e9 / 16}  # bytes/s of one, one way, by generation
+
+# SMs: multiprocessors; GiB: as the driver reports it, with ECC where that is the default
+_SHEETS = """
+name                chip       SMs  GHz    L2-MiB GB/s  GiB   PCIe device names
+rtx-2060            Turing     30   1.680  3      336   6     3x16 NVIDIA GeForce RTX 2060
+rtx-2070            Turing     36   1.620  4      448   8     3x16 NVIDIA GeForce RTX 2070
+t4                  Turing     40   1.590  4      320   15    3x16 Tesla T4
+rtx-3050-ti-laptop  Ampere     20   1.365  2      192   4     4x8  NVIDIA GeForce RTX 3050 Ti Laptop GPU
+rtx-3060-laptop     Ampere     30   1.425  3      336   6     4x8  NVIDIA GeForce RTX 3060 Laptop GPU
+rtx-3060            Ampere     28   1.777  3      360   12    4x16 NVIDIA GeForce RTX 3060
+a10                 Ampere-pro 72   1.695  6      600   22.5  4x16 NVIDIA A10
+a100-40gb           GA100      108  1.410  40     1555  40    4x16 NVIDIA A100-SXM4-40GB, NVIDIA A100-PCIE-40GB
+a100-80gb           GA100      108  1.410  40     2039  80    4x16 NVIDIA A100-SXM4-80GB, NVIDIA A100 80GB PCIe
+rtx-4050-laptop     Ada        20   1.988  12     192   6     4x8  NVIDIA GeForce RTX 4050 Laptop GPU
+rtx-4060-laptop     Ada        24   1.920  32     256   8     4x8  NVIDIA GeForce RTX 4060 Laptop GPU
+rtx-4070-laptop     Ada        36   1.703  32     256   8     4x8  NVIDIA GeForce RTX 4070 Laptop GPU
+rtx-4080-laptop     Ada        58   1.815  48     432   12    4x16 NVIDIA GeForce RTX 4080 Laptop GPU
+rtx-4090-laptop     Ada        76   1.748  64     576   16    4x16 NVIDIA GeForce RTX 4090 Laptop GPU
+rtx-4060            Ada        24   2.460  24     272   8     4x8  NVIDIA GeForce RTX 4060
+rtx-4070            Ada        46   2.475  36     504   12    4x16 NVIDIA GeForce RTX 4070
+rtx-4080            Ada        76   2.505  64     717   16    4x16 NVIDIA GeForce RTX 4080
+rtx-4090            Ada        128  2.520  72     1008  24    4x16 NVIDIA GeForce RTX 4090
+l4                  Ada-pro    58   2.040  48     300   22.5  4x16 NVIDIA L4
+rtx-6000-ada        Ada-pro    142  2.505  96     960   48    4x16 NVIDIA RTX 6000 Ada Generation
+h100                Hopper     132  1.830  50     3350  80    5x16 NVIDIA H100 80GB HBM3
+h200                Hopper     132  1.830  50     4800  140   5x16 NVIDIA H200
+rtx-5070-laptop     Blackwell  36   1.886  32     384   8     5x8  NVIDIA GeForce RTX 5070 Laptop GPU
+rtx-5090-laptop     Blackwell  82   1.875  64     896   24    5x16 NVIDIA GeForce RTX 5090 Laptop GPU
+rtx-5060-ti         Blackwell  36   2.572  32     448   16    5x8  NVIDIA GeForce RTX 5060 Ti
+rtx-5070            Blackwell  48   2.512  48     672   12    5x16 NVIDIA GeForce RTX 5070
+rtx-5080            Blackwell  84   2.617  64     960   16    5x16 NVIDIA GeForce RTX 5080
+rtx-5090            Blackwell  170  2.407  96     1792  32    5x16 NVIDIA GeForce RTX 5090
+"""
 
 
-def find(name: str) -> Card:
-    """Raises UsageError for a name that is not in the table."""
-    if name not in CARDS:
-        raise UsageError(f"card {name!r}: expected one of {', '.join(CARDS)}")
-    return CARDS[name]
+def _card(row: str) -> Card:
+    name, chip, multiprocessors, clock, l2, bandwidth, memory, pcie, devices = row.split(maxsplit=8)
+    generation, lanes = map(int, pcie.split("x"))
+    return Card(
+        name,
+        tuple(devices.split(", ")),
+        *_CHIPS[chip],
+        multiprocessors=int(multiprocessors),
+        clock=float(clock),
+        l2_bytes=int(l2) * _MIB,
+        bandwidth=float(bandwidth) * 1e9,
+        memory=int(float(memory) * GIB),
+        pcie=lanes * _LANE[generation],
+    )
+
+
+CARDS = {card.name: card for card in map(_card, _SHEETS.strip().splitlines()[1:])}
 
 
 def of_device(kind: str) -> Card | None:
     """The card of a JAX device by its `device_kind`; None for one that is not in the table, however
     alike its name."""
-    return next((card for card in CARDS.values() if kind == f"NVIDIA {card.device}"), None)
+    return next((card for card in CARDS.values() if kind in card.devices), None)
 
 
-# -- what programs take ----------------------------------------------------------------------------
+def sheet(name: str) -> Card:
+    """The card of that name in the table.
+
+    Raises UsageError for a name that is not there.
+    """
+    if name not in CARDS:
+        raise UsageError(f"card {name!r}: expected one of {', '.join(CARDS)}")
+    return CARDS[name]
 
 
-class StoredCosts:
-    """What the planner asks, answered with stored figures of the compiler for the published widths.
-    (planner.Costs)
+def find(name: str) -> "Card | MeasuredCard":
+    """The card of that name in the table, or of a JSON file with that path.
 
-    Between stored points a figure is linear in tokens or pixels, and in the blocks of a chunk, and
-    never below that of the next smaller point. Below the first point it is that one's, above the
-    last it goes on as between the last two."""
-
-    def __init__(self, config: ModelConfig, card: Card):
-        """Raises UsageError for a model of other widths."""
-        if not has_published_widths(config):
-            raise UsageError(
-                "figures are stored for Z-Image's published widths only; --compile asks the compiler for this model's"
-            )
-        wanted, table = 10 * card.capability[0] + card.capability[1], _table()["capabilities"]
-        nearest = min(table, key=lambda key: abs(int(key.replace(".", "")) - wanted))
-        self._transformer, self._scale, self._figures = (
-            config.transformer,
-            config.vae.scale,
-            table[nearest],
-        )
-        of = self._figures
-        self.source = f"stored, compiled for sm_{nearest.replace('.', '')} ({of['card']}, jax {of['jax']}, {of['date']})"
-        if nearest != "{}.{}".format(*card.capability):
-            self.source += ", the nearest stored to this card's capability"
-
-    def text(self, work: Work, visits: frozenset[Visit], slot: int) -> int:
-        return self._blocks("text", visits, work.prompts * work.bucket)
-
-    def context(self, work: Work, visits: frozenset[Visit], slot: int) -> int:
-        return self._blocks("context", visits, work.contexts * work.bucket)
-
-    def denoise(
-        self, work: Work, refiner: frozenset[Visit], main: frozenset[Visit], slot: int
-    ) -> int:
-        contexts = work.micro_batch * work.contexts // work.batch
-        return max(
-            self._blocks("denoise", refiner, contexts * work.image_tokens),
-            self._blocks("denoise", main, contexts * work.tokens),
-        )
-
-    def decode(self, work: Work, rows: int | None, tile: int | None) -> int:
-        height, width = (self._scale * n for n in (work.h, work.w))
-        if rows is None:
-            side = tile or max(height, width)
-            return _at(self._figures["decode"], min(height, side) * min(width, side))
-        strips = [(pixels, _at(points, rows * width)) for pixels, points in self._figures["strips"]]
-        return _at(strips, height * width)
-
-    def scan(self, work: Work) -> int:
-        kept = work.kv_bytes(self._transformer) if any(phase.caches for phase in work.phases) else 0
-        return _at(self._figures["scan"], work.contexts * work.tokens) + kept
-
-    def _blocks(self, stage: str, visits: frozenset[Visit], tokens: int) -> int:
-        """The most that running chunks over so many tokens takes; stored are copies of as many
-        blocks as run, and of none. They are of K and V held whole: those in groups take less."""
-        own = [0]
-        for visit in visits:
-            points = [
-                (int(key.split(",")[0]), _at(of_tokens, tokens))
-                for key, of_tokens in self._figures[stage].items()
-                if (int(key.split(",")[1]) > 0) == (visit.copied > 0)
-            ]
-            own.append(_at(sorted(points), max(visit.blocks, visit.copied)))
-        return max(own)
+    Raises UsageError for a name that is not in the table, and for a file that is not a measured
+    card.
+    """
+    return load_card(Path(name)) if name.endswith(".json") else sheet(name)
 
 
-@cache
-def _table() -> dict:
-    return json.loads(TEMPORARIES.read_text("utf-8"))
+# -- measured cards --------------------------------------------------------------------------------
+
+FORMAT, _LARGEST = "zimage_jax card 1", 2**16  # bytes of a file
 
 
-def has_published_widths(config: ModelConfig) -> bool:
-    """Numbers of layers, positions and words do not matter."""
-    ours, theirs = config.transformer, TURBO.transformer
-    counts = {
-        name: getattr(ours, name)
-        for name in ("n_layers", "n_refiner_layers", "axes_lens", "rope_theta")
-    }
-    text = {
-        name: getattr(config.text_encoder, name)
-        for name in ("num_hidden_layers", "vocab_size", "rope_theta")
-    }
-    return (
-        ours == replace(theirs, **counts)
-        and config.text_encoder == replace(TURBO.text_encoder, **text)
-        and config.vae.block_out_channels == TURBO.vae.block_out_channels
-        and config.vae.layers_per_block == TURBO.vae.layers_per_block
+@dataclass(frozen=True)
+class MeasuredCard:
+    """A card by what was measured on it, and a machine by its disk. `as_json` gives the object that
+    `load_card` reads:
+
+    format         "zimage_jax card 1"
+    name           what plans call it
+    device         its name in JAX's device_kind
+    capability     [major, minor]
+    memory_bytes   all its memory
+    context_bytes  device memory that CUDA's context took beside JAX's allocator
+    rates          flops: FLOP/s of large bf16 products, summed in float32;
+                   link: bytes/s from pinned host memory to the card;
+                   disk: bytes/s of reading files that are not cached, or null;
+                   host_read: bytes/s of reading cached files into pinned memory, or null;
+                   dispatch_seconds: of starting and awaiting a chunk's program
+    date, by       when it was measured, as 2026-11-25, and by which command
+    versions       of jax, of the driver and others, by name"""
+
+    name: str
+    device: str
+    capability: tuple[int, int]
+    memory: int  # bytes
+    context_bytes: int
+    flops: float
+    link: float
+    disk: float | None
+    host_read: float | None
+    dispatch_seconds: float
+    date: str
+    by: str
+    versions: dict[str, str]
+
+    context_source = "measured"
+
+    @property
+    def source(self) -> str:
+        """Where its rates come from."""
+        return f"measured on {self.device}, {self.date}, by {self.by}"
+
+    @property
+    def disk_source(self) -> str:
+        return "measured" if self.disk else DISK_ASSUMED
+
+    @property
+    def usable(self) -> int:
+        """Bytes that JAX's allocator gives a process."""
+        return int(ALLOWED * self.memory)
+
+    @property
+    def rates(self) -> Rates:
+        """A block from disk passes through host memory: the slower of both counts."""
+        disk = min(self.disk or ASSUMED_DISK, self.host_read or math.inf)
+        return Rates(self.flops, self.link, dispatch=self.dispatch_seconds, disk=disk)
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `load_card` reads."""
+        own = asdict(self)
+        own["memory_bytes"] = own.pop("memory")
+        rates = {name: own.pop(name) for name in _RATES}
+        return {"format": FORMAT, **own, "rates": rates}
+
+
+_LINE = "a line of text", lambda v: isinstance(v, str) and 0 < len(v) <= 200 and v.isprintable()
+_WHOLE = "a whole number from 1", lambda v: type(v) is int and 0 < v < 2**63
+_SPEED = "a number above 0", lambda v: type(v) in (int, float) and 0 < v < 1e30  # no NaN
+_SPEED_OR_NULL = "a number above 0, or null", lambda v: v is None or _SPEED[1](v)
+# what each field holds, in words and as a test
+_RATES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "flops": _SPEED,
+    "link": _SPEED,
+    "disk": _SPEED_OR_NULL,
+    "host_read": _SPEED_OR_NULL,
+    "dispatch_seconds": ("a number from 0", lambda v: v == 0 or _SPEED[1](v)),
+}
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "format": (f'"{FORMAT}"', lambda v: v == FORMAT),
+    **dict.fromkeys(("name", "device", "date", "by"), _LINE),
+    "capability": (
+        "[major, minor]",
+        lambda v: isinstance(v, list) and [type(n) for n in v] == [int, int],
+    ),
+    **dict.fromkeys(("memory_bytes", "context_bytes"), _WHOLE),
+    "rates": ("an object", lambda v: isinstance(v, dict)),
+    "versions": (
+        "lines of text by name",
+        lambda v: isinstance(v, dict) and all(map(_LINE[1], [*v, *v.values()])),
+    ),
+}
+
+
+def load_card(path: Path) -> MeasuredCard:
+    """Raises UsageError for a file that is not exactly `MeasuredCard.as_json`."""
+    if not path.is_file() or path.stat().st_size > _LARGEST:
+        raise UsageError(f"card {path}: expected a file of at most 64 KiB")
+    try:
+        told = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as fault:
+        raise UsageError(f"card {path}: cannot be read as JSON ({fault})") from None
+    _check(path, "", told, _FIELDS)
+    _check(path, "rates.", told["rates"], _RATES)
+    told |= {name: rate and float(rate) for name, rate in told.pop("rates").items()}
+    del told["format"]
+    return MeasuredCard(
+        memory=told.pop("memory_bytes"), **told | {"capability": tuple(told["capability"])}
     )
 
 
-def _at(points: Sequence[Sequence[int]], x: int) -> int:
-    """The figure at x of points (x, figure) in order."""
-    above = next((i for i, (at, _) in enumerate(points) if at >= x), len(points) - 1)
-    if above == 0:
-        return points[0][1]
-    (x0, y0), (x1, y1) = points[above - 1 : above + 1]
-    least = y1 if x >= x1 else y0
-    return max(least, math.ceil(y0 + (y1 - y0) * (x - x0) / (x1 - x0)))
-
-
-# -- how long a plan takes -------------------------------------------------------------------------
-
-
-def seconds(plan: Plan, work: Work, storage: Storage, rates: Rates) -> dict[str, float]:
-    """Seconds of each stage of the first picture: parameters in host memory, programs compiled.
-
-    The driver waits after every program. A copy beside a run therefore costs what it takes longer
-    than the run over the first micro-batch, and every other copy all it takes. A text encoder on
-    the host is not predicted."""
-    config = storage.config
-    text, dit = config.text_encoder, config.transformer
-    groups = work.batch // work.micro_batch
-    stem = storage.nbytes("transformer", "stem") / rates.link
-    once = partial(_block_seconds, config, "transformer", width=dit.dim, rates=rates)
-    at_once = work.contexts // groups
-
-    def stage(
-        stream: StreamPlan, component: str, run: Callable[[str, Nfe | None], float], **repeated
-    ) -> float:
-        copy = partial(_copy_seconds, storage, component, rates)
-        return _timeline(stream, copy, run, rates, **repeated)
-
-    def of_denoise(unit: str, nfe: Nfe | None) -> float:
-        if not unit.startswith("layers."):
-            return once(at_once, work.image_tokens)
-        keys = nfe.hold.keys(work.tokens) if nfe else work.tokens
-        return once(at_once, work.tokens, keys=keys, reuses=nfe is not None and nfe.reuses)
-
-    found = {}
-    if plan.text is not None:
-        width = text.num_attention_heads * text.head_dim
-        layer = _block_seconds(
-            config, "text_encoder", work.prompts, work.bucket, width=width, rates=rates
-        )
-        found["text"] = stage(plan.text, "text_encoder", lambda unit, nfe: layer)
-    found["context"] = stem + stage(
-        plan.context, "transformer", lambda unit, nfe: once(work.contexts, work.bucket)
-    )
-    denoise = stage(plan.denoise, "transformer", of_denoise, nfes=work.nfes, groups=groups)
-    cached = _cache_seconds(work, config, rates) if plan.kv_on_host else 0.0
-    found["denoise"] = (0 if plan.kept else stem) + denoise + cached
-    decoder = storage.nbytes("vae", "decoder") / rates.link
-    found["decode"] = decoder + work.batch * _decode_seconds(plan, work, storage, rates)
-    return found
-
-
-def bound_by(plan: Plan, work: Work, storage: Storage, rates: Rates) -> str:
-    """ "compute" or "link": which of the two, were it twice as fast, would make the picture
-    faster."""
-    faster = {
-        "compute": rates._replace(flops=2 * rates.flops),
-        "link": rates._replace(link=2 * rates.link),
-    }
-    return min(faster, key=lambda name: sum(seconds(plan, work, storage, faster[name]).values()))
-
-
-def _timeline(
-    stream: StreamPlan,
-    copy: Callable[[str, bool], float],
-    run: Callable[[str, Nfe | None], float],
-    rates: Rates,
-    nfes: Sequence[Nfe | None] = (None,),
-    groups: int = 1,
-) -> float:
-    """`copy(unit, lightly)` and `run(unit, nfe)` are seconds of one block. What stays is copied in
-    the order of use while others compute, and gives way to what is streamed."""
-    now, runs, chunks = 0.0, 0, stream.chunks
-    pinned, streamed, arrives = (
-        0.0,
-        0.0,
-        {},
-    )  # seconds of the link; of it before a pinned chunk is there
-    for step in steps(stream.schedule, len(chunks), len(nfes)):
-        if isinstance(step, Free):
-            continue
-        load = step.then if isinstance(step, Run) else step
-        copied = 0.0
-        if load is not None:
-            lightly = isinstance(load, Load) and stream.lightly(load.chunk, nfes[load.sweep])
-            copied = sum(copy(unit, lightly) for unit in chunks[load.chunk])
-        if isinstance(step, Pin) and rates.overlaps:
-            pinned += copied
-            arrives[step.chunk] = pinned
-            continue
-        if isinstance(step, Run):
-            if step.chunk in arrives:
-                now = max(now, arrives.pop(step.chunk) + streamed)
-            nfe = nfes[runs // len(chunks)]
-            computed = sum(run(unit, nfe) for unit in chunks[step.chunk])
-            now += max(computed, copied) if rates.overlaps else computed + copied
-            now += (groups - 1) * computed + groups * rates.dispatch
-            runs += 1
-        else:
-            now += copied + (rates.dispatch if isinstance(step, Load) else 0.0)
-        streamed += copied
-    return now
-
-
-def _copy_seconds(
-    storage: Storage, component: str, rates: Rates, unit: str, lightly: bool
-) -> float:
-    leaves = storage.specs(component, unit)
-    if lightly:
-        leaves = storage.without_kv(component, unit, leaves)
-    return tree_bytes(leaves) / rates.link
-
-
-def _cache_seconds(work: Work, config: ModelConfig, rates: Rates) -> float:
-    """K and V on their way to the host and back: nothing computes meanwhile."""
-    moves = [nfe.keeps or nfe.reuses for nfe in work.nfes]
-    of_block = work.kv_bytes_by_nfe(config.transformer)
-    return config.transformer.n_layers * sum(np.multiply(moves, of_block)) / rates.link
-
-
-def _block_seconds(
-    config: ModelConfig,
-    component: str,
-    batch: int,
-    tokens: int,
-    *,
-    width: int,
-    rates: Rates,
-    keys: int | None = None,
-    reuses: bool = False,
-) -> float:
-    """One block over batch x tokens: two operations per parameter and token, four per pair of token
-    and key and channel."""
-    leaves = components.units(config, component)["layers.0"]
-    without = (
-        "modulation.kernel",
-        "modulation.bias",
-        *(UNUSED_WHEN_REUSED if reuses else ()),
-    )  # once per picture
-    parameters = sum(leaf.size for path, leaf in leaves.items() if not path.endswith(without))
-    return batch * tokens * (2 * parameters + 4 * (keys or tokens) * width) / rates.flops
-
-
-def _decode_seconds(plan: Plan, work: Work, storage: Storage, rates: Rates) -> float:
-    config = storage.config
-    decoder = components.spec(config, "vae").decoder
-    shape = (1, work.h, work.w, config.vae.latent_channels)
-    products, elements = (sum(column) for column in zip(*layer_costs(decoder, shape), strict=True))
-    crossing = 0 if plan.vae_rows is None else elements * DTYPES[storage.format.dtype].itemsize
-    return 2 * products / rates.flops + crossing / rates.link
+def _check(path: Path, where: str, told: Any, fields: dict) -> None:
+    """Raises UsageError unless `told` has exactly these fields, and each holds what it should."""
+    if not isinstance(told, dict) or told.keys() != fields.keys():
+        found = ", ".join(map(str, told)) if isinstance(told, dict) else "no object"
+        raise UsageError(f"card {path}: expected the keys {', '.join(fields)}, got {found[:200]!r}")
+    for name, (expected, holds) in fields.items():
+        if not holds(told[name]):
+            got = json.dumps(told[name])[:60]
+            raise UsageError(f"card {path}: {where}{name}: expected {expected}, got {got}")

@@ -55,11 +55,11 @@ class Memory:
                 )
         if self.prefetch is not None and self.prefetch < 0:
             raise UsageError(f"prefetch: expected 0 chunks or more, got {self.prefetch}")
-        if self.resident_chunks is not None and self.schedule != "auto":
-            if len(schedule.row(self.schedule).resident(8)) == 1:
-                raise UsageError(
-                    f"--resident-chunks: schedule {self.schedule} leaves no choice; hybrid does"
-                )
+        fixed = self.schedule != "auto" and len(schedule.row(self.schedule).resident(8)) == 1
+        if self.resident_chunks is not None and fixed:
+            raise UsageError(
+                f"--resident-chunks: schedule {self.schedule} leaves no choice; hybrid does"
+            )
         if self.chunks and self.max_chunk_bytes:
             raise UsageError(
                 "--chunks and --max-chunk-memory both set the size of a chunk: give one of them"
@@ -128,10 +128,6 @@ class StreamPlan:
         """Bytes of the resident chunks and the slots."""
         resident = [self.chunks[chunk] for chunk in self.schedule.resident]
         return sum(storage.nbytes(self.component, *units) for units in (*resident, *self.slots))
-
-    def host_bytes(self, storage: Storage) -> int:
-        """Bytes of the streamed chunks, which are kept in host memory where that is large enough."""
-        return sum(storage.nbytes(self.component, *self.chunks[chunk]) for chunk in self.streamed)
 
     def is_main(self, chunk: int) -> bool:
         return self.chunks[chunk][0].startswith(MAIN)
@@ -266,8 +262,9 @@ class Plan:
     nfes: int
     choices: Mapping[str, Any]
     kept: bool  # every parameter stays on the device between pictures
-    host_bytes: int  # of streamed blocks in host memory: all of them, or the window
-    host_window: int | None = None  # bytes of a window through which blocks are read from disk
+    host_window: int | None = (
+        None  # bytes through which blocks are read from disk; None: they stay in host memory
+    )
     peak_bytes_by_stage: Mapping[str, int]
     seconds_by_stage: Mapping[str, float] | None = None  # where the device's rates are known
 
@@ -287,3 +284,23 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         return max(self.peak_bytes_by_stage.values())
+
+
+def host_bytes(plan: Plan, storage: Storage, *, shares_memory: bool = False) -> int:
+    """Bytes of parameters that a plan keeps in host memory: the embedding table, and all streamed blocks or the window
+    they are read through. Where no parameter stays on the device, also those that the device holds for one stage and
+    gives back, unless device memory is the host's (`shares_memory`)."""
+    resident = storage.nbytes("transformer", "stem") + storage.nbytes("vae", "decoder")
+    streamed = 0
+    for stream in (choice.stream for choice in plan.choices.values() if choice.stream is not None):
+        for index, chunk in enumerate(stream.chunks):
+            nbytes = storage.nbytes(stream.component, *chunk)
+            if index in stream.schedule.resident:
+                resident += nbytes
+            else:
+                streamed += nbytes
+    table = storage.nbytes("text_encoder", "embed_tokens")
+    if plan.host_window is not None:
+        return table + min(plan.host_window, streamed)
+    gives_back = not plan.kept and not shares_memory
+    return table + streamed + (resident if gives_back else 0)

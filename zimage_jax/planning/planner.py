@@ -79,13 +79,10 @@ class Planner:
         choices: dict[str, Choice] = {
             name: candidate.option.choice for name, candidate in chosen.items()
         }
-        streams = (choice.stream for choice in choices.values() if choice.stream is not None)
-        streamed = sum(stream.host_bytes(self._sizes.storage) for stream in streams)
         return Plan(
             nfes=work.steps,
             choices=choices,
             kept=kept,
-            host_bytes=streamed if memory.host_bytes is None else min(streamed, memory.host_bytes),
             host_window=memory.host_bytes,
             peak_bytes_by_stage=peaks,
         )

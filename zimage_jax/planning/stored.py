@@ -38,9 +38,7 @@ class Figures:
         wanted, table = 10 * card.capability[0] + card.capability[1], _table()["capabilities"]
         nearest = min(table, key=lambda key: abs(int(key.replace(".", "")) - wanted))
         self._figures = of = table[nearest]
-        self.source = (
-            f"stored, compiled for sm_{nearest.replace('.', '')} ({of['card']}, jax {of['jax']}, {of['date']})"
-        )
+        self.source = f"stored, compiled for sm_{nearest.replace('.', '')} ({of['card']}, jax {of['jax']}, {of['date']})"
         if nearest != "{}.{}".format(*card.capability):
             self.source += ", the nearest stored to this card's capability"
 
@@ -54,7 +52,10 @@ class Figures:
 
     def strips(self, of_strip: int, of_picture: int) -> int:
         """Decoding a picture of `of_picture` pixels in strips of `of_strip`."""
-        return _at([(pixels, _at(points, of_strip)) for pixels, points in self._figures["strips"]], of_picture)
+        return _at(
+            [(pixels, _at(points, of_strip)) for pixels, points in self._figures["strips"]],
+            of_picture,
+        )
 
     def blocks(self, stage: str, kinds: frozenset[VisitKind], tokens: int) -> int:
         """The most of any of these visits over so many tokens.
@@ -96,8 +97,14 @@ def _table() -> dict:
 def has_published_widths(config: ModelConfig) -> bool:
     """True if all widths are Turbo's; numbers of layers, positions and words may differ."""
     ours, theirs = config.transformer, TURBO.transformer
-    counts = {name: getattr(ours, name) for name in ("n_layers", "n_refiner_layers", "axes_lens", "rope_theta")}
-    text = {name: getattr(config.text_encoder, name) for name in ("num_hidden_layers", "vocab_size", "rope_theta")}
+    counts = {
+        name: getattr(ours, name)
+        for name in ("n_layers", "n_refiner_layers", "axes_lens", "rope_theta")
+    }
+    text = {
+        name: getattr(config.text_encoder, name)
+        for name in ("num_hidden_layers", "vocab_size", "rope_theta")
+    }
     return (
         ours == replace(theirs, **counts)
         and config.text_encoder == replace(TURBO.text_encoder, **text)

@@ -7,6 +7,7 @@ options; seen to work with jax 0.10.2 and 0.11.2.
 Attention is computed by what the card itself would choose: our kernel where it can, whose Triton
 code is compiled here as well."""
 
+import importlib
 import importlib.util
 import itertools
 import os
@@ -28,7 +29,11 @@ from .programs import Programs
 PLUGINS = "jax_cuda12_plugin", "jax_cuda13_plugin"
 # by capability: bytes of shared memory per multiprocessor and for one block, threads per
 # multiprocessor
-_MULTIPROCESSOR = {(9, 0): (233472, 232448, 2048)}
+_MULTIPROCESSOR = {
+    (7, 5): (65536, 65536, 1024),
+    (8, 0): (167936, 166912, 2048),
+    (9, 0): (233472, 232448, 2048),
+}
 _OTHERWISE = (102400, 101376, 1536)
 
 
@@ -39,7 +44,9 @@ class CardPrograms(Programs):
     def __init__(self, storage: Storage, dtype, card: Card):
         super().__init__(storage, dtype, Placement.on_host())
         self._card, self._compile = card, compiler(card)
-        self.observer = None  # a callback is a function of the process, and is not compiled without a device
+        self.observer = (
+            None  # a callback is a function of the process, and is not compiled without a device
+        )
 
     def _make(self, function: Callable, donate: tuple[int, ...], static: dict) -> Any:
         return CardProgram(self._card, self._compile, function, donate, static)
@@ -108,11 +115,11 @@ def pallas_for(card: Card) -> Iterator[None]:
     """JAX 0.11 lowers Pallas-Triton only for a device it knows: here a CPU's kind stands for the
     card. JAX 0.10 does not ask."""
     try:
-        from jax._src.pallas.triton import gpu_info
+        gpu_info: Any = importlib.import_module("jax._src.pallas.triton.gpu_info")
     except ImportError:
         yield
         return
-    kind, (major, minor) = jax.local_devices()[0].device_kind, card.capability
+    kind, (major, minor) = Placement.on_host().device.device_kind, card.capability
     info = gpu_info.GpuInfo(
         gpu_version=None, arch_name=f"{major}.{minor}", compute_capability=10 * major + minor
     )

@@ -11,8 +11,9 @@ from pathlib import Path
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from ..errors import UsageError
+from ..errors import OutOfMemoryError, UsageError
 from ..model.attention import Target
+from ..units import size, tree_bytes
 
 # XLA's allocator gives a free piece whole when less than this, and less than what was asked for, would be left of it
 # (bfc_allocator.cc). Under a cap of 1.5 GiB on an H100 its peak was 112 MiB over the ledger's
@@ -59,6 +60,14 @@ class Gate:
 _GATES: dict[jax.Device, Gate] = {}
 
 
+EXHAUSTED = "RESOURCE_EXHAUSTED"  # XLA's word for it
+
+
+def is_exhausted(fault: jax.errors.JaxRuntimeError) -> bool:
+    """Whether memory ran out."""
+    return EXHAUSTED in str(fault)
+
+
 @dataclass(frozen=True)
 class Placement:
     """One device and the host memory beside it.
@@ -88,7 +97,9 @@ class Placement:
         """What programs are compiled for."""
         word = getattr(self.device, "compute_capability", "")  # "8.9"; AMD's is "gfx90a"
         capability = re.fullmatch(r"([0-9]+)\.([0-9]+)", word)
-        return Target(self.platform, (int(capability[1]), int(capability[2])) if capability else None)
+        return Target(
+            self.platform, (int(capability[1]), int(capability[2])) if capability else None
+        )
 
     @property
     def platform(self) -> str:
@@ -109,10 +120,17 @@ class Placement:
         return SingleDeviceSharding(self.device, memory_kind=kind)
 
     def put(self, tree, kind: str = DEVICE):
-        """Arrays in DEVICE or HOST memory, there when this returns: none is on its way while a program is first run."""
+        """Arrays in DEVICE or HOST memory, there when this returns: none is on its way while a program is first run.
+
+        Raises OutOfMemoryError where the host cannot pin that much."""
         # not on a CPU: a preview is made there while the scan's program runs
-        with nullcontext() if self.shares_memory else self.gate.together():
-            return jax.block_until_ready(jax.device_put(tree, self.sharding(kind)))
+        try:
+            with nullcontext() if self.shares_memory else self.gate.together():
+                return jax.block_until_ready(jax.device_put(tree, self.sharding(kind)))
+        except jax.errors.JaxRuntimeError as fault:
+            if kind == HOST and is_exhausted(fault):
+                raise out_of_pinned_memory(tree_bytes(tree)) from None
+            raise
 
     def allocator_peak(self) -> int | None:
         """The peak that the device's allocator saw in this process; None on a CPU, which keeps no such count."""
@@ -127,7 +145,9 @@ class Placement:
         return max(0, stats["bytes_limit"] - stats["bytes_in_use"] - UNSPLIT_BYTES)
 
 
-CUDNN_FROM = 91002  # 9.10.2: the two before it compute some attentions wrongly, and JAX refuses them
+CUDNN_FROM = (
+    91002  # 9.10.2: the two before it compute some attentions wrongly, and JAX refuses them
+)
 
 
 def require_cudnn() -> None:
@@ -140,7 +160,35 @@ def require_cudnn() -> None:
         version = 0
     if version < CUDNN_FROM:
         found = f"{version // 10000}.{version // 100 % 100}.{version % 100}" if version else "none"
-        raise UsageError(f"attention 'cudnn' needs cuDNN 9.10.2 or newer, found {found}; use auto or chunks")
+        raise UsageError(
+            f"attention 'cudnn' needs cuDNN 9.10.2 or newer, found {found}; use auto or chunks"
+        )
+
+
+_KERNEL = Path("/proc/version")
+
+
+def pinned_limit_hint() -> str:
+    """What to do under WSL2 when pinned host memory runs out, as the end of an error's line; empty
+    elsewhere."""
+    try:
+        kernel = _KERNEL.read_text("utf-8", "replace")
+    except OSError:  # not Linux
+        return ""
+    if "microsoft" not in kernel.lower():
+        return ""
+    return (
+        "; WSL2 pins at most about half of its memory: read the model through a window with --host-memory GIB, "
+        "or give WSL2 more (memory= under [wsl2] in .wslconfig)"
+    )
+
+
+def out_of_pinned_memory(nbytes: int) -> OutOfMemoryError:
+    """The error for `nbytes` of pinned host memory that could not be had."""
+    return OutOfMemoryError(
+        f"the host could not pin {size(nbytes)} of memory for parameters{pinned_limit_hint()}",
+        nbytes,
+    )
 
 
 def free_host_bytes() -> int:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .ledger import Ledger
-from .placement import Placement
+from .placement import EXHAUSTED, Placement, is_exhausted
 
 # Without the latency-hiding scheduler a GPU copies after it computes; the limit must exceed the arrays of one step, or
 # the first copies are awaited before compute starts
@@ -17,12 +17,7 @@ OVERLAP = {
     "xla_gpu_experimental_parallel_async_compute_limit": 1024,
 }
 
-EXHAUSTED, BEYOND = "RESOURCE_EXHAUSTED", 1 << 50  # XLA's word for it; bytes that no device has
-
-
-def is_exhausted(fault: jax.errors.JaxRuntimeError) -> bool:
-    """Whether the device ran out of memory."""
-    return EXHAUSTED in str(fault)
+BEYOND = 1 << 50  # bytes that no device has
 
 
 class Program:

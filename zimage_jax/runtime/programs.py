@@ -97,7 +97,9 @@ class Programs:
         """What the main blocks' attention is computed by, in the order of the phases."""
         attend, width = self.attend(work), self.config.transformer.head_dim
         names = [
-            attend.implementation(hold.attention_dtype(self.dtype), width, biased=hold.grid is not None)
+            attend.implementation(
+                hold.attention_dtype(self.dtype), width, biased=hold.grid is not None
+            )
             for hold in (phase.hold for phase in work.phases)
         ]
         return ", ".join(dict.fromkeys(names))
@@ -126,7 +128,7 @@ class Programs:
         return jax.ShapeDtypeStruct(shape, self.dtype)
 
     def inputs(self, work: Work, contexts: int) -> dit.Sides:
-        lengths = np.full(contexts, work.bucket, np.int32)
+        lengths = np.ones(contexts, np.int32)  # shapes count: a full bucket may be beyond axes_lens
         return dit.sides(self.config.transformer, work.h, work.w, lengths, work.bucket)
 
     def keys(self, work: Work, contexts: int, hold: Hold) -> dit.Keys | None:

@@ -10,8 +10,7 @@ from typing import Protocol, TypeVar
 
 from jax import Array
 
-from ..errors import UsageError
-from ..units import size
+from ..planning.seconds import read_ahead
 from ..weights.checkpoint import Checkpoint
 from .ledger import Ledger
 from .placement import DEVICE, HOST, Placement
@@ -75,7 +74,7 @@ class HostSource:
     @property
     def host_bytes(self) -> int:
         """What is kept in host memory between jobs."""
-        return self._checkpoint.storage.nbytes(self._component, *self._kept)
+        return self._checkpoint.storage.nbytes(self._component, *list(self._kept))
 
     def open(self, order: Sequence[tuple[str, ...]], ledger: Ledger) -> "HostReader":
         """A reader of its own for a job. Units are read in the order given, while earlier ones compute."""
@@ -163,12 +162,7 @@ class WindowSource:
         """A reader of its own for a job. Raises UsageError when the window is smaller than a chunk."""
         bytes_of = self.checkpoint.storage.nbytes
         largest = max((bytes_of(self.component, *units) for units in order), default=1)
-        depth = WINDOW_CHUNKS if self._nbytes is None else self._nbytes // largest
-        if not depth:
-            raise UsageError(
-                f"--host-memory {size(self._nbytes or 0)} is smaller than a chunk of {size(largest)}: use more chunks or "
-                "a larger window"
-            )
+        depth = WINDOW_CHUNKS if self._nbytes is None else read_ahead(self._nbytes, largest)
         return WindowReader(self, order, depth, ledger)
 
 

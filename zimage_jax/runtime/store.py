@@ -87,7 +87,7 @@ class Loan:
     def __init__(
         self, store: ParameterStore, ledger: Ledger, *, kept: bool, host_bytes: int | None
     ):
-        self._store, self._ledger, self._kept, self._host_bytes = store, ledger, kept, host_bytes
+        self.store, self._ledger, self._kept, self._host_bytes = store, ledger, kept, host_bytes
         # What a job gives back stays in host memory, so that the next one need not read it again; not where device memory
         # is the host's own
         self._pins_from_host = not kept and host_bytes is None and not store.placement.shares_memory
@@ -98,7 +98,7 @@ class Loan:
 
     def pin_ahead(self, component: str, units: Sequence[str]) -> list[Future[Leaves]]:
         """Like `pin`, but returns futures at once; units are read in the order given. Their bytes count from now on."""
-        store = self._store
+        store = self.store
         for unit in units:
             if (component, unit) not in store.device:
                 self._ledger.hold(
@@ -109,9 +109,9 @@ class Loan:
 
     def _read(self, component: str, unit: str) -> Leaves:
         store, name, nbytes = (
-            self._store,
+            self.store,
             f"{component} {unit}",
-            self._store.nbytes((component, unit)),
+            self.store.nbytes((component, unit)),
         )
         source = store.source(component, None) if self._pins_from_host else None
         if isinstance(source, HostSource):
@@ -126,10 +126,10 @@ class Loan:
         (leaves,) = self.pin(component, [unit])
         import jax
 
-        return jax.tree.unflatten(self._store.checkpoint.storage.tree(component, unit), leaves)
+        return jax.tree.unflatten(self.store.checkpoint.storage.tree(component, unit), leaves)
 
     def on_host(self, component: str, unit: str) -> tuple[np.ndarray, ...]:
-        return self._store.on_host(component, unit)
+        return self.store.on_host(component, unit)
 
     def stream(
         self,
@@ -138,7 +138,7 @@ class Loan:
         without_kv: Callable[[int, int], bool] = lambda chunk, sweep: False,
     ) -> Stream:
         """The blocks of a stage under its schedule."""
-        store = self._store
+        store = self.store
         return Stream(
             store.source(plan.component, self._host_bytes),
             plan,
@@ -152,8 +152,8 @@ class Loan:
 
     def release(self, *, everything: bool = False) -> None:
         """Give back what is on the device, but for parameters that the job's plan keeps."""
-        done = settled(self._store.device)
+        done = settled(self.store.device)
         kept = done if self._kept and not everything else {}
-        for component, unit in self._store.device.keys() - kept.keys():
+        for component, unit in self.store.device.keys() - kept.keys():
             self._ledger.drop(f"{component} {unit}")
-        self._store.device = kept
+        self.store.device = kept

@@ -3,7 +3,8 @@ manifest.
 
     model/
       manifest/                          written last, by orbax: the commit mark
-        manifest.json                    format, config, provenance; dtype, shape, place and checksum of every array
+        manifest.json                    format, config, provenance; dtype, shape, place and checksum of every array;
+                                         a checksum of all that (since version 2)
       transformer/stem.safetensors, layers.0.safetensors, …
       text_encoder/embed_tokens.safetensors, layers.0.safetensors, …
       vae/decoder.safetensors, encoder.safetensors
@@ -17,7 +18,7 @@ on the way; on a CPU the arrays are that buffer."""
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ import numpy as np
 import xxhash
 
 from ..errors import CheckpointError, ConfigError, DamagedError, ForeignError
+from ..files import LARGEST_JSON, kind_of, open_regular, printable, read_json, read_regular
 from ..model.config import ModelConfig
 from ..units import DTYPES, SAFETENSORS, tree_bytes
 from . import components
 from .components import COMPONENTS
 from .formats import FORMATS, Storage
 
-FORMAT, VERSION = "zimage_jax checkpoint", 1
+FORMAT, VERSION = "zimage_jax checkpoint", 2
+_READ = (1, 2)  # 1: the manifest has no checksum of its own
 _LARGEST_MANIFEST = 16 << 20
 _ALIGNMENT = 64  # what XLA wants of a host buffer it can use as it is
 
@@ -73,6 +76,16 @@ def layout(storage: Storage, component: str, unit: str) -> tuple[bytes, dict[str
     return len(text).to_bytes(8, "little") + text, records
 
 
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Of everything a manifest says, however its JSON is spaced and ordered."""
+    text = json.dumps(
+        {key: value for key, value in manifest.items() if key != "checksum"},
+        sort_keys=True,
+        separators=(",", ":"),
+    )
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
 def formats_json(storage: Storage) -> dict[str, Any]:
     """The storage's formats as the manifest has them."""
     special = {"formats": [[p, f.name] for p, f in storage.special]} if storage.special else {}
@@ -94,31 +107,33 @@ class Checkpoint:
         try:
             self.config = ModelConfig.from_json(manifest["config"], where)
             self.storage = _storage(self.config, manifest)
-            self.provenance = manifest["provenance"]
+            self.provenance = dict(manifest["provenance"])
             self._tokenizer_checksum = manifest["tokenizer"]
+            self._headers: dict[tuple[str, str], bytes] = {}
             self._records = self._check_records(manifest["arrays"])
         except ConfigError as fault:
             raise CheckpointError(str(fault)) from None
-        except (KeyError, TypeError, ValueError, AttributeError) as fault:
+        except (LookupError, TypeError, ValueError, AttributeError) as fault:
             raise DamagedError(
-                f"{where}: the manifest is malformed ({fault!r}); copy or convert again"
+                f"{where}: the manifest is malformed ({printable(repr(fault))}); copy or convert again"
             ) from None
 
     def _read_manifest(self) -> dict:
         file = self.path / "manifest" / "manifest.json"
-        if not file.is_file():
+        if not kind_of(file, CheckpointError):
             raise ForeignError(f"{self.path}: {_what_is_there(self.path)}")
-        if file.stat().st_size > _LARGEST_MANIFEST:
-            raise DamagedError(f"{file}: {file.stat().st_size} bytes is too large for a manifest")
-        try:
-            manifest = json.loads(file.read_text("utf-8"))
-        except ValueError as fault:
-            raise DamagedError(f"{file}: not JSON ({fault}); copy or convert again") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        manifest = read_json(file, _LARGEST_MANIFEST, DamagedError)
+        if manifest.get("format") != FORMAT:
             raise ForeignError(f"{file}: not the manifest of a {FORMAT}")
-        if manifest.get("version") != VERSION:
+        version = manifest.get("version")
+        if version not in _READ:
             raise CheckpointError(
-                f"{file}: format version {manifest.get('version')!r}, this zimage_jax reads {VERSION}; convert again"
+                f"{file}: format version {printable(repr(version))}, this zimage_jax reads "
+                f"{' and '.join(map(str, _READ))}; update zimage_jax, or convert again"
+            )
+        if version != 1 and manifest.get("checksum") != manifest_checksum(manifest):
+            raise DamagedError(
+                f"{file}: not what was written (checksum differs); copy or convert again"
             )
         return manifest
 
@@ -129,34 +144,28 @@ class Checkpoint:
         for component in COMPONENTS:
             checked[component] = {}
             for unit in self.storage.units(component):
-                _, expected = layout(self.storage, component, unit)
-                found = {
-                    path: Record(r[0], tuple(r[1]), r[2], r[3])
-                    for path, r in arrays[component][unit].items()
+                header, records = layout(self.storage, component, unit)
+                rows = arrays[component][unit]
+                for path in sorted(records.keys() | rows.keys()):
+                    r, row = records.get(path), rows.get(path)
+                    wanted = r and [r.dtype, list(r.shape), r.offset]
+                    if row is None or row[:3] != wanted:
+                        raise DamagedError(
+                            f"{self.path}/manifest: {component} {printable(path)}: "
+                            f"expected {wanted}, got {printable(row)}; copy or convert again"
+                        )
+                checked[component][unit] = {
+                    path: replace(r, checksum=rows[path][3]) for path, r in records.items()
                 }
-                bare = {path: Record(r.dtype, r.shape, r.offset, "") for path, r in found.items()}
-                if bare != expected:
-                    wrong = sorted(
-                        p for p in expected.keys() | bare.keys() if bare.get(p) != expected.get(p)
-                    )
-                    raise DamagedError(
-                        f"{self.path}/manifest: {component} {wrong[0]}: expected {expected.get(wrong[0])}, "
-                        f"got {bare.get(wrong[0])}; copy or convert again"
-                    )
-                checked[component][unit] = found
+                self._headers[component, unit] = header
         return checked
 
     @property
     def tokenizer(self) -> Path:
         """The tokenizer.json, after its checksum was verified."""
         file = self.path / "tokenizer.json"
-        try:
-            checksum = xxhash.xxh3_64_hexdigest(file.read_bytes())
-        except OSError as fault:
-            raise DamagedError(
-                f"{file}: cannot be read ({fault.strerror}); copy or convert again"
-            ) from None
-        if checksum != self._tokenizer_checksum:
+        data = read_regular(file, LARGEST_JSON, DamagedError)
+        if xxhash.xxh3_64_hexdigest(data) != self._tokenizer_checksum:
             raise DamagedError(
                 f"{file}: not the file that was written (checksum differs); copy or convert again"
             )
@@ -188,20 +197,23 @@ class Checkpoint:
         size = max(r.offset + r.nbytes for r in records.values())
         buffer = np.empty(size + _ALIGNMENT, np.uint8)
         buffer = buffer[-buffer.ctypes.data % _ALIGNMENT :][:size]
-        try:
-            with file.open("rb", buffering=0) as f:
-                actual = os.fstat(f.fileno()).st_size
-                got = 0
-                while actual == size and got < size and (count := f.readinto(buffer.data[got:])):
+        with open_regular(file, DamagedError) as f:
+            actual, got = os.fstat(f.fileno()).st_size, 0
+            try:
+                # readinto: BinaryIO does not say that a file opened unbuffered has it
+                while actual == size and got < size and (count := f.readinto(buffer.data[got:])):  # type: ignore[attr-defined]
                     got += count
-        except OSError as fault:
-            raise DamagedError(
-                f"{file}: cannot be read ({fault.strerror}); copy or convert again"
-            ) from None
+            except OSError as fault:
+                raise DamagedError(
+                    f"{file}: cannot be read ({fault.strerror}); copy or convert again"
+                ) from None
         if got != size:
             raise DamagedError(
                 f"{file}: expected {size} bytes, found {actual}; copy or convert again"
             )
+        header = self._headers[component, unit]
+        if buffer[: len(header)].tobytes() != header:
+            raise DamagedError(f"{file}: its header is not what was written; copy or convert again")
         arrays = {}
         for path, record in records.items():
             data = buffer[record.offset : record.offset + record.nbytes]
@@ -215,11 +227,12 @@ class Checkpoint:
 
 def _what_is_there(path: Path) -> str:
     convert = f"convert it first: python -m checkpoints_convert {path} DST"
-    if not path.exists():
+    kind = kind_of(path, CheckpointError)
+    if not kind:
         return "no such folder; give --model the folder that checkpoints_convert wrote"
-    if (path / "model_index.json").exists():
+    if kind_of(path / "model_index.json", CheckpointError):
         return f"a diffusers folder, not a native checkpoint; {convert}"
-    if path.is_file():
+    if kind != "folder":
         return "a file, not a native checkpoint; see python -m checkpoints_convert --help"
     if path.name.endswith(".partial"):
         return (

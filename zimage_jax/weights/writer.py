@@ -1,8 +1,22 @@
-"""Writing a native checkpoint: unit by unit, resumable, and named only when it is whole."""
+"""Writing a native checkpoint: unit by unit, resumable, and named only when it is whole.
 
+    DST.partial.lock            held while a writer lives
+    DST.partial/
+      plan.json                 the mark: this folder is ours, and what is to become of it
+      finished.jsonl            a line per finished unit, with the checksums of its arrays
+      …                         the checkpoint as far as it is
+
+The bytes that a line of finished.jsonl states are on disk before the line is written; whether they have their name yet
+is seen when they are read.
+"""
+
+import errno
+import fcntl
 import json
 import os
 import shutil
+import stat
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +25,20 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ..errors import OutputError
+from ..errors import OutputError, ZImageError
+from ..files import LARGEST_JSON, kind_of, open_regular, parse_json, read_json, read_regular
 from ..model.layers import named_arrays
-from ..units import DTYPES
-from .checkpoint import FORMAT, VERSION, Record, formats_json, layout
+from ..units import DTYPES, size
+from .checkpoint import FORMAT, VERSION, Record, formats_json, layout, manifest_checksum
 from .components import COMPONENTS
 from .formats import Storage
+
+_MARK, _JOURNAL = "plan.json", "finished.jsonl"
+
+
+def partial_folder(dst: Path) -> Path:
+    """Where a checkpoint lies until it is whole."""
+    return dst.with_name(dst.name + ".partial")
 
 
 class Writer:
@@ -24,36 +46,107 @@ class Writer:
 
     A unit's file appears whole or not at all, so an interrupted writer resumes: ask `done` before
     writing a unit. `source` is what the result depends on beside the storage; a partial folder of
-    another source is started over."""
+    another source is started over. A folder without a writer's mark is never touched. One writer
+    at a time: close it, or use it in a `with`.
+
+    Raises OutputError when DST exists, another writer has it, or the disk refuses."""
 
     def __init__(self, dst: Path, storage: Storage, source: dict | None = None):
-        if dst.exists():
-            raise OutputError(f"{dst}: already exists; remove it or choose another name")
         self.storage = storage
-        self._dst, self._folder = dst, dst.with_name(dst.name + ".partial")
+        self._dst, self._folder = dst, partial_folder(dst)
         self._records: dict[str, dict[str, dict[str, Record]]] = {c: {} for c in COMPONENTS}
-        mark = json.dumps(
-            {
-                "version": VERSION,
-                "config": storage.config.to_json(),
-                **formats_json(storage),
-                "plan": source,
-            },
-            sort_keys=True,
-        )
-        mark_file = self._folder / "plan.json"
-        self.resumed = mark_file.exists() and mark_file.read_text() == mark
-        with _disk_errors(dst):
-            if not self.resumed and self._folder.exists():
-                shutil.rmtree(self._folder)
+        self._journal_lock = threading.Lock()
+        self._lock: _Lock | None = None
+        self._refuse_existing()
+        with _disk_errors(f"{dst}: cannot be written", "choose another place"):
+            dst.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _Lock(dst)
+        try:
+            self._refuse_existing()  # the writer that had the lock may just have finished
+            self._begin(source)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another writer have DST."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _refuse_existing(self) -> None:
+        if os.path.lexists(self._dst):
+            raise OutputError(f"{self._dst}: already exists; remove it or choose another name")
+
+    def _begin(self, source: dict | None) -> None:
+        """Take up what an earlier writer left, if it wrote the same thing, or start over."""
+        plan = {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": self.storage.config.to_json(),
+            **formats_json(self.storage),
+            "plan": source,
+        }
+        mark = json.dumps(plan, sort_keys=True)
+        with self._kept():
+            found = self._mark_found()
+            self.resumed = found == json.loads(mark)
+            self._folder.mkdir(exist_ok=True)
+            if found is not None and not self.resumed:
+                self._empty()
+            if not self.resumed:
+                _put(self._folder / _MARK, mark.encode())
             for component in COMPONENTS:
-                (self._folder / component).mkdir(parents=True, exist_ok=True)
-            mark_file.write_text(mark)
+                (self._folder / component).mkdir(exist_ok=True)
+            self._finished = self._read_journal() if self.resumed else {}
             need, free = self.bytes_missing(), shutil.disk_usage(self._folder).free
         if need > free:
+            raise OutputError(f"{self._dst}: needs {size(need)} of disk, {size(free)} are free")
+
+    def _mark_found(self) -> dict | None:
+        """The mark in the partial folder; None where there is no folder, or an empty one."""
+        kind, mark = kind_of(self._folder, OutputError), self._folder / _MARK
+        if not kind or (
+            kind == "folder" and set(os.listdir(self._folder)) <= {_temporary(mark).name}
+        ):
+            return None
+        try:
+            found = read_json(mark, fault=OutputError)
+        except OutputError:
+            found = {}
+        if found.get("format") != FORMAT:
             raise OutputError(
-                f"{dst}: needs {need / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free"
+                f"{self._folder}: exists and is not an unfinished conversion of this version; "
+                "move it away or choose another name"
             )
+        return found
+
+    def _empty(self) -> None:
+        """Remove everything but the mark: cut off here, the folder is still known as ours."""
+        for path in self._folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != _MARK:
+                path.unlink()
+
+    def _read_journal(self) -> dict[str, Any]:
+        """Unit -> checksums, of every line that is whole."""
+        finished = {}
+        journal = self._folder / _JOURNAL
+        if kind_of(journal, OutputError):
+            for line in read_regular(journal, LARGEST_JSON, OutputError).splitlines():
+                try:
+                    entry = parse_json(line, str(journal), OutputError)
+                    finished[str(entry["unit"])] = entry["checksums"]
+                except (ZImageError, KeyError):
+                    continue  # cut off: that unit counts as unfinished
+        return finished
 
     def bytes_missing(self) -> int:
         return sum(
@@ -67,20 +160,22 @@ class Writer:
         return self._folder / component / f"{unit}.safetensors"
 
     def done(self, component: str, unit: str) -> bool:
-        """Whether this unit was written by an earlier run, and is what it should be."""
-        file = self._file(component, unit)
-        if not file.exists():
+        """Whether an earlier run finished this unit, and every byte of it is as it was then."""
+        file, checksums = self._file(component, unit), self._finished.get(f"{component}/{unit}")
+        if checksums is None or kind_of(file, OutputError) != "file":
             return False
         header, records = layout(self.storage, component, unit)
-        size = max(r.offset + r.nbytes for r in records.values())
-        with file.open("rb") as f:
-            if file.stat().st_size != size or f.read(len(header)) != header:
+        end = max(r.offset + r.nbytes for r in records.values())
+        with self._kept(), open_regular(file, OutputError, buffering=-1) as f:
+            if os.fstat(f.fileno()).st_size != end or f.read(len(header)) != header:
                 return False
             for path, record in records.items():
                 digest = xxhash.xxh3_64()
                 for start in range(0, record.nbytes, 1 << 24):
                     digest.update(f.read(min(1 << 24, record.nbytes - start)))
                 records[path] = _with_checksum(record, digest)
+        if {path: r.checksum for path, r in records.items()} != checksums:
+            return False
         self._records[component][unit] = records
         return True
 
@@ -91,88 +186,177 @@ class Writer:
         runs of any size."""
         header, records = layout(self.storage, component, unit)
         file = self._file(component, unit)
-        temporary = file.with_suffix(".tmp")
-        with _disk_errors(self._dst), temporary.open("wb") as f:
-            f.write(header)
-            for (path, runs), (expected, record) in zip(pieces, list(records.items()), strict=True):
-                assert path == expected, (path, expected)
-                digest = xxhash.xxh3_64()
-                for run in runs:
-                    run = np.ascontiguousarray(run, DTYPES[record.dtype]).view(np.uint8).reshape(-1)
-                    digest.update(run.data)
-                    f.write(run.data)
-                assert f.tell() == record.offset + record.nbytes, path
-                records[path] = _with_checksum(record, digest)
-            f.flush()
-            os.replace(temporary, file)
+        with self._kept():
+            with _temporary(file).open("wb") as f:
+                f.write(header)
+                for (path, runs), (expected, record) in zip(
+                    pieces, list(records.items()), strict=True
+                ):
+                    assert path == expected, (path, expected)
+                    digest = xxhash.xxh3_64()
+                    for run in runs:
+                        run = np.ascontiguousarray(run, DTYPES[record.dtype])
+                        run = run.view(np.uint8).reshape(-1)
+                        digest.update(run.data)
+                        f.write(run.data)
+                    assert f.tell() == record.offset + record.nbytes, path
+                    records[path] = _with_checksum(record, digest)
+                _place(f, file)
+            checksums = {path: r.checksum for path, r in records.items()}
+            line = json.dumps({"unit": f"{component}/{unit}", "checksums": checksums})
+            with self._journal_lock, (self._folder / _JOURNAL).open("ab") as f:
+                f.write(f"\n{line}\n".encode())  # the first \n ends a line that was cut off
+                f.flush()
+                os.fsync(f.fileno())
         self._records[component][unit] = records
 
     def finish(self, tokenizer: bytes, provenance: dict) -> Path:
         """Write what is left, the manifest last, and give the folder its name."""
-        with _disk_errors(self._dst):
-            (self._folder / "tokenizer.json").write_bytes(tokenizer)
-            _save_manifest(
-                self._folder,
-                {
-                    "format": FORMAT,
-                    "version": VERSION,
-                    **formats_json(self.storage),
-                    "config": self.storage.config.to_json(),
-                    "provenance": provenance,
-                    "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer),
-                    "arrays": {
-                        component: {
-                            unit: {
-                                path: [r.dtype, list(r.shape), r.offset, r.checksum]
-                                for path, r in records.items()
-                            }
-                            for unit, records in by_unit.items()
-                        }
-                        for component, by_unit in self._records.items()
-                    },
-                },
-            )
-            (self._folder / "plan.json").unlink()
+        arrays = {
+            component: {
+                unit: {
+                    path: [r.dtype, list(r.shape), r.offset, r.checksum]
+                    for path, r in self._records[component][unit].items()
+                }
+                for unit in self.storage.units(component)
+            }
+            for component in COMPONENTS
+        }
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            **formats_json(self.storage),
+            "config": self.storage.config.to_json(),
+            "provenance": provenance,
+            "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer),
+            "arrays": arrays,
+        }
+        with self._kept():
+            _put(self._folder / "tokenizer.json", tokenizer)
+            save_manifest(self._folder, manifest)
+            for folder in (*COMPONENTS, "manifest", "."):
+                _sync(self._folder / folder)
             os.replace(self._folder, self._dst)
+            for name in (_MARK, _JOURNAL):
+                (self._dst / name).unlink(missing_ok=True)
+            _sync(self._dst.parent)
+        self.close()
         return self._dst
+
+    def _kept(self):
+        """Turns the operating system's refusals on the way into one line."""
+        return _disk_errors(
+            f"{self._dst}: cannot be written",
+            f"what is finished stays in {self._folder.name} and the same command goes on from there",
+        )
 
 
 def save(
     dst: Path, storage: Storage, models: dict[str, Any], tokenizer: bytes, provenance: dict
 ) -> Path:
     """Write a checkpoint of modules that are in memory, each as `storage` stores it."""
-    writer = Writer(dst, storage)
-    for component in COMPONENTS:
-        arrays = named_arrays(models[component])
-        for unit in storage.units(component):
-            paths = storage.leaves(component, unit)
-            writer.write(
-                component, unit, ((path, iter([np.asarray(arrays[path])])) for path in paths)
+    with Writer(dst, storage) as writer:
+        for component in COMPONENTS:
+            arrays = named_arrays(models[component])
+            for unit in storage.units(component):
+                paths = storage.leaves(component, unit)
+                pieces = ((path, iter([np.asarray(arrays[path])])) for path in paths)
+                writer.write(component, unit, pieces)
+        return writer.finish(tokenizer, provenance)
+
+
+def save_manifest(folder: Path, manifest: dict) -> None:
+    """Write manifest/ into a checkpoint's folder, with the checksum of what it says."""
+    import orbax.checkpoint as ocp  # 0.3 s of import that reading does not need
+
+    shutil.rmtree(folder / "manifest", ignore_errors=True)
+    signed = manifest | {"checksum": manifest_checksum(manifest)}
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename="manifest.json")) as checkpointer:
+        checkpointer.save((folder / "manifest").absolute(), args=ocp.args.JsonSave(signed))
+    # orbax restores without them; one names this machine's folders, the other has the time, and
+    # the same source shall give the same bytes
+    for name in ("commit_success.txt", "_CHECKPOINT_METADATA"):
+        (folder / "manifest" / name).unlink(missing_ok=True)
+    _sync(folder / "manifest" / "manifest.json")
+
+
+class _Lock:
+    """DST.partial.lock, an empty file that one process has locked. It goes when it is released."""
+
+    def __init__(self, dst: Path):
+        self._path = dst.with_name(dst.name + ".partial.lock")
+        while True:
+            self._handle = os.open(
+                self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
             )
-    return writer.finish(tokenizer, provenance)
+            try:
+                self._acquire(dst)
+                if self._is_ours():
+                    return
+            except BaseException:
+                os.close(self._handle)
+                raise
+            os.close(self._handle)  # removed by the one before, between our open and our lock
+
+    def _acquire(self, dst: Path) -> None:
+        found = os.fstat(self._handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_size:
+            raise OutputError(f"{self._path}: is in the way; move it or choose another name")
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{dst}: another conversion is writing it; wait for that or choose another name"
+            ) from None
+        except OSError as error:
+            # some network filesystems have no locks: there the user must not start two
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+
+    def _is_ours(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._handle))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        self._path.unlink(missing_ok=True)
+        os.close(self._handle)
 
 
 def _with_checksum(record: Record, digest) -> Record:
     return Record(record.dtype, record.shape, record.offset, digest.hexdigest())
 
 
-def _save_manifest(folder: Path, manifest: dict) -> None:
-    import orbax.checkpoint as ocp  # 0.3 s of import that reading does not need
+def _temporary(file: Path) -> Path:
+    return file.with_suffix(".tmp")
 
-    shutil.rmtree(folder / "manifest", ignore_errors=True)
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename="manifest.json")) as checkpointer:
-        checkpointer.save((folder / "manifest").absolute(), args=ocp.args.JsonSave(manifest))
-    # it names this machine's folders and nobody reads it: the rename that follows is the commit
-    (folder / "manifest" / "commit_success.txt").unlink(missing_ok=True)
+
+def _put(file: Path, data: bytes) -> None:
+    """A file, whole or not at all."""
+    with _temporary(file).open("wb") as f:
+        f.write(data)
+        _place(f, file)
+
+
+def _place(f, file: Path) -> None:
+    """Give an open temporary file its name, once its bytes are on disk."""
+    f.flush()
+    os.fsync(f.fileno())
+    os.replace(f.name, file)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
-def _disk_errors(dst: Path) -> Iterator[None]:
-    """Turns the operating system's refusals into one line."""
+def _disk_errors(what: str, then: str) -> Iterator[None]:
     try:
         yield
     except OSError as fault:
-        raise OutputError(
-            f"{dst}: cannot be written ({fault.strerror}); what is finished stays in {dst.name}.partial "
-            "and the same command goes on from there"
-        ) from None
+        raise OutputError(f"{what} ({fault.strerror or fault}); {then}") from None

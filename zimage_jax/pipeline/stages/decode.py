@@ -67,7 +67,9 @@ class Decode:
         side = choice.tile // config.scale if choice.tile else None
         h, w = (min(n, side) if side else n for n in (work.h, work.w))
         latents = jax.ShapeDtypeStruct((1, h, w, config.latent_channels), np.float32)
-        return programs(vae.decode, dtype=programs.dtype, attend=attend).compiled(decoder, latents)[1]
+        return programs(vae.decode, dtype=programs.dtype, attend=attend).compiled(decoder, latents)[
+            1
+        ]
 
     def stored(self, figures: Figures, work: Work, choice: DecodeChoice) -> int:
         height, width = (figures.config.vae.scale * n for n in (work.h, work.w))

@@ -311,9 +311,7 @@ class _Sweep(_Sampler):
         of_image = [
             (inputs._replace(time=time),) for inputs, time in zip(self._image, times, strict=True)
         ]
-        refine = self._static(
-            attend=attempt.programs.attend(attempt.work)
-        )
+        refine = self._static(attend=attempt.programs.attend(attempt.work))
         for _ in range(attempt.plan.denoise.refiner_chunks):
             xs = stream.visit(xs, of_image, **refine)
         xs = [ends.join(ledger, x, c) for x, c in zip(xs, self._contexts, strict=True)]

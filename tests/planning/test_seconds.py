@@ -1,0 +1,272 @@
+"""The seconds of a plan, and what bounds it."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import small
+from tests.planning.jobs import one_phase, plan_of, square
+from zimage_jax.errors import UsageError
+from zimage_jax.model import dit, vae, vae_strips
+from zimage_jax.model.config import TURBO
+from zimage_jax.model.kv import KVPolicy
+from zimage_jax.planning import cards, schedule
+from zimage_jax.planning import seconds as seconds_module
+from zimage_jax.planning.planner import GIB, Memory, Planner, StreamPlan, Work, host_bytes
+from zimage_jax.planning.seconds import Rates, bound_by, seconds
+from zimage_jax.planning.stored import StoredCosts
+from zimage_jax.weights import components
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("swap", 3 * (4 * 2 + 4 * 5)),  # nothing overlaps
+        ("ring", 2 + 3 * 4 * 5),  # the first copy alone is waited for
+        ("resident", 2 + 3 * 4 * 5),  # as is that of what stays
+    ],
+)
+def test_a_timeline_that_computes_longer_than_it_copies(name, expected):
+    assert timeline(name, 2.0, 5.0) == expected
+
+
+def test_a_timeline_that_copies_longer_than_it_computes():
+    assert timeline("ring", 7.0, 5.0) == 7 + 11 * 7 + 5
+    # where copies take the cores that compute, as on a CPU, they come on top
+    assert timeline("ring", 7.0, 5.0, Rates(1, 1, overlaps=False)) == 12 * (7 + 5)
+    # what stays is needed before it is there in the first sweep alone
+    assert timeline("resident", 7.0, 5.0) == 4 * 7 + 5 + 2 * 4 * 5
+    # a second micro-batch only computes
+    assert timeline("ring", 7.0, 5.0, groups=2) == 7 + 11 * 7 + 5 + 12 * 5
+    # every program takes its time to start: the first load's and the runs', of each micro-batch
+    assert (
+        timeline("ring", 7.0, 5.0, Rates(1, 1, dispatch=1.0), groups=2)
+        == 7 + 11 * 7 + 5 + 12 * 5 + 1 + 2 * 12
+    )
+
+
+@pytest.mark.parametrize(
+    ("ahead", "expected"),
+    [
+        (1, 5 + 2 + 11 * (5 + 3) + 3),  # the next is read when the last was copied
+        (2, 12 * 5 + 3 + 3),  # the disk never rests; two runs come after the last read
+        (None, 12 * 5 + 3 + 3),
+    ],
+)
+def test_a_timeline_that_reads_longer_than_it_computes(ahead, expected):
+    assert timeline("ring", 2.0, 3.0, read=5.0, ahead=ahead) == expected
+
+
+def test_a_timeline_that_reads_what_stays():
+    """Through the slower of disk and link, while others compute; a CPU reads, then copies."""
+    assert timeline("resident", 2.0, 3.0, read=5.0) == 4 * 5 + 3 + 2 * 4 * 3
+    alone = Rates(1, 1, overlaps=False)
+    assert timeline("resident", 2.0, 3.0, alone, read=5.0) == 4 * (5 + 2) + 12 * 3
+
+
+def timeline(
+    name: str,
+    copy: float,
+    run: float,
+    rates: Rates = Rates(1, 1),
+    groups: int = 1,
+    *,
+    read: float = 0.0,
+    ahead: int | None = None,
+) -> float:
+    """Of four chunks of a block over three sweeps."""
+    stream = StreamPlan(tuple((f"layers.{i}",) for i in range(4)), schedule.make(name, 4))
+    return seconds_module._timeline(
+        stream,
+        lambda unit, lightly: copy,
+        lambda unit, nfe: run,
+        rates,
+        (None,) * 3,
+        groups,
+        lambda unit: read,
+        ahead,
+    )
+
+
+def test_reuse_of_k_and_v_saves_copies_and_groups_save_products():
+    work, slow_link, slow_device = square(1024), Rates(1e20, 25e9), Rates(50e12, 1e20)
+    plan = plan_of(Memory(schedule="ring"), work)
+
+    def denoise(policy: KVPolicy, rates: Rates) -> float:
+        return seconds(plan, square(1024, kv=policy), TURBO, "bfloat16", rates)["denoise"]
+
+    whole = components.nbytes(TURBO, "transformer", "layers.0", "bfloat16")
+    light = sum(
+        leaf.size * 2
+        for path, leaf in components.units(TURBO, "transformer")["layers.0"].items()
+        if not path.endswith(("to_k.kernel", "to_v.kernel", "norm_k.scale"))
+    )
+    # three of six early NFEs and one of two late ones reuse
+    saved = denoise(KVPolicy(), slow_link) - denoise(KVPolicy(reuse=2), slow_link)
+    assert saved == pytest.approx(4 * 30 * (whole - light) / slow_link.link, rel=1e-6)
+    # 4,096 of 4,160 keys become 1,024 in 30 blocks and 8 NFEs
+    saved = denoise(KVPolicy(), slow_device) - denoise(KVPolicy(group=(2, 2)), slow_device)
+    assert saved == pytest.approx(8 * 30 * 4160 * 4 * 3072 * 3840 / slow_device.flops, rel=1e-6)
+
+
+def test_operations_are_those_the_compiler_counts():
+    work, config = Work(1, False, 1, 32, 16, 24, one_phase(1)), small.CONFIGS["eight_heads"]
+
+    def as_arrays(module):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), module)
+
+    x = jax.ShapeDtypeStruct((1, work.tokens, config.transformer.dim), jnp.float32)
+    side = dit.sides(config.transformer, work.h, work.w, np.full(1, 32), 32).joint
+    block = as_arrays(dit.spec(config.transformer).layers[0])
+    time = jax.ShapeDtypeStruct((1, config.transformer.adaln_dim), jnp.float32)
+    run = jax.jit(lambda b, x, t: dit.run([b], x, side._replace(time=t), dit.Attend()))
+    counted = run.lower(block, x, time).cost_analysis()
+    each = {"width": config.transformer.dim, "rates": Rates(1.0, 1.0)}
+    ours = seconds_module._block_seconds(config, "transformer", 1, work.tokens, **each)
+    assert ours == pytest.approx(counted["flops"], rel=0.25)  # ours count products alone
+    latents = jax.ShapeDtypeStruct((1, work.h, work.w, 16), jnp.float32)
+    counted = jax.jit(vae.decode).lower(as_arrays(vae.spec(config.vae)), latents).cost_analysis()
+    decoder = components.unit_spec(config, "vae", "decoder")
+    products = sum(n for n, _ in vae_strips.layer_costs(decoder, latents.shape))
+    assert 2 * products == pytest.approx(counted["flops"], rel=0.25)
+
+
+def test_seconds_of_a_picture():
+    work, rates = square(1024), Rates(100e12, 25e9)
+    by_schedule = {
+        name: seconds(plan_of(Memory(schedule=name), work), work, TURBO, "bfloat16", rates)
+        for name in ("resident", "hybrid", "ring", "swap")
+    }
+    assert all(
+        set(stages) == {"text", "context", "denoise", "decode"} for stages in by_schedule.values()
+    )
+    denoise = {name: stages["denoise"] for name, stages in by_schedule.items()}
+    # eight NFEs of 32 blocks over 4,160 tokens: 59 TFLOP each; two refiner blocks do not hide the
+    # copy of eight
+    assert denoise["ring"] == pytest.approx(8 * 59e12 / rates.flops, rel=0.15)
+    assert max(denoise["ring"], denoise["hybrid"], denoise["resident"]) < 0.75 * denoise["swap"]
+    text_on_host = plan_of(Memory(text_encoder="host"), work)
+    assert "text" not in seconds(text_on_host, work, TURBO, "bfloat16", rates)
+
+
+def test_what_bounds_a_plan():
+    work, plan = square(1024), plan_of(Memory(schedule="ring"), square(1024))
+    assert bound_by(plan, work, TURBO, "bfloat16", Rates(100e12, 25e9)) == "compute"
+    assert bound_by(plan, work, TURBO, "bfloat16", Rates(100e12, 2e9)) == "link"
+    slow_disk = Rates(100e12, 25e9, disk=1e9)
+    assert bound_by(plan, work, TURBO, "bfloat16", slow_disk) == "compute", "nothing is read"
+    window = plan_of(Memory(schedule="ring", host_bytes=6 * GIB), work)
+    assert bound_by(window, work, TURBO, "bfloat16", slow_disk) == "disk"
+    assert bound_by(window, work, TURBO, "bfloat16", Rates(100e12, 2e9, disk=9e9)) == "link"
+    assert bound_by(window, work, TURBO, "bfloat16", Rates(1e12, 25e9, disk=9e9)) == "compute"
+
+
+def test_strips_cross_the_link_with_their_maps():
+    work, rates = square(1024), Rates(1e20, 1e9)
+    whole, strips = (
+        seconds(plan_of(m, work), work, TURBO, "bfloat16", rates)["decode"]
+        for m in (Memory(), Memory(low_vram=True))
+    )
+    assert strips > 3 * whole
+
+
+@pytest.mark.parametrize(
+    ("side", "card"), [(512, "rtx-4090"), (1024, "rtx-4060"), (2048, "rtx-3060")]
+)
+def test_a_larger_budget_is_not_slower(side, card):
+    rates, found = cards.find(card).rates, []
+    planner = Planner(TURBO, "bfloat16", 2, StoredCosts(TURBO, cards.find(card)))
+    for gib in (1.5, 2, 3, 4, 6, 8, 12, 20):
+        plan = planner.plan(square(side), Memory(), int(gib * GIB))
+        found.append(seconds(plan, square(side), TURBO, "bfloat16", rates)["denoise"])
+    assert found == pytest.approx(sorted(found, reverse=True), rel=0.02)
+
+
+# -- from disk -------------------------------------------------------------------------------------
+
+SHORT = Work.of(TURBO, 512, 512, 2, KVPolicy(), jnp.bfloat16, bucket=64)
+SCHEDULES = ("resident", "hybrid", "ring", "swap")
+
+
+def total(plan, rates: Rates, dtype: str = "bfloat16") -> float:
+    return sum(seconds(plan, SHORT, TURBO, dtype, rates).values())
+
+
+@functools.cache
+def short_plan(name: str, window: int | None):
+    memory = Memory(schedule=name, chunks=10, resident_chunks=4, host_bytes=window)
+    return plan_of(memory, SHORT)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(SCHEDULES),
+    st.sampled_from([None, 2 * GIB, 5 * GIB]),
+    st.tuples(*(st.floats(1e9, 1e15) for _ in range(3))),
+    st.booleans(),
+    st.sampled_from(["flops", "link", "disk"]),
+    st.floats(1, 1000),
+)
+def test_seconds_never_fall_when_a_rate_falls(name, window, speeds, overlaps, slower, factor):
+    flops, link, disk = speeds
+    rates, plan = Rates(flops, link, overlaps, disk=disk), short_plan(name, window)
+    less = rates._replace(**{slower: getattr(rates, slower) / factor})
+    assert total(plan, less) >= total(plan, rates) * (1 - 1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(SCHEDULES), st.floats(1e6, 1e12))
+def test_a_disk_bound_plan_takes_its_bytes_over_the_disks_speed(name, disk):
+    plan = short_plan(name, 5 * GIB)
+    link_bytes = total(plan, Rates(math.inf, 1.0))
+    assert total(plan, Rates(math.inf, math.inf, disk=disk)) == pytest.approx(link_bytes / disk)
+    wide = total(plan, Rates(math.inf, math.inf, disk=disk), "float32")
+    assert wide == pytest.approx(2 * link_bytes / disk)
+
+
+@pytest.mark.parametrize("name", ["resident", "ring", "swap"])
+def test_a_larger_window_is_not_slower_and_host_memory_is_fastest(name):
+    """Not so for hybrid: what is read ahead holds up what stays."""
+    rates = Rates(50e12, 12e9, disk=3e9)
+    windows = [int(gib * GIB) for gib in (1.5, 2.2, 4, 20)] + [None]
+    found = [total(short_plan(name, window), rates) for window in windows]
+    assert found == sorted(found, reverse=True)
+    assert found[-2] > found[-1]
+
+
+def test_a_reused_block_is_read_whole():
+    """The reader does not know which NFE a block is for."""
+    rates = Rates(math.inf, math.inf, disk=1e9)
+    plain, reused = (
+        seconds(plan_of(memory, square(512)), square(512, kv=policy), TURBO, "bfloat16", rates)
+        for memory in [Memory(schedule="ring", host_bytes=6 * GIB)]
+        for policy in (KVPolicy(), KVPolicy(reuse=2))
+    )
+    assert reused["denoise"] == pytest.approx(plain["denoise"])
+
+
+def test_a_window_smaller_than_a_chunk():
+    with pytest.raises(UsageError, match=r"window of 1.00 GiB is smaller than a chunk of 1.01 GiB"):
+        total(short_plan("ring", GIB), Rates(1e12, 1e9))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_host_bytes(name):
+    """All of the model but the VAE's encoder, or the window and the embedding table."""
+    table = components.nbytes(TURBO, "text_encoder", "embed_tokens", "bfloat16")
+    whole = sum(
+        components.nbytes(TURBO, component, unit, "bfloat16")
+        for component in components.COMPONENTS
+        for unit in components.units(TURBO, component)
+        if unit != "encoder"
+    )
+    plan = short_plan(name, None)
+    assert host_bytes(plan, TURBO, "bfloat16") == (table if plan.kept else whole)
+    if name != "resident":
+        assert host_bytes(short_plan(name, 2 * GIB), TURBO, "bfloat16") == table + 2 * GIB
