@@ -81,7 +81,11 @@ def _read_config(context: click.Context, _, file: Path | None) -> None:
     """The TOML file's keys become defaults. They are the flags' names, with hyphens or underscores."""
     if file is None:
         return
-    where, table = f"--config {file}", read_toml(file)
+    try:
+        table = read_toml(file)
+    except UsageError as fault:
+        raise UsageError(f"--config {fault}") from None
+    where = f"--config {printable(file)}"
     known = {
         spelling.lstrip("-").replace("-", "_"): option
         for option in context.command.params
