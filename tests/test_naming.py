@@ -85,7 +85,7 @@ def test_two_flags_that_name_one_file(tmp_path, monkeypatch, given):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
     (tmp_path / "link.json").symlink_to("r.json")
-    with pytest.raises(UsageError, match="name the same file|this is a folder"):
+    with pytest.raises(UsageError, match=r"name the same file|this is a folder"):
         clash(**given)
 
 

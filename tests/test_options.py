@@ -20,6 +20,13 @@ def drawn_by(run, tmp_path, *words) -> dict:
     return json.loads((tmp_path / "m.json").read_text())
 
 
+def test_float16_is_asked_for_and_told_of(run, tmp_path):
+    report = drawn_by(run, tmp_path, "--dtype", "float16")
+    assert report["dtype"] == "float16"
+    assert report["kv_bytes"] == report["kv_bytes_without_policy"]
+    assert 2 * report["kv_bytes"] == drawn_by(run, tmp_path)["kv_bytes"]
+
+
 def test_words_about_memory(run, tmp_path):
     report = drawn_by(run, tmp_path, "--schedule", "ring", "--chunks", 2, "--trace", "t.json")
     assert (report["schedule"], report["chunks"], report["resident_chunks"]) == ("ring", 2, 0)

@@ -8,7 +8,8 @@ import pytest
 from tests.planning.test_cards import MINE
 from zimage_jax import __main__ as commands
 from zimage_jax import cli, plan
-from zimage_jax.planning.cards import CARDS
+from zimage_jax.model.config import TURBO
+from zimage_jax.planning.cards import CARDS, find
 from zimage_jax.planning.planner import GIB
 
 KEYS = {
@@ -262,3 +263,10 @@ def test_it_is_among_the_commands(run):
     )
     assert code == 0
     assert json.loads(out)["card"] == "h200"
+
+
+def test_a_card_without_bfloat16_computes_in_float16():
+    card = find("rtx-3060")
+    turing = replace(card, name="rtx-2060", capability=(7, 5))
+    assert plan._for_card(card, TURBO, "bfloat16", False).compute == "bfloat16"
+    assert plan._for_card(turing, TURBO, "bfloat16", False).compute == "float16"

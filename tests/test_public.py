@@ -149,7 +149,7 @@ said(lambda: result.pictures[0].save(5))
 print(result)
 """
     assert in_python(code).splitlines()[:10] == [
-        "dtype 'float64': expected one of bfloat16, float32",
+        "dtype 'float64': expected one of bfloat16, float16, float32",
         "memory must be a Memory, got dict",
         "memory must be a Memory, got 'ring'",
         "kv must be a KVPolicy, got 'fp8'",
@@ -237,7 +237,7 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
         raise RuntimeError("Unable to initialize backend 'junk': not known\nmore")
 
     monkeypatch.setattr(jax, "local_devices", missing)
-    with pytest.raises(UsageError, match="^JAX_PLATFORMS=cpu: not on this machine .*not known"):
+    with pytest.raises(UsageError, match=r"^JAX_PLATFORMS=cpu: not on this machine .*not known"):
         cli.start_jax()
 
 
@@ -245,7 +245,7 @@ def test_a_small_address_space_is_refused_before_xla_aborts(monkeypatch):
     import resource
 
     monkeypatch.setattr(resource, "getrlimit", lambda which: (1 << 30, 1 << 30))
-    with pytest.raises(UsageError, match="^ulimit -v 1048576: JAX needs"):
+    with pytest.raises(UsageError, match=r"^ulimit -v 1048576: JAX needs"):
         cli.start_jax()
 
 

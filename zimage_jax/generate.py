@@ -94,7 +94,8 @@ LARGEST_PROMPT = 64 << 10  # bytes; 512 tokens of 128 characters, Qwen's longest
 @click.option(
     "--dtype",
     type=click.Choice(COMPUTE),
-    help="What to compute in.  [default: bfloat16 on a GPU, float32 on a CPU]",
+    help="What to compute in; float16 is for GPUs before the RTX 30 series.  [default: bfloat16 on a GPU, float16 where "
+    "it has no bfloat16, float32 on a CPU]",
 )
 @options.kv_options
 @options.ATTENTION

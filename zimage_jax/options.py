@@ -326,7 +326,7 @@ _KV = [
         "--kv-dtype",
         metavar="EARLY[:LATE]",
         help="Precision of K and V: float32, bf16, fp16, or fp8 for EARLY.  [default: bf16:fp16 when computing in "
-        "bfloat16, else float32]",
+        "bfloat16, else what is computed in]",
     ),
     _word(
         "--kv-switch-t",

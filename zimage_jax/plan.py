@@ -173,9 +173,12 @@ def _model(model: str | None, card: "Card | MeasuredCard | None") -> "tuple[str,
 
 
 def _for_card(card: "Card | MeasuredCard", storage: "Storage", compiles: bool) -> Device:
+    from .model.attention import Target
     from .planning.cards import Card, of_device
     from .planning.stored import StoredCosts
+    from .runtime.placement import default_dtype
 
+    dtype = default_dtype(Target("gpu", card.capability))
     if compiles:
         from .runtime.deviceless import CardPrograms
         from .runtime.programs import CompiledCosts
@@ -185,7 +188,7 @@ def _for_card(card: "Card | MeasuredCard", storage: "Storage", compiles: bool) -
             raise UsageError(
                 f"--compile: expected a card of the table, got a {card.name} by its file"
             )
-        costs: Costs = CompiledCosts(CardPrograms(storage, "bfloat16", sheet))
+        costs: Costs = CompiledCosts(CardPrograms(storage, dtype, sheet))
         source = "compiled for this card without one"
     else:
         costs = StoredCosts(storage, card)
@@ -195,7 +198,7 @@ def _for_card(card: "Card | MeasuredCard", storage: "Storage", compiles: bool) -
         card.usable,
         card.rates,
         costs,
-        "bfloat16",
+        dtype,
         SIZES,
         card.context_bytes,
         {"temporaries": source, "rates": card.source, "context": card.context_source},
@@ -213,13 +216,16 @@ def _read_from_disk(device: Device, gbps: float | None) -> Device:
 
 
 def _own(storage: "Storage") -> Device:
-    from .pipeline.report import default_dtype
     from .planning.cards import ASSUMED_DISK, DISK_ASSUMED, context_bytes
-    from .runtime.placement import Placement
+    from .runtime.placement import Placement, default_dtype
     from .runtime.programs import CompiledCosts, Programs
 
     config, placement = storage.config, Placement.on()
-    side, is_cpu, dtype = config.vae.sample_size, placement.shares_memory, default_dtype(placement)
+    side, is_cpu, dtype = (
+        config.vae.sample_size,
+        placement.shares_memory,
+        default_dtype(placement.target),
+    )
     sides = [n for n in (side // 2, side, 2 * side) if n % config.pixel_multiple == 0]
     largest = min(config.transformer.axes_lens[1:]) * config.pixel_multiple
     rates = measure(placement, dtype)._replace(disk=ASSUMED_DISK)

@@ -30,11 +30,6 @@ from zimage_jax.model import dit, kv, ops  # noqa: E402
 from zimage_jax.model.attention import Attend  # noqa: E402
 from zimage_jax.model.config import TURBO  # noqa: E402
 from zimage_jax.model.layers import with_arrays  # noqa: E402
-<<<<<<< HEAD
-from zimage_jax.model.ops import Attend  # noqa: E402
-=======
-from zimage_jax.weights import checkpoint  # noqa: E402
->>>>>>> flash
 from zimage_jax.weights import names as rules  # noqa: E402
 from zimage_jax.weights.formats import uniform  # noqa: E402
 from zimage_jax.weights.writer import save  # noqa: E402
@@ -98,7 +93,7 @@ def block(tokens: int, runs: int, dtype: str) -> dict[str, float]:
     run = jax.jit(lambda m, x, side: m(x, side, Attend(), kv.plain(dtype))[0])
     x_jax, time_jax = (jax.numpy.asarray(a, dtype) for a in (x, time))
     x_torch, time_torch = (torch.from_numpy(a).to(getattr(torch, dtype)) for a in (x, time))
-    side = dit.Side(*map(jax.numpy.asarray, (cos, sin)), None, time_jax)
+    side = dit.BlockInputs(*map(jax.numpy.asarray, (cos, sin)), None, time_jax)
 
     def by_torch():
         return theirs(x_torch, None, freqs, time_torch)

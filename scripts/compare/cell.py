@@ -320,7 +320,8 @@ def _predicted_seconds(cell: dict, result: "Result", against: list[Drawn]) -> di
     import jax.numpy as jnp
 
     from zimage_jax import plan as planning
-    from zimage_jax.pipeline.pipeline import TINY, default_dtype
+    from zimage_jax.pipeline.pipeline import TINY
+    from zimage_jax.runtime.placement import default_dtype
     from zimage_jax.weights.checkpoint import Checkpoint
 
     if result.plan.text is None:  # the text encoder's seconds on the host are not predicted

@@ -59,7 +59,7 @@ def compiled(programs: CardPrograms, work: Work, run: Callable) -> tuple:
         programs.tree("transformer", "layers.0"),
         SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"),
     )
-    sides = dit.sides(
+    sides = dit.inputs(
         TURBO.transformer, work.h, work.w, np.full(1, work.bucket, np.int32), work.bucket
     )
     attend = programs.attend(1, work.tokens)
@@ -71,7 +71,7 @@ def compiled(programs: CardPrograms, work: Work, run: Callable) -> tuple:
             for leaf in leaves
         )
 
-    def apply(side: dit.Side) -> Callable:
+    def apply(side: dit.BlockInputs) -> Callable:
         return lambda block, x: dit.run([jax.tree.unflatten(tree, block)], x, side, attend)
 
     def sample(stem, refiner, layers, noise, sigmas, times, context):

@@ -391,7 +391,7 @@ def dit_loss(params: Params, key: Array, x: Float[Array, "B h w C"], sigma, ids,
     """Flow matching: the model's velocity is picture minus noise."""
     transformer, text = split(params)
     count, h, w, _ = x.shape
-    sides = dit.sides(CONFIG.transformer, h, w, np.full(count, CAPTION_BUCKET), CAPTION_BUCKET)
+    sides = dit.inputs(CONFIG.transformer, h, w, np.full(count, CAPTION_BUCKET), CAPTION_BUCKET)
     features = text_encoder.run(text.layers, text.embed_tokens[...][ids])
     context = dit.context(transformer, features, lengths, sides.caption._replace(lengths=None))
     noise = jax.random.normal(key, x.shape)
@@ -452,7 +452,7 @@ def train_dit(
             group = slice(first, first + 32)
             encoded = [prompts.encode(c, CAPTION_BUCKET) for c in captions[group]]
             ids, lengths = batch_ids(encoded)
-            sides = dit.sides(config.transformer, 16, 16, lengths, ids.shape[1])
+            sides = dit.inputs(config.transformer, 16, 16, lengths, ids.shape[1])
             features = text_encoder.run(text.layers, text.embed_tokens[...][ids])
             context = dit.context(transformer, features, lengths, sides.caption)
             noise = np.stack(

@@ -19,7 +19,7 @@ from zimage_jax import KVPolicy, Memory, ZImage
 from zimage_jax.errors import UsageError
 from zimage_jax.model import dit, kv, sampling
 from zimage_jax.model.attention import Attend
-from zimage_jax.model.kv import KV, Hold, Nfe, Phase
+from zimage_jax.model.kv import KV, KVFormat, Nfe, Phase
 
 TURBO_T = 1000 * sampling.sigmas(8, 3.0)[:-1]
 CONFIG = small.CONFIGS[MODEL]
@@ -30,8 +30,9 @@ CONFIG = small.CONFIGS[MODEL]
 
 def test_the_switch_is_at_500_which_leaves_two_of_eight_nfes():
     early, late = KVPolicy().phases(TURBO_T, jnp.bfloat16, 8, 8)
-    assert (early.hold.dtype, early.steps, late.hold.dtype, late.steps) == ("bf16", 6, "fp16", 2)
-    assert KVPolicy().phases(TURBO_T, jnp.float32, 8, 8) == (Phase(Hold("float32"), 8),)
+    assert (early.kv_format.dtype, early.steps, late.kv_format.dtype, late.steps) == ("bf16", 6, "fp16", 2)
+    assert KVPolicy().phases(TURBO_T, jnp.float32, 8, 8) == (Phase(KVFormat("float32"), 8),)
+    assert KVPolicy().phases(TURBO_T, jnp.float16, 8, 8) == (Phase(KVFormat("fp16"), 8),)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_the_switch_is_at_500_which_leaves_two_of_eight_nfes():
 )
 def test_phases(words, phases):
     found = KVPolicy.parse(**words).phases(TURBO_T, jnp.float32, 8, 8)
-    assert [(p.hold.dtype, p.hold.group, p.steps) for p in found] == phases
+    assert [(p.kv_format.dtype, p.kv_format.group, p.steps) for p in found] == phases
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_words_come_back(dtype, group, reuse):
 
 @given(st.integers(1, 20), st.integers(1, 6))
 def test_each_nfe_keeps_for_a_later_one_or_reuses_an_earlier_one(steps, reuse):
-    nfes = list(Phase(Hold("bf16"), steps, reuse).nfes())
+    nfes = list(Phase(KVFormat("bf16"), steps, reuse).nfes())
     assert len(nfes) == steps
     for index, nfe in enumerate(nfes):
         assert nfe.reuses == (index % reuse > 0), (
@@ -92,7 +93,7 @@ def test_each_nfe_keeps_for_a_later_one_or_reuses_an_earlier_one(steps, reuse):
 
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([2, 4]))
 def test_groups_have_their_true_count_and_centre(rows, columns, group):
-    how = Hold("float32", group, (rows, columns))
+    how = KVFormat("float32", group, (rows, columns))
     tokens = rows * columns + 3
     position = np.stack(
         np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1
@@ -116,7 +117,7 @@ def test_groups_have_their_true_count_and_centre(rows, columns, group):
 def test_groups_of_equal_tokens_attend_as_the_tokens_do(grid, group, attend):
     """The identity that log(count) is there for; a mask and whole caption tokens beside."""
     rng, (rows, columns) = np.random.default_rng(0), grid
-    how, captions = Hold("float32", group, grid), 20
+    how, captions = KVFormat("float32", group, grid), 20
     tokens = rows * columns + captions
     of_group = rng.standard_normal(
         (2, -(-rows // group), -(-columns // group), 2, 8, 2), np.float32
@@ -131,7 +132,7 @@ def test_groups_of_equal_tokens_attend_as_the_tokens_do(grid, group, attend):
     )
     q = jnp.asarray(rng.standard_normal((2, tokens, 2, 8), np.float32))
     lengths, pooled = np.array([13, 20], np.int32), how.keys(tokens) - captions
-    whole, plain = Hold("float32"), KV(jnp.asarray(k), jnp.asarray(v))
+    whole, plain = KVFormat("float32"), KV(jnp.asarray(k), jnp.asarray(v))
     expected = kv.attention(
         q, plain, lengths + np.int32(rows * columns), whole, jnp.float32, attend
     )
@@ -142,8 +143,8 @@ def test_groups_of_equal_tokens_attend_as_the_tokens_do(grid, group, attend):
 
 def test_grouped_keys_take_the_centres_of_their_groups():
     lengths, config = np.array([21]), CONFIG.transformer
-    keys = dit.grouped_keys(config, 12, 20, lengths, 32, Hold("float32", 2, (6, 10)))
-    tokens = dit.sides(config, 12, 20, lengths, 32).joint
+    keys = dit.grouped_keys(config, 12, 20, lengths, 32, KVFormat("float32", 2, (6, 10)))
+    tokens = dit.inputs(config, 12, 20, lengths, 32).joint
     pads = dit.padded(60) - 60
     assert keys.cos.shape[1] == 15 + pads + 32
     assert keys.lengths == 15 + pads + 32
@@ -165,7 +166,7 @@ def test_grouped_keys_take_the_centres_of_their_groups():
 def test_k_and_v_are_rounded_once_and_saturate(dtype):
     x = np.random.default_rng(0).standard_normal((1, 50, 2, 8), np.float32) * np.float32(3e4)
     x[0, 0, 0, 0], x[0, 0, 0, 1] = 1e38, -1e38
-    held = jax.jit(lambda x: kv.hold(x, -x, None, Hold(dtype)))(x)
+    held = jax.jit(lambda x: kv.round_kv(x, -x, None, KVFormat(dtype)))(x)
     of = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}[dtype]
     largest = np.float32(ml_dtypes.finfo(of).max)
     np.testing.assert_array_equal(np.asarray(held.k), np.clip(x, -largest, largest).astype(of))
@@ -177,7 +178,7 @@ def test_fp8_has_a_scale_per_head_that_padding_does_not_move():
         [[1e-3], [1], [1e3]], np.float32
     )
     x[0, 30:] *= 100
-    held = kv.hold(jnp.asarray(x), jnp.asarray(x), np.array([30, 40], np.int32), Hold("fp8"))
+    held = kv.round_kv(jnp.asarray(x), jnp.asarray(x), np.array([30, 40], np.int32), KVFormat("fp8"))
     meant = np.asarray(held.k, np.float32) * np.asarray(held.k_scale)
     np.testing.assert_allclose(
         meant[0, :30], x[0, :30], rtol=2**-4, atol=1e-2 * np.abs(x[0, :30]).max((0, 2)).min()
@@ -195,15 +196,15 @@ def test_the_rounding_survives_compilation():
     @jax.jit
     def attend(q, k, v):
         return kv.attention(
-            q, kv.hold(k, v, None, Hold("bf16")), None, Hold("bf16"), jnp.float32, Attend()
+            q, kv.round_kv(k, v, None, KVFormat("bf16")), None, KVFormat("bf16"), jnp.float32, Attend()
         )
 
     rounded = [a.astype(ml_dtypes.bfloat16) for a in (q, k, v)]
     expected = jax.jit(
-        lambda q, k, v: kv.attention(q, KV(k, v), None, Hold("bf16"), jnp.float32, Attend())
+        lambda q, k, v: kv.attention(q, KV(k, v), None, KVFormat("bf16"), jnp.float32, Attend())
     )(rounded[0].astype(np.float32), *rounded[1:])
     exact = jax.jit(
-        lambda q, k, v: kv.attention(q, KV(k, v), None, Hold("float32"), jnp.float32, Attend())
+        lambda q, k, v: kv.attention(q, KV(k, v), None, KVFormat("float32"), jnp.float32, Attend())
     )(q, k, v)
     assert relative(attend(q, k, v), expected) < relative(exact, expected) / 10
 
@@ -242,7 +243,7 @@ def _traced(policy: KVPolicy):
     run = partial(sampling.sample, is_guided=False, attend=Attend(), phases=phases)
     context = jax.ShapeDtypeStruct((1, 32, config.dim), jnp.float32)
     noise = jax.ShapeDtypeStruct((1, 6, 8, 16), jnp.float32)
-    rest = dit.sides(config, 6, 8, lengths, 32), (None,) * len(phases), np.float32(0)
+    rest = dit.inputs(config, 6, 8, lengths, 32), (None,) * len(phases), np.float32(0)
     return jax.jit(run).trace(model, noise, sigmas, sampling.times(sigmas), context, *rest)
 
 
@@ -367,11 +368,11 @@ def test_a_batch_gives_what_single_runs_give(native, monkeypatch):
 
 
 def test_nfe_is_what_a_visit_is_told():
-    assert [tuple(n)[1:] for n in Phase(Hold("bf16"), 5, 2).nfes()] == [
+    assert [tuple(n)[1:] for n in Phase(KVFormat("bf16"), 5, 2).nfes()] == [
         (True, False),
         (False, True),
         (True, False),
         (False, True),
         (False, False),
     ]
-    assert Nfe(Hold("bf16")) == Nfe(Hold("bf16"), keeps=False, reuses=False)
+    assert Nfe(KVFormat("bf16")) == Nfe(KVFormat("bf16"), keeps=False, reuses=False)

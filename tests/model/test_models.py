@@ -38,7 +38,7 @@ def ours(config, dtype, attend=Attend()) -> dict:
     given, tensors = inputs(config), random_tensors(config)
     model = {name: our_model(name, config, tensors[name], dtype) for name in MODELS}
     lengths = given["lengths"].astype(np.int32)
-    sides = dit.sides(
+    sides = dit.inputs(
         config.transformer, *given["latents"].shape[1:3], lengths, given["features"].shape[1]
     )
 
@@ -104,7 +104,7 @@ def test_padding_beyond_the_reference_is_masked():
 
     def velocity(bucket):
         features = jnp.pad(given["features"], ((0, 0), (0, bucket - 64), (0, 0)))
-        sides = dit.sides(config.transformer, 6, 10, lengths, bucket)
+        sides = dit.inputs(config.transformer, 6, 10, lengths, bucket)
         context = jax.jit(dit.context)(model, features, lengths, sides.caption)
         time = dit.embed_time(model.stem, given["t"])
         return jax.jit(dit.denoise)(model, given["latents"], time, context, sides)
@@ -116,7 +116,7 @@ def test_the_context_does_not_depend_on_garbage_behind_the_caption():
     config, given = CONFIGS["plain"], inputs(CONFIGS["plain"])
     model = our_model("transformer", config, random_tensors(config)["transformer"])
     lengths = given["lengths"].astype(np.int32)
-    sides = dit.sides(config.transformer, 6, 10, lengths, 64)
+    sides = dit.inputs(config.transformer, 6, 10, lengths, 64)
     spoilt = jnp.where(
         np.arange(64)[None, :, None] >= lengths[:, None, None], 1e3, given["features"]
     )
@@ -139,14 +139,14 @@ def test_positions():
 def test_the_padded_caption_and_not_its_bucket_must_fit():
     """208 tokens are padded to 224; the bucket of 256 behind that is masked."""
     config = dataclasses.replace(CONFIGS["plain"].transformer, axes_lens=(256, 64, 64))
-    assert dit.sides(config, 4, 4, np.array([208]), 256).caption.cos.shape[1] == 256
+    assert dit.inputs(config, 4, 4, np.array([208]), 256).caption.cos.shape[1] == 256
     with pytest.raises(ConfigError, match="position 257 on axis 0"):
-        dit.sides(config, 4, 4, np.array([225]), 256)
+        dit.inputs(config, 4, 4, np.array([225]), 256)
 
 
 def test_a_position_beyond_the_model_is_refused():
     with pytest.raises(ConfigError, match="axis 1"):
-        dit.sides(CONFIGS["plain"].transformer, 130, 4, np.array([5]), 32)
+        dit.inputs(CONFIGS["plain"].transformer, 130, 4, np.array([5]), 32)
 
 
 def test_the_spec_lists_the_published_tensors():

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from zimage_jax.model.config import TURBO
-from zimage_jax.model.kv import Hold, KVPolicy, Phase
+from zimage_jax.model.kv import KVFormat, KVPolicy, Phase
 from zimage_jax.planning import cards
 from zimage_jax.planning.planner import Memory, Plan, Planner, Work
 from zimage_jax.planning.stored import StoredCosts
@@ -14,7 +14,7 @@ def square(side: int, bucket: int = 64, kv: KVPolicy = KVPolicy()) -> Work:  # n
 
 
 def one_phase(steps: int, reuse: int = 1) -> tuple[Phase, ...]:
-    return (Phase(Hold("bf16"), steps, reuse),)
+    return (Phase(KVFormat("bf16"), steps, reuse),)
 
 
 def plan_of(memory: Memory, work: Work, budget: int = 2**40) -> Plan:

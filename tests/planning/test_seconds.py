@@ -122,7 +122,7 @@ def test_operations_are_those_the_compiler_counts():
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), module)
 
     x = jax.ShapeDtypeStruct((1, work.tokens, config.transformer.dim), jnp.float32)
-    side = dit.sides(config.transformer, work.h, work.w, np.full(1, 32), 32).joint
+    side = dit.inputs(config.transformer, work.h, work.w, np.full(1, 32), 32).joint
     block = as_arrays(dit.spec(config.transformer).layers[0])
     time = jax.ShapeDtypeStruct((1, config.transformer.adaln_dim), jnp.float32)
     run = jax.jit(lambda b, x, t: dit.run([b], x, side._replace(time=t), dit.Attend()))

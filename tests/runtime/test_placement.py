@@ -4,8 +4,11 @@ import threading
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from zimage_jax import ZImage, ZImageWarning
+from zimage_jax.model.attention import Target
 from zimage_jax.runtime import placement as device
 
 
@@ -70,3 +73,18 @@ def test_pinned_memory_that_runs_out_names_the_limit_of_wsl(kernel, is_wsl, tmp_
     assert ("WSL2" in str(fault)) == ("--host-memory" in str(fault)) == is_wsl
     assert (".wslconfig" in device.pinned_limit_hint()) == is_wsl
     assert "\n" not in str(fault)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype"),
+    [
+        ("cpu", None, "float32"),
+        ("gpu", (7, 0), "float16"),
+        ("gpu", (7, 5), "float16"),
+        ("gpu", (8, 0), "bfloat16"),
+        ("gpu", (12, 0), "bfloat16"),
+        ("gpu", None, "bfloat16"),  # another maker's
+    ],
+)
+def test_a_device_computes_in_what_it_has_products_of(platform, capability, dtype):
+    assert device.default_dtype(Target(platform, capability)) == dtype

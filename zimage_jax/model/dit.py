@@ -12,7 +12,11 @@ Axes:
 The model knows nothing of memory: `Stem` is what is no block, a `Block` is what a schedule moves.
 One NFE is `embed_image`, the noise refiner over I tokens, `join` with the caption's context, all
 blocks over T tokens, `velocity`. The context depends on the prompt alone: `embed_caption` and the
-context refiner run once per prompt."""
+context refiner run once per prompt.
+
+A float16 holds tokens times ops.TOKEN_SCALE: `embed_image` and `embed_caption` make them so, blocks
+keep them so, `velocity` reads them so. Products that may overflow stay in float32 up to the norm
+that follows."""
 
 from typing import NamedTuple
 
@@ -27,14 +31,14 @@ from ..errors import ConfigError
 from . import kv, ops
 from .attention import Attend
 from .config import DiTConfig
-from .kv import KV, Hold
-from .layers import Linear, RMSNorm, parameter
+from .kv import KV, KVFormat
+from .layers import Linear, RMSNorm, gated, parameter
 
 TOKEN_MULTIPLE = 32  # the reference pads image and caption to this with learned tokens that take part in attention
 TIME_WIDTH, TIME_HIDDEN = 256, 1024
 
 
-class Keys(NamedTuple):
+class KeyTable(NamedTuple):
     """Rotations and mask of keys that are not the tokens' own: image tokens in groups."""
 
     cos: Float[Array | np.ndarray, "B S half"]
@@ -42,14 +46,14 @@ class Keys(NamedTuple):
     lengths: Int[Array | np.ndarray, "B"] | None
 
 
-class Side(NamedTuple):
+class BlockInputs(NamedTuple):
     """What every block reads beside its tokens."""
 
     cos: Float[Array | np.ndarray, "B T half"]
     sin: Float[Array | np.ndarray, "B T half"]
     lengths: Int[Array | np.ndarray, "B"] | None  # keys from here on are masked; None: all count
     time: Float[Array, "B A"] | None  # None in the context refiner, which is not modulated
-    keys: Keys | None = None  # None: those of the tokens
+    keys: KeyTable | None = None  # None: those of the tokens
 
 
 # -- modules ---------------------------------------------------------------------------------------
@@ -65,25 +69,32 @@ class Attention(nnx.Module):
         self.heads = config.n_heads
 
     def __call__(
-        self, x: Float[Array, "B T D"], side: Side, attend: Attend, hold: Hold, held: KV | None
+        self,
+        x: Float[Array, "B T D"],
+        inputs: BlockInputs,
+        attend: Attend,
+        kv_format: KVFormat,
+        held: KV | None,
     ) -> tuple[Float[Array, "B T D"], KV]:
-        """`held`: K and V of an earlier NFE, in place of this one's."""
+        """In the dtype ops.wide gives. `held`: K and V of an earlier NFE, in place of this one's."""
         batch, tokens, dim = x.shape
-        q = self.norm_q(self.to_q(x).reshape(batch, tokens, self.heads, -1), out_dtype=jnp.float32)
-        q, keys = ops.rotate_pairs(q, side.cos, side.sin), side.keys or Keys(*side[:3])
+        wide = ops.wide(x.dtype)
+        q = self.to_q(x, wide).reshape(batch, tokens, self.heads, -1)
+        q = self.norm_q(q, out_dtype=jnp.float32)
+        q, keys = ops.rotate_pairs(q, inputs.cos, inputs.sin), inputs.keys or KeyTable(*inputs[:3])
         if held is None:
-            held = self._keys_values(x, keys, hold)
-        out = kv.attention(q, held, keys.lengths, hold, x.dtype, attend)
-        return self.to_out(out.reshape(batch, tokens, dim)), held
+            held = self._keys_values(x, keys, kv_format)
+        out = kv.attention(q, held, keys.lengths, kv_format, x.dtype, attend)
+        return self.to_out(out.reshape(batch, tokens, dim), wide), held
 
-    def _keys_values(self, x: Float[Array, "B T D"], keys: Keys, hold: Hold) -> KV:
+    def _keys_values(self, x: Float[Array, "B T D"], keys: KeyTable, kv_format: KVFormat) -> KV:
         """float32 from the projections to the end of the rotation, then one rounding."""
         k, v = (
             project(x, jnp.float32).reshape(*x.shape[:2], self.heads, -1)
             for project in (self.to_k, self.to_v)
         )
-        k, v = (kv.pool(y, hold) for y in (self.norm_k(k, out_dtype=jnp.float32), v))
-        return kv.hold(ops.rotate_pairs(k, keys.cos, keys.sin), v, keys.lengths, hold)
+        k, v = (kv.pool(y, kv_format) for y in (self.norm_k(k, out_dtype=jnp.float32), v))
+        return kv.round_kv(ops.rotate_pairs(k, keys.cos, keys.sin), v, keys.lengths, kv_format)
 
 
 class FeedForward(nnx.Module):
@@ -93,7 +104,7 @@ class FeedForward(nnx.Module):
         self.w3 = Linear(config.dim, config.ff_dim, bias=False)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.w2(jax.nn.silu(self.w1(x)) * self.w3(x))
+        return gated(x, self.w1, self.w3, self.w2)
 
 
 class Block(nnx.Module):
@@ -111,18 +122,20 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        side: Side,
+        inputs: BlockInputs,
         attend: Attend,
-        hold: Hold,
+        kv_format: KVFormat,
         held: KV | None = None,
     ) -> tuple[Float[Array, "B T D"], KV]:
         """The tokens after the block, and the K and V it used: its own, or those `held` from an
         earlier NFE."""
-        scale1, gate1, scale2, gate2 = self._modulate(side.time, x.dtype)
-        y, held = self.attention(self.attention_norm1(x, scale1), side, attend, hold, held)
-        x = x + self.attention_norm2(y, gate1)
-        y = self.feed_forward(self.ffn_norm1(x, scale2))
-        x = x + self.ffn_norm2(y, gate2)
+        dtype = x.dtype
+        scale1, gate1, scale2, gate2 = self._modulate(inputs.time, dtype)
+        y = self.attention_norm1(ops.from_tokens(x), scale1, dtype)
+        y, held = self.attention(y, inputs, attend, kv_format, held)
+        x = ops.add_to_tokens(x, self.attention_norm2(y, gate1))
+        y = self.feed_forward(self.ffn_norm1(ops.from_tokens(x), scale2, dtype))
+        x = ops.add_to_tokens(x, self.ffn_norm2(y, gate2))
         # XLA fuses across blocks and in bf16 then skips a rounding (1e-2 apart): with a barrier, a
         # block gives the same bits in whatever chunk it runs
         return lax.optimization_barrier(x), held
@@ -132,7 +145,7 @@ class Block(nnx.Module):
     ) -> list[Float[Array, "B 1 D"]] | list[None]:
         if self.modulation is None or time is None:
             return [None] * 4
-        m = self.modulation(time.astype(dtype)).astype(jnp.float32)[:, None]
+        m = self.modulation(time.astype(dtype), ops.wide(dtype)).astype(jnp.float32)[:, None]
         scale1, gate1, scale2, gate2 = jnp.split(m, 4, -1)
         return [1 + scale1, jnp.tanh(gate1), 1 + scale2, jnp.tanh(gate2)]
 
@@ -200,15 +213,15 @@ def image_positions(
     return positions
 
 
-class Sides(NamedTuple):
+class Inputs(NamedTuple):
     """The sides of the three token runs; `time` is filled in per NFE."""
 
-    caption: Side
-    image: Side
-    joint: Side
+    caption: BlockInputs
+    image: BlockInputs
+    joint: BlockInputs
 
 
-def sides(config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], bucket: int) -> Sides:
+def inputs(config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], bucket: int) -> Inputs:
     """Rotations and masks of pictures of h x w latents with captions of `lengths` tokens in a
     bucket of L.
 
@@ -223,31 +236,36 @@ def sides(config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], buck
             )
     caption_lengths = padded(lengths).astype(np.int32)
 
-    def side(positions: Float[np.ndarray, "B T 3"], lengths) -> Side:
+    def of(positions: Float[np.ndarray, "B T 3"], lengths) -> BlockInputs:
         cos, sin = ops.rope_table(positions, config.axes_dims, config.rope_theta)
-        return Side(cos, sin, lengths, None)
+        return BlockInputs(cos, sin, lengths, None)
 
-    return Sides(
-        side(caption, caption_lengths),
-        side(image, None),
-        side(np.concatenate([image, caption], 1), caption_lengths + np.int32(image.shape[1])),
+    return Inputs(
+        of(caption, caption_lengths),
+        of(image, None),
+        of(np.concatenate([image, caption], 1), caption_lengths + np.int32(image.shape[1])),
     )
 
 
 def grouped_keys(
-    config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], bucket: int, hold: Hold
-) -> Keys | None:
+    config: DiTConfig,
+    h: int,
+    w: int,
+    lengths: Int[np.ndarray, "B"],
+    bucket: int,
+    kv_format: KVFormat,
+) -> KeyTable | None:
     """The keys of the main blocks under a way to hold them; None where they are the tokens' own."""
-    if hold.grid is None:
+    if kv_format.grid is None:
         return None
     caption, image = (
         caption_positions(len(lengths), bucket),
-        image_positions(h, w, lengths, hold.group),
+        image_positions(h, w, lengths, kv_format.group),
     )
     cos, sin = ops.rope_table(
         np.concatenate([image, caption], 1), config.axes_dims, config.rope_theta
     )
-    return Keys(cos, sin, padded(lengths).astype(np.int32) + np.int32(image.shape[1]))
+    return KeyTable(cos, sin, padded(lengths).astype(np.int32) + np.int32(image.shape[1]))
 
 
 # -- the parts of one NFE --------------------------------------------------------------------------
@@ -267,18 +285,20 @@ def embed_time(stem: Stem, t: Float[Array, "B"]) -> Float[Array, "B A"]:
 def embed_caption(
     stem: Stem, features: Float[Array, "B L E"], lengths: Int[Array, "B"]
 ) -> Float[Array, "B L D"]:
-    """Text features to caption tokens; rows from `lengths` on become the learned pad token."""
-    x = stem.cap_embedder(stem.cap_norm(features))
+    """Text features, as the text encoder's blocks give them, to caption tokens; rows from `lengths`
+    on become the learned pad token."""
+    dtype = features.dtype
+    x = stem.cap_norm(ops.from_tokens(features), out_dtype=dtype)
+    x = ops.to_tokens(stem.cap_embedder(x, ops.wide(dtype)), dtype)
     valid = (jnp.arange(x.shape[1])[None] < lengths[:, None])[..., None]
-    return jnp.where(valid, x, stem.cap_pad_token[...].astype(x.dtype)[None])
+    return jnp.where(valid, x, ops.to_tokens(stem.cap_pad_token[...], dtype)[None])
 
 
 def embed_image(stem: Stem, latents: Float[Array, "B h w C"], dtype) -> Float[Array, "B I D"]:
-    x = stem.x_embedder(ops.patchify(latents).astype(dtype))
+    x = stem.x_embedder(ops.patchify(latents).astype(dtype), ops.wide(dtype))
+    x, pad = (ops.to_tokens(values, dtype) for values in (x, stem.x_pad_token[...]))
     batch, tokens, dim = x.shape
-    pad = jnp.broadcast_to(
-        stem.x_pad_token[...].astype(dtype)[None], (batch, padded(tokens) - tokens, dim)
-    )
+    pad = jnp.broadcast_to(pad[None], (batch, padded(tokens) - tokens, dim))
     return jnp.concatenate([x, pad], 1)
 
 
@@ -291,37 +311,40 @@ def velocity(
 ) -> Float[Array, "B h w C"]:
     """The final layer: an affine-free LayerNorm, a scale, a linear. Float32. (diffusers
     `FinalLayer`)"""
-    x = x[:, : h * w // 4]
-    scale = (
-        1 + stem.final_modulation(jax.nn.silu(time.astype(x.dtype))).astype(jnp.float32)[:, None]
-    )
-    x = stem.final((ops.layer_norm(x, 1e-6) * scale).astype(x.dtype))
+    x, dtype, wide = x[:, : h * w // 4], x.dtype, ops.wide(x.dtype)
+    scale = 1 + stem.final_modulation(jax.nn.silu(time.astype(dtype)), wide).astype(jnp.float32)
+    x = ops.layer_norm(ops.from_tokens(x), 1e-6) * scale[:, None]
+    x = stem.final(x.astype(dtype), wide)
     return ops.unpatchify(x, h, w).astype(jnp.float32)
 
 
 def apply_blocks(
-    blocks, x: Float[Array, "B T D"], side: Side, attend: Attend, hold: Hold | None = None
+    blocks,
+    x: Float[Array, "B T D"],
+    inputs: BlockInputs,
+    attend: Attend,
+    kv_format: KVFormat | None = None,
 ) -> Float[Array, "B T D"]:
     """A run of consecutive blocks, as one chunk holds them. K and V whole and in x's dtype, unless
     `hold` says."""
     for block in blocks:
-        x, _ = block(x, side, attend, hold or kv.plain(x.dtype))
+        x, _ = block(x, inputs, attend, kv_format or kv.plain(x.dtype))
     return x
 
 
 def apply_blocks_cached(
     blocks,
     carry: tuple[Float[Array, "B T D"], tuple[KV, ...]],
-    side: Side,
+    inputs: BlockInputs,
     attend: Attend,
-    hold: Hold,
+    kv_format: KVFormat,
     reuses: bool,
 ) -> tuple[Float[Array, "B T D"], tuple[KV, ...]]:
     """The same with the K and V of every block in the carry: used again, or made anew."""
     x, cache = carry
     made = []
     for block, held in zip(blocks, cache, strict=True):
-        x, held = block(x, side, attend, hold, held if reuses else None)
+        x, held = block(x, inputs, attend, kv_format, held if reuses else None)
         made.append(held)
     return x, tuple(made)
 
@@ -333,12 +356,12 @@ def context(
     dit: DiT,
     features: Float[Array, "B L E"],
     lengths: Int[Array, "B"],
-    side: Side,
+    inputs: BlockInputs,
     attend: Attend = Attend(),
 ) -> Float[Array, "B L D"]:
     """Text features to the refined context; once per prompt, for it does not depend on time."""
     return apply_blocks(
-        dit.context_refiner, embed_caption(dit.stem, features, lengths), side, attend
+        dit.context_refiner, embed_caption(dit.stem, features, lengths), inputs, attend
     )
 
 
@@ -347,7 +370,7 @@ def denoise(
     latents: Float[Array, "B h w C"],
     time: Float[Array, "B A"],
     context: Float[Array, "B L D"],
-    sides: Sides,
+    sides: Inputs,
     attend: Attend = Attend(),
 ) -> Float[Array, "B h w C"]:
     """One NFE: the velocity of `latents`, float32, computed in the dtype of `context`."""

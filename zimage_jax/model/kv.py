@@ -1,4 +1,4 @@
-"""How the DiT's main blocks hold K and V: in which precision, over groups of image tokens, and for
+"""How the DiT's main blocks kv_format K and V: in which precision, over groups of image tokens, and for
 how many NFEs.
 
 Axes: B pictures, T tokens (image first), S keys (T, with the image tokens pooled), N heads, H head
@@ -30,13 +30,19 @@ DTYPES = {
     "fp16": jnp.dtype(jnp.float16),
     "fp8": jnp.dtype(jnp.float8_e4m3fn),  # with a scale per head
 }
+# early and late, by compute dtype. A card that computes in float16 has no bf16 products
+OWN_DTYPES = {
+    "float32": ("float32", "float32"),
+    "bfloat16": ("bf16", "fp16"),
+    "float16": ("fp16", "fp16"),
+}
 GROUPS = (1, 2, 4)
 # parameters of a block that an NFE which reuses K and V does without
 UNUSED_WHEN_REUSED = ("attention.to_k.kernel", "attention.to_v.kernel", "attention.norm_k.scale")
 
 
 @dataclass(frozen=True)
-class Hold:
+class KVFormat:
     """How K and V are held during an NFE of one job: everything static about it."""
 
     dtype: str  # a word of DTYPES
@@ -63,30 +69,32 @@ class Hold:
         return jnp.dtype(compute) if self.dtype == "fp8" else DTYPES[self.dtype]
 
 
-def plain(compute) -> Hold:
+def plain(compute) -> KVFormat:
     """Whole, in the compute dtype."""
-    return Hold(next(word for word, dtype in DTYPES.items() if dtype == compute))
+    return KVFormat(next(word for word, dtype in DTYPES.items() if dtype == compute))
 
 
 class Nfe(NamedTuple):
     """What one NFE does about K and V."""
 
-    hold: Hold
+    kv_format: KVFormat
     keeps: bool = False  # what it makes, for a later one
     reuses: bool = False  # what an earlier one kept
 
 
 class Phase(NamedTuple):
-    """A run of NFEs that hold K and V alike."""
+    """A run of NFEs that kv_format K and V alike."""
 
-    hold: Hold
+    kv_format: KVFormat
     steps: int
     reuse: int = 1
 
     def nfes(self) -> Iterator[Nfe]:
         for index in range(self.steps):
             first = index % self.reuse == 0
-            yield Nfe(self.hold, self.reuse > 1 and first and index + 1 < self.steps, not first)
+            yield Nfe(
+                self.kv_format, self.reuse > 1 and first and index + 1 < self.steps, not first
+            )
 
     @property
     def caches(self) -> bool:
@@ -97,7 +105,7 @@ class Phase(NamedTuple):
 @dataclass(frozen=True)
 class KVPolicy:
     """The user's words: (early, late) while t > switch_t and from there on. No dtype: the compute
-    dtype's own, which for bfloat16 is (bf16, fp16) and for float32 float32."""
+    dtype's own (OWN_DTYPES)."""
 
     dtype: tuple[str, str] | None = None
     switch_t: float | int = SWITCH_T
@@ -139,9 +147,9 @@ class KVPolicy:
         self, times: Float[np.ndarray, "nfes"], compute, rows: int, columns: int
     ) -> tuple[Phase, ...]:
         """The phases of a job: `times` are the scheduler's t of each NFE (1000 sigma), falling."""
-        own = ("bf16", "fp16") if jnp.dtype(compute) == jnp.bfloat16 else ("float32", "float32")
+        own = OWN_DTYPES[jnp.dtype(compute).name]
         early, late = (
-            Hold(dtype, group, (rows, columns) if group > 1 else None)
+            KVFormat(dtype, group, (rows, columns) if group > 1 else None)
             for dtype, group in zip(self.dtype or own, self.group, strict=True)
         )
         before = int(np.sum(times > self.switch_t))
@@ -187,33 +195,33 @@ def centres(count: int, group: int) -> Float[np.ndarray, "groups"]:
     return np.array([(first + last - 1) / 2 for first, last in _spans(count, group)])
 
 
-def _sizes(hold: Hold) -> Float[np.ndarray, "groups"]:
+def _sizes(kv_format: KVFormat) -> Float[np.ndarray, "groups"]:
     """Tokens that each pooled key stands for."""
     rows, columns = (
-        [last - first for first, last in _spans(n, hold.group)] for n in hold.grid or ()
+        [last - first for first, last in _spans(n, kv_format.group)] for n in kv_format.grid or ()
     )
     return np.outer(rows, columns).ravel().astype(np.float32)
 
 
-def pool(x: Float[Array, "B T N H"], hold: Hold) -> Float[Array, "B S N H"]:
+def pool(x: Float[Array, "B T N H"], kv_format: KVFormat) -> Float[Array, "B S N H"]:
     """Averages over the groups of image tokens; the rest as it is."""
-    if hold.grid is None:
+    if kv_format.grid is None:
         return x
-    (rows, columns), g = hold.grid, hold.group
+    (rows, columns), g = kv_format.grid, kv_format.group
     batch, _, *head = x.shape
     image, rest = jnp.split(x, [rows * columns], 1)
     image = image.reshape(batch, rows, columns, *head)
     image = jnp.pad(image, ((0, 0), (0, -rows % g), (0, -columns % g), (0, 0), (0, 0)))
     image = image.reshape(batch, -(-rows // g), g, -(-columns // g), g, *head).sum((2, 4))
-    sizes = _sizes(hold)[None, :, None, None]
+    sizes = _sizes(kv_format)[None, :, None, None]
     return jnp.concatenate([image.reshape(batch, -1, *head) / sizes, rest], 1)
 
 
-def score_bias(hold: Hold, keys: int) -> Float[np.ndarray, "S"] | None:
+def score_bias(kv_format: KVFormat, keys: int) -> Float[np.ndarray, "S"] | None:
     """What is added to the scores of S keys: log of the tokens each stands for."""
-    if hold.grid is None:
+    if kv_format.grid is None:
         return None
-    sizes = np.log(_sizes(hold))
+    sizes = np.log(_sizes(kv_format))
     return np.concatenate([sizes, np.zeros(keys - len(sizes), np.float32)])
 
 
@@ -230,11 +238,11 @@ class KV(NamedTuple):
     v_scale: Float[Array, "B 1 N 1"] | None = None
 
 
-def hold(
+def round_kv(
     k: Float[Array, "B S N H"],
     v: Float[Array, "B S N H"],
     lengths: Int[Array | np.ndarray, "B"] | None,
-    how: Hold,
+    how: KVFormat,
 ) -> KV:
     """K and V, in float32 and pooled, rounded once to the held dtype, saturating."""
     if how.dtype == "float32":
@@ -263,7 +271,7 @@ def _round(
     return jnp.clip(x, -largest, largest).astype(dtype), scale
 
 
-def empty(how: Hold, contexts: int, tokens: int, heads: int, width: int) -> KV:
+def empty(how: KVFormat, contexts: int, tokens: int, heads: int, width: int) -> KV:
     """Room for the K and V of one block."""
     shape, dtype = (contexts, how.keys(tokens), heads, width), DTYPES[how.dtype]
     scales = [
@@ -277,7 +285,7 @@ def attention(
     q: Float[Array, "B T N H"],
     held: KV,
     lengths: Int[Array | np.ndarray, "B"] | None,
-    how: Hold,
+    how: KVFormat,
     compute,
     attend: Attend,
 ) -> Float[Array, "B T N H"]:

@@ -57,6 +57,20 @@ class RMSNorm(nnx.Module):
         return (y if factor is None else y * factor).astype(out_dtype or x.dtype)
 
 
+def gated(x: Float[Array, "*b D"], gate: Linear, up: Linear, down: Linear) -> Float[Array, "*b D"]:
+    """down(silu(gate x) * up x), the feed-forward of DiT and text encoder, in the dtype `ops.wide`
+    gives.
+
+    The product of two outliers overflows float16, and so does what `down` makes of it
+    (stable-diffusion.cpp divides its input by 128): each token's product is divided by a power of
+    two, which multiplies the result."""
+    opened, values = jax.nn.silu(gate(x)), up(x)
+    if x.dtype != jnp.float16:
+        return down(opened * values)
+    hidden, scale = ops.rows_in_range(opened.astype(jnp.float32) * values.astype(jnp.float32))
+    return down(hidden, jnp.float32) * scale
+
+
 class Conv(nnx.Module):
     """2-D convolution, NHWC with HWIO kernels."""
 

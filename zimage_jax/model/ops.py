@@ -4,6 +4,7 @@ Axes: B pictures, T tokens, N heads, H head width, D any width, h, w latent rows
 latent channels."""
 
 import functools
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +32,50 @@ def product(x: Float[Array, "n i"], kernel: Float[Array, "i o"], dtype) -> Float
         cpu=lambda *both: lax.dot(*both, preferred_element_type=jnp.float32).astype(dtype),
         default=rounded,
     )
+
+
+# -- float16 ---------------------------------------------------------------------------------------
+
+# A float16 ends at 65,504 and has its full 11 bits from 6e-5 on. Tokens are kept times 2^-6: that is
+# 4.2 million, and 11 bits from 0.004 on. A power of two moves no bit of what lies between.
+TOKEN_SCALE = 2.0**-6
+Either = TypeVar("Either", Array, np.ndarray)
+
+
+def wide(dtype) -> np.dtype:
+    """The dtype of what may leave float16's range, where `dtype` is computed in: float32 in place of
+    float16."""
+    return jnp.dtype(jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype)
+
+
+def from_tokens(x: Float[Either, "*b D"]) -> Float[Either, "*b D"]:
+    """The values of the residual stream, in the dtype `wide` gives. (TOKEN_SCALE)"""
+    return x.astype(np.float32) / np.float32(TOKEN_SCALE) if x.dtype == jnp.float16 else x
+
+
+def to_tokens(values: Float[Either, "*b D"], dtype) -> Float[Either, "*b D"]:
+    """Values as a residual stream of `dtype`: in float16 times TOKEN_SCALE, else as they are."""
+    if jnp.dtype(dtype) == jnp.float16:
+        values = values.astype(np.float32) * np.float32(TOKEN_SCALE)
+    return values.astype(dtype)
+
+
+def add_to_tokens(x: Float[Array, "*b D"], values: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+    """The residual stream after `values`, which are in the dtype `wide` gives, are added to it."""
+    return to_tokens(from_tokens(x) + values, x.dtype)
+
+
+def rows_in_range(
+    x: Float[Array, "*b D"],
+) -> tuple[Float[Array, "*b D"], Float[Array, "*b 1"]]:
+    """float32 as float16 and a power of two per row by which to multiply it: a row's largest element
+    becomes about 1, so that neither it nor a product with a matrix overflows."""
+    largest = jnp.max(jnp.abs(x), -1, keepdims=True)
+    scale = lax.reduce_precision(jnp.maximum(largest, jnp.finfo(x.dtype).tiny), 8, 0)
+    return (x / scale).astype(jnp.float16), scale
+
+
+# -- norms -----------------------------------------------------------------------------------------
 
 
 def rms_norm(

@@ -125,8 +125,8 @@ def sample(
     sigmas: Float[Array, "levels"],
     times: Float[Array, "nfes"],
     context: Float[Array, "G L D"],
-    sides: dit.Sides,
-    keys: tuple[dit.Keys | None, ...],
+    inputs: dit.Inputs,
+    keys: tuple[dit.KeyTable | None, ...],
     guidance: Float[Array, ""],
     *,
     is_guided: bool,
@@ -149,9 +149,11 @@ def sample(
             x, time = before_blocks(
                 model.stem, latents, t, is_guided=is_guided, dtype=context.dtype
             )
-            x = dit.apply_blocks(model.noise_refiner, x, sides.image._replace(time=time), attend)
-            x, side = dit.join(x, context), sides.joint._replace(time=time, keys=of_phase)
-            x, cache = _main_blocks(model.layers, (x, cache), side, attend, phase.hold, reuses)
+            x = dit.apply_blocks(model.noise_refiner, x, inputs.image._replace(time=time), attend)
+            x, joint = dit.join(x, context), inputs.joint._replace(time=time, keys=of_phase)
+            x, cache = _main_blocks(
+                model.layers, (x, cache), joint, attend, phase.kv_format, reuses
+            )
             latents = after_blocks(
                 model.stem, x, time, latents, sigma, sigma_next, guidance, is_guided=is_guided
             )
@@ -163,9 +165,10 @@ def sample(
         if phase.caches:
             heads = model.layers[0].attention.heads
             width = context.shape[-1] // heads
-            tokens = sides.joint.cos.shape[1]
+            tokens = inputs.joint.cos.shape[1]
             cache = tuple(
-                kv.empty(phase.hold, context.shape[0], tokens, heads, width) for _ in model.layers
+                kv.empty(phase.kv_format, context.shape[0], tokens, heads, width)
+                for _ in model.layers
             )
         now = slice(first, first + phase.steps)
         index, *rest = (level[now] for level in levels)
@@ -175,15 +178,17 @@ def sample(
     return latents
 
 
-def _main_blocks(blocks, carry, side: dit.Side, attend: Attend, hold: kv.Hold, reuses: Array):
+def _main_blocks(
+    blocks, carry, joint: dit.BlockInputs, attend: Attend, kv_format: kv.KVFormat, reuses: Array
+):
     """The main blocks of one NFE, with a cache of K and V in the carry or none. Of the two ways
     only one runs."""
     x, cache = carry
     if cache is None:
-        return dit.apply_blocks(blocks, x, side, attend, hold), None
+        return dit.apply_blocks(blocks, x, joint, attend, kv_format), None
     make, take = (
         lambda carry, reuses=reuses: dit.apply_blocks_cached(
-            blocks, carry, side, attend, hold, reuses
+            blocks, carry, joint, attend, kv_format, reuses
         )
         for reuses in (False, True)
     )

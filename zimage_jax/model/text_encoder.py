@@ -5,9 +5,11 @@ Axes: B prompts, T tokens (padded at the end: attention is causal, so padding ch
 it), D width (2560), N query heads (32), M key heads (8), H head width (128), V vocabulary.
 
 The features are the output of the last layer but one: the last layer and the final norm are never
-loaded."""
+loaded.
 
-import jax
+A float16 holds tokens times ops.TOKEN_SCALE: a few elements of the first token pass 1e4 and grow
+from block to block."""
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -17,7 +19,7 @@ from jaxtyping import Float, Int
 from . import ops
 from .attention import Attend, attention
 from .config import TextEncoderConfig
-from .layers import Linear, RMSNorm, parameter
+from .layers import Linear, RMSNorm, gated, parameter
 
 
 class SelfAttention(nnx.Module):
@@ -32,9 +34,10 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> Float[Array, "B T D"]:
         batch, tokens, _ = x.shape
+        wide = ops.wide(x.dtype)
         q, k, v = (
-            project(x).reshape(batch, tokens, -1, self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(x, dtype).reshape(batch, tokens, -1, self.head_dim)
+            for project, dtype in ((self.q_proj, wide), (self.k_proj, wide), (self.v_proj, x.dtype))
         )
         cos, sin = ops.rope_table(np.arange(tokens)[:, None], (self.head_dim,), self.rope_theta)
         q, k = (
@@ -44,7 +47,7 @@ class SelfAttention(nnx.Module):
             for norm, y in ((self.q_norm, q), (self.k_norm, k))
         )
         out = attention(q, k, v, causal=True, attend=attend)
-        return self.o_proj(out.reshape(batch, tokens, -1))
+        return self.o_proj(out.reshape(batch, tokens, -1), wide)
 
 
 class MLP(nnx.Module):
@@ -54,7 +57,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return gated(x, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class Block(nnx.Module):
@@ -68,8 +71,11 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], attend: Attend = Attend()
     ) -> Float[Array, "B T D"]:
-        x = x + self.self_attn(self.input_layernorm(x), attend)
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        dtype = x.dtype
+        y = self.input_layernorm(ops.from_tokens(x), out_dtype=dtype)
+        x = ops.add_to_tokens(x, self.self_attn(y, attend))
+        y = self.post_attention_layernorm(ops.from_tokens(x), out_dtype=dtype)
+        x = ops.add_to_tokens(x, self.mlp(y))
         return lax.optimization_barrier(x)  # as in the DiT: the same bits in whatever chunk
 
 

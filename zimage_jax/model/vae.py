@@ -9,10 +9,12 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
+from . import ops
 from .attention import Attend, attention
 from .config import VAEConfig
 from .layers import Conv, GroupNorm, Linear
@@ -57,7 +59,7 @@ class Middle(nnx.Module):
         return self.resnets[1](self.attention(self.resnets[0](x), attend))
 
 
-def twice(x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
+def upsample(x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
     """Every pixel as a square of two by two."""
     return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
 
@@ -74,7 +76,7 @@ class UpBlock(nnx.Module):
             x = resnet(x)
         if self.upsampler is None:
             return x
-        return self.upsampler(twice(x))
+        return self.upsampler(upsample(x))
 
 
 class DownBlock(nnx.Module):
@@ -158,6 +160,14 @@ class VAE(nnx.Module):
 def spec(config: VAEConfig) -> VAE:
     """The model with a ShapeDtypeStruct for every parameter: the one list of its tensors."""
     return VAE(config)
+
+
+def compute_dtype(dtype) -> np.dtype:
+    """What the VAE is computed in where the rest is computed in `dtype`: float32 in place of float16.
+
+    The published VAE overflows float16 (its config says force_upcast). A decode at 1024 x 1024 is 10
+    TFLOP, 2 % of those of 8 NFEs."""
+    return ops.wide(dtype)
 
 
 def decode(

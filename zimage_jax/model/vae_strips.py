@@ -28,7 +28,7 @@ from ..errors import UsageError
 from .attention import Attend
 from .layers import Conv, GroupNorm
 from .ops import last_axis
-from .vae import VAE, Decoder, Encoder, MiddleAttention, ResnetBlock, decode, twice
+from .vae import VAE, Decoder, Encoder, MiddleAttention, ResnetBlock, decode, upsample
 
 Shape = tuple[int, int, int, int]  # B h w C
 Run = Callable  # run(function, *arguments, **static): compiles once per shapes and static keywords, runs, accounts
@@ -108,7 +108,7 @@ def _convolve(
         x = jax.nn.silu(_normalise(norm, x, *statistics)).astype(x.dtype)
     x = jnp.where(inside[None, :, None, None], x, 0)
     if resample.up == 2:
-        x = twice(x)[:, 1:-1]
+        x = upsample(x)[:, 1:-1]
     y = conv(x, stride=resample.down, padding=((0, 0), (resample.before, 1)))
     if residual is not None:
         y = y + (residual if shortcut is None else shortcut(residual, padding="VALID"))

@@ -36,7 +36,7 @@ from ..planning.seconds import seconds
 from ..planning.stored import StoredCosts, has_published_widths
 from ..planning.work import Work
 from ..runtime.ledger import Ledger
-from ..runtime.placement import Placement, is_exhausted
+from ..runtime.placement import Placement, default_dtype, is_exhausted
 from ..runtime.programs import CompiledCosts, Programs
 from ..runtime.store import ParameterStore
 from ..units import COMPUTE, size
@@ -86,8 +86,10 @@ class ZImage:
     ) -> "ZImage":
         """Open a native checkpoint, or the tiny model inside the package when none is named.
 
-        `dtype` is what is computed in: bfloat16 on a GPU and float32 on a CPU by default. `memory` says where parameters
-        are and how they move; without it everything stays on the device if it fits. `device` is the first by default.
+        `dtype` is what is computed in: bfloat16, float16 or float32. By default it is bfloat16 on a GPU, float16 on one
+        that has no bfloat16 (before compute capability 8.0), and float32 on a CPU; with float16 the VAE computes in
+        float32. `memory` says where parameters are and how they move; without it everything stays on the device if it
+        fits. `device` is the first by default.
 
         Raises CheckpointError when the folder is missing, foreign or damaged.
         """
@@ -95,7 +97,15 @@ class ZImage:
             checks.one_of("dtype", dtype, COMPUTE)
         memory = Memory() if memory is None else checks.instance("memory", memory, Memory)
         checkpoint, placement = Checkpoint(TINY if path is None else path), Placement.on(device)
-        dtype = dtype or reports.default_dtype(placement)
+        own = default_dtype(placement.target)
+        if dtype == "bfloat16" and own == "float16":
+            warnings.warn(
+                "this GPU has no bfloat16: it is emulated in float32, which is slow and takes more "
+                "memory (--dtype float16)",
+                ZImageWarning,
+                stacklevel=2,
+            )
+        dtype = dtype or own
         return cls(
             checkpoint,
             prompts_of.Prompts.load(checkpoint.tokenizer),

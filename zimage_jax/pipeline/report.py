@@ -4,7 +4,6 @@ import importlib.metadata
 import platform
 from typing import Any, cast
 
-from ..runtime.placement import Placement
 from .attempt import Attempt
 from .job import Report
 
@@ -71,11 +70,6 @@ def report(
         "host_bytes": host_bytes,
     }
     return cast(Report, told)
-
-
-def default_dtype(placement: Placement) -> str:
-    """What is computed in where the user does not say."""
-    return "float32" if placement.shares_memory else "bfloat16"
 
 
 def versions() -> dict[str, str]:

@@ -74,7 +74,7 @@ class Work:
     def kv_bytes_by_nfe(self, config: DiTConfig) -> list[int]:
         """Of the K and V of one main block, in every NFE, for all contexts."""
         shape = self.contexts, self.tokens, config.n_heads, config.head_dim
-        return [phase.hold.nbytes(*shape) for phase in self.phases for _ in range(phase.steps)]
+        return [phase.kv_format.nbytes(*shape) for phase in self.phases for _ in range(phase.steps)]
 
     def kv_bytes(self, config: DiTConfig) -> int:
         """The most K and V held at once: those of every main block where they are reused, else of
@@ -82,9 +82,9 @@ class Work:
         shape = self.tokens, config.n_heads, config.head_dim
         running = self.contexts * self.micro_batch // self.batch
         return max(
-            p.hold.nbytes(self.contexts, *shape) * config.n_layers
+            p.kv_format.nbytes(self.contexts, *shape) * config.n_layers
             if p.caches
-            else p.hold.nbytes(running, *shape)
+            else p.kv_format.nbytes(running, *shape)
             for p in self.phases
         )
 

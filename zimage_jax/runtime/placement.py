@@ -145,9 +145,19 @@ class Placement:
         return max(0, stats["bytes_limit"] - stats["bytes_in_use"] - UNSPLIT_BYTES)
 
 
-CUDNN_FROM = (
-    91002  # 9.10.2: the two before it compute some attentions wrongly, and JAX refuses them
-)
+FIRST_BFLOAT16 = (
+    8,
+    0,
+)  # compute capability of Ampere: the first NVIDIA cards with bfloat16 products
+# 9.10.2: the two before it compute some attentions wrongly, and JAX refuses them
+CUDNN_FROM = 91002
+
+
+def default_dtype(target: Target) -> str:
+    """The dtype to compute in on a device, where the user does not say."""
+    if target.platform == "cpu":
+        return "float32"
+    return "float16" if target.capability and target.capability < FIRST_BFLOAT16 else "bfloat16"
 
 
 def require_cudnn() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from ..model import dit, sampling
 from ..model.attention import Attend, Target
 from ..model.config import ModelConfig
-from ..model.kv import Hold
+from ..model.kv import KVFormat
 from ..planning.plan import Stage, StreamPlan, VisitKind
 from ..planning.work import Work
 from ..weights.formats import Storage
@@ -98,9 +98,9 @@ class Programs:
         attend, width = self.attend(work), self.config.transformer.head_dim
         names = [
             attend.implementation(
-                hold.attention_dtype(self.dtype), width, biased=hold.grid is not None
+                kv_format.attention_dtype(self.dtype), width, biased=kv_format.grid is not None
             )
-            for hold in (phase.hold for phase in work.phases)
+            for kv_format in (phase.kv_format for phase in work.phases)
         ]
         return ", ".join(dict.fromkeys(names))
 
@@ -127,13 +127,15 @@ class Programs:
     def like(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, self.dtype)
 
-    def inputs(self, work: Work, contexts: int) -> dit.Sides:
+    def inputs(self, work: Work, contexts: int) -> dit.Inputs:
         lengths = np.ones(contexts, np.int32)  # shapes count: a full bucket may be beyond axes_lens
-        return dit.sides(self.config.transformer, work.h, work.w, lengths, work.bucket)
+        return dit.inputs(self.config.transformer, work.h, work.w, lengths, work.bucket)
 
-    def keys(self, work: Work, contexts: int, hold: Hold) -> dit.Keys | None:
+    def keys(self, work: Work, contexts: int, kv_format: KVFormat) -> dit.KeyTable | None:
         lengths = np.full(contexts, work.bucket, np.int32)
-        return dit.grouped_keys(self.config.transformer, work.h, work.w, lengths, work.bucket, hold)
+        return dit.grouped_keys(
+            self.config.transformer, work.h, work.w, lengths, work.bucket, kv_format
+        )
 
     def most(
         self, plan: StreamPlan, kinds: Iterable[VisitKind], call: Callable[[VisitKind], tuple]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from ...model import dit
+from ...model import dit, ops
 from ...planning import schedule
 from ...planning.plan import Choice, Memory, Option, Sizes, stream_plan
 from ...planning.seconds import Timing
@@ -25,7 +25,7 @@ class Context(NamedTuple):
     """What every NFE reads, on the host: the contexts, the rotations and masks of every run of tokens, caption lengths."""
 
     context: Float[np.ndarray, "G L D"]
-    inputs: dit.Sides
+    inputs: dit.Inputs
     lengths: Int[np.ndarray, "G"]
 
 
@@ -86,8 +86,8 @@ class ContextStage:
             (len(texts), work.bucket, config.text_encoder.hidden_size), programs.dtype
         )
         for row, text in zip(padded, texts, strict=True):
-            row[: len(features[text])] = features[text]
-        inputs = dit.sides(config.transformer, work.h, work.w, lengths, work.bucket)
+            row[: len(features[text])] = ops.to_tokens(features[text], programs.dtype)
+        inputs = dit.inputs(config.transformer, work.h, work.w, lengths, work.bucket)
         stem = attempt.loan.module(COMPONENT, "stem")
         x = programs(dit.embed_caption)(attempt.ledger, stem, padded, lengths)
         attempt.hold(inputs.caption, padded, x)

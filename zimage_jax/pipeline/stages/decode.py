@@ -53,12 +53,13 @@ class Decode:
 
     def compiled(self, programs: Programs, work: Work, choice: DecodeChoice) -> int:
         config, attend = programs.config.vae, programs.attend(work)
+        dtype = vae.compute_dtype(programs.dtype)
         decoder = programs.storage.assemble(
             "vae", {"decoder": programs.storage.specs("vae", "decoder")}
         )
         if choice.rows is not None:
             shape = (1, work.h, work.w, config.latent_channels)
-            calls = strip_programs(decoder.decoder, shape, programs.dtype, choice.rows, attend)
+            calls = strip_programs(decoder.decoder, shape, dtype, choice.rows, attend)
             return max(
                 programs(c.function, **c.static).compiled(*c.arguments)[1]
                 + tree_bytes(c.arguments[1:])
@@ -67,9 +68,7 @@ class Decode:
         side = choice.tile // config.scale if choice.tile else None
         h, w = (min(n, side) if side else n for n in (work.h, work.w))
         latents = jax.ShapeDtypeStruct((1, h, w, config.latent_channels), np.float32)
-        return programs(vae.decode, dtype=programs.dtype, attend=attend).compiled(decoder, latents)[
-            1
-        ]
+        return programs(vae.decode, dtype=dtype, attend=attend).compiled(decoder, latents)[1]
 
     def stored(self, figures: Figures, work: Work, choice: DecodeChoice) -> int:
         height, width = (figures.config.vae.scale * n for n in (work.h, work.w))
@@ -95,7 +94,8 @@ class Decode:
     def _decode(
         self, attempt: Attempt, decoder: vae.VAE, latents: Float[np.ndarray, "h w C"]
     ) -> UInt8[np.ndarray, "H W 3"]:
-        choice, dtype = attempt.plan.choices[self.name], attempt.programs.dtype
+        choice = attempt.plan.choices[self.name]
+        dtype = vae.compute_dtype(attempt.programs.dtype)
         attend = attempt.programs.attend(attempt.work)
 
         def apply(function, weights, *arrays, **static):

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ...model import dit, kv, sampling
-from ...model.kv import Hold, Nfe, Phase
+from ...model.kv import KVFormat, Nfe, Phase
 from ...planning import schedule
 from ...planning.plan import MAIN, Choice, Memory, Option, Sizes, StreamPlan, VisitKind
 from ...planning.planner import streams
@@ -82,7 +82,9 @@ class Denoise:
         ]
         # K and V on the host rather than a schedule that waits for its copies
         for choice in sorted(choices, key=lambda c: (c.blocks.waits, c.kv_on_host)):
-            if choice.is_one_program:  # its tokens are temporaries, its arguments hold all inputs
+            if (
+                choice.is_one_program
+            ):  # its tokens are temporaries, its arguments kv_format all inputs
                 keys = sum(_keys_bytes(sizes, work, phase) for phase in work.phases)
                 activations = latents + context + inputs + keys + sizes.inputs(work, work.bucket, 1)
             else:
@@ -133,19 +135,19 @@ class Denoise:
             }
             x = programs.like(contexts, work.image_tokens, config.dim)
             return x, (inputs.image._replace(time=time),), static  # type: ignore[arg-type]
-        hold, keeps, reuses = kind.nfe
+        kv_format, keeps, reuses = kind.nfe
         static = {
             "apply": dit.apply_blocks,
             "attend": programs.attend(work),
-            "hold": hold,
+            "kv_format": kv_format,
         }
-        keys = programs.keys(work, contexts, hold)
+        keys = programs.keys(work, contexts, kv_format)
         of_joint = inputs.joint._replace(time=time, keys=keys)  # type: ignore[arg-type]
         x = programs.like(contexts, work.tokens, config.dim)
         if not (keeps or reuses):
             return x, (of_joint,), static
         shape = contexts, work.tokens, config.n_heads, config.head_dim
-        room = jax.eval_shape(lambda: kv.empty(hold, *shape))
+        room = jax.eval_shape(lambda: kv.empty(kv_format, *shape))
         static |= {"apply": dit.apply_blocks_cached, "reuses": reuses}
         return (x, (room,) * kind.blocks), (of_joint,), static
 
@@ -158,7 +160,7 @@ class Denoise:
         noise = jax.ShapeDtypeStruct((work.batch, work.h, work.w, config.in_channels), jnp.float32)
         sigmas = sampling.sigmas(work.steps, programs.config.scheduler.shift)
         context = programs.like(work.contexts, work.bucket, config.dim)
-        keys = tuple(programs.keys(work, work.contexts, phase.hold) for phase in work.phases)
+        keys = tuple(programs.keys(work, work.contexts, phase.kv_format) for phase in work.phases)
         rest = (
             sampling.times(sigmas),
             context,
@@ -194,7 +196,7 @@ class Denoise:
         def run(unit: str, nfe: Nfe | None) -> float:
             if not unit.startswith(MAIN):
                 return block(work.image_tokens)
-            keys = nfe.hold.keys(work.tokens) if nfe else work.tokens
+            keys = nfe.kv_format.keys(work.tokens) if nfe else work.tokens
             return block(work.tokens, keys=keys, reuses=nfe is not None and nfe.reuses)
 
         stem = 0.0 if timing.plan.kept else timing.unit(COMPONENT, "stem")
@@ -233,10 +235,10 @@ class _Sampler:
     def guidance(self) -> np.float32:
         return np.float32(self.attempt.job.guidance)
 
-    def keys(self, hold: Hold, rows=slice(None)) -> dit.Keys | None:
+    def keys(self, kv_format: KVFormat, rows=slice(None)) -> dit.KeyTable | None:
         work, config = self.attempt.work, self.attempt.config.transformer
         lengths = self.context.lengths[rows]
-        return dit.grouped_keys(config, work.h, work.w, lengths, work.bucket, hold)
+        return dit.grouped_keys(config, work.h, work.w, lengths, work.bucket, kv_format)
 
 
 class _Scan(_Sampler):
@@ -248,7 +250,7 @@ class _Scan(_Sampler):
         units = programs.storage.units(COMPONENT)
         leaves = dict(zip(units, attempt.loan.pin(COMPONENT, units), strict=True))
         model = programs.storage.assemble(COMPONENT, leaves)
-        keys = tuple(self.keys(phase.hold) for phase in attempt.work.phases)
+        keys = tuple(self.keys(phase.kv_format) for phase in attempt.work.phases)
         context, inputs, _ = self.context
         attempt.hold(noise, context, inputs, keys)
         rest = sampling.times(self.sigmas), context, inputs, keys, self.guidance
@@ -289,7 +291,7 @@ class _Sweep(_Sampler):
         without_kv = lambda chunk, sweep: choice.blocks.without_kv(chunk, nfes[sweep])  # noqa: E731
         with attempt.stream(choice.blocks, work.steps, without_kv=without_kv) as stream:
             for phase in work.phases:
-                keys = [self._rows(self.keys(phase.hold, g), slice(None)) for g in groups]
+                keys = [self._rows(self.keys(phase.kv_format, g), slice(None)) for g in groups]
                 with kv_cache(attempt, phase, len(groups)) as cache:
                     for nfe in phase.nfes():
                         latents = self._nfe(stream, index, nfe, cache, keys, latents)
@@ -332,7 +334,7 @@ class _Sweep(_Sampler):
     ) -> list:
         attempt = self.attempt
         attend = attempt.programs.attend(attempt.work)
-        static = self._static(attend=attend, hold=nfe.hold)
+        static = self._static(attend=attend, kv_format=nfe.kv_format)
         for chunk in range(len(attempt.plan.denoise.main_sizes)):
             if cache is None or not (nfe.keeps or nfe.reuses):
                 xs = stream.visit(xs, inputs, **static)
@@ -353,7 +355,11 @@ class _Sweep(_Sampler):
 
 def _keys_bytes(sizes: Sizes, work: Work, phase: Phase) -> int:
     """Rotations and masks of keys that are not the tokens' own."""
-    return 0 if phase.hold.grid is None else sizes.inputs(work, phase.hold.keys(work.tokens), 1)
+    return (
+        0
+        if phase.kv_format.grid is None
+        else sizes.inputs(work, phase.kv_format.keys(work.tokens), 1)
+    )
 
 
 def _cache_bytes(sizes: Sizes, work: Work, phase: Phase, choice: DenoiseChoice) -> int:
@@ -361,7 +367,7 @@ def _cache_bytes(sizes: Sizes, work: Work, phase: Phase, choice: DenoiseChoice) 
     if not phase.caches:
         return 0
     config = sizes.config.transformer
-    of_block = phase.hold.nbytes(work.contexts, work.tokens, config.n_heads, config.head_dim)
+    of_block = phase.kv_format.nbytes(work.contexts, work.tokens, config.n_heads, config.head_dim)
     return of_block * (max(choice.main_sizes) if choice.kv_on_host else sum(choice.main_sizes))
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import jax
 
 from ...model import kv
-from ...model.kv import KV, Hold, Phase
+from ...model.kv import KV, KVFormat, Phase
 from ...runtime.ledger import Ledger
 from ...runtime.placement import HOST, Placement
 from ...units import tree_bytes
@@ -20,7 +20,7 @@ NAME = "kv cache"
 class KVCache:
     def __init__(
         self,
-        hold: Hold,
+        kv_format: KVFormat,
         shape: tuple[int, int, int, int],
         groups: int,
         sizes: tuple[int, ...],
@@ -29,7 +29,7 @@ class KVCache:
         ledger: Ledger,
     ):
         """`shape`: contexts of a micro-batch, tokens, heads, head width. `sizes`: blocks of each chunk."""
-        self._hold, self._shape, self._groups, self._sizes = hold, shape, groups, sizes
+        self._hold, self._shape, self._groups, self._sizes = kv_format, shape, groups, sizes
         self._placement, self._on_host, self._ledger = placement, on_host, ledger
         self._held: dict[int, Held] = {}
         if not on_host:
@@ -79,7 +79,7 @@ def kv_cache(attempt: Attempt, phase: Phase, groups: int) -> Iterator[KVCache | 
     config, work, choice = attempt.config.transformer, attempt.work, attempt.plan.denoise
     shape = work.contexts // groups, work.tokens, config.n_heads, config.head_dim
     cache = KVCache(
-        phase.hold,
+        phase.kv_format,
         shape,
         groups,
         choice.main_sizes,

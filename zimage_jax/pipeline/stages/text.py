@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from ...model import prompt, text_encoder
+from ...model import ops, prompt, text_encoder
 from ...planning import schedule
 from ...planning.plan import Choice, Memory, Option, Sizes
 from ...planning.planner import streams
@@ -70,7 +70,7 @@ class Text:
         """Features by text, without padding. The embedding table is gathered where it is, on the host."""
         ids, lengths = prompt.batch_ids(list(attempt.encoded.values()))
         (table,) = attempt.loan.on_host(COMPONENT, "embed_tokens")
-        x = np.asarray(text_encoder.embed(table, ids), attempt.programs.dtype)
+        x = ops.to_tokens(np.asarray(text_encoder.embed(table, ids)), attempt.programs.dtype)
         choice: TextChoice = attempt.plan.choices[self.name]
         if choice.stream is None:
             attempt.ledger.mark()
@@ -87,6 +87,7 @@ class Text:
                 for _ in choice.stream.chunks:
                     xs = stream.visit(xs, [()], **static)
             features = np.asarray(xs[0])
+        features = ops.from_tokens(features)
         return {text: f[:n] for text, f, n in zip(attempt.encoded, features, lengths, strict=True)}
 
 
