@@ -108,6 +108,17 @@ def test_nothing_is_overwritten_unless_told(run, tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
+def test_a_report_and_a_trace_go_through_what_is_no_file(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    words = ("-s", 7, "-o", "x.png", "--report", "pipe", "--trace", "/dev/null")
+    assert run("a", *SMALL, *words)[0] == 0
+    assert json.loads(os.read(reader, 1 << 16))["seed"] == 7
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    assert Path("/dev/null").is_char_device()
+
+
 def test_quiet_prints_nothing_and_previews_are_written(run, tmp_path):
     code, out, err = run("a", *SMALL, "--quiet", "--preview", "steps", "-o", "x.png")
     assert (code, out, err) == (0, "", "")
@@ -286,6 +297,33 @@ def test_an_interrupt_that_was_dropped_is_heeded_at_the_next_step(run, tmp_path,
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_during_imports_is_one_line(tmp_path):
+    """Raised at the first import of numpy, which would turn an exception into an ImportError."""
+    code = """
+import runpy, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["generate", "a"]
+runpy.run_module("zimage_jax.generate", run_name="__main__", alter_sys=True)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"interrupted\n")
+
+
+def test_a_full_disk_under_standard_output_is_one_line(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    words = [sys.executable, "-m", "zimage_jax.generate", "--help"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, env=environment)
+    assert (done.returncode, done.stderr) == (1, b"error: output: No space left on device\n")
 
 
 def test_the_converter_as_a_process(tmp_path):

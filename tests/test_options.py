@@ -132,12 +132,12 @@ def test_variables_that_count_chunks(run, tmp_path, monkeypatch, variables, sche
     [
         (
             ("--schedule", "magic"),
-            "'magic' is not one of 'auto', 'resident', 'swap', 'ring', 'hybrid', 'scan'",
+            "'magic' is not one of 'auto', 'resident', 'ring', 'hybrid', 'swap', 'scan'",
         ),
         (("--chunks", 0), "--chunks must be from 1 to 10000, got 0"),
-        (("--chunks", 2, "--max-chunk-memory", 1), "say the same thing: give one of them"),
+        (("--chunks", 2, "--max-chunk-memory", 1), "both set the size of a chunk"),
         (("--chunk", "two=resident"), "--chunk two=resident: expected a chunk's number"),
-        (("--chunk", "9=resident"), "chunk 9 is not there: expected 0 to 1"),
+        (("--chunk", "9=resident"), "chunk 9 does not exist: expected 0 to 1"),
         (("--max-vram", 0), "--max-vram must be above 0 GiB, at most 1048576 GiB, got 0.0"),
         (("--max-vram", "nan"), "--max-vram must be above 0 GiB, at most 1048576 GiB, got nan"),
         (("--host-memory", "inf"), "--host-memory must be above 0 GiB"),
@@ -153,7 +153,7 @@ def test_variables_that_count_chunks(run, tmp_path, monkeypatch, variables, sche
         ),
         (
             ("--host-memory", 1e-6, "--schedule", "ring"),
-            "the host window of 0.00 GiB is smaller than a chunk",
+            "--host-memory 0.0 MiB is smaller than a chunk",
         ),
         (("--config", "none.toml"), "--config none.toml: cannot be read (No such file"),
         (("--config", "/dev/zero"), "expected a file, found a device"),
@@ -161,7 +161,7 @@ def test_variables_that_count_chunks(run, tmp_path, monkeypatch, variables, sche
         (("--config", "bad.toml"), "no such key: magic; keys are the flags' names"),
         (("--vae-tile", 70), "the side of a tile must be a multiple of"),
         (("--kv-dtype", "int8"), "K/V dtype 'int8': expected one of float32, bf16, fp16, fp8"),
-        (("--kv-group", "3"), "K/V group 3: expected one of 1, 2, 4"),
+        (("--kv-group", "3"), "K/V group '3': expected 1, 2 or 4"),
         (("--kv-group", "2:x"), "expected 1, 2 or 4, or two of them as in 2:1"),
         (("--kv-reuse", 0), "--kv-reuse must be from 1 to 1000, got 0"),
     ],

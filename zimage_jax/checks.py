@@ -28,7 +28,13 @@ def whole(name: str, value: object, low: int | None = None, high: int | None = N
 
 
 def real(
-    name: str, value: object, low: float, high: float, *, above: bool = False, unit: str = ""
+    name: str,
+    value: object,
+    low: float | int,
+    high: float | int,
+    *,
+    above: bool = False,
+    unit: str = "",
 ) -> float:
     """A finite number from `low`, or `above` it, to `high`. Raises UsageError."""
     if isinstance(value, bool) or not isinstance(value, Real):

@@ -73,7 +73,7 @@ def to_json(value: object, **options) -> str:
 
 
 def start_jax() -> None:
-    """Import JAX, find its devices, and keep its programs.
+    """Import what computes, find JAX's devices, and keep its programs.
 
     Raises UsageError where JAX_PLATFORMS names no device of this machine, or the address space is too small.
     """
@@ -91,6 +91,7 @@ def start_jax() -> None:
             raise UsageError(
                 f"JAX_PLATFORMS={wanted}: not on this machine ({reason}); unset it, or name cpu"
             ) from None
+        from .pipeline import pipeline  # noqa: F401
     use_compile_cache()
 
 

@@ -178,7 +178,6 @@ def command(
         if guidance is not None:
             raise UsageError("--guidance and --cfg-scale say the same thing: give one of them")
         guidance = cfg_scale - 1
-    memory = options.memory_of(**memory_words)
     job = {
         "prompts": _texts(prompts, files),
         "seeds": list(seeds),
@@ -192,7 +191,7 @@ def command(
     }
     repeated = _repeated(from_image)
     kv = {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
-    job["kv"] = options.kv_of(kv, repeated.pop("kv", {}))
+    own_kv = repeated.pop("kv", {})
     job |= {key: value for key, value in repeated.items() if job[key] in (None, [])}
     if not job["prompts"]:
         raise UsageError("no prompt: give one, or --prompt-file, or - for standard input")
@@ -202,10 +201,10 @@ def command(
 
     talk = _Talk(quiet or as_json, is_tiny=model is None)
     with talk.warnings():
-        cli.start_jax()
-        with interrupts.at_once():
-            from .pipeline.pipeline import ZImage  # after the checks: importing it takes a second
+        cli.start_jax()  # after the checks: it takes a second
+        from .pipeline.pipeline import ZImage
 
+        memory, job["kv"] = options.memory_of(**memory_words), options.kv_of(kv, own_kv)
         pipe = ZImage.load(model, dtype=dtype)
         if size:
             job["width"], job["height"] = parse_size(

@@ -98,5 +98,5 @@ def _matches(template: str, path: str) -> bool:
     """Whether a template can give this path."""
     parsed = string.Formatter().parse(template)
     filled = "".join(text + ("" if field is None else _ANY) for text, field, _, _ in parsed)
-    pattern = re.escape(_real(filled)).replace(_ANY, ".*")
+    pattern = re.escape(_real(filled)).replace(_ANY, "[-0-9a-fA-FxX ]*")
     return re.fullmatch(pattern, _real(path), re.DOTALL) is not None

@@ -28,7 +28,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 class Number(click.ParamType):
     """A finite number within bounds, from a flag, a variable or the TOML file."""
 
-    def __init__(self, kind: type[int] | type[float], low: float, high: float):
+    def __init__(self, kind: type[int] | type[float], low: float | int, high: float | int):
         self.kind, self._low, self._high = kind, low, high
         self.name = "integer" if kind is int else "number"
 

@@ -100,6 +100,7 @@ def command(
 ) -> None:
     """Say for each size of picture which memory schedule would be used, its peak of device memory,
     the host memory it keeps, its seconds, and what bounds it; and which size to draw."""
+    cli.start_jax()
     memory = options.memory_of(**memory_words)
     kv = options.kv_of(
         {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
@@ -112,7 +113,6 @@ def command(
         raise click.UsageError(
             "--disk-gbps is for a window on the checkpoint: give its size with --host-memory"
         )
-    cli.start_jax()
     from .planning.cards import find  # after the words were checked: importing JAX takes a second
 
     wanted = find(card) if card else None
