@@ -138,7 +138,7 @@ class KVPolicy:
     ) -> "KVPolicy":
         """From words as "bf16:fp16" and "2:1", early and late, or one for both."""
         groups = _pair(str(group), "group")
-        if not all(g.isdigit() for g in groups):
+        if not all(g in map(str, GROUPS) for g in groups):
             raise UsageError(f"K/V group {group!r}: expected 1, 2 or 4, or two of them as in 2:1")
         early, late = (int(g) for g in groups)
         return cls(_pair(dtype, "dtype") if dtype else None, switch_t, (early, late), reuse)
