@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .model.kv import KVPolicy
     from .pipeline.job import Picture, Result, Step, ZImageWarning
     from .pipeline.pipeline import ZImage
-    from .planning.planner import Memory, Plan
+    from .planning.plan import Memory, Plan
 
     __version__: str
 
@@ -30,12 +30,12 @@ _MODULES = {
     "DamagedError": "errors",
     "ForeignError": "errors",
     "KVPolicy": "model.kv",
-    "Memory": "planning.planner",
+    "Memory": "planning.plan",
     "NonFiniteError": "errors",
     "OutOfMemoryError": "errors",
     "OutputError": "errors",
     "Picture": "pipeline.job",
-    "Plan": "planning.planner",
+    "Plan": "planning.plan",
     "Result": "pipeline.job",
     "Step": "pipeline.job",
     "UsageError": "errors",

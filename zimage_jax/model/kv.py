@@ -68,6 +68,15 @@ class KVFormat:
         """What Q is cast to, and the products are made in."""
         return jnp.dtype(compute) if self.dtype == "fp8" else DTYPES[self.dtype]
 
+    def query_dtype(self, compute) -> np.dtype:
+        """What Q is rounded to after RoPE: float32 where K's scales multiply it first."""
+        return jnp.dtype(jnp.float32) if self.dtype == "fp8" else self.attention_dtype(compute)
+
+    @property
+    def joins_tokens(self) -> bool:
+        """Whether K and V of a token depend on others: by groups, or by fp8's scales."""
+        return self.grid is not None or self.dtype == "fp8"
+
 
 def plain(compute) -> KVFormat:
     """Whole, in the compute dtype."""
