@@ -183,9 +183,7 @@ def _for_card(card: "Card | MeasuredCard", storage: "Storage", compiles: bool) -
 
         sheet = card if isinstance(card, Card) else of_device(card.device)
         if sheet is None:
-            raise UsageError(
-                f"--compile: expected a card of the table, got a {card.name} by its file"
-            )
+            raise UsageError(f"--compile: expected a card of the table, got {card.name}")
         costs: Costs = CompiledCosts(CardPrograms(storage, dtype, sheet))
         source = "compiled for this card without one"
     else:

@@ -30,7 +30,12 @@ CONFIG = small.CONFIGS[MODEL]
 
 def test_the_switch_is_at_500_which_leaves_two_of_eight_nfes():
     early, late = KVPolicy().phases(TURBO_T, jnp.bfloat16, 8, 8)
-    assert (early.kv_format.dtype, early.steps, late.kv_format.dtype, late.steps) == ("bf16", 6, "fp16", 2)
+    assert (early.kv_format.dtype, early.steps, late.kv_format.dtype, late.steps) == (
+        "bf16",
+        6,
+        "fp16",
+        2,
+    )
     assert KVPolicy().phases(TURBO_T, jnp.float32, 8, 8) == (Phase(KVFormat("float32"), 8),)
     assert KVPolicy().phases(TURBO_T, jnp.float16, 8, 8) == (Phase(KVFormat("fp16"), 8),)
 
@@ -178,7 +183,9 @@ def test_fp8_has_a_scale_per_head_that_padding_does_not_move():
         [[1e-3], [1], [1e3]], np.float32
     )
     x[0, 30:] *= 100
-    held = kv.round_kv(jnp.asarray(x), jnp.asarray(x), np.array([30, 40], np.int32), KVFormat("fp8"))
+    held = kv.round_kv(
+        jnp.asarray(x), jnp.asarray(x), np.array([30, 40], np.int32), KVFormat("fp8")
+    )
     meant = np.asarray(held.k, np.float32) * np.asarray(held.k_scale)
     np.testing.assert_allclose(
         meant[0, :30], x[0, :30], rtol=2**-4, atol=1e-2 * np.abs(x[0, :30]).max((0, 2)).min()
@@ -196,7 +203,12 @@ def test_the_rounding_survives_compilation():
     @jax.jit
     def attend(q, k, v):
         return kv.attention(
-            q, kv.round_kv(k, v, None, KVFormat("bf16")), None, KVFormat("bf16"), jnp.float32, Attend()
+            q,
+            kv.round_kv(k, v, None, KVFormat("bf16")),
+            None,
+            KVFormat("bf16"),
+            jnp.float32,
+            Attend(),
         )
 
     rounded = [a.astype(ml_dtypes.bfloat16) for a in (q, k, v)]

@@ -4,10 +4,8 @@ import threading
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from zimage_jax import ZImage, ZImageWarning
 from zimage_jax.model.attention import Target
 from zimage_jax.runtime import placement as device
 

@@ -384,7 +384,7 @@ class ZImage:
         text encoder or of the disk would have to be known and are not."""
         card = cards.of_device(self._placement.device.device_kind)
         on_host = plan.choices["text"].stream is None
-        if card is None or self.dtype != jnp.bfloat16 or on_host or memory.host_bytes:
+        if card is None or self.dtype.itemsize != 2 or on_host or memory.host_bytes:
             return None
         return seconds(STAGES, plan, work, self._sizes, card.rates)
 

@@ -6,7 +6,7 @@ A stage offers options; the planner takes one of each. An option's choice is a v
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ..errors import UsageError
 from ..model.config import ModelConfig
@@ -228,6 +228,7 @@ class Option(NamedTuple):
     stays: frozenset[tuple[str, str]] | None = None
 
 
+@runtime_checkable
 class Stage(Protocol):
     """A part of a job. Stages are listed in pipeline/stages, in the order they run."""
 
@@ -249,6 +250,7 @@ class Stage(Protocol):
         """Do it. The result is in `attempt.results` under the stage's name."""
 
 
+@runtime_checkable
 class Costs(Protocol):
     """Where scratch bytes come from: the compiler, or stored figures."""
 

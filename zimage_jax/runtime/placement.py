@@ -132,6 +132,14 @@ class Placement:
                 raise out_of_pinned_memory(tree_bytes(tree)) from None
             raise
 
+    def settled(self, args):
+        """Arguments of a program's first run: arrays of numpy placed, and every array there."""
+
+        def place(array):
+            return array if isinstance(array, jax.Array) else self.put(array)
+
+        return jax.block_until_ready(jax.tree.map(place, args))
+
     def allocator_peak(self) -> int | None:
         """The peak that the device's allocator saw in this process; None on a CPU, which keeps no such count."""
         stats = self.device.memory_stats()

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from jax import Array
 
@@ -50,6 +50,7 @@ def load(
     return checkpoint.storage.assemble(component, leaves)
 
 
+@runtime_checkable
 class Reader(Protocol):
     """One job's chunks in the order in which it wants them."""
 
