@@ -28,7 +28,7 @@ def measure(cell: dict) -> dict:
 
     cli.use_compile_cache()
     if jax.default_backend() != "cpu":
-        return _measure_on_gpu(cell)
+        return measure_on_gpu(cell)
     path, job, repeats = path_of(cell), job_of(cell), cell.get("repeats", 5)
     pipe = ZImage.load(path, dtype=cell.get("dtype"), memory=memory_of(cell))
     first = draw(pipe, job)
@@ -46,12 +46,12 @@ def measure(cell: dict) -> dict:
     # of a picture that is not the first: what stays on the device was not there from the start of
     # that one
     row = (
-        _peaks(runs[-1].result)
-        | _seconds(first, runs)
+        peaks(runs[-1].result)
+        | times(first, runs)
         | {"process_peak_bytes": process_peak_bytes()}
     )
     row |= (
-        _against_resident(runs, against) if against else {"psnr_db": None, "resident_seconds": None}
+        against_resident(runs, against) if against else {"psnr_db": None, "resident_seconds": None}
     )
     return row | predicted.seconds_of(cell, runs[-1].result, against) | _timeline(runs[-1].result)
 
@@ -60,7 +60,7 @@ _loaded: dict[tuple, "ZImage"] = {}
 _resident: dict[str, list[Drawn]] = {}  # by job
 
 
-def _measure_on_gpu(cell: dict) -> dict:
+def measure_on_gpu(cell: dict) -> dict:
     """The same where the model may not fit: the resident run is an earlier cell of this process, if
     it had one. The peak is the allocator's where this cell raised it, and else the ledger's, for an
     allocator's peak is never taken back."""
@@ -74,14 +74,14 @@ def _measure_on_gpu(cell: dict) -> dict:
     before = _allocator_peak()
     first, runs = draw(pipe, job), [draw(pipe, job) for _ in range(cell.get("repeats", 5))]
     result, name = runs[-1].result, sweep.job(cell)
-    row = _peaks(result) | _seconds(first, runs) | {"process_peak_bytes": process_peak_bytes()}
+    row = peaks(result) | times(first, runs) | {"process_peak_bytes": process_peak_bytes()}
     if _allocator_peak() <= before:
         row |= {"peak_device_bytes": result.ledger.peak, "peak_device_bytes_from": "ledger"}
     row |= {"psnr_db": None, "resident_seconds": None}
     if result.plan.kept and result.plan.schedule == "resident":
         _resident[name] = runs
     elif name in _resident:
-        row |= _against_resident(runs, _resident[name])
+        row |= against_resident(runs, _resident[name])
     row["seconds_per_nfe"] = round(
         statistics.median(s for run in runs for s in run.seconds_of_nfes), 5
     )
@@ -117,7 +117,7 @@ def _floor(cell: dict, result: "Result", row: dict) -> dict:
     }
 
 
-def _peaks(result: "Result") -> dict:
+def peaks(result: "Result") -> dict:
     keys = (
         "schedule",
         "chunks",
@@ -141,7 +141,7 @@ def _peaks(result: "Result") -> dict:
     return told | {"compile_seconds": result.report["seconds"]["compile"]}
 
 
-def _seconds(first: Drawn, runs: list[Drawn]) -> dict:
+def times(first: Drawn, runs: list[Drawn]) -> dict:
     report = runs[-1].result.report
     return {
         "seconds": round(statistics.median(run.seconds for run in runs), 4),
@@ -157,7 +157,7 @@ def _seconds(first: Drawn, runs: list[Drawn]) -> dict:
     }
 
 
-def _against_resident(runs: list[Drawn], against: list[Drawn]) -> dict:
+def against_resident(runs: list[Drawn], against: list[Drawn]) -> dict:
     import numpy as np
 
     ours, theirs = (
