@@ -19,7 +19,7 @@ from pathlib import Path
 
 from scripts.bench.convert import peak_memory
 from scripts.compare import sweep
-from scripts.compare.cell import PROMPT, SEED
+from scripts.compare.jobs import PROMPT, SEED
 from scripts.compare.rows import STAGES
 
 # how each program is told to hold the parameters; a budget, where a cell has one, comes on top

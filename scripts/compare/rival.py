@@ -17,7 +17,7 @@ import torch
 
 from scripts.bench import pytorch as bench_pytorch
 from scripts.compare import sweep
-from scripts.compare.cell import PROMPT, SEED, process_peak_bytes
+from scripts.compare.jobs import PROMPT, SEED, process_peak_bytes
 
 GROUP = {"onload_device": torch.device("cuda"), "offload_device": torch.device("cpu")}
 # how diffusers is told; each but resident moves parameters to a GPU

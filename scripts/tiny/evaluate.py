@@ -3,7 +3,7 @@ never trained on.
 
 python -m scripts.tiny.evaluate                     512 held-out scenes, each in English and in
 Chinese python -m scripts.tiny.evaluate --size 192x192 --json accuracy.json python -m
-scripts.tiny.evaluate --sheet sheet.png   the 24 pictures of README's contact sheet instead"""
+scripts.tiny.evaluate --sheet sheet.png   the 24 pictures of scripts/results/tiny_contact_sheet.png instead"""
 
 import json
 import time

@@ -42,8 +42,9 @@ class CardPrograms(Programs):
     bytes it takes."""
 
     def __init__(self, storage: Storage, dtype, card: Card):
-        super().__init__(storage, dtype, Placement.on_host())
+        # the compiler first: JAX looks for its plugin once, when the first device is asked for
         self._card, self._compile = card, compiler(card)
+        super().__init__(storage, dtype, Placement.on_host())
         self.observer = (
             None  # a callback is a function of the process, and is not compiled without a device
         )
