@@ -21,7 +21,7 @@ from scripts.tiny import data as tiny_data
 from scripts.tiny.judge import judge
 from zimage_jax import ZImage
 from zimage_jax.cli import use_compile_cache
-from zimage_jax.pipeline.pipeline import versions
+from zimage_jax.pipeline.report import versions
 from zimage_jax.pipeline.size import parse_size
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}

@@ -150,12 +150,14 @@ class ZImage:
     ) -> Result:
         """Pictures of one size, one per prompt or per seed (one of either serves all of the other).
 
-        `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; ComfyUI's cfg minus one); None takes the checkpoint's own. `kv`
-        says how the DiT holds K and V, which changes the picture: precision, groups, reuse. `attention` is the kernel
-        (model.attention.Attend says which there are), which changes its last bits. `memory` takes the place of what the
-        model was loaded with, for this job. `on_plan` gets the plan and the budget in bytes before anything runs, and
-        again when the device ran out of memory and another try is made. `on_step` is called after every NFE and may raise
-        to stop; under `scan`, which cannot be stopped, that is raised at the end.
+        `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; it is
+        ComfyUI's cfg minus one); None takes the checkpoint's own. `kv` says how the DiT holds K and
+        V, which changes the picture: precision, groups, reuse. `attention` is the kernel
+        (model.attention.Attend lists them), which changes its last bits. `memory` replaces, for this
+        job, the one that the model was loaded with. `on_plan` gets the plan and the budget in bytes
+        before anything runs, and again when the device ran out of memory and another plan is tried.
+        `on_step` is called after every NFE and may raise to stop the job; `scan` cannot be stopped
+        and raises that at its end.
 
         Raises UsageError for a job that cannot be drawn, or when called from a callback of this model's job;
         OutOfMemoryError when no plan fits; NonFiniteError when the latents leave the finite numbers.
@@ -191,13 +193,15 @@ class ZImage:
             memory.max_vram_bytes or self._store.free_device_bytes(),
             self._placement.runs_ahead,
         )
+        ledger = Ledger(ahead)
+        self._store.read_ahead(budget, memory.host_bytes, ledger)
         while True:
             plan = self._plan(work, memory, budget)
             if on_plan is not None:
                 with self._turn.of_callback():
                     on_plan(plan, budget)
             try:
-                attempt = self._attempt(job, encoded, work, plan, memory, Ledger(ahead), on_step)
+                attempt = self._attempt(job, encoded, work, plan, memory, ledger, on_step)
                 return self._draw(attempt, said)
             except jax.errors.JaxRuntimeError as fault:
                 if not is_exhausted(fault):
@@ -207,6 +211,7 @@ class ZImage:
                 ahead, then = 0, "trying a program at a time"
             else:
                 budget, then = plan.peak_bytes - 1, "trying a smaller one"  # until there is none
+            ledger = Ledger(ahead)
             _warn(said, f"out of device memory with a plan of {size(plan.peak_bytes)}; {then}")
 
     def _attempt(
@@ -250,7 +255,8 @@ class ZImage:
         ledger, began = attempt.ledger, time.perf_counter()
         try:
             for stage in STAGES:
-                self._run(stage, attempt)
+                if stage.name in attempt.plan.choices:
+                    self._run(stage, attempt)
         finally:
             attempt.loan.release()
         ledger.seconds["total"] = time.perf_counter() - began
