@@ -43,7 +43,7 @@ def test_first_runs_beside_threads_that_place_arrays(wanted):
             dtype = np.float32 if placement.shares_memory else jnp.bfloat16
             q = np.ones((1, 32 * (run + 1), 2, 64), dtype)
             out = program(Ledger(), q, q, q)
-            np.testing.assert_array_equal(np.asarray(out, np.float32), 1)
+            np.testing.assert_allclose(np.asarray(out, np.float32), 1, rtol=1e-2)
     finally:
         stop.set()
         for thread in threads:
