@@ -55,11 +55,16 @@ class Memory:
                 )
         if self.prefetch is not None and self.prefetch < 0:
             raise UsageError(f"prefetch: expected 0 chunks or more, got {self.prefetch}")
-        fixed = self.schedule != "auto" and len(schedule.row(self.schedule).resident(8)) == 1
-        if self.resident_chunks is not None and fixed:
-            raise UsageError(
-                f"--resident-chunks: schedule {self.schedule} leaves no choice; hybrid does"
-            )
+        if self.schedule != "auto":
+            row = schedule.row(self.schedule)
+            if self.resident_chunks is not None and len(row.resident(8)) == 1:
+                raise UsageError(
+                    f"--resident-chunks: schedule {row.name} leaves no choice; hybrid does"
+                )
+            if self.prefetch is not None and row.ahead not in (None, self.prefetch):
+                raise UsageError(
+                    f"--prefetch {self.prefetch}: schedule {row.name} copies {row.ahead} chunks ahead"
+                )
         if self.chunks and self.max_chunk_bytes:
             raise UsageError(
                 "--chunks and --max-chunk-memory both set the size of a chunk: give one of them"
@@ -117,7 +122,7 @@ class StreamPlan:
     def copied_blocks(self) -> int:
         """Blocks copied in every sweep but the first: all that are streamed, unless the slots hold them all."""
         streamed = self.streamed
-        return sum(self.sizes[c] for c in streamed) if len(streamed) > self.schedule.slots else 0
+        return sum(self.sizes[c] for c in streamed) if len(streamed) > len(self.slots) else 0
 
     @property
     def waits(self) -> bool:
