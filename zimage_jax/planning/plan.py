@@ -159,18 +159,6 @@ class StreamPlan:
         """The kinds of visit of a single sweep over blocks that hold no K and V."""
         return frozenset(visit for *_, visit in self.visits())
 
-    def __str__(self) -> str:
-        sizes, row = self.sizes, schedule.row(self.schedule.name)
-        each = (
-            f"{sizes[0]} block{'s' * (sizes[0] > 1)}"
-            if len(set(sizes)) == 1
-            else f"{min(sizes)} or {max(sizes)} blocks"
-        )
-        words = row.words.format(
-            resident=len(self.schedule.resident), ahead=max(0, self.schedule.slots - 1)
-        )
-        return f"{len(sizes)} chunk{'s' * (len(sizes) > 1)} of {each}, {words}"
-
 
 def cut(units: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
     """Successive units in runs of these sizes."""

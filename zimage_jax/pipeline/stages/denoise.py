@@ -56,7 +56,17 @@ class DenoiseChoice(Choice):
         return sum(self.blocks.is_main(chunk) for chunk in self.blocks.schedule.resident)
 
     def __str__(self) -> str:
-        return f"{self.blocks.schedule.name}, {self.blocks}"
+        sizes, of = self.main_sizes, self.blocks.schedule
+        least, most = min(sizes), max(sizes)
+        blocks = (
+            f"{most} block{'s' if most > 1 else ''}"
+            if least == most
+            else f"{least} or {most} blocks"
+        )
+        words = schedule.row(of.name).words.format(
+            resident=self.resident_chunks, ahead=max(0, of.slots - 1)
+        )
+        return f"{of.name}, {len(sizes)} chunk{'s' if len(sizes) > 1 else ''} of {blocks}, {words}"
 
 
 class Denoise:
