@@ -337,7 +337,7 @@ def apply_blocks(
     kv_format: KVFormat | None = None,
 ) -> Float[Array, "B T D"]:
     """A run of consecutive blocks, as one chunk holds them. K and V whole and in x's dtype, unless
-    `hold` says."""
+    `kv_format` says."""
     for block in blocks:
         x, _ = block(x, inputs, attend, kv_format or kv.plain(x.dtype))
     return x

@@ -1,4 +1,4 @@
-"""How the DiT's main blocks kv_format K and V: in which precision, over groups of image tokens, and for
+"""How the DiT's main blocks hold K and V: in which precision, over groups of image tokens, and for
 how many NFEs.
 
 Axes: B pictures, T tokens (image first), S keys (T, with the image tokens pooled), N heads, H head
@@ -92,7 +92,7 @@ class Nfe(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """A run of NFEs that kv_format K and V alike."""
+    """A run of NFEs that hold K and V alike."""
 
     kv_format: KVFormat
     steps: int

@@ -92,9 +92,7 @@ class Denoise:
         ]
         # K and V on the host rather than a schedule that waits for its copies
         for choice in sorted(choices, key=lambda c: (c.blocks.waits, c.kv_on_host)):
-            if (
-                choice.is_one_program
-            ):  # its tokens are temporaries, its arguments kv_format all inputs
+            if choice.is_one_program:  # its tokens are temporaries, its arguments hold all inputs
                 keys = sum(_keys_bytes(sizes, work, phase) for phase in work.phases)
                 activations = latents + context + inputs + keys + sizes.inputs(work, work.bucket, 1)
             else:
