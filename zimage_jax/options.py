@@ -144,7 +144,7 @@ _MEMORY = [
     ),
     _word(
         "--schedule",
-        type=click.Choice(["auto", *schedules.names()]),
+        metavar="|".join(["auto", *schedules.names()]),  # plan.Memory checks it
         default="auto",
         show_default=True,
         help="How the DiT's blocks reach the device: all stay (resident), chunks take turns in one slot (swap) or two "

@@ -162,7 +162,7 @@ class ZImage:
         Raises UsageError for a job that cannot be drawn, or when called from a callback of this model's job;
         OutOfMemoryError when no plan fits; NonFiniteError when the latents leave the finite numbers.
         """
-        with self._turn.of_job():
+        with self._turn.of_job(), jax.default_device(self._placement.device):
             said: list[str] = []
             job = self._job(
                 said,
@@ -275,7 +275,7 @@ class ZImage:
         self, texts: Sequence[str], memory: Memory | None = None
     ) -> list[Float[np.ndarray, "T E"]]:
         """Text features of each text, without padding: Qwen3's hidden_states[-2]. Raises as `generate` does."""
-        with self._turn.of_job():
+        with self._turn.of_job(), jax.default_device(self._placement.device):
             said: list[str] = []
             job = self._job(said, texts, seed=0, steps=1, guidance=0.0)
             memory, encoded = self._memory(memory), self._tokens(job.texts, said)
@@ -385,7 +385,7 @@ class ZImage:
         ]
         pictures = [
             Picture(pixels, {**own, **common})
-            for pixels, own in zip(attempt.results["decode"], each, strict=True)
+            for pixels, own in zip(attempt.results[STAGES[-1].name], each, strict=True)
         ]
         told = reports.report(attempt, common, each, said, self._store.host_bytes)
         return Result(pictures, told, latents, attempt.work, attempt.plan, attempt.ledger)

@@ -3,7 +3,7 @@
 A stage offers options; the planner takes one of each. An option's choice is a value of the stage's own class.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -81,6 +81,8 @@ class VisitKind(NamedTuple):
     copied: int  # blocks copied meanwhile
     without_kv: bool = False  # what is copied lacks the parameters that make K and V
     nfe: Nfe | None = None  # how the DiT's main blocks hold K and V
+    kind: Hashable = 0  # of the chunk, in StreamPlan.kinds
+    copied_kind: Hashable = 0
 
 
 @dataclass(frozen=True)
@@ -108,15 +110,19 @@ class StreamPlan:
     @property
     def slots(self) -> tuple[tuple[str, ...], ...]:
         """The largest chunk that each slot holds."""
-        largest: dict[Any, tuple[str, ...]] = {}
-        for chunk in self.streamed:
-            kind = self.kinds[chunk]
-            largest[kind] = max(largest.get(kind, ()), self.chunks[chunk], key=len)
-        return tuple(largest[kind] for kind in self.schedule.slot_kinds(self.kinds))
+        return tuple(self.slot_of(kind) for kind in self.schedule.slot_kinds(self.kinds))
 
-    @property
-    def slot_blocks(self) -> int:
-        return max((len(slot) for slot in self.slots), default=0)
+    def slot_of(self, kind: Hashable) -> tuple[str, ...]:
+        """The largest streamed chunk of a kind, for which its slots have room."""
+        return max((self.chunks[c] for c in self.streamed if self.kinds[c] == kind), key=len)
+
+    def like(self, kind: Hashable, blocks: int) -> tuple[str, ...]:
+        """A chunk of a kind with so many blocks: all of these have the same shapes."""
+        return next(
+            chunk
+            for chunk, of in zip(self.chunks, self.kinds, strict=True)
+            if of == kind and len(chunk) == blocks
+        )
 
     @property
     def copied_blocks(self) -> int:
@@ -152,7 +158,8 @@ class StreamPlan:
             copied = self.sizes[then.chunk] if then else 0
             without_kv = then is not None and self.without_kv(then.chunk, nfes[then.sweep])
             nfe = nfes[sweep] if self.is_main(chunk) else None
-            yield sweep, chunk, VisitKind(self.sizes[chunk], copied, without_kv, nfe)
+            kinds = self.kinds[chunk], self.kinds[then.chunk] if then else 0
+            yield sweep, chunk, VisitKind(self.sizes[chunk], copied, without_kv, nfe, *kinds)
 
     @property
     def visit_kinds(self) -> frozenset[VisitKind]:
@@ -169,8 +176,14 @@ def cut(units: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[tuple[str, ...]
 def stream_plan(
     storage: Storage, component: str, chunks: tuple[tuple[str, ...], ...], of: Schedule
 ) -> StreamPlan:
-    """Chunks whose blocks have the same stored leaves are of one kind."""
-    shapes = [storage.specs(component, chunk[0]) for chunk in chunks]
+    """Chunks whose blocks all have the same stored leaves are of one kind, however long they are. A chunk whose blocks
+    differ is of one kind with those that differ in the same way."""
+
+    def shape(chunk: tuple[str, ...]) -> tuple:
+        of_blocks = tuple(storage.specs(component, unit) for unit in chunk)
+        return of_blocks if len(set(of_blocks)) > 1 else of_blocks[0]
+
+    shapes = [shape(chunk) for chunk in chunks]
     kinds = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
     return StreamPlan(component, chunks, of, tuple(kinds[shape] for shape in shapes))
 

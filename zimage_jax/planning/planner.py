@@ -158,7 +158,7 @@ def _chunk_counts(sizes: Sizes, component: str, main: tuple[str, ...], memory: M
             )
         return [memory.chunks]
     if memory.max_chunk_bytes:
-        block = sizes.storage.nbytes(component, main[0])
+        block = max(sizes.storage.nbytes(component, unit) for unit in main)
         return [schedule.chunks_under(blocks, block, memory.max_chunk_bytes)]
     # the default, and finer ones down to a chunk per block, each half as long or so
     counts = [min(schedule.CHUNKS, blocks)]

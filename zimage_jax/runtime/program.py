@@ -73,7 +73,10 @@ class Program:
     def _compile(self, args: tuple) -> tuple[Any, int]:
         began = time.perf_counter()
         try:
-            with jax.default_matmul_precision(self._precision):
+            with (
+                jax.default_device(self._placement.device),
+                jax.default_matmul_precision(self._precision),
+            ):
                 executable = self._jitted.lower(*args).compile()
         except jax.errors.JaxRuntimeError as fault:  # a GPU's compiler may load what it compiled
             if not is_exhausted(fault):

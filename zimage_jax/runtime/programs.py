@@ -119,10 +119,6 @@ class Programs:
 
     # -- abstract arguments -------------------------------------------------------------------------------------------
 
-    def tree(self, component: str, unit: str):
-        """The structure that turns a unit's leaves into its module."""
-        return self.storage.tree(component, unit)
-
     def module(self, component: str, unit: str) -> Any:
         """A unit's module of ShapeDtypeStructs."""
         return self.storage.module(component, unit)
@@ -144,20 +140,29 @@ class Programs:
         self, plan: StreamPlan, kinds: Iterable[VisitKind], call: Callable[[VisitKind], tuple]
     ) -> int:
         """The largest scratch of any of these visits. `call` gives x, inputs and static arguments of a kind."""
-        component, unit = plan.component, plan.chunks[0][0]
-        leaves, tree = self.storage.specs(component, unit), self.tree(component, unit)
-        host = self.placement.sharding(HOST)
-        away = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=host) for a in leaves)
+        storage, component, host = self.storage, plan.component, self.placement.sharding(HOST)
+
+        def on_host(unit: str, without_kv: bool) -> tuple:
+            leaves = storage.specs(component, unit)
+            away = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=host) for a in leaves]
+            return storage.without_kv(component, unit, away) if without_kv else tuple(away)
+
+        def on_device(units: tuple[str, ...]) -> tuple:
+            return tuple(storage.specs(component, unit) for unit in units)
+
         scratch = [0]
         for kind in kinds:
             x, inputs, static = call(kind)
-            static = static | {"tree": tree}
-            chunk = (leaves,) * kind.blocks
+            units = plan.like(kind.kind, kind.blocks)
+            chunk, static = on_device(units), static | {"trees": storage.trees(component, units)}
             if kind.copied:
-                ring = self(ring_step, donate=(1, 3), **static)
-                block = self.storage.without_kv(component, unit, away) if kind.without_kv else away
-                args = chunk, (leaves,) * plan.slot_blocks, (block,) * kind.copied, x, *inputs
-                scratch.append(ring.compiled(*args)[1])
+                ring, spare = (
+                    self(ring_step, donate=(1, 3), **static),
+                    on_device(plan.slot_of(kind.copied_kind)),
+                )
+                copied = plan.like(kind.copied_kind, kind.copied)
+                following = tuple(on_host(unit, kind.without_kv) for unit in copied)
+                scratch.append(ring.compiled(chunk, spare, following, x, *inputs)[1])
             else:
                 plain = self(run_chunk, donate=(1,), **static)
                 scratch.append(plain.compiled(chunk, x, *inputs)[1])

@@ -140,7 +140,8 @@ class Loan:
         (leaves,) = self.pin(component, [unit])
         import jax
 
-        return jax.tree.unflatten(self.store.checkpoint.storage.tree(component, unit), leaves)
+        (tree,) = self.store.checkpoint.storage.trees(component, [unit])
+        return jax.tree.unflatten(tree, leaves)
 
     def on_host(self, component: str, unit: str) -> tuple[np.ndarray, ...]:
         return self.store.on_host(component, unit)

@@ -1,7 +1,7 @@
 """Runs chunks of blocks on the device as a schedule says.
 
-It knows units, chunks and slots, not layers: the leaves of a block are a tuple of arrays, and `tree`, the structure of
-its module, turns them into what is called. Leaves cross program boundaries as plain tuples, for flattening a module in
+It knows units, chunks and slots, not layers: the leaves of a block are a tuple of arrays, and the structure of its module
+turns them into what is called. Leaves cross program boundaries as plain tuples, for flattening a module in
 Python costs 0.1 ms each time.
 """
 
@@ -21,9 +21,10 @@ from .program import Program
 from .reader import Chunk, Leaves, Source
 
 
-def run_chunk(chunk: Chunk, x, *inputs, tree, apply: Callable, **static):
-    """A chunk over one micro-batch. `apply` runs blocks over x, which may be any tree of arrays."""
-    return apply([jax.tree.unflatten(tree, leaves) for leaves in chunk], x, *inputs, **static)
+def run_chunk(chunk: Chunk, x, *inputs, trees: tuple, apply: Callable, **static):
+    """A chunk over one micro-batch. `trees` has each block's structure; `apply` runs blocks over x, which may be any tree
+    of arrays."""
+    return apply(list(map(jax.tree.unflatten, trees, chunk)), x, *inputs, **static)
 
 
 def ring_step(chunk: Chunk, spare: Chunk, following: Chunk, x, *inputs, **static):
@@ -65,6 +66,7 @@ class Stream:
         self._plan, self._storage = plan, storage
         self._program, self._ledger, self._pin, self._without_kv = program, ledger, pin, without_kv
         self._actions = actions(plan.schedule, plan.kinds, sweeps)
+        self._trees = [storage.trees(plan.component, chunk) for chunk in plan.chunks]
         self._pinned: dict[int, list[Future[Leaves]]] = {}
         self._slots = self._allocate()
         order = [plan.chunks[load.chunk] for load in loads(plan.schedule, plan.kinds, sweeps)]
@@ -131,6 +133,7 @@ class Stream:
 
     def _visit(self, visit: Visit, xs: list, inputs: list[tuple], static: dict) -> list:
         size, name = len(self._plan.chunks[visit.chunk]), self._name(visit.chunk)
+        static = static | {"trees": self._trees[visit.chunk]}
         if visit.slot is None:
             chunk = tuple(leaves.result() for leaves in self._pinned[visit.chunk])
         else:

@@ -1,4 +1,5 @@
-"""The stages of a job, in the order they run. To add one, write its file and put it into STAGES."""
+"""The stages of a job, in the order they run; the last one's result is the pictures. To add one, write its file and put it
+into STAGES."""
 
 from ...planning.plan import Stage
 from .context import ContextStage

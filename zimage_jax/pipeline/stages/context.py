@@ -93,7 +93,6 @@ class ContextStage:
         attempt.hold(inputs.caption, padded, x)
         stream_plan = attempt.plan.choices[self.name].stream
         static = {
-            "tree": programs.tree(COMPONENT, "context_refiner.0"),
             "apply": dit.apply_blocks,
             "attend": programs.attend(work),
         }

@@ -357,8 +357,7 @@ class _Sweep(_Sampler):
         return xs
 
     def _static(self, **static) -> dict:
-        tree = self.attempt.programs.tree(COMPONENT, "layers.0")
-        return {"tree": tree, "apply": dit.apply_blocks, **static}
+        return {"apply": dit.apply_blocks, **static}
 
 
 def _keys_bytes(sizes: Sizes, work: Work, phase: Phase) -> int:

@@ -79,7 +79,6 @@ class Text:
             attempt.hold(x)
             xs = [attempt.placement.put(x)]
             static = {
-                "tree": attempt.programs.tree(COMPONENT, "layers.0"),
                 "apply": text_encoder.apply_blocks,
                 "attend": attempt.programs.attend(attempt.work),
             }
@@ -112,11 +111,13 @@ def _of_text(memory: Memory, blocks: int) -> Memory:
 def _on_host(attempt: Attempt, x: Float[np.ndarray, "P L E"]) -> Float[np.ndarray, "P L E"]:
     """The text encoder on the CPU, block by block from the checkpoint: no byte of the device is used."""
     cpu, store = Placement.on_host(), attempt.loan.store
-    tree = attempt.programs.tree(COMPONENT, "layers.0")
     with jax.default_device(cpu.device):
-        apply = jax.jit(lambda leaves, x: jax.tree.unflatten(tree, leaves)(x))
+        apply = jax.jit(
+            lambda tree, leaves, x: jax.tree.unflatten(tree, leaves)(x), static_argnums=0
+        )
         for unit in store.checkpoint.units(COMPONENT):
             if unit.startswith("layers."):
                 leaves = read_units(store.checkpoint, COMPONENT, [unit], cpu, DEVICE)[unit]
-                x = apply(leaves, x)
+                (tree,) = store.checkpoint.storage.trees(COMPONENT, [unit])
+                x = apply(tree, leaves, x)
     return np.asarray(x)
