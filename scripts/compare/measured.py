@@ -45,11 +45,7 @@ def measure(cell: dict) -> dict:
         runs = [draw(pipe, job) for _ in range(repeats)]
     # of a picture that is not the first: what stays on the device was not there from the start of
     # that one
-    row = (
-        peaks(runs[-1].result)
-        | times(first, runs)
-        | {"process_peak_bytes": process_peak_bytes()}
-    )
+    row = peaks(runs[-1].result) | times(first, runs) | {"process_peak_bytes": process_peak_bytes()}
     row |= (
         against_resident(runs, against) if against else {"psnr_db": None, "resident_seconds": None}
     )
