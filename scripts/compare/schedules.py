@@ -67,8 +67,11 @@ def _nvidia(query: str) -> list[str] | None:
 def commit() -> str:
     """The commit of this checkout, with a mark when files differ from it."""
     words = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
-    told = subprocess.run(words, capture_output=True, text=True, check=False)
-    return told.stdout.strip() or "not a git checkout"
+    try:
+        told = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return "no git here"
+    return told or "not a git checkout"
 
 
 def outcomes(cells: list[dict], gpu_bytes: int | None) -> Iterator[dict]:

@@ -32,6 +32,7 @@ def answers(
                 text=True,
                 env=os.environ | environment,
             )
+            assert process.stdout is not None
             timer = threading.Timer(min(deadline - time.monotonic(), 1e6), process.kill)
             timer.start()
             try:
@@ -40,6 +41,7 @@ def answers(
                 timer.cancel()
                 process.kill()
                 process.wait()
+                process.stdout.close()
             if not left:
                 return
             left.pop(0)

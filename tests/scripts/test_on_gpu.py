@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from scripts.bench.on_gpu import parts, rows, sweep
 from scripts.bench.on_gpu.parts import DRY, Scale
+from scripts.compare import schedules
 from scripts.compare import sweep as sweeps
 from scripts.compare.worker import answers
 from zimage_jax import plan
@@ -160,15 +161,18 @@ def test_questions_have_names_of_their_own_and_an_order():
     assert not any(g.environment for g in parts.groups(DRY, known, None) if g.part == "caps")
 
 
-def test_the_second_command_dry(tmp_path, monkeypatch):
-    """The sweep, and whole programs: diffusers where it is installed."""
+@pytest.mark.parametrize("rival", ["", pytest.param("diffusers", marks=pytest.mark.live)])
+def test_the_second_command_dry(rival, tmp_path, monkeypatch):
+    """The sweep, and whole programs: ours, and diffusers."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
+    own, cut, theirs = (schedules.SWEEPS / "gpu_dry.toml").read_text().rpartition("[[program]]")
+    (tmp_path / "gpu_dry.toml").write_text(own + (cut + theirs if rival else ""))
+    monkeypatch.setattr(schedules, "SWEEPS", tmp_path)
     words = [str(tmp_path / "out"), "--dry", "--folder", str(tmp_path / "models")]
     sweep.main.main(words, standalone_mode=False)
-    simulated, ours, theirs = sweeps.rows(tmp_path / "out" / "RESULTS.jsonl")
-    assert simulated["success"]
-    assert ours["success"], ours
-    assert ours["seconds_by_stage"]["denoise"] > 0
-    assert theirs["success"] or "not installed" in theirs["not_measured"], theirs
+    found = sweeps.rows(tmp_path / "out" / "RESULTS.jsonl")
+    assert [row["system"] for row in found[1:]] == ["zimage_jax", *([rival] if rival else [])]
+    assert all(row["success"] for row in found), found
+    assert all(row["seconds_by_stage"]["denoise"] > 0 for row in found[1:])
     assert (tmp_path / "out" / "report.html").exists()
