@@ -13,9 +13,10 @@ from tests.small import CASES
 from zimage_jax import KVPolicy, Memory, ZImage, ZImageWarning
 from zimage_jax.errors import ForeignError, NonFiniteError, UsageError
 from zimage_jax.model.config import DefaultsConfig
-from zimage_jax.pipeline.pipeline import versions
-from zimage_jax.planning.planner import Work
-from zimage_jax.runtime.compiled import CompiledCosts, Programs
+from zimage_jax.pipeline.report import versions
+from zimage_jax.planning.work import Work
+from zimage_jax.runtime.placement import Placement
+from zimage_jax.runtime.programs import Programs
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.formats import uniform
 from zimage_jax.weights.writer import save
@@ -61,11 +62,7 @@ def test_the_checkpoints_own_steps_and_guidance_count_where_none_are_given(tmp_p
     models = {c: small.our_model(c, config, tensors[c]) for c in small.MODELS}
     tokenizer = small.tokenizer().to_str().encode()
     pipe = ZImage.load(save(tmp_path / "m", uniform(config, "float32"), models, tokenizer, {}))
-    for given, expected in (
-        ({}, (2, 1.5)),
-        ({"guidance": 0}, (2, 0.0)),
-        ({"steps": 1}, (1, 1.5)),
-    ):
+    for given, expected in (({}, (2, 1.5)), ({"steps": 1, "guidance": 0.0}, (1, 0.0))):
         report = pipe.generate("a star", seed=3, width=64, height=64, **given).report
         assert (report["steps"], report["guidance"]) == expected
 
@@ -75,8 +72,8 @@ def test_a_bucket_beyond_the_models_positions_is_planned():
     plain = small.CONFIGS["plain"]
     config = replace(plain, transformer=replace(plain.transformer, axes_lens=(256, 64, 64)))
     work = Work.of(config, 64, 64, 1, KVPolicy(), "float32", bucket=256)
-    costs = CompiledCosts(Programs(uniform(config, "float32"), "float32"))
-    assert costs._sides(work, 1).caption.cos.shape[:2] == (1, 256)
+    programs = Programs(uniform(config, "float32"), "float32", Placement.on())
+    assert programs.inputs(work, 1).caption.cos.shape[:2] == (1, 256)
 
 
 @pytest.mark.parametrize("schedule", ["ring", "scan"])
