@@ -45,16 +45,16 @@ def make(folder: Path, blocks: int) -> tuple[Checkpoint, list[str]]:
         .standard_normal(3840 * 10240, np.float32)
         .astype(DTYPES["bfloat16"])
     )
-    writer = Writer(folder / "native", uniform(config, "bfloat16"))
-    for component in components.COMPONENTS:
-        for unit, leaves in units(config, component).items():
-            arrays = (
-                (path, iter([values[: leaf.size].reshape(leaf.shape)]))
-                for path, leaf in leaves.items()
-            )
-            writer.write(component, unit, arrays)
-    names = [f"layers.{k}" for k in range(blocks)]
-    return Checkpoint(writer.finish(b"", {})), names
+    with Writer(folder / "native", uniform(config, "bfloat16")) as writer:
+        for component in components.COMPONENTS:
+            for unit, leaves in units(config, component).items():
+                arrays = (
+                    (path, iter([values[: leaf.size].reshape(leaf.shape)]))
+                    for path, leaf in leaves.items()
+                )
+                writer.write(component, unit, arrays)
+        path = writer.finish(b"", {})
+    return Checkpoint(path), [f"layers.{k}" for k in range(blocks)]
 
 
 def orbax_item(folder: Path, arrays: dict[str, np.ndarray], options: dict) -> Callable[[], None]:

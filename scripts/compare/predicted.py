@@ -50,7 +50,7 @@ def seconds_of(cell: dict, result: "Result", against: list[Drawn]) -> dict:
     checkpoint, placement = Checkpoint(path_of(cell) or TINY), Placement.on()
     dtype = jnp.dtype(cell.get("dtype") or default_dtype(placement.target))
     rates = planning.measure(placement, dtype.name)
-    chunks = _chunk_speed(checkpoint, result.plan, placement)
+    chunks = chunk_speed(checkpoint, result.plan, placement)
     is_cpu = placement.shares_memory
     # from host memory too, where the device has its own
     pins = _pin_speed(checkpoint, "vae", ["decoder"], placement) if is_cpu else chunks
@@ -125,7 +125,7 @@ def _model(
     return seconds(STAGES, plan, work, Sizes(checkpoint.storage, compute_bytes), again)
 
 
-def _chunk_speed(checkpoint: "Checkpoint", plan: "Plan", placement: "Placement") -> Speed:
+def chunk_speed(checkpoint: "Checkpoint", plan: "Plan", placement: "Placement") -> Speed:
     """Of the driver's own copies of the plan's largest chunks into two slots, one chunk after the
     other, so that none lies in the processor's cache from the last time; and of as many arrays of
     one element."""

@@ -48,12 +48,13 @@ STORAGE = uniform(TURBO, "bfloat16")
 class Measure:
     """The figures of one card."""
 
-    def __init__(self, card: cards.Card):
+    def __init__(self, card: cards.Card, *, quick: bool = False):
         self.dtype = default_dtype(Target("gpu", card.capability))
         self.programs = CardPrograms(STORAGE, self.dtype, card)
         self._stages: dict[str, Any] = {stage.name: stage for stage in STAGES}
         self._sizes = Sizes(STORAGE, 2)
-        self._copied = COPIED[self.programs.attention_names(self.work(512))]
+        kernel = self.programs.attention_names(self.work(512))
+        self._copied, self._alone = ((1,), (1,)) if quick else (COPIED[kernel], ENDS)
 
     def work(self, side: int, bucket: int = 64) -> Work:
         return Work.of(TURBO, side, side, 8, KVPolicy(), self.dtype, bucket=bucket)
@@ -67,7 +68,7 @@ class Measure:
 
     def figures(self, stages: Iterable[str]) -> dict[str, Any]:
         """Stage -> kind of program -> points."""
-        kinds = {f"{n},{n}": (n, n) for n in self._copied} | {f"{n},0": (n, 0) for n in ENDS}
+        kinds = {f"{n},{n}": (n, n) for n in self._copied} | {f"{n},0": (n, 0) for n in self._alone}
         ways: dict[str, Callable[[], Any]] = {
             "text": lambda: self._text(kinds),
             "context": self._context,
@@ -169,11 +170,14 @@ PARTS = "text", "context", "denoise", "decode", "strips", "scan"
 @click.command(help=__doc__)
 @click.argument("names", nargs=-1)
 @click.option("--stage", "parts", multiple=True, type=click.Choice(PARTS), help="[default: all]")
-def main(names: tuple[str, ...], parts: tuple[str, ...]) -> None:
+@click.option(
+    "--quick", is_flag=True, help="Chunks of one block alone, whose figure serves longer ones."
+)
+def main(names: tuple[str, ...], parts: tuple[str, ...], quick: bool) -> None:
     for name in names or CARDS:
         card = cards.sheet(name)
         click.echo(name, err=True)
-        measure = Measure(card)
+        measure = Measure(card, quick=quick)
         made = {
             "card": name,
             "dtype": measure.dtype,
