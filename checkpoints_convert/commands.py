@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
+from zimage_jax.files import printable
 from zimage_jax.model.config import TURBO_SHIFT
+from zimage_jax.units import size
 
 from . import sources
 from .convert import convert as convert_source
@@ -64,16 +66,16 @@ def convert(
     given = {component: file for component, file in files.items() if file}
     source = sources.open_source(src, given, config_folder, tokenizer, variant)
     convert_source(source, dst, dtype, quiet=quiet or as_json)
-    size = sum(f.stat().st_size for f in dst.rglob("*") if f.is_file())
+    nbytes = sum(f.stat().st_size for f in dst.rglob("*") if f.is_file())
     seconds = time.monotonic() - began
     if as_json:
         click.echo(
             json.dumps(
-                {"path": str(dst), "bytes": size, "seconds": round(seconds, 3), "dtype": dtype}
+                {"path": str(dst), "bytes": nbytes, "seconds": round(seconds, 3), "dtype": dtype}
             )
         )
     elif not quiet:
-        click.echo(f"{dst}: {size / 2**30:.2f} GiB in {dtype}, {seconds:.1f} s")
+        click.echo(f"{dst}: {size(nbytes)} in {dtype}, {seconds:.1f} s")
         shift, defaults = source.config.scheduler.shift, source.config.defaults
         if shift != TURBO_SHIFT:
             click.echo(
@@ -95,7 +97,7 @@ def inspect(path: Path, as_json: bool) -> None:
     for name, part in parts["components"].items():
         click.echo(
             f"  {name:13s} {part['layout']:10s} {part['tensors']:5d} tensors  {part['parameters'] / 1e9:8.4f} B parameters  "
-            f"{part['bytes'] / 2**30:8.3f} GiB  {', '.join(part['dtypes'])}"
+            f"{size(part['bytes']):>10s}  {printable(', '.join(part['dtypes']))}"
         )
     for key, value in parts.get("notes", {}).items():
         click.echo(f"  {key}: {value}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from zimage_jax.cli import check_interrupt
+from zimage_jax import interrupts
 from zimage_jax.errors import ConversionError, UsageError
 from zimage_jax.files import LARGEST_JSON, read_regular
 from zimage_jax.model.prompt import Prompts
@@ -97,7 +97,7 @@ def _write_units(source: Source, writer: Writer, dtype: str, quiet: bool) -> Non
         try:
             for job in [pool.submit(write, *unit) for unit in units]:
                 job.result()
-                check_interrupt()  # Python may have dropped it, raised in a destructor
+                interrupts.check()  # Python may have dropped it, raised in a destructor
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -263,7 +263,7 @@ def open_component_folder(component: str, folder: Path) -> Component:
                 f"{index}: expected a weight_map from tensor names to shard files"
             )
         shards = sorted(set(names.values()))
-        if bad := [s for s in shards if Path(s).name != s]:
+        if bad := [s for s in shards if Path(s).name != s or len(s) > 255 or not s.isprintable()]:
             raise ConversionError(
                 f"{index}: '{printable(bad[0])}' is not the name of a file beside it"
             )

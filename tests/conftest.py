@@ -99,6 +99,24 @@ def native(tmp_path_factory):
     return make
 
 
+@pytest.fixture
+def run(native, tmp_path, monkeypatch, capsys):
+    """Run generate in an empty folder; gives exit code, standard output and standard error."""
+    from zimage_jax import cli, generate
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "use_compile_cache", lambda: None)
+
+    def call(*words, model="plain", command=generate.command):
+        prefix = ["--model", str(native(model))] if command is generate.command and model else []
+        with pytest.raises(SystemExit) as leaving:
+            cli.run(command, [*prefix, *map(str, words)], "generate")
+        out = capsys.readouterr()
+        return leaving.value.code, out.out, out.err
+
+    return call
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shared_programs():
     """What is compiled follows from storage, dtype and device: models that have these in common share it."""

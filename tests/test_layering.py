@@ -11,12 +11,13 @@ FLOORS = [
     ("errors",),
     ("units",),
     ("files",),
+    ("checks",),
     ("model",),
     ("weights",),
     ("planning",),
     ("runtime",),
     ("pipeline",),
-    ("__init__", "cli", "generate", "plan", "__main__"),
+    ("__init__", "interrupts", "cli", "options", "naming", "generate", "plan", "__main__"),
 ]
 CONVERTER_ORDER = ["sources", "convert", "inspect", "commands", "__main__"]
 FLOOR = {name: index for index, names in enumerate(FLOORS) for name in names}

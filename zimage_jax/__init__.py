@@ -3,31 +3,92 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .errors import ZImageError
+    from .errors import (
+        CheckpointError,
+        ConfigError,
+        ConversionError,
+        DamagedError,
+        ForeignError,
+        NonFiniteError,
+        OutOfMemoryError,
+        OutputError,
+        UsageError,
+        ZImageError,
+    )
     from .model.kv import KVPolicy
     from .pipeline.job import Picture, Result, Step, ZImageWarning
     from .pipeline.pipeline import ZImage
-    from .planning.planner import Memory, Plan
+    from .planning.plan import Memory, Plan
+
+    __version__: str
+
+# name -> module: imported on first use, because a command checks its options before JAX takes its second to import
+_MODULES = {
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "ConversionError": "errors",
+    "DamagedError": "errors",
+    "ForeignError": "errors",
+    "KVPolicy": "model.kv",
+    "Memory": "planning.plan",
+    "NonFiniteError": "errors",
+    "OutOfMemoryError": "errors",
+    "OutputError": "errors",
+    "Picture": "pipeline.job",
+    "Plan": "planning.plan",
+    "Result": "pipeline.job",
+    "Step": "pipeline.job",
+    "UsageError": "errors",
+    "ZImage": "pipeline.pipeline",
+    "ZImageError": "errors",
+    "ZImageWarning": "pipeline.job",
+}
 
 __all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ConversionError",
+    "DamagedError",
+    "ForeignError",
     "KVPolicy",
     "Memory",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "OutputError",
     "Picture",
     "Plan",
     "Result",
     "Step",
+    "UsageError",
     "ZImage",
     "ZImageError",
     "ZImageWarning",
+    "__version__",
 ]
 
 
 def __getattr__(name: str):
-    """The public names on first use: a command checks its words before JAX takes its second to
-    import."""
-    if name not in __all__:
+    if name == "__version__":
+        return _version()
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import errors
-    from .pipeline import pipeline
+    import importlib
 
-    return getattr(pipeline, name, None) or getattr(errors, name)
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """Of the installed package, or for a checkout on the path what its pyproject.toml says."""
+    import importlib.metadata
+    import tomllib
+    from pathlib import Path
+
+    try:
+        return importlib.metadata.version("zimage_jax")
+    except importlib.metadata.PackageNotFoundError:
+        project = Path(__file__).parent.parent / "pyproject.toml"
+        return tomllib.loads(project.read_text("utf-8"))["project"]["version"]

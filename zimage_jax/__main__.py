@@ -1,12 +1,16 @@
 """python -m zimage_jax: the commands by name."""
 
-import json
+from . import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()  # before the imports below, which take a third of a second
+
 from pathlib import Path
 
 import click
 
 from . import cli, generate, plan
-from .pipeline.picture import parameters, read_metadata
+from .options import FILE
 
 
 @click.group()
@@ -19,15 +23,19 @@ command.add_command(plan.command, "plan")
 
 
 @command.command()
-@click.argument("picture", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.argument("picture", type=FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(picture: Path, as_json: bool) -> None:
-    """What PICTURE says of its making."""
+    """Print the prompt and the settings that PICTURE, a PNG of ours, was drawn with."""
+    with interrupts.at_once():
+        from .pipeline.picture import parameters, read_metadata
+
     metadata = read_metadata(picture)
-    click.echo(json.dumps(metadata, ensure_ascii=False) if as_json else parameters(metadata))
+    click.echo(cli.to_json(metadata) if as_json else cli.plain(parameters(metadata)))
 
 
 def main() -> None:
+    interrupts.install()
     cli.run(command, prog="python -m zimage_jax")
 
 

@@ -1,61 +1,33 @@
 """python -m zimage_jax.generate "PROMPT": write a picture."""
 
-import json
-import string
+from . import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()  # before the imports below, which take a third of a second
+
+import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
 import click
 from tqdm import tqdm
 
-from . import cli
+from . import checks, cli, naming, options, units
 from .errors import UsageError
-from .files import write_whole
+from .files import printable, read_text, write_whole
+from .options import FILE, Number
 from .pipeline.size import parse_size
-from .units import size
+from .units import COMPUTE
 
-FILE = click.Path(path_type=Path, dir_okay=False)
-_FIELDS = ("date", "seed", "index")
-_REPEATED = (
-    "prompt",
-    "negative_prompt",
-    "seed",
-    "width",
-    "height",
-    "steps",
-    "guidance",
-    "noise",
-)
-
-
-def _texts(prompts: tuple[str, ...], files: tuple[Path, ...]) -> list[str]:
-    texts = [sys.stdin.read() if p == "-" else p for p in prompts]
-    for file in files:
-        try:
-            texts.append(file.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as fault:
-            raise UsageError(
-                f"--prompt-file {file}: cannot be read as UTF-8 text ({fault})"
-            ) from None
-    return [text.rstrip("\r\n") for text in texts]
-
-
-def _check_template(template: str) -> None:
-    try:
-        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    except ValueError:
-        fields = {""}
-    if not fields <= set(_FIELDS):
-        raise UsageError(
-            f"-o {template}: only {', '.join(f'{{{f}}}' for f in _FIELDS)} are filled in"
-        )
-    if not template.lower().endswith(".png"):
-        raise UsageError(f"-o {template}: pictures are PNG files, so the name must end in .png")
+MOST_PICTURES = 1_000_000  # per prompt
+LARGEST_PROMPT = 64 << 10  # bytes; 512 tokens of 128 characters, Qwen's longest, are as many
 
 
 @click.command()
@@ -65,89 +37,106 @@ def _check_template(template: str) -> None:
     "files",
     multiple=True,
     type=FILE,
-    help="A prompt from a UTF-8 file; may be repeated.",
+    help="Read a prompt from a UTF-8 file of at most 64 KiB. May be repeated.",
 )
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
     help="Folder written by checkpoints_convert.  [default: the tiny model in the package]",
 )
-@click.option("--size", help="WIDTHxHEIGHT, or a ratio such as 16:9.")
-@click.option("--width", "-W", type=int, help="Pixels, a multiple of 16.")
-@click.option("--height", "-H", type=int, help="Pixels, a multiple of 16.")
-@click.option("--steps", type=int, help="Evaluations of the DiT (NFEs).  [default: 8]")
+@click.option(
+    "--size",
+    help="Size in pixels, as in 1280x720, or a ratio such as 16:9.  [default: the model's own]",
+)
+@click.option(
+    "--width", "-W", type=Number(int, 1, 65536), help="Width in pixels, a multiple of 16."
+)
+@click.option(
+    "--height", "-H", type=Number(int, 1, 65536), help="Height in pixels, a multiple of 16."
+)
+@click.option(
+    "--steps",
+    type=Number(int, 1, 1000),
+    help="Number of evaluations of the DiT (NFEs).  [default: the model's own, 8 for Turbo]",
+)
 @click.option(
     "--seed",
     "-s",
     "seeds",
-    type=int,
+    type=Number(int, -1, checks.LARGEST_SEED),
     multiple=True,
-    help="0 to 2^64-1, -1 for a random one; may be repeated.",
+    help="Seed of the noise, 0 to 2^64-1; -1 draws one. May be repeated.  [default: -1]",
 )
 @click.option(
     "-n",
     "--count",
-    type=click.IntRange(1),
+    type=Number(int, 1, MOST_PICTURES),
     default=1,
-    help="Pictures per prompt, with seeds that count up.",
+    show_default=True,
+    help="Number of pictures per prompt. The seed goes up by one for each.",
 )
-@click.option("--guidance", type=float, help="Guidance scale, 0 is off.  [default: 0]")
-@click.option("--cfg-scale", type=float, help="The same as other programs count it: guidance + 1.")
-@click.option("--negative-prompt", help="What guidance leads away from.")
+@click.option(
+    "--guidance",
+    type=Number(float, 0, 100),
+    help="Guidance scale as diffusers counts it, 0 to 100; 0 is off.  [default: the model's own, 0 for Turbo]",
+)
+@click.option(
+    "--cfg-scale",
+    type=Number(float, 1, 101),
+    help="Guidance scale as other programs count it: --guidance plus 1; 1 is off.",
+)
+@click.option("--negative-prompt", help="What to avoid, where guidance is on.")
 @click.option(
     "--noise",
     type=click.Choice(["torch", "jax"]),
-    help="Whose noise a seed stands for.  [default: torch]",
+    help="Noise generator: torch gives PyTorch's noise for the seed.  [default: torch]",
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="What to compute in; float16 is for GPUs before the RTX 30 series.  "
-    "[default: by the device: bfloat16, float16 or on a CPU float32]",
+    type=click.Choice(COMPUTE),
+    help="What to compute in; float16 is for GPUs before the RTX 30 series.  [default: bfloat16 on a GPU, float16 where "
+    "it has no bfloat16, float32 on a CPU]",
 )
-@cli.kv_options
-@cli.ATTENTION
-@cli.memory_options
+@options.kv_options
+@options.ATTENTION
+@options.memory_options
 @click.option(
     "--batch-size",
-    type=click.IntRange(1),
+    type=Number(int, 1, 1024),
     default=1,
     show_default=True,
-    help="Pictures drawn at once.",
+    help="Number of pictures drawn at once.",
 )
 @click.option(
     "-o",
     "--output",
     default="{date}-{seed}-{index}.png",
     show_default=True,
-    help="Name of a picture's file.",
+    help="File to write. {date}, {seed} and {index} (from 0) are filled in; {index:04} has four digits. A name in use "
+    "gets -2, -3 and so on.",
 )
-@click.option(
-    "--overwrite", is_flag=True, help="Replace files that exist; else a free name is taken."
-)
-@click.option("--no-metadata", is_flag=True, help="Write pixels alone.")
+@click.option("--overwrite", is_flag=True, help="Replace a file that exists.")
+@click.option("--no-metadata", is_flag=True, help="Do not write prompt and settings into the PNG.")
 @click.option(
     "--preview",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for a small picture per step.",
+    help="Folder for a small picture after each step.",
 )
 @click.option(
-    "--from-image", type=FILE, help="Repeat a picture of ours; flags given beside it win."
+    "--from-image",
+    type=FILE,
+    help="Draw a picture of ours again, with the settings in its metadata; flags given here win.",
 )
-@click.option("--report", type=FILE, help="Write what was done and what it cost, as JSON.")
+@click.option("--report", type=FILE, help="File for settings, seconds, bytes and peaks, as JSON.")
 @click.option(
     "--trace",
     type=FILE,
-    help="Write when each program ran and each chunk was copied, for Perfetto.",
+    help="File for a timeline of programs and copies; Perfetto shows it.",
 )
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print the report, one line of JSON per batch, and nothing else.",
-)
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--json", "as_json", is_flag=True, help="Print only the report, a line per batch.")
 def command(
+    *,
     prompts,
     files,
     model,
@@ -162,6 +151,11 @@ def command(
     negative_prompt,
     noise,
     dtype,
+    kv_dtype,
+    kv_switch_t,
+    kv_group,
+    kv_reuse,
+    attention,
     batch_size,
     output,
     overwrite,
@@ -172,11 +166,6 @@ def command(
     trace,
     quiet,
     as_json,
-    kv_dtype,
-    kv_switch_t,
-    kv_group,
-    kv_reuse,
-    attention,
     **memory_words,
 ) -> None:
     """Draw PROMPT with Z-Image-Turbo and write it as a PNG.
@@ -184,115 +173,15 @@ def command(
     Several prompts give several pictures; "-" reads one from standard input.
     """
     if size and (width or height):
-        raise click.UsageError("--size and --width/--height say the same thing: give one of them")
+        raise UsageError("--size and --width/--height say the same thing: give one of them")
     if cfg_scale is not None:
         if guidance is not None:
-            raise click.UsageError(
-                "--guidance and --cfg-scale say the same thing: give one of them"
-            )
+            raise UsageError("--guidance and --cfg-scale say the same thing: give one of them")
         guidance = cfg_scale - 1
-    if count > 1 and len(seeds) > 1:
-        raise click.UsageError("give several seeds or a --count, not both")
-    _check_template(output)
-    memory = cli.memory_of(**memory_words)
-    job = _settings(
-        from_image,
-        prompts,
-        files,
-        seeds,
-        negative_prompt,
-        width,
-        height,
-        steps,
-        guidance,
-        noise,
-        attention,
-    )
-    kv = cli.kv_of(
-        kv_dtype=kv_dtype,
-        kv_switch_t=kv_switch_t,
-        kv_group=kv_group,
-        kv_reuse=kv_reuse,
-        repeated=job.pop("kv"),
-    )
-    if not job["prompt"]:
-        raise click.UsageError("no prompt: give one, or --prompt-file, or - for standard input")
-
-    talk = _Talk(quiet or as_json)
-    with talk.warnings():
-        cli.use_compile_cache()
-        from .pipeline.pipeline import (
-            ZImage,  # after the words were checked: importing JAX takes a second
-        )
-
-        if model is None:
-            talk.say(
-                "drawing with the tiny model inside the package: shapes, colours, up to three glyphs. For the full one: "
-                "python -m checkpoints_convert Z-IMAGE-TURBO-FOLDER MODEL, then --model MODEL"
-            )
-        pipe = ZImage.load(model, dtype=dtype)
-        if size:
-            job["width"], job["height"] = parse_size(
-                size, pipe.config.vae.sample_size, pipe.config.pixel_multiple
-            )
-        todo = _expand(job.pop("prompt"), job.pop("seed"), count)
-        talk.start(pipe)
-        reports = []
-        for first in range(0, len(todo), batch_size):
-            batch = todo[first : first + batch_size]
-            texts, numbers = (list(column) for column in zip(*batch, strict=True))
-            settings = {k: v for k, v in job.items() if v is not None}
-            with talk.bar() as bar:
-                previews = _Previews(preview, first, bar)
-                result = pipe.generate(
-                    texts,
-                    seed=numbers,
-                    kv=kv,
-                    memory=memory,
-                    on_plan=talk.plan,
-                    on_step=previews,
-                    **settings,
-                )
-            now = datetime.now().strftime("%Y%m%d-%H%M%S")
-            paths = []
-            for index, picture in enumerate(result.pictures, first):
-                name = output.format(date=now, seed=picture.metadata["seed"], index=index)
-                paths.append(picture.save(name, metadata=not no_metadata, overwrite=overwrite))
-                talk.picture(paths[-1], picture, result.report)
-            files_made = str(paths[0]) if len(paths) == 1 else [str(p) for p in paths]
-            reports.append({**result.report, "file": files_made})
-            if as_json:
-                click.echo(json.dumps(reports[-1], ensure_ascii=False))
-            if trace:
-                write_whole(trace, result.ledger.trace().encode(), overwrite=True)
-    if report:
-        content = reports[0] if len(reports) == 1 else reports
-        write_whole(
-            report,
-            (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode(),
-            overwrite=True,
-        )
-
-
-def _settings(
-    from_image,
-    prompts,
-    files,
-    seeds,
-    negative_prompt,
-    width,
-    height,
-    steps,
-    guidance,
-    noise,
-    attention,
-) -> dict:
-    """The job's words: what a picture says of itself under --from-image, and over it the flags that
-    were given."""
-    given = {
-        "prompt": _texts(prompts, files) or None,
-        "seed": list(seeds) or None,
-        "negative_prompt": negative_prompt,
+    job = {
+        "prompts": _texts(prompts, files),
+        "seeds": list(seeds),
+        "negative_prompt": negative_prompt and _unicode("--negative-prompt", negative_prompt),
         "width": width,
         "height": height,
         "steps": steps,
@@ -300,54 +189,178 @@ def _settings(
         "noise": noise,
         "attention": attention,
     }
-    job: dict = dict.fromkeys((*_REPEATED, "attention", "kv"))
-    if from_image:
-        from .pipeline.picture import read_metadata
+    repeated = _repeated(from_image)
+    kv = {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
+    own_kv = repeated.pop("kv", {})
+    job |= {key: value for key, value in repeated.items() if job[key] in (None, [])}
+    if not job["prompts"]:
+        raise UsageError("no prompt: give one, or --prompt-file, or - for standard input")
+    job["seeds"] = _seeds(job["seeds"] or [-1], count)
+    files_out = _Output(output, overwrite, not no_metadata, preview, report, trace)
+    files_out.check(len(job["prompts"]), job["seeds"], [*files, from_image])
 
-        found = read_metadata(from_image)
-        kinds = {"prompt": str, "negative_prompt": str, "guidance": float | int, "noise": str}
-        for key in _REPEATED:
-            if not isinstance(found.get(key), kinds.get(key, int)):
-                raise UsageError(
-                    f"{from_image}: its metadata has no usable {key!r}; give it as a flag"
-                )
-            job[key] = found[key]
-        job["prompt"], job["seed"] = [job["prompt"]], [job["seed"]]
-        job["kv"] = _kv_words(from_image, found)
-        job["attention"] = found.get("attention")  # auto is not written down
-    job |= {key: value for key, value in given.items() if value is not None}
-    job["seed"] = job["seed"] or [-1]
-    return job
+    talk = _Talk(quiet or as_json, is_tiny=model is None)
+    with talk.warnings():
+        cli.start_jax()  # after the checks: it takes a second
+        from .pipeline.pipeline import ZImage
 
-
-def _kv_words(from_image: Path, found: dict) -> dict:
-    """What a picture says of K and V; older ones say nothing."""
-    words = found.get("kv", {})
-    kinds = {"dtype": str | None, "switch_t": float | int, "group": str, "reuse": int}
-    if not isinstance(words, dict) or any(
-        not isinstance(v, kinds.get(k, ())) for k, v in words.items()
-    ):
-        raise UsageError(
-            f"{from_image}: its metadata has no usable 'kv'; make the picture anew with flags"
-        )
-    return words
+        memory, job["kv"] = options.memory_of(**memory_words), options.kv_of(kv, own_kv)
+        pipe = ZImage.load(model, dtype=dtype)
+        if size:
+            job["width"], job["height"] = parse_size(
+                size, pipe.config.vae.sample_size, pipe.config.pixel_multiple
+            )
+        talk.start(pipe, memory)
+        _draw(pipe, job, batch_size, files_out, talk, as_json=as_json, memory=memory)
 
 
-def _expand(prompts: list[str], seeds: list[int], count: int) -> list[tuple[str, int]]:
-    """Every prompt with every seed; a count makes one seed count up, or draws anew for -1."""
-    if count > 1:
-        seeds = [seeds[0] if seeds[0] == -1 else seeds[0] + i for i in range(count)]
-    return [(prompt, seed) for prompt in prompts for seed in seeds]
+def _draw(pipe, job: dict, batch_size: int, output: "_Output", talk: "_Talk", *, as_json, memory):
+    """Every prompt with every seed, in batches; each picture is written when its batch is done."""
+    seeds, reports = job.pop("seeds"), []
+    todo = ((prompt, seed) for prompt in job.pop("prompts") for seed in seeds)
+    settings, first = {k: v for k, v in job.items() if v is not None}, 0
+    while batch := list(islice(todo, batch_size)):
+        prompts, numbers = (list(column) for column in zip(*batch, strict=True))
+        with talk.bar() as bar:
+            result = pipe.generate(
+                prompts,
+                seed=numbers,
+                memory=memory,
+                on_plan=talk.plan,
+                on_step=_Progress(output.preview, first, bar),
+                **settings,
+            )
+        paths = output.save(result.pictures, first)
+        for path, picture in zip(paths, result.pictures, strict=True):
+            talk.picture(path, picture, result.report)
+        names = [str(path) for path in paths]
+        report = {**result.report, "file": names[0] if len(names) == 1 else names}
+        if as_json:
+            click.echo(cli.to_json(report))
+        if output.trace:
+            write_whole(output.trace, result.ledger.trace().encode(), overwrite=True)
+        if output.report:
+            reports.append(report)
+        first += len(batch)
+    if output.report:
+        content = reports[0] if len(reports) == 1 else reports
+        write_whole(output.report, (cli.to_json(content, indent=2) + "\n").encode(), overwrite=True)
 
 
-class _Previews:
-    """Moves the bar and writes a small picture per step when asked to."""
+# -- what was asked for ----------------------------------------------------------------------------
+
+
+def _texts(prompts: Iterable[str], files: Iterable[Path]) -> list[str]:
+    """The prompts of flags, standard input and files, without the newlines at their ends."""
+    texts = []
+    for prompt in prompts:
+        texts.append(_standard_input() if prompt == "-" else _unicode("the prompt", prompt))
+    for file in files:
+        try:
+            texts.append(read_text(file, LARGEST_PROMPT))
+        except UsageError as fault:
+            raise UsageError(f"--prompt-file {fault}") from None
+    texts = [text.rstrip("\r\n") for text in texts]
+    if any(not text.strip() for text in texts):
+        raise UsageError("the prompt is empty: say what to draw")
+    return texts
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise UsageError("-: standard input is closed")
+    data = sys.stdin.buffer.read(LARGEST_PROMPT + 1)
+    if len(data) > LARGEST_PROMPT:
+        raise UsageError(f"-: a prompt has at most {LARGEST_PROMPT} bytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as fault:
+        raise UsageError(f"-: standard input is not UTF-8 text (byte {fault.start})") from None
+
+
+def _unicode(name: str, text: str) -> str:
+    """A flag's text. Under a locale without UTF-8, Python decodes a flag's bytes to surrogates."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        raise UsageError(f"{name} is not UTF-8 text: {printable(text, 60)}") from None
+
+
+def _repeated(from_image: Path | None) -> dict:
+    """A picture's own settings, as a job's."""
+    if from_image is None:
+        return {}
+    from .pipeline.picture import read_metadata
+
+    found = read_metadata(from_image)
+    one = ("negative_prompt", "width", "height", "steps", "guidance", "noise")
+    return {
+        "prompts": [found["prompt"]],
+        "seeds": [found["seed"]],
+        "kv": found.get("kv", {}),
+        "attention": found.get("attention"),  # auto is not written down
+        **{key: found[key] for key in one},
+    }
+
+
+def _seeds(seeds: list[int], count: int) -> Sequence[int]:
+    """A count makes one seed count up, or draws anew for -1."""
+    if count == 1:
+        return seeds
+    if len(seeds) > 1:
+        raise UsageError("give several seeds or a --count, not both")
+    if seeds[0] == -1:
+        return seeds * count
+    if seeds[0] + count - 1 > checks.LARGEST_SEED:
+        raise UsageError(f"--seed {seeds[0]} with -n {count} counts past 2^64-1, the largest seed")
+    return range(seeds[0], seeds[0] + count)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Where everything is written."""
+
+    template: str
+    overwrite: bool
+    metadata: bool
+    preview: Path | None
+    report: Path | None
+    trace: Path | None
+
+    def check(self, prompts: int, seeds: Sequence[int], inputs: list[Path | None]) -> None:
+        """Raises UsageError before anything is drawn for what could not be written."""
+        naming.check_template(self.template, seeds, prompts * len(seeds))
+        outputs = {"--report": self.report, "--trace": self.trace}
+        naming.check_outputs(self.template, self.preview, outputs, inputs)
+        if self.overwrite and not naming.are_distinct(self.template, prompts, seeds):
+            raise UsageError(
+                f"-o {printable(self.template)}: with --overwrite each picture would replace the one before; put {{index}} "
+                "into the name"
+            )
+
+    def save(self, pictures, first: int) -> list[Path]:
+        now = datetime.now().strftime("%Y%m%d-%H%M%S")
+        return [
+            picture.save(
+                self.template.format(date=now, seed=picture.metadata["seed"], index=index),
+                metadata=self.metadata,
+                overwrite=self.overwrite,
+            )
+            for index, picture in enumerate(pictures, first)
+        ]
+
+
+# -- what a person sees ----------------------------------------------------------------------------
+
+
+class _Progress:
+    """After every NFE: moves the bar, and writes a small picture where a folder is given."""
 
     def __init__(self, folder: Path | None, first: int, bar):
         self._folder, self._first, self._bar = folder, first, bar
 
     def __call__(self, step) -> None:
-        cli.check_interrupt()
+        interrupts.check()
         if self._bar.total != step.steps:
             self._bar.reset(step.steps)
         self._bar.update()
@@ -364,10 +377,11 @@ class _Previews:
 
 
 class _Talk:
-    """What a person sees: on standard error, but for the line that says where a picture lies."""
+    """Progress goes to standard error, the paths of pictures to standard output."""
 
-    def __init__(self, silent: bool):
-        self._silent, self._began = silent, time.perf_counter()
+    def __init__(self, silent: bool, is_tiny: bool):
+        self._silent, self._is_tiny, self._began = silent, is_tiny, time.perf_counter()
+        self._tells_plan = not is_tiny
 
     @contextmanager
     def warnings(self) -> Iterator[None]:
@@ -375,31 +389,33 @@ class _Talk:
 
         def show(message, *_) -> None:
             if not self._silent:
-                tqdm.write(f"warning: {message}", file=sys.stderr)
+                tqdm.write(f"warning: {printable(message, 300)}", file=sys.stderr)
 
         with warnings.catch_warnings():
             warnings.showwarning = show  # type: ignore[assignment]
             warnings.simplefilter("always", UserWarning)
             yield
 
-    def say(self, line: str) -> None:
+    def _say(self, line: str) -> None:
         if not self._silent:
             click.echo(line, err=True)
 
-    def start(self, pipe) -> None:
-        self.say(
-            f"{pipe.name}: {pipe.describe()}; ready in {time.perf_counter() - self._began:.1f} s"
-        )
+    def start(self, pipe, memory) -> None:
+        if self._is_tiny:
+            self._say("tiny model (shapes, colours, short texts); the full model: see README")
+        else:
+            seconds = time.perf_counter() - self._began
+            self._say(f"{pipe.name}: {pipe.describe()}; ready in {seconds:.1f} s")
+        # a newcomer's first picture has no schedule to look at; who asks for one sees it
+        self._tells_plan = not self._is_tiny or memory != type(memory)()
 
     def plan(self, plan, budget: int) -> None:
         """What will be done, before it is."""
-        warm = (
-            ""
-            if plan.seconds is None
-            else f", {plan.seconds:.1f} s once parameters are read and programs compiled"
-        )
-        self.say(
-            f"schedule {plan.denoise}: {plan.nfes} NFEs, predicted peak {size(plan.peak_bytes)} of {size(budget)}{warm}"
+        if not self._tells_plan:
+            return
+        seconds = "" if plan.seconds is None else f", about {plan.seconds:.1f} s once compiled"
+        self._say(
+            f"schedule {plan.denoise}; predicted peak {units.size(plan.peak_bytes)} of {units.size(budget)}{seconds}"
         )
 
     def bar(self):
@@ -411,18 +427,15 @@ class _Talk:
             disable=self._silent or not sys.stderr.isatty(),
         )
 
-    def picture(self, path: Path, picture, report) -> None:
+    def picture(self, path: Path, picture, report: dict) -> None:
         if not self._silent:
-            stage = report["seconds"]
-            click.echo(
-                f"{path}  seed {picture.metadata['seed']}, {stage['total']:.1f} s (text {stage['text']:.1f}, "
-                f"denoise {stage['denoise']:.1f}, decode {stage['decode']:.1f}), "
-                f"peak {size(report['peak_device_bytes'])} of device memory, "
-                f"{size(report['copied_bytes'])} copied to it"
-            )
+            peak = units.size(report["peak_device_bytes"])
+            seed, seconds = picture.metadata["seed"], report["seconds"]["total"]
+            click.echo(f"{path}  seed {seed}, {seconds:.1f} s, peak {peak}")
 
 
 def main() -> None:
+    interrupts.install()
     cli.run(command, prog="python -m zimage_jax.generate")
 
 

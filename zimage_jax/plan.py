@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from . import cli
-from .cli import GIB
+from . import cli, options
 from .errors import OutOfMemoryError, UsageError
+from .units import GIB
 
 if TYPE_CHECKING:
     from .model.config import ModelConfig
@@ -80,8 +80,8 @@ class Device:
     metavar="GB/S",
     help="How fast the checkpoint is read, with --host-memory.  [default: the card's file, or 3]",
 )
-@cli.kv_options
-@cli.memory_options
+@options.kv_options
+@options.memory_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def command(
     model,
@@ -100,8 +100,11 @@ def command(
 ) -> None:
     """Say for each size of picture which memory schedule would be used, its peak of device memory,
     the host memory it keeps, its seconds, and what bounds it; and which size to draw."""
-    memory = cli.memory_of(**memory_words)
-    kv = cli.kv_of(kv_dtype=kv_dtype, kv_switch_t=kv_switch_t, kv_group=kv_group, kv_reuse=kv_reuse)
+    cli.start_jax()
+    memory = options.memory_of(**memory_words)
+    kv = options.kv_of(
+        {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
+    )
     if compiles and not card:
         raise click.UsageError(
             "--compile is for a --card: for its own device, this machine's compiler is always asked"
@@ -110,7 +113,6 @@ def command(
         raise click.UsageError(
             "--disk-gbps is for a window on the checkpoint: give its size with --host-memory"
         )
-    cli.use_compile_cache()
     from .planning.cards import find  # after the words were checked: importing JAX takes a second
 
     wanted = find(card) if card else None
@@ -183,9 +185,7 @@ def _for_card(card: "Card | MeasuredCard", storage: "Storage", compiles: bool) -
 
         sheet = card if isinstance(card, Card) else of_device(card.device)
         if sheet is None:
-            raise UsageError(
-                f"--compile: expected a card of the table, got a {card.name} by its file"
-            )
+            raise UsageError(f"--compile: expected a card of the table, got {card.name}")
         costs: Costs = CompiledCosts(CardPrograms(storage, dtype, sheet))
         source = "compiled for this card without one"
     else:

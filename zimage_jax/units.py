@@ -18,6 +18,7 @@ _DTYPES = {
     "uint16": (np.dtype(np.uint16), "U16"),
 }
 DTYPES = {name: dtype for name, (dtype, _) in _DTYPES.items()}
+COMPUTE = ("bfloat16", "float16", "float32")  # what can be computed in
 SAFETENSORS = {name: spelling for name, (_, spelling) in _DTYPES.items()}
 
 

@@ -20,10 +20,10 @@ import click
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import SingleDeviceSharding
 
 from zimage_jax.model.config import TURBO
-from zimage_jax.runtime.staging import read_blocks
+from zimage_jax.runtime.placement import HOST, Placement
+from zimage_jax.runtime.reader import read_units
 from zimage_jax.units import DTYPES
 from zimage_jax.weights import components
 from zimage_jax.weights.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ from zimage_jax.weights.components import units
 from zimage_jax.weights.formats import uniform
 from zimage_jax.weights.writer import Writer
 
-PINNED = SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
+PLACEMENT = Placement.on()
 
 
 def make(folder: Path, blocks: int) -> tuple[Checkpoint, list[str]]:
@@ -45,16 +45,16 @@ def make(folder: Path, blocks: int) -> tuple[Checkpoint, list[str]]:
         .standard_normal(3840 * 10240, np.float32)
         .astype(DTYPES["bfloat16"])
     )
-    writer = Writer(folder / "native", uniform(config, "bfloat16"))
-    for component in components.COMPONENTS:
-        for unit, leaves in units(config, component).items():
-            arrays = (
-                (path, iter([values[: leaf.size].reshape(leaf.shape)]))
-                for path, leaf in leaves.items()
-            )
-            writer.write(component, unit, arrays)
-    names = [f"layers.{k}" for k in range(blocks)]
-    return Checkpoint(writer.finish(b"", {})), names
+    with Writer(folder / "native", uniform(config, "bfloat16")) as writer:
+        for component in components.COMPONENTS:
+            for unit, leaves in units(config, component).items():
+                arrays = (
+                    (path, iter([values[: leaf.size].reshape(leaf.shape)]))
+                    for path, leaf in leaves.items()
+                )
+                writer.write(component, unit, arrays)
+        path = writer.finish(b"", {})
+    return Checkpoint(path), [f"layers.{k}" for k in range(blocks)]
 
 
 def orbax_item(folder: Path, arrays: dict[str, np.ndarray], options: dict) -> Callable[[], None]:
@@ -62,7 +62,10 @@ def orbax_item(folder: Path, arrays: dict[str, np.ndarray], options: dict) -> Ca
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options))
     checkpointer.save(folder.absolute(), jax.tree.map(jax.numpy.asarray, arrays))
     wanted = jax.tree.map(
-        lambda a: ocp.ArrayRestoreArgs(sharding=PINNED, global_shape=a.shape, dtype=a.dtype), arrays
+        lambda a: ocp.ArrayRestoreArgs(
+            sharding=PLACEMENT.sharding(HOST), global_shape=a.shape, dtype=a.dtype
+        ),
+        arrays,
     )
     arguments = ocp.args.PyTreeRestore(restore_args=wanted)
     return lambda: jax.block_until_ready(checkpointer.restore(folder.absolute(), args=arguments))
@@ -92,7 +95,7 @@ def main(blocks: int, cold: bool) -> None:
     try:
         saved, names = make(folder, blocks)
         files = [saved.path / "transformer" / f"{name}.safetensors" for name in names]
-        size = sum(saved.nbytes("transformer", name) for name in names)
+        size = saved.storage.nbytes("transformer", *names)
         arrays = {path: a for name in names for path, a in saved.read("transformer", name).items()}
 
         def plain() -> list[np.ndarray]:
@@ -100,9 +103,7 @@ def main(blocks: int, cold: bool) -> None:
 
         calls = {
             "plain": plain,
-            "native": lambda: jax.block_until_ready(
-                read_blocks(saved, "transformer", names, "pinned_host")
-            ),
+            "native": lambda: read_units(saved, "transformer", names, PLACEMENT, HOST),
             "orbax_zarr": orbax_item(folder / "zarr", arrays, {"use_ocdbt": False}),
             "orbax_zarr3": orbax_item(
                 folder / "zarr3", arrays, {"use_ocdbt": False, "use_zarr3": True}

@@ -27,6 +27,7 @@ from zimage_jax.weights.components import COMPONENTS, units
 from zimage_jax.weights.formats import uniform
 from zimage_jax.weights.writer import Writer
 
+TOKENIZER = Path(__file__).parent.parent.parent / "zimage_jax/assets/tiny/tokenizer.json"
 RUNS = {
     "ring from host memory": ["--schedule", "ring", "--chunks", "30"],
     "ring from disk, 4 GiB window": ["--schedule", "ring", "--chunks", "30", "--host-memory", "4"],
@@ -38,7 +39,6 @@ RUNS = {
 def write_random(folder: Path, config: ModelConfig) -> None:
     """Kernels of variance 1 / fan-in from one pool of numbers, norms at one, biases at zero."""
     pool = np.random.default_rng(0).standard_normal(1 << 24, np.float32)
-    writer = Writer(folder, uniform(config, "bfloat16"))
 
     @cache
     def scaled(factor: float) -> np.ndarray:
@@ -54,7 +54,7 @@ def write_random(folder: Path, config: ModelConfig) -> None:
             yield numbers[:left]
             left -= min(left, numbers.size)
 
-    def write(component: str, unit: str) -> None:
+    def write(writer: Writer, component: str, unit: str) -> None:
         if not writer.done(component, unit):
             pieces = (
                 (path, values(path, leaf.shape))
@@ -63,19 +63,13 @@ def write_random(folder: Path, config: ModelConfig) -> None:
             writer.write(component, unit, pieces)
 
     todo = [(component, unit) for component in COMPONENTS for unit in units(config, component)]
-    with ThreadPoolExecutor() as threads:
-        list(
-            tqdm(
-                threads.map(write, *zip(*todo, strict=True)),
-                total=len(todo),
-                desc="write checkpoint",
-                unit="unit",
-            )
+    with Writer(folder, uniform(config, "bfloat16")) as writer:
+        with ThreadPoolExecutor() as threads, tqdm(total=len(todo), unit="unit") as bar:
+            for _ in threads.map(lambda of: write(writer, *of), todo):
+                bar.update()
+        writer.finish(
+            TOKENIZER.read_bytes(), {"made by": "scripts/bench/full_size.py", "weights": "random"}
         )
-    tokenizer = Path(__file__).parent.parent.parent / "zimage_jax/assets/tiny/tokenizer.json"
-    writer.finish(
-        tokenizer.read_bytes(), {"made by": "scripts/bench/full_size.py", "weights": "random"}
-    )
 
 
 @click.command(help=__doc__)

@@ -16,8 +16,8 @@ import click
 import jax
 
 from zimage_jax import Memory, ZImage
-from zimage_jax.planning.schedule import NAMES
-from zimage_jax.weights.components import tree_bytes
+from zimage_jax.planning import schedule as schedules_of
+from zimage_jax.units import tree_bytes
 
 
 def resident_bytes() -> int:
@@ -59,7 +59,11 @@ def draw(schedule: str, pictures: int, side: int, each: bool) -> dict:
 @click.option("--pictures", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--side", default=128, show_default=True, help="Pixels.")
 @click.option(
-    "--schedule", "schedules", multiple=True, type=click.Choice(NAMES), default=("ring", "resident")
+    "--schedule",
+    "schedules",
+    multiple=True,
+    type=click.Choice(schedules_of.names()),
+    default=("ring", "resident"),
 )
 @click.option("--each", is_flag=True, help="A line per picture on standard error.")
 def main(pictures: int, side: int, schedules: tuple[str, ...], each: bool) -> None:

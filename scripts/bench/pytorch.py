@@ -90,20 +90,20 @@ def block(tokens: int, runs: int, dtype: str) -> dict[str, float]:
     freqs = RopeEmbedder(config.rope_theta, list(config.axes_dims), list(config.axes_lens))(
         torch.from_numpy(positions[0])
     )[None]
-    run = jax.jit(lambda m, x, side: m(x, side, Attend(), kv.plain(dtype))[0])
+    run = jax.jit(lambda m, x, inputs: m(x, inputs, Attend(), kv.plain(dtype))[0])
     x_jax, time_jax = (jax.numpy.asarray(a, dtype) for a in (x, time))
     x_torch, time_torch = (torch.from_numpy(a).to(getattr(torch, dtype)) for a in (x, time))
-    side = dit.BlockInputs(*map(jax.numpy.asarray, (cos, sin)), None, time_jax)
+    inputs = dit.BlockInputs(*map(jax.numpy.asarray, (cos, sin)), None, time_jax)
 
     def by_torch():
         return theirs(x_torch, None, freqs, time_torch)
 
-    expected, got = by_torch().float().numpy(), np.asarray(run(ours, x_jax, side), np.float32)
+    expected, got = by_torch().float().numpy(), np.asarray(run(ours, x_jax, inputs), np.float32)
     assert (
         np.linalg.norm(got - expected) / np.linalg.norm(expected)
         < {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
     )
-    return in_turn(lambda: jax.block_until_ready(run(ours, x_jax, side)), by_torch, runs)
+    return in_turn(lambda: jax.block_until_ready(run(ours, x_jax, inputs)), by_torch, runs)
 
 
 def diffusers_pipeline():

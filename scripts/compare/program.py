@@ -5,6 +5,7 @@ The model is a folder that scripts/bench/convert.py --keep left: the same random
 FOLDER/sources, which diffusers and stable-diffusion.cpp read, and as FOLDER/native, which is ours.
 diffusers needs the reference extra, stable-diffusion.cpp its sd-cli on PATH."""
 
+import importlib.util
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from scripts.bench.convert import peak_memory
 from scripts.compare import sweep
-from scripts.compare.cell import PROMPT, SEED
+from scripts.compare.jobs import PROMPT, SEED
 from scripts.compare.rows import STAGES
 
 # how each program is told to hold the parameters; a budget, where a cell has one, comes on top
@@ -157,6 +158,8 @@ def program(cell: dict) -> dict:
     command, said = PROGRAMS[cell["system"]]
     if command is stable_diffusion_cpp and shutil.which("sd-cli") is None:
         return {"not_measured": "sd-cli of stable-diffusion.cpp is not on PATH"}
+    if command is diffusers and not all(map(importlib.util.find_spec, ("diffusers", "torch"))):
+        return {"not_measured": "diffusers and torch are not installed"}
     job = {
         "prompt": cell.get("prompt", PROMPT),
         "seed": cell.get("seed", SEED),

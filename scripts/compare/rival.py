@@ -17,12 +17,13 @@ import torch
 
 from scripts.bench import pytorch as bench_pytorch
 from scripts.compare import sweep
-from scripts.compare.cell import PROMPT, SEED, process_peak_bytes
+from scripts.compare.jobs import PROMPT, SEED, process_peak_bytes
 
 GROUP = {"onload_device": torch.device("cuda"), "offload_device": torch.device("cpu")}
 # how diffusers is told; each but resident moves parameters to a GPU
 MODES: dict[str, Callable[[Any], Any]] = {
     "resident": lambda pipe: pipe.to("cuda") if torch.cuda.is_available() else pipe,
+    "compiled": lambda pipe: _compiled(pipe),
     "model": lambda pipe: pipe.enable_model_cpu_offload(),
     "sequential": lambda pipe: pipe.enable_sequential_cpu_offload(),
     "group block": lambda pipe: pipe.enable_group_offload(
@@ -37,6 +38,12 @@ MODES: dict[str, Callable[[Any], Any]] = {
     ),
 }
 SYSTEMS = ("diffusers", "zimage_jax", "in turn")
+
+
+def _compiled(pipe: Any) -> None:
+    """Resident, with one compiled program for all blocks of the transformer, as diffusers advises."""
+    MODES["resident"](pipe)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True)
 
 
 class Parts:

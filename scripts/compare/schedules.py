@@ -10,11 +10,11 @@ scripts/report/report.py draws the rows."""
 
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ import click
 from tqdm import tqdm
 
 from scripts.compare import sweep
+from scripts.compare.worker import answers
 from zimage_jax import cli
 
 HERE = Path(__file__).resolve().parent
@@ -66,8 +67,11 @@ def _nvidia(query: str) -> list[str] | None:
 def commit() -> str:
     """The commit of this checkout, with a mark when files differ from it."""
     words = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
-    told = subprocess.run(words, capture_output=True, text=True, check=False)
-    return told.stdout.strip() or "not a git checkout"
+    try:
+        told = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return "no git here"
+    return told or "not a git checkout"
 
 
 def outcomes(cells: list[dict], gpu_bytes: int | None) -> Iterator[dict]:
@@ -83,7 +87,7 @@ def outcomes(cells: list[dict], gpu_bytes: int | None) -> Iterator[dict]:
     for _, group in itertools.groupby(cells, process):
         together = list(group)
         if together[0]["kind"] in ("simulate", "measure"):
-            yield from _worker("scripts.compare.cell", together, **_cap(together[0], gpu_bytes))
+            yield from answers("scripts.compare.cell", together, **_cap(together[0], gpu_bytes))
         else:
             yield _outcome(together[0], gpu_bytes)
 
@@ -97,41 +101,27 @@ def _cap(cell: dict, gpu_bytes: int | None) -> dict[str, str]:
 
 def _outcome(cell: dict, gpu_bytes: int | None) -> dict:
     if cell["kind"] == "loading":
-        return _worker("scripts.bench.checkpoint", [], "--blocks", str(cell["blocks"]))[0]
+        return _one("scripts.bench.checkpoint", cell, "--blocks", str(cell["blocks"]))
     if cell["kind"] == "rival":
         if not gpu_bytes and cell.get("mode", "resident") != "resident":
             return {"not_measured": "needs an NVIDIA GPU"}
-        return _worker("scripts.compare.rival", [cell])[0]
+        return _one("scripts.compare.rival", cell)
     if cell["kind"] == "program":
-        return _worker("scripts.compare.program", [cell], **_cap(cell, gpu_bytes))[0]
+        return _one("scripts.compare.program", cell, **_cap(cell, gpu_bytes))
     words = {}
     if cell["cache"] == "off":
         words["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     else:
-        _worker("scripts.compare.cell", [cell], **words)  # fills the cache
+        _one("scripts.compare.cell", cell, **words)  # fills the cache
     return _median_start(
-        [_worker("scripts.compare.cell", [cell], **words)[0] for _ in range(cell.get("repeats", 3))]
+        [_one("scripts.compare.cell", cell, **words) for _ in range(cell.get("repeats", 3))]
     )
 
 
-def _worker(module: str, cells: list[dict], *words: str, **environment: str) -> list[dict]:
-    """What a module of scripts prints: a row, or a row per cell. The cells that a process had no
-    time for, since it died, have its last words as their error."""
-    process = subprocess.run(
-        [sys.executable, "-m", module, *words],
-        input=json.dumps(cells),
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
-    told = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
-    if process.returncode:
-        lines = process.stderr.strip().splitlines() or [
-            f"the process ended with code {process.returncode}"
-        ]
-        told += [{"error": lines[-1]}] * (max(1, len(cells)) - len(told))
-    return told
+def _one(module: str, cell: dict, *words: str, **environment: str) -> dict:
+    """The answer to a cell that has a process of its own."""
+    (answer,) = answers(module, [cell], *words, **environment)
+    return answer
 
 
 def _median_start(starts: list[dict]) -> dict:
@@ -200,8 +190,18 @@ def _compare_with_resident(row: dict, before: list[dict]) -> None:
     type=click.Choice(list(sweep.KINDS)),
     help="Cells of this kind; may be repeated.",
 )
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0),
+    help="Begin no cell after so many; a later run goes on.  [default: no end]",
+)
 def main(
-    file: Path | None, output: Path, quick: bool, model: str | None, only: tuple[str, ...]
+    file: Path | None,
+    output: Path,
+    quick: bool,
+    model: str | None,
+    only: tuple[str, ...],
+    minutes: float | None,
 ) -> None:
     if file and quick:
         raise click.UsageError("--quick is a sweep of its own: give it or a file")
@@ -210,13 +210,17 @@ def main(
     done = {row["cell"] for row in before}
     todo = [c for c in cells if (not only or c["kind"] in only) and sweep.identity(c) not in done]
     shared = {"machine": machine(), "commit": commit()}
-    failed = 0
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    failed = ran = 0
     with (
         output.open("a", encoding="utf-8") as lines,
         tqdm(todo, unit="cell", desc="compare") as bar,
     ):
         results = outcomes(todo, shared["machine"].get("gpu_memory_bytes"))
         for cell in bar:
+            if time.monotonic() >= end:
+                break
+            ran += 1
             bar.set_postfix_str(" ".join(str(value) for value in cell.values())[:60])
             began, load = time.monotonic(), os.getloadavg()[0]
             row = {
@@ -237,7 +241,8 @@ def main(
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             lines.flush()
     click.echo(
-        f"{output}: {len(todo)} cells done, {failed} of them with an error; {len(cells) - len(todo)} left as they were"
+        f"{output}: {ran} cells done, {failed} of them with an error; {len(cells) - len(todo)} left as they were; "
+        f"{len(todo) - ran} not begun in time"
     )
 
 

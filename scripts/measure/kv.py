@@ -2,7 +2,7 @@
 K and V, accuracy by program, bytes of K and V, seconds.
 
     python -m scripts.measure.kv -o runs/kv --scenes 24     every combination, two held-out prompts a scene, 256x256
-    python -m scripts.measure.kv -o runs/kv --main          200 prompts, the policies of README's table
+    python -m scripts.measure.kv -o runs/kv --main          200 prompts, the policies of scripts/results/kv.md
 
 Every batch of prompts is drawn under all policies in turn, so that their seconds compare; what is
 drawn is kept in RESULTS.jsonl in the folder, and a second run goes on from there. Writes table.md

@@ -20,18 +20,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import SingleDeviceSharding
 
 from zimage_jax.model import dit, kv, sampling
 from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import Phase
-from zimage_jax.planning import cards
-from zimage_jax.planning.planner import Visit, Work
+from zimage_jax.pipeline.stages.denoise import Denoise, DenoiseChoice
+from zimage_jax.planning import cards, schedule
+from zimage_jax.planning.plan import cut, stream_plan
 from zimage_jax.planning.stored import StoredCosts
+from zimage_jax.planning.work import Work
 from zimage_jax.runtime.deviceless import CardPrograms
-from zimage_jax.weights import components
+from zimage_jax.runtime.placement import HOST, Placement
+from zimage_jax.weights.formats import uniform
 
 DTYPE = "bfloat16"
+STORAGE = uniform(TURBO, DTYPE)
+MAIN = tuple(unit for unit in STORAGE.units("transformer") if unit.startswith("layers."))
 
 
 def to_device(leaves: tuple) -> tuple:
@@ -55,41 +59,38 @@ def ahead(apply: Callable, stacked: tuple, x):
 
 def compiled(programs: CardPrograms, work: Work, run: Callable) -> tuple:
     """Executable and device bytes it takes beside its arguments."""
-    tree, host = (
-        programs.tree("transformer", "layers.0"),
-        SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"),
-    )
-    sides = dit.inputs(
+    tree = programs.tree("transformer", "layers.0")
+    host = Placement.on_host().sharding(HOST)
+    inputs = dit.inputs(
         TURBO.transformer, work.h, work.w, np.full(1, work.bucket, np.int32), work.bucket
     )
-    attend = programs.attend(1, work.tokens)
+    attend = programs.attend(work)
 
     def stack(blocks: int) -> tuple:
-        leaves = components.leaves(TURBO, "transformer", "layers.0", DTYPE)
         return tuple(
             jax.ShapeDtypeStruct((blocks, *leaf.shape), leaf.dtype, sharding=host)
-            for leaf in leaves
+            for leaf in STORAGE.specs("transformer", "layers.0")
         )
 
-    def apply(side: dit.BlockInputs) -> Callable:
-        return lambda block, x: dit.run([jax.tree.unflatten(tree, block)], x, side, attend)
+    def apply(inputs: dit.BlockInputs) -> Callable:
+        return lambda block, x: dit.apply_blocks(
+            [jax.tree.unflatten(tree, block)], x, inputs, attend
+        )
 
     def sample(stem, refiner, layers, noise, sigmas, times, context):
         def step(latents, now):
             sigma, sigma_next, t = now
-            x, time = sampling.enter(stem, latents, t, is_guided=False, dtype=context.dtype)
-            x = run(apply(sides.image._replace(time=time)), refiner, x)
-            x = run(apply(sides.joint._replace(time=time)), layers, dit.join(x, context))
+            x, time = sampling.before_blocks(stem, latents, t, is_guided=False, dtype=context.dtype)
+            x = run(apply(inputs.image._replace(time=time)), refiner, x)
+            x = run(apply(inputs.joint._replace(time=time)), layers, dit.join(x, context))
             no_guidance = np.float32(0)
-            return sampling.leave(
+            return sampling.after_blocks(
                 stem, x, time, latents, sigma, sigma_next, no_guidance, is_guided=False
             ), None
 
         return lax.scan(step, noise, (sigmas[:-1], sigmas[1:], times))[0]
 
-    stem = jax.tree.unflatten(
-        programs.tree("transformer", "stem"), components.leaves(TURBO, "transformer", "stem", DTYPE)
-    )
+    stem = programs.module("transformer", "stem")
     sigmas = sampling.sigmas(work.steps, TURBO.scheduler.shift)
     noise = jax.ShapeDtypeStruct((1, work.h, work.w, TURBO.transformer.in_channels), jnp.float32)
     context = jax.ShapeDtypeStruct((1, work.bucket, TURBO.transformer.dim), DTYPE)
@@ -100,10 +101,7 @@ def compiled(programs: CardPrograms, work: Work, run: Callable) -> tuple:
 def body_order(executable) -> list[tuple[str, int]]:
     """Of the loop over the main blocks: the last computation that starts a copy for each of a
     block's arrays."""
-    (module,), copies = (
-        executable.hlo_modules(),
-        len(components.units(TURBO, "transformer")["layers.0"]),
-    )
+    (module,), copies = executable.hlo_modules(), len(STORAGE.specs("transformer", "layers.0"))
     for computation in reversed(module.to_string().split("\n\n")):
         parts = re.findall(r" (?:fusion|copy|custom-call)(-start|-done|)\(", computation)
         if parts.count("-start") == copies:
@@ -121,17 +119,24 @@ def main(name: str, side: int) -> None:
     card = cards.sheet(name)
     h = w = side // TURBO.vae.scale
     work = Work(1, False, 1, 64, h, w, (Phase(kv.plain(DTYPE), 8),))
-    stored, none = StoredCosts(TURBO, card), frozenset()
-    block = components.nbytes(TURBO, "transformer", "layers.0", DTYPE)
-    blocks = TURBO.transformer.n_layers + TURBO.transformer.n_refiner_layers
-    ring = 2 * block + stored.denoise(
-        work, none, frozenset(Visit(1, 1, nfe=nfe) for nfe in work.nfes), 1
+    costs = StoredCosts(STORAGE, card)
+    units = STORAGE.units("transformer")
+    blocks = STORAGE.nbytes(
+        "transformer", *(unit for unit in units if unit.startswith(("noise_refiner.", "layers.")))
     )
-    lines = {"resident": stored.scan(work) + blocks * block, "ring of single blocks": ring}
+
+    def scratch(name: str, chunks: tuple[tuple[str, ...], ...]) -> int:
+        made = schedule.make(name, len(chunks))
+        choice = DenoiseChoice(stream_plan(STORAGE, "transformer", chunks, made))
+        return costs.scratch(Denoise(), work, choice)
+
+    singles = cut(MAIN, (1,) * len(MAIN))
+    ring = scratch("ring", singles) + 2 * STORAGE.nbytes("transformer", MAIN[0])
+    lines = {"resident": scratch("scan", (MAIN,)) + blocks, "ring of single blocks": ring}
     for what, held in lines.items():
         click.echo(json.dumps({"card": name, "side": side, "what": what, "device_bytes": held}))
     for run in (use, ahead):
-        executable, own = compiled(CardPrograms(TURBO, DTYPE, DTYPE, card), work, run)
+        executable, own = compiled(CardPrograms(STORAGE, DTYPE, card), work, run)
         line = {
             "card": name,
             "side": side,

@@ -2,106 +2,157 @@
 zimage_jax/assets/temporaries.json.
 
     pip install jax-cuda12-plugin==VERSION_OF_JAX jax-cuda12-pjrt==VERSION_OF_JAX      # no driver, no CUDA library
-    python -m scripts.measure.temporaries [CARD ...]
+    python -m scripts.measure.temporaries [CARD ...] [--stage STAGE ...]
 
-Compiles the published widths in bf16 for one card of each capability (a quarter of an hour on two
-cores for all) and replaces the figures of those. Captions are in a bucket of 64 tokens; points are
-tokens of all contexts, or pixels."""
+Compiles the published widths for one card of each capability, in the dtype and with the attention
+that the card computes with (a quarter of an hour a card on two cores), and replaces the figures of
+those, or of these stages of theirs. Captions are in a bucket of 64 tokens; points are tokens of all
+contexts, or pixels."""
 
 import json
 import re
 import time
+from collections.abc import Callable, Iterable
 from datetime import date
+from typing import Any
 
 import click
 import jax
 
+from zimage_jax.model.attention import Target
 from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import KVPolicy
-from zimage_jax.planning import cards
-from zimage_jax.planning.planner import Visit, Work
+from zimage_jax.pipeline.stages import STAGES
+from zimage_jax.pipeline.stages.decode import DecodeChoice
+from zimage_jax.pipeline.stages.denoise import DenoiseChoice
+from zimage_jax.pipeline.stages.text import TextChoice
+from zimage_jax.planning import cards, schedule
+from zimage_jax.planning.plan import Choice, Sizes, StreamPlan, cut, stream_plan
 from zimage_jax.planning.stored import TEMPORARIES
-from zimage_jax.runtime.compiled import CompiledCosts
+from zimage_jax.planning.work import Work
 from zimage_jax.runtime.deviceless import CardPrograms, order
-from zimage_jax.runtime.staging import ring_step
+from zimage_jax.runtime.placement import default_dtype
+from zimage_jax.runtime.stream import ring_step
 from zimage_jax.weights.formats import uniform
 
+CARDS = "rtx-4090", "rtx-3060", "h100", "rtx-5090", "t4", "a100-40gb"
 SIDES, BUCKETS = (512, 1024, 2048), (64, 512)
-BLOCKS = (1, 2, 4, 8)
-ALONE = (1, 8)  # chunks that run with nothing copied meanwhile
-NOTE = "beside their arguments, bytes; published widths, bf16; attention as the card computes it"
+ENDS = (1, 8)  # blocks of a chunk
+# Blocks of a chunk beside which as many are copied. Scores stored in chunks make a chunk's figure
+# rise with its blocks, and not evenly; with the flash kernel those of 1 and of 8 differ by 0.2 MiB
+COPIED = {"flash": ENDS, "cudnn": ENDS, "chunks": (1, 2, 4, 8)}
+NOTE = "beside their arguments, bytes; published widths, stored in bfloat16; attention as the card computes it"
+STORAGE = uniform(TURBO, "bfloat16")
 
 
-def work(side: int, bucket: int = 64) -> Work:
-    return Work.of(TURBO, side, side, 8, KVPolicy(), "bfloat16", bucket=bucket)
+class Measure:
+    """The figures of one card."""
 
+    def __init__(self, card: cards.Card, *, quick: bool = False):
+        self.dtype = default_dtype(Target("gpu", card.capability))
+        self.programs = CardPrograms(STORAGE, self.dtype, card)
+        self._stages: dict[str, Any] = {stage.name: stage for stage in STAGES}
+        self._sizes = Sizes(STORAGE, 2)
+        kernel = self.programs.attention_names(self.work(512))
+        self._copied, self._alone = ((1,), (1,)) if quick else (COPIED[kernel], ENDS)
 
-def main_block(work: Work, blocks: int, copied: int) -> frozenset[Visit]:
-    """Such a run of main blocks in every phase."""
-    return frozenset(Visit(blocks, copied, nfe=nfe) for nfe in work.nfes)
+    def work(self, side: int, bucket: int = 64) -> Work:
+        return Work.of(TURBO, side, side, 8, KVPolicy(), self.dtype, bucket=bucket)
 
+    def stream(self, component: str, group: str, blocks: int, copied: int) -> StreamPlan:
+        """A single chunk that stays, or a ring of three: two slots would hold two for good."""
+        chunks = 3 if copied else 1
+        units = self._sizes.units(component, group)[: chunks * blocks]
+        made = schedule.make("ring" if copied else "resident", chunks)
+        return stream_plan(STORAGE, component, cut(units, (blocks,) * chunks), made)
 
-def measure(costs: CompiledCosts) -> dict:
-    """Stage -> kind of program -> points."""
-    none: frozenset = frozenset()
-    visits = [Visit(n, n) for n in BLOCKS] + [Visit(n, 0) for n in ALONE]
+    def figures(self, stages: Iterable[str]) -> dict[str, Any]:
+        """Stage -> kind of program -> points."""
+        kinds = {f"{n},{n}": (n, n) for n in self._copied} | {f"{n},0": (n, 0) for n in self._alone}
+        ways: dict[str, Callable[[], Any]] = {
+            "text": lambda: self._text(kinds),
+            "context": self._context,
+            "denoise": lambda: self._denoise(kinds),
+            "decode": lambda: self._points("decode", self._pixels(), lambda _: DecodeChoice()),
+            "strips": self._strips,
+            "scan": self._scan,
+        }
+        return {stage: ways[stage]() for stage in stages}
 
-    def series(ask, points) -> list[list[int]]:
-        return [[x, say(ask(argument))] for x, argument in points]
+    def _points(
+        self, stage: str, works: list[tuple[int, Work]], choice: Callable[[int], Choice]
+    ) -> list[list[int]]:
+        return [[x, self._scratch(stage, work, choice(x))] for x, work in works]
 
-    def say(value: int) -> int:
-        click.echo(f"  {time.strftime('%X')} {value / 2**20:8.1f} MiB", err=True)
+    def _scratch(self, stage: str, work: Work, choice: Choice) -> int:
+        value = self._stages[stage].compiled(self.programs, work, choice)
+        click.echo(f"  {time.strftime('%X')} {stage} {value / 2**20:8.1f} MiB", err=True)
         return value
 
-    tokens = [(work(side).tokens, work(side)) for side in SIDES]
-    captions = [(bucket, work(512, bucket)) for bucket in BUCKETS]
-    pixels = [(side * side, work(side)) for side in SIDES]
-    return {
-        "text": {
-            f"{v.blocks},{v.copied}": series(
-                lambda w: costs.text(w, frozenset([v]), v.copied),  # noqa: B023
-                captions,
-            )
-            for v in visits
-        },
-        "context": {
-            f"{n},0": series(lambda w: costs.context(w, frozenset([Visit(n, 0)]), n), captions)  # noqa: B023
-            for n in (1, 2)
-        },
-        "denoise": {"0,0": series(lambda w: costs.denoise(w, none, none, 0), tokens)}
-        | {
-            f"{v.blocks},{v.copied}": series(
-                lambda w: costs.denoise(w, none, main_block(w, *v[:2]), v.copied),  # noqa: B023
-                tokens,
-            )
-            for v in visits
-        },
-        "decode": series(lambda w: costs.decode(w, None, None), pixels),
-        "strips": [
+    def _pixels(self) -> list[tuple[int, Work]]:
+        return [(side * side, self.work(side)) for side in SIDES]
+
+    def _captions(self) -> list[tuple[int, Work]]:
+        return [(bucket, self.work(512, bucket)) for bucket in BUCKETS]
+
+    def _tokens(self) -> list[tuple[int, Work]]:
+        return [(self.work(side).tokens, self.work(side)) for side in SIDES]
+
+    def _text(self, kinds: dict[str, tuple[int, int]]) -> dict:
+        choices = {
+            key: TextChoice(self.stream("text_encoder", "layers", *kind))
+            for key, kind in kinds.items()
+        }
+        return {
+            key: self._points("text", self._captions(), lambda _, choice=choice: choice)
+            for key, choice in choices.items()
+        }
+
+    def _context(self) -> dict:
+        choices = {
+            f"{n},0": Choice(self.stream("transformer", "context_refiner", n, 0)) for n in (1, 2)
+        }
+        return {
+            key: self._points("context", self._captions(), lambda _, choice=choice: choice)
+            for key, choice in choices.items()
+        }
+
+    def _denoise(self, kinds: dict[str, tuple[int, int]]) -> dict:
+        choices = {
+            key: DenoiseChoice(self.stream("transformer", "layers", *kind))
+            for key, kind in kinds.items()
+        }
+        return {
+            key: self._points("denoise", self._tokens(), lambda _, choice=choice: choice)
+            for key, choice in choices.items()
+        }
+
+    def _strips(self) -> list:
+        return [
             [
                 side * side,
-                series(
-                    lambda r: costs.decode(work(side), r, None),  # noqa: B023
-                    [(r * side, r) for r in rows(side)],
+                self._points(
+                    "decode",
+                    [(rows * side, self.work(side)) for rows in rows_of(side)],
+                    lambda pixels, side=side: DecodeChoice(rows=pixels // side),
                 ),
             ]
             for side in SIDES
-        ],
-        "scan": series(costs.scan, tokens),
-    }
+        ]
+
+    def _scan(self) -> list[list[int]]:
+        blocks = self._sizes.units("transformer", "layers")
+        whole = stream_plan(STORAGE, "transformer", (blocks,), schedule.make("scan", 1))
+        return self._points("denoise", self._tokens(), lambda _: DenoiseChoice(whole))
+
+    def ring_order(self) -> list[tuple[str, int]]:
+        """Copies and kernels of a ring step over one block of the transformer, in the order they run."""
+        choice = DenoiseChoice(self.stream("transformer", "layers", 1, 1))
+        self._scratch("denoise", self.work(512), choice)
+        return order(self.programs.executables(ring_step)[0])
 
 
-def ring_order(programs: CardPrograms) -> list[tuple[str, int]]:
-    """Copies and kernels of a ring step over one block of the transformer, in the order they
-    run."""
-    costs = CompiledCosts(programs)
-    of_512 = work(512)
-    costs.denoise(of_512, frozenset(), frozenset([Visit(1, 1, nfe=of_512.nfes[0])]), 1)
-    (step,) = programs.executables(ring_step)
-    return order(step)
-
-
-def rows(side: int) -> tuple[int, ...]:
+def rows_of(side: int) -> tuple[int, ...]:
     """Of strips: the fewest that the planner takes, the most, and one between."""
     return TURBO.vae.scale, side // 16, side // 2
 
@@ -113,25 +164,34 @@ def text_of(table: dict) -> str:
     )
 
 
+PARTS = "text", "context", "denoise", "decode", "strips", "scan"
+
+
 @click.command(help=__doc__)
 @click.argument("names", nargs=-1)
-def main(names: tuple[str, ...]) -> None:
-    table = json.loads(TEMPORARIES.read_text()) if TEMPORARIES.exists() else {"capabilities": {}}
-    for name in names or ("rtx-4090", "rtx-3060", "h100", "rtx-5090", "t4", "a100-40gb"):
+@click.option("--stage", "parts", multiple=True, type=click.Choice(PARTS), help="[default: all]")
+@click.option(
+    "--quick", is_flag=True, help="Chunks of one block alone, whose figure serves longer ones."
+)
+def main(names: tuple[str, ...], parts: tuple[str, ...], quick: bool) -> None:
+    for name in names or CARDS:
         card = cards.sheet(name)
         click.echo(name, err=True)
-        programs = CardPrograms(uniform(TURBO, "bfloat16"), "bfloat16", card)
+        measure = Measure(card, quick=quick)
         made = {
             "card": name,
+            "dtype": measure.dtype,
             "jax": jax.__version__,
             "date": f"{date.today()}",
-            "ring_order": ring_order(programs),
+            "ring_order": measure.ring_order(),
+            **measure.figures(parts or PARTS),
         }
-        table["note"] = NOTE
-        table["capabilities"]["{}.{}".format(*card.capability)] = made | measure(
-            CompiledCosts(programs)
-        )
-        TEMPORARIES.write_text(text_of(table))
+        # read now: another process may have written another card meanwhile
+        table = json.loads(TEMPORARIES.read_text()) if TEMPORARIES.exists() else {}
+        of_all = table.get("capabilities", {})
+        key = "{}.{}".format(*card.capability)
+        of_all[key] = of_all.get(key, {}) | made
+        TEMPORARIES.write_text(text_of({"note": NOTE, "capabilities": of_all}))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from zimage_jax.model import vae
 from zimage_jax.model.vae_strips import decode_tiles
 from zimage_jax.pipeline.picture import to_uint8
 from zimage_jax.pipeline.pipeline import TINY
-from zimage_jax.runtime.staging import load
+from zimage_jax.runtime.reader import load
 from zimage_jax.weights.checkpoint import Checkpoint
 
 
@@ -45,7 +45,7 @@ def main(pictures: int, side: int, tiles: tuple[int, ...]) -> None:
     run = jax.jit(
         lambda function, *args, **static: function(*args, **static),
         static_argnums=0,
-        static_argnames="dtype",
+        static_argnames=("dtype", "attend"),
     )
     rng = np.random.default_rng(1)
     drawn = np.stack(

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from zimage_jax import plan
-from zimage_jax.cli import GIB
+from zimage_jax.units import GIB
 
 CARDS = {  # name for --card -> how a reader knows it
     "rtx-3060-laptop": "RTX 3060 Laptop, 6 GB",

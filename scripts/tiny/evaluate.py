@@ -3,7 +3,7 @@ never trained on.
 
 python -m scripts.tiny.evaluate                     512 held-out scenes, each in English and in
 Chinese python -m scripts.tiny.evaluate --size 192x192 --json accuracy.json python -m
-scripts.tiny.evaluate --sheet sheet.png   the 24 pictures of README's contact sheet instead"""
+scripts.tiny.evaluate --sheet sheet.png   the 24 pictures of scripts/results/tiny_contact_sheet.png instead"""
 
 import json
 import time
@@ -21,8 +21,8 @@ from scripts.tiny import data as tiny_data
 from scripts.tiny.judge import judge
 from zimage_jax import ZImage
 from zimage_jax.cli import use_compile_cache
-from zimage_jax.generate import parse_size
-from zimage_jax.pipeline.pipeline import versions
+from zimage_jax.pipeline.report import versions
+from zimage_jax.pipeline.size import parse_size
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 BATCH = 32

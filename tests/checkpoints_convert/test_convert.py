@@ -13,9 +13,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
-from checkpoints_convert import sources
+from checkpoints_convert import commands, sources
 from checkpoints_convert.convert import convert
 from checkpoints_convert.inspect import inspect
 from tests import small
@@ -322,6 +323,10 @@ def test_the_base_model_brings_its_steps_and_guidance(folder, tmp_path):
     assert found.config.scheduler.shift == 6
     assert found.config.defaults == DefaultsConfig(28, 4.0)
     assert "28 steps, guidance 4" in inspect(found.path)["notes"]["defaults"]
+    shown = CliRunner().invoke(commands.convert, [str(folder), str(tmp_path / "again"), "--quiet"])
+    assert (shown.exit_code, shown.output) == (0, "")
+    shown = CliRunner().invoke(commands.convert, [str(folder), str(tmp_path / "third")])
+    assert "--steps 28 --guidance 4" in shown.stdout
 
 
 @pytest.mark.parametrize(("variant", "config"), [(None, TURBO), ("turbo", TURBO), ("base", BASE)])

@@ -293,8 +293,6 @@ def test_the_tile_that_runs_on_a_gpu():
 
 TOKENS = 4224  # of 1024 x 1024 pixels, and a caption in a bucket of 128
 COMPILED = {  # heads, key heads, width; lengths, bias, causal
-    "plain": (30, 30, 128, False, False, False),
-    "lengths": (30, 30, 128, True, False, False),
     "lengths and bias": (30, 30, 128, True, True, False),
     "causal, key heads": (32, 8, 128, False, False, True),
     "32 channels": (6, 6, 32, True, True, False),

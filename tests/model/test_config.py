@@ -207,9 +207,14 @@ def test_strangers_text_is_escaped_and_cut():
     for _ in range(500):
         deep = [deep]
     changes = {f"\x1b[31m{k}" + "x" * 100_000: "y\n" * 100_000 for k in range(100)}
-    for data in (changes, {"shift": "z\n" * 100_000}, {"shift": deep}):
+    many = (
+        (SigmasConfig, changes),
+        (SigmasConfig, {"shift": "z\n" * 100_000}),
+        (SigmasConfig, {"shift": deep}),
+    )
+    for kind, data in (*many, (DiTConfig, {"n_heads": "z\n" * 100_000, "n_kv_heads": 5})):
         with pytest.raises(ConfigError) as fault:
-            SigmasConfig.from_json(data)
+            kind.from_json(data)
         assert str(fault.value).isprintable()
         assert len(str(fault.value)) < 2000
 

@@ -123,3 +123,10 @@ def test_a_tokenizer_without_the_special_tokens_is_refused(tmp_path):
     file.write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match=r"<\|im_end\|> is not among"):
         Prompts.load(file)
+
+
+def test_a_prompt_of_any_length_is_read_up_to_its_tokens(prompts):
+    long = prompts.encode("a b " * 3_000_000)
+    assert long.ids == prompts.encode("a b " * 20_000).ids
+    assert len(long.ids) == MAX_TOKENS
+    assert len(long.cut) > 11_000_000

@@ -1,3 +1,7 @@
+import io
+import json
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -94,3 +98,67 @@ def test_a_picture_that_is_not_ours_is_one_line(tmp_path, make, words):
     with pytest.raises(UsageError, match=words) as fault:
         image.read_metadata(path)
     assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": None}, "metadata steps must be a whole number, got NoneType"),
+        ({"steps": 1001}, "metadata steps must be from 1 to 1000, got 1001"),
+        ({"guidance": "much"}, "metadata guidance must be a number, got 'much'"),
+        ({"guidance": True}, "metadata guidance must be a number, got True"),
+        ({"seed": -1}, "metadata seed must be from 0 to 18446744073709551615, got -1"),
+        ({"width": 0}, "metadata width must be from 1 to 65536, got 0"),
+        ({"noise": "numpy"}, "metadata noise 'numpy': expected one of torch, jax"),
+        ({"versions": []}, "metadata versions must be an object, got list"),
+        ({"versions": {}}, "metadata versions lacks zimage_jax"),
+        ({"model": 5}, "metadata model must be text, got 5"),
+        ({"kv": {"reuse": 0}}, "metadata kv reuse must be from 1 to 1000, got 0"),
+        ({"kv": {"magic": 0}}, "metadata kv has an unknown key, 'magic'"),
+        ({"kv": []}, "metadata kv must be an object, got list"),
+    ],
+)
+def test_metadata_of_a_stranger_are_checked(tmp_path, changes, words):
+    path = write_whole(tmp_path / "x.png", with_text(json.dumps(metadata(**changes))))
+    with pytest.raises(UsageError) as fault:
+        image.read_metadata(path)
+    assert words in str(fault.value)
+
+
+@pytest.mark.parametrize("key", [key for key in image.FIELDS if not key.endswith("?")])
+def test_metadata_that_lack_a_field_are_refused(tmp_path, key):
+    found = metadata()
+    del found[key]
+    path = write_whole(tmp_path / "x.png", with_text(json.dumps(found)))
+    with pytest.raises(UsageError, match=f"metadata lacks {key}"):
+        image.read_metadata(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        (json.dumps(metadata(prompt="\ud800")), "metadata prompt is not Unicode text"),
+        ("[]", "expected a JSON object, found list"),
+        ('{"guidance": NaN}', "NaN is not JSON"),
+    ],
+)
+def test_metadata_that_are_no_json_of_ours(tmp_path, text, words):
+    path = write_whole(tmp_path / "x.png", with_text(text))
+    with pytest.raises(UsageError, match=words) as fault:
+        image.read_metadata(path)
+    assert len(str(fault.value)) < 500
+
+
+def with_text(text: str) -> bytes:
+    """A PNG with this for our metadata."""
+    info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_itxt(image.KEY, text)
+    Image.fromarray(PIXELS).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(UsageError, match="found a device, a pipe or a socket"):
+        image.read_metadata(tmp_path / "x.png")

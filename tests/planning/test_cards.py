@@ -22,11 +22,12 @@ from zimage_jax.units import GIB
 # TFLOP/s of dense bf16 products that are summed in float32. Of GeForce 40 and 50: the white papers'
 # tensor figures, or the published AI TOPS over 8 (sparse int8) and over 16 (sparse FP4); of the RTX
 # 3060: 101 tensor TFLOPS (sparse, summed in float16) over 4; of the L4 and the RTX 6000 Ada: 242
-# and 1457 (sparse FP8) over 2 and 4; of Turing, which has no bf16: float32's
+# and 1457 (sparse FP8) over 2 and 4; of Turing, which has no bf16: float16's
+# that are summed in float32
 PUBLISHED = {
-    "rtx-2060": 6.45,
-    "rtx-2070": 7.5,
-    "t4": 8.1,
+    "rtx-2060": 51.6 / 2,
+    "rtx-2070": 59.7 / 2,
+    "t4": 65,
     "rtx-3060": 101 / 4,
     "a10": 125,
     "a100-40gb": 312,

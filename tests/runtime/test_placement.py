@@ -9,7 +9,6 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from zimage_jax import ZImage, ZImageWarning

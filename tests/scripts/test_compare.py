@@ -12,8 +12,7 @@ import click
 import pytest
 
 from scripts.bench import convert as bench_convert
-from scripts.compare import cell as compare_cell
-from scripts.compare import gpu_times, sweep
+from scripts.compare import gpu_times, measured, sweep
 from scripts.compare import program as compare_program
 from scripts.compare import rows as report_data
 from scripts.compare import schedules as compare_schedules
@@ -21,7 +20,6 @@ from scripts.report import report
 from zimage_jax.errors import UsageError
 from zimage_jax.pipeline.pipeline import TINY
 from zimage_jax.weights.checkpoint import Checkpoint
-from zimage_jax.weights.components import nbytes
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = """
@@ -318,7 +316,7 @@ def test_a_gpu_cell_has_its_floor_and_the_resident_picture(monkeypatch):
     monkeypatch.setattr(gpu_times, "_events", lambda profile: iter(events))
     shared = {"kind": "measure", "size": "96x96", "steps": 5, "repeats": 1}
     resident, ring = (
-        compare_cell._measure_on_gpu(shared | words)
+        measured.measure_on_gpu(shared | words)
         for words in ({"schedule": "resident"}, {"schedule": "ring", "chunks": 4})
     )
     assert ring["identical_latents"]
@@ -328,19 +326,18 @@ def test_a_gpu_cell_has_its_floor_and_the_resident_picture(monkeypatch):
     assert ring["bare_copy_seconds_per_nfe"] == 1.0
     assert resident["copied_bytes_per_nfe"] == 0
     assert resident["floor_seconds_per_nfe"] == ring["floor_seconds_per_nfe"] == 1.5
-    whole = sum(
-        nbytes(Checkpoint(TINY).config, "transformer", f"layers.{i}", "bfloat16") for i in range(8)
-    )
+    storage = Checkpoint(TINY).storage
+    whole = storage.nbytes("transformer", *(f"layers.{i}" for i in range(8)))
     assert ring["copied_bytes_per_nfe"] > whole, "the noise refiner's blocks are copied too"
 
 
 def test_an_allocators_peak_is_of_the_cell_that_raised_it(monkeypatch):
     monkeypatch.setattr(gpu_times, "_events", lambda profile: iter([("gemm", (0.0, 1.0))]))
     peaks = iter([0, 2**30, 2**30, 2**30])  # before and after each cell
-    monkeypatch.setattr(compare_cell, "_allocator_peak", lambda: next(peaks))
+    monkeypatch.setattr(measured, "_allocator_peak", lambda: next(peaks))
     cell = {"kind": "measure", "size": "96x96", "steps": 5, "repeats": 1, "schedule": "ring"}
-    monkeypatch.setattr(compare_cell, "_peaks", lambda result: {"peak_device_bytes": 2**30})
-    first, second = compare_cell._measure_on_gpu(cell), compare_cell._measure_on_gpu(cell)
+    monkeypatch.setattr(measured, "peaks", lambda result: {"peak_device_bytes": 2**30})
+    first, second = measured.measure_on_gpu(cell), measured.measure_on_gpu(cell)
     assert first["peak_device_bytes"] == 2**30
     assert second["peak_device_bytes"] < 2**25
     assert second["peak_device_bytes_from"] == "ledger"

@@ -2,6 +2,7 @@
 for."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_the_command_says_which_model_draws(tmp_path, monkeypatch, capsys):
         )
     out = capsys.readouterr()
     assert leaving.value.code == 0
-    assert out.err.startswith("drawing with the tiny model inside the package")
-    assert "checkpoints_convert" in out.err.splitlines()[0]
+    assert out.err == "tiny model (shapes, colours, short texts); the full model: see README\n"
+    assert re.fullmatch(r"x.png  seed 1, [\d.]+ s, peak [\d.]+ MiB\n", out.out)
     report = json.loads((tmp_path / "r.json").read_text())
     assert (report["width"], report["height"], report["model"]) == (128, 128, "tiny")

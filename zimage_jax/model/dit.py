@@ -78,10 +78,15 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KV]:
         """In the dtype ops.wide gives. `held`: K and V of an earlier NFE, in place of this one's."""
         batch, tokens, dim = x.shape
-        wide = ops.wide(x.dtype)
-        q = self.to_q(x, wide).reshape(batch, tokens, self.heads, -1)
-        q = self.norm_q(q, out_dtype=jnp.float32)
-        q, keys = ops.rotate_pairs(q, inputs.cos, inputs.sin), inputs.keys or KeyTable(*inputs[:3])
+        wide, query_dtype = ops.wide(x.dtype), kv_format.query_dtype(x.dtype)
+
+        def queries(x: Float[Array, "B R D"], cos, sin) -> Float[Array, "B R N H"]:
+            q = self.to_q(x, wide).reshape(*x.shape[:2], self.heads, -1)
+            q = self.norm_q(q, out_dtype=jnp.float32)
+            return ops.rotate_pairs(q, cos, sin).astype(query_dtype)
+
+        q, keys = ops.in_runs(queries, x, inputs.cos, inputs.sin), inputs.keys
+        keys = keys or KeyTable(*inputs[:3])
         if held is None:
             held = self._keys_values(x, keys, kv_format)
         out = kv.attention(q, held, keys.lengths, kv_format, x.dtype, attend)
@@ -89,12 +94,18 @@ class Attention(nnx.Module):
 
     def _keys_values(self, x: Float[Array, "B T D"], keys: KeyTable, kv_format: KVFormat) -> KV:
         """float32 from the projections to the end of the rotation, then one rounding."""
-        k, v = (
-            project(x, jnp.float32).reshape(*x.shape[:2], self.heads, -1)
-            for project in (self.to_k, self.to_v)
-        )
-        k, v = (kv.pool(y, kv_format) for y in (self.norm_k(k, out_dtype=jnp.float32), v))
-        return kv.round_kv(ops.rotate_pairs(k, keys.cos, keys.sin), v, keys.lengths, kv_format)
+
+        def made(x: Float[Array, "B R D"], cos, sin, lengths=None) -> KV:
+            k, v = (
+                project(x, jnp.float32).reshape(*x.shape[:2], self.heads, -1)
+                for project in (self.to_k, self.to_v)
+            )
+            k, v = (kv.pool(y, kv_format) for y in (self.norm_k(k, out_dtype=jnp.float32), v))
+            return kv.round_kv(ops.rotate_pairs(k, cos, sin), v, lengths, kv_format)
+
+        if kv_format.joins_tokens:
+            return made(x, keys.cos, keys.sin, keys.lengths)
+        return ops.in_runs(made, x, keys.cos, keys.sin)
 
 
 class FeedForward(nnx.Module):
@@ -104,7 +115,7 @@ class FeedForward(nnx.Module):
         self.w3 = Linear(config.dim, config.ff_dim, bias=False)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return gated(x, self.w1, self.w3, self.w2)
+        return ops.in_runs(lambda x: gated(x, self.w1, self.w3, self.w2), x)
 
 
 class Block(nnx.Module):

@@ -68,6 +68,15 @@ class KVFormat:
         """What Q is cast to, and the products are made in."""
         return jnp.dtype(compute) if self.dtype == "fp8" else DTYPES[self.dtype]
 
+    def query_dtype(self, compute) -> np.dtype:
+        """What Q is rounded to after RoPE: float32 where K's scales multiply it first."""
+        return jnp.dtype(jnp.float32) if self.dtype == "fp8" else self.attention_dtype(compute)
+
+    @property
+    def joins_tokens(self) -> bool:
+        """Whether K and V of a token depend on others: by groups, or by fp8's scales."""
+        return self.grid is not None or self.dtype == "fp8"
+
 
 def plain(compute) -> KVFormat:
     """Whole, in the compute dtype."""
@@ -138,7 +147,7 @@ class KVPolicy:
     ) -> "KVPolicy":
         """From words as "bf16:fp16" and "2:1", early and late, or one for both."""
         groups = _pair(str(group), "group")
-        if not all(g.isdigit() for g in groups):
+        if not all(g in map(str, GROUPS) for g in groups):
             raise UsageError(f"K/V group {group!r}: expected 1, 2 or 4, or two of them as in 2:1")
         early, late = (int(g) for g in groups)
         return cls(_pair(dtype, "dtype") if dtype else None, switch_t, (early, late), reuse)

@@ -16,6 +16,7 @@ from ..errors import CheckpointError
 from ..files import LARGEST_JSON, printable, read_regular
 
 MAX_TOKENS = 512
+_LONGEST_TOKEN = 128  # characters, of Qwen's vocabulary: a run of spaces
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ class Prompts:
     def encode(self, prompt: str, max_tokens: int = MAX_TOKENS) -> Encoded:
         """Ids of the prompt in its template, at most `max_tokens` of them."""
         # in one piece: a prompt that begins with a newline would merge otherwise
-        user = self._text("user\n" + prompt)
+        whole = "user\n" + prompt
+        # what is behind the longest text of so many tokens is not worth a minute
+        user = self._text(whole[: (max_tokens + 1) * _LONGEST_TOKEN])
         room = max_tokens - len(self._head) - len(self._tail)
-        cut = ""
-        if len(user.ids) > room:
-            cut = ("user\n" + prompt)[user.offsets[room][0] :]
+        cut = whole[user.offsets[room][0] :] if len(user.ids) > room else ""
         return Encoded((*self._head, *user.ids[:room], *self._tail), cut)
 
 

@@ -17,9 +17,6 @@ from . import dit, kv
 from .attention import Attend
 from .kv import KV, Phase
 
-LARGEST_SEED = 2**64 - 1
-
-
 # -- noise levels ----------------------------------------------------------------------------------
 
 

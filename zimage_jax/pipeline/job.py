@@ -3,7 +3,11 @@
 Axes: B pictures, H, W pixels, h, w latent rows and columns, C latent channels.
 """
 
-from collections.abc import Callable
+import contextlib
+import operator
+import os
+import secrets
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -11,15 +15,19 @@ from typing import Any, TypedDict
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from .. import checks
 from ..errors import UsageError
-from ..files import write_whole
+from ..files import printable, write_whole
 from ..model import sampling
 from ..model.attention import CHOICES
+from ..model.config import ModelConfig
 from ..model.kv import KVPolicy
 from ..planning.plan import Plan
 from ..planning.work import Work
 from ..runtime.ledger import Ledger
+from ..units import size
 from . import picture as image
+from .size import check_size
 
 
 class ZImageWarning(UserWarning):
@@ -36,6 +44,9 @@ class Step:
     latents: Float[np.ndarray, "B h w C"]
     _to_rgb: Callable[[np.ndarray], np.ndarray]
 
+    def __repr__(self) -> str:
+        return f"<Step {self.index + 1} of {self.steps}, t {self.t:.1f}>"
+
     def previews(self) -> UInt8[np.ndarray, "B h w 3"]:
         """Small pictures, made linearly from the latents."""
         return self._to_rgb(self.latents)
@@ -46,8 +57,20 @@ class Picture:
     pixels: UInt8[np.ndarray, "H W 3"]
     metadata: dict
 
+    def __repr__(self) -> str:
+        height, width = self.pixels.shape[:2]
+        prompt = printable(self.metadata.get("prompt", ""), 40)
+        return f"<Picture {width}x{height}, seed {self.metadata.get('seed')}, {prompt!r}>"
+
     def save(self, path: str | Path, *, metadata: bool = True, overwrite: bool = False) -> Path:
-        """Write a PNG; a name in use gets "-2", … unless `overwrite`. Returns the path used."""
+        """Write a PNG; a name in use gets "-2", … unless `overwrite`. Returns the path used.
+
+        Raises UsageError for what names no file, OutputError where it cannot be written.
+        """
+        if not isinstance(path, str | os.PathLike):
+            checks.refuse("path", "a path", path)
+        if Path(path).name in ("", "..") or os.path.isdir(path):
+            raise UsageError(f"path {checks.shown(str(path))} names a folder: expected a file")
         data = image.encode_png(self.pixels, self.metadata if metadata else None)
         return write_whole(Path(path), data, overwrite=overwrite)
 
@@ -105,11 +128,18 @@ class Result:
     plan: Plan
     ledger: Ledger  # every copy and every program's run; `ledger.trace()` draws them
 
+    def __repr__(self) -> str:
+        report = self.report
+        return (
+            f"<Result {len(self.pictures)} of {report['width']}x{report['height']}, {report['steps']} NFEs, "
+            f"schedule {report['schedule']}, {report['seconds']['total']:.1f} s, "
+            f"peak {size(report['peak_device_bytes'])}>"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One batch of pictures of one size: what `generate` was asked for, checked and with its seeds
-    drawn."""
+    """One batch of pictures of one size: what `generate` was asked for, checked and with its seeds drawn."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -128,20 +158,91 @@ class Job:
         negatives = (self.negative_prompt,) * len(self.prompts) if self.guidance else ()
         return self.prompts + negatives
 
-    def __post_init__(self):
-        for text in self.prompts:
-            if not text.strip():
-                raise UsageError("the prompt is empty: say what to draw")
-        for seed in self.seeds:
-            if not 0 <= seed <= sampling.LARGEST_SEED:
-                raise UsageError(
-                    f"seed {seed} is out of range: 0 to {sampling.LARGEST_SEED}, or -1 for a random one"
-                )
-        if self.noise not in sampling.NOISE:
-            raise UsageError(f"noise {self.noise!r}: expected one of {', '.join(sampling.NOISE)}")
-        if self.attention not in CHOICES:
-            raise UsageError(f"attention {self.attention!r}: expected one of {', '.join(CHOICES)}")
-        if not 1 <= self.steps <= 1000:
-            raise UsageError(f"steps must be from 1 to 1000, got {self.steps}")
-        if not 0 <= self.guidance <= 100:
-            raise UsageError(f"guidance must be from 0 (off) to 100, got {self.guidance}")
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        prompt: object,
+        *,
+        seed: object = -1,
+        negative_prompt: object = "",
+        width: object = None,
+        height: object = None,
+        steps: object = None,
+        guidance: object = None,
+        noise: object = "torch",
+        kv: object = None,
+        attention: object = "auto",
+    ) -> "Job":
+        """What a user asks for, each value checked for its type and its bounds; None is the model's own. Raises
+        UsageError."""
+        prompts = _several("prompt", prompt, str)
+        seeds = _several("seed", seed, int)
+        count = max(len(prompts), len(seeds))
+        if not prompts or not seeds or any(len(of) not in (1, count) for of in (prompts, seeds)):
+            raise UsageError(
+                f"{len(prompts)} prompts and {len(seeds)} seeds: expected as many of one as of the other, or one"
+            )
+        side, defaults = config.vae.sample_size, config.defaults
+        job = cls(
+            prompts=tuple(_prompt(text) for text in (prompts * count)[:count]),
+            seeds=tuple(_seed(number) for number in (seeds * count)[:count]),
+            negative_prompt=checks.text("negative_prompt", negative_prompt),
+            width=side if width is None else checks.whole("width", width),
+            height=side if height is None else checks.whole("height", height),
+            steps=defaults.steps if steps is None else checks.whole("steps", steps, 1, 1000),
+            guidance=defaults.guidance
+            if guidance is None
+            else checks.real("guidance", guidance, 0, 100),
+            noise=checks.one_of("noise", noise, tuple(sampling.NOISE)),
+            kv=KVPolicy() if kv is None else checks.instance("kv", kv, KVPolicy),
+            attention=checks.one_of("attention", attention, CHOICES),
+        )
+        check_size(config, job.width, job.height)
+        return job
+
+    @property
+    def remarks(self) -> list[str]:
+        """What of the request has no effect, a sentence each."""
+        found = []
+        if self.negative_prompt and not self.guidance:
+            found.append("the negative prompt has no effect while guidance is 0")
+        if self.noise == "torch":
+            found += [
+                f"seed {s} draws the same noise as {s & 0xFFFFFFFF}: PyTorch uses 32 bits (--noise jax: all)"
+                for s in self.seeds
+                if s >> 32
+            ]
+        return found
+
+
+def _several(name: str, value: object, kind: type) -> list:
+    """One value or an iterable of them, as a list."""
+    if isinstance(value, kind):
+        return [value]
+    if kind is int and hasattr(type(value), "__index__"):  # numpy's integers, and its arrays
+        with contextlib.suppress(TypeError):
+            return [operator.index(value)]  # type: ignore[arg-type]
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        what = "text, or a list of texts" if kind is str else "a whole number, or a list of them"
+        checks.refuse(name, what, value)
+    return list(value)
+
+
+def _prompt(value: object) -> str:
+    text = checks.text("prompt", value)
+    if not text.strip():
+        raise UsageError("the prompt is empty: say what to draw")
+    return text
+
+
+def _seed(value: object) -> int:
+    """A seed; -1 draws one below 2^32, where every noise and every other program takes it."""
+    seed = checks.whole("seed", value)
+    if seed == -1:
+        return secrets.randbits(32)
+    if not 0 <= seed <= checks.LARGEST_SEED:
+        raise UsageError(
+            f"seed {checks.shown(seed)} is out of range: 0 to {checks.LARGEST_SEED}, or -1 for a random one"
+        )
+    return seed

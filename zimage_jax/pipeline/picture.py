@@ -7,13 +7,18 @@ a model (IPTC DigitalSourceType)."""
 import io
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from .. import checks
 from ..errors import UsageError
+from ..files import open_regular, parse_json, printable
 
 KEY = "zimage_jax"
 _XMP = (
@@ -67,29 +72,65 @@ def parameters(metadata: dict) -> str:
     )
 
 
-def read_metadata(path: Path) -> dict:
-    """What a picture of ours says of its making. Raises UsageError for any other file."""
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise UsageError(
-                f"{path}: {path.stat().st_size >> 20} MiB is too large for a picture of ours"
-            )
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()  # text may stand behind the pixels
-            text = image.info.get(KEY)
-    except OSError as fault:
-        reason = (
-            "not a PNG" if isinstance(fault, UnidentifiedImageError) else (fault.strerror or fault)
-        )
-        raise UsageError(f"{path}: cannot be read as a PNG ({reason})") from None
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as fault:
-        raise UsageError(f"{path}: a damaged PNG ({fault})") from None
-    try:
-        metadata = json.loads(text or "")
-    except ValueError:
-        metadata = None
-    if not isinstance(metadata, dict):
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a picture of ours says of its making, checked by FIELDS. Raises UsageError for any other file."""
+    where = printable(path)
+    with open_regular(path) as file:
+        nbytes = path.stat().st_size
+        if nbytes > _LARGEST_FILE:
+            raise UsageError(f"{where}: {nbytes >> 20} MiB is too large for a picture of ours")
+        try:
+            with Image.open(file, formats=["PNG"]) as image:
+                image.load()  # text may stand behind the pixels
+                text = image.info.get(KEY)
+        except UnidentifiedImageError:
+            raise UsageError(f"{where}: cannot be read as a PNG (not a PNG)") from None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
+            raise UsageError(f"{where}: a damaged PNG ({printable(fault)})") from None
+    if not isinstance(text, str):
         raise UsageError(
-            f"{path}: no zimage_jax metadata in this picture (made elsewhere, or with --no-metadata)"
+            f"{where}: no zimage_jax metadata in this picture (made elsewhere, or with --no-metadata)"
         )
+    metadata = parse_json(text, f"{where}: metadata")
+    check_metadata(f"{where}: metadata", metadata, FIELDS)
     return metadata
+
+
+_PIXELS = partial(checks.whole, low=1, high=65536)
+_KV_FIELDS: dict[str, Callable] = {
+    "dtype?": lambda name, value: value is None or checks.text(name, value),
+    "switch_t?": partial(checks.real, low=0, high=1000),
+    "group?": checks.text,
+    "reuse?": partial(checks.whole, low=1, high=1000),
+}
+# a "?" marks what an older picture may lack; keys that are not here are passed over
+FIELDS: dict[str, Callable] = {
+    "prompt": checks.text,
+    "negative_prompt": checks.text,
+    "seed": partial(checks.whole, low=0, high=checks.LARGEST_SEED),
+    "width": _PIXELS,
+    "height": _PIXELS,
+    "steps": partial(checks.whole, low=1, high=1000),
+    "guidance": partial(checks.real, low=0, high=100),
+    "noise": partial(checks.one_of, choices=("torch", "jax")),
+    "attention?": checks.text,
+    "model": checks.text,
+    "kv?": lambda name, value: check_metadata(name, value, _KV_FIELDS, only_these=True),
+    "versions": lambda name, value: check_metadata(name, value, {"zimage_jax": checks.text}),
+}
+
+
+def check_metadata(
+    name: str, found: object, fields: dict[str, Callable], *, only_these: bool = False
+) -> None:
+    """Raises UsageError for a value that is missing, of another type or out of bounds."""
+    if not isinstance(found, dict):
+        checks.refuse(name, "an object", found)
+    for field, check in fields.items():
+        key = field.removesuffix("?")
+        if key in found:
+            check(f"{name} {key}", found[key])
+        elif key == field:
+            raise UsageError(f"{name} lacks {key}")
+    if only_these and (unknown := [key for key in found if f"{key}?" not in fields]):
+        raise UsageError(f"{name} has an unknown key, {checks.shown(unknown[0])}")

@@ -9,7 +9,6 @@ Axes: B pictures, h, w latent rows and columns, C latent channels.
 """
 
 import hashlib
-import secrets
 import threading
 import time
 import warnings
@@ -24,7 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from .. import checks
 from ..errors import NonFiniteError, OutOfMemoryError, UsageError
+from ..files import printable
 from ..model import prompt as prompts_of
 from ..model import sampling
 from ..model.kv import KVPolicy
@@ -38,14 +39,13 @@ from ..runtime.ledger import Ledger
 from ..runtime.placement import Placement, default_dtype, is_exhausted
 from ..runtime.programs import CompiledCosts, Programs
 from ..runtime.store import ParameterStore
-from ..units import size
+from ..units import COMPUTE, size
 from ..weights.checkpoint import Checkpoint
 from ..weights.components import COMPONENTS
 from . import report as reports
 from .attempt import Attempt
 from .job import Job, Picture, Result, Step, ZImageWarning
 from .preview import Preview
-from .size import check_size
 from .stages import STAGES
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -93,7 +93,10 @@ class ZImage:
 
         Raises CheckpointError when the folder is missing, foreign or damaged.
         """
-        checkpoint, placement = Checkpoint(path or TINY), Placement.on(device)
+        if dtype is not None:
+            checks.one_of("dtype", dtype, COMPUTE)
+        memory = Memory() if memory is None else checks.instance("memory", memory, Memory)
+        checkpoint, placement = Checkpoint(TINY if path is None else path), Placement.on(device)
         own = default_dtype(placement.target)
         if dtype == "bfloat16" and own == "float16":
             warnings.warn(
@@ -107,7 +110,7 @@ class ZImage:
             checkpoint,
             prompts_of.Prompts.load(checkpoint.tokenizer),
             dtype,
-            memory or Memory(),
+            memory,
             placement,
         )
 
@@ -147,12 +150,14 @@ class ZImage:
     ) -> Result:
         """Pictures of one size, one per prompt or per seed (one of either serves all of the other).
 
-        `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; ComfyUI's cfg minus one); None takes the checkpoint's own. `kv`
-        says how the DiT holds K and V, which changes the picture: precision, groups, reuse. `attention` is the kernel
-        (model.attention.Attend says which there are), which changes its last bits. `memory` takes the place of what the
-        model was loaded with, for this job. `on_plan` gets the plan and the budget in bytes before anything runs, and
-        again when the device ran out of memory and another try is made. `on_step` is called after every NFE and may raise
-        to stop; under `scan`, which cannot be stopped, that is raised at the end.
+        `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; it is
+        ComfyUI's cfg minus one); None takes the checkpoint's own. `kv` says how the DiT holds K and
+        V, which changes the picture: precision, groups, reuse. `attention` is the kernel
+        (model.attention.Attend lists them), which changes its last bits. `memory` replaces, for this
+        job, the one that the model was loaded with. `on_plan` gets the plan and the budget in bytes
+        before anything runs, and again when the device ran out of memory and another plan is tried.
+        `on_step` is called after every NFE and may raise to stop the job; `scan` cannot be stopped
+        and raises that at its end.
 
         Raises UsageError for a job that cannot be drawn, or when called from a callback of this model's job;
         OutOfMemoryError when no plan fits; NonFiniteError when the latents leave the finite numbers.
@@ -162,17 +167,17 @@ class ZImage:
             job = self._job(
                 said,
                 prompt,
-                seed,
-                negative_prompt,
-                width,
-                height,
-                steps,
-                guidance,
-                noise,
-                kv or KVPolicy(),
-                attention,
+                seed=seed,
+                negative_prompt=negative_prompt,
+                width=width,
+                height=height,
+                steps=steps,
+                guidance=guidance,
+                noise=noise,
+                kv=kv,
+                attention=attention,
             )
-            return self._generate(job, memory or self.memory, said, on_plan, on_step)
+            return self._generate(job, self._memory(memory), said, on_plan, on_step)
 
     def _generate(
         self,
@@ -188,13 +193,15 @@ class ZImage:
             memory.max_vram_bytes or self._store.free_device_bytes(),
             self._placement.runs_ahead,
         )
+        ledger = Ledger(ahead)
+        self._store.read_ahead(budget, memory.host_bytes, ledger)
         while True:
             plan = self._plan(work, memory, budget)
             if on_plan is not None:
                 with self._turn.of_callback():
                     on_plan(plan, budget)
             try:
-                attempt = self._attempt(job, encoded, work, plan, memory, Ledger(ahead), on_step)
+                attempt = self._attempt(job, encoded, work, plan, memory, ledger, on_step)
                 return self._draw(attempt, said)
             except jax.errors.JaxRuntimeError as fault:
                 if not is_exhausted(fault):
@@ -204,6 +211,7 @@ class ZImage:
                 ahead, then = 0, "trying a program at a time"
             else:
                 budget, then = plan.peak_bytes - 1, "trying a smaller one"  # until there is none
+            ledger = Ledger(ahead)
             _warn(said, f"out of device memory with a plan of {size(plan.peak_bytes)}; {then}")
 
     def _attempt(
@@ -247,7 +255,8 @@ class ZImage:
         ledger, began = attempt.ledger, time.perf_counter()
         try:
             for stage in STAGES:
-                self._run(stage, attempt)
+                if stage.name in attempt.plan.choices:
+                    self._run(stage, attempt)
         finally:
             attempt.loan.release()
         ledger.seconds["total"] = time.perf_counter() - began
@@ -268,10 +277,8 @@ class ZImage:
         """Text features of each text, without padding: Qwen3's hidden_states[-2]. Raises as `generate` does."""
         with self._turn.of_job(), jax.default_device(self._placement.device):
             said: list[str] = []
-            job = self._job(
-                said, list(texts), 0, "", None, None, 1, 0.0, "torch", KVPolicy(), "auto"
-            )
-            memory, encoded = memory or self.memory, self._tokens(job.texts, said)
+            job = self._job(said, texts, seed=0, steps=1, guidance=0.0)
+            memory, encoded = self._memory(memory), self._tokens(job.texts, said)
             work = self._work(job, encoded)
             plan = self._plan(
                 work, memory, memory.max_vram_bytes or self._store.free_device_bytes()
@@ -285,60 +292,18 @@ class ZImage:
                 )
             finally:
                 attempt.loan.release()
-            return [features[text] for text in texts]
+            return [features[text] for text in job.prompts]
 
     # -- before it ----------------------------------------------------------------------------------------------------
 
-    def _job(
-        self,
-        said: list[str],
-        prompt,
-        seed,
-        negative_prompt,
-        width,
-        height,
-        steps,
-        guidance,
-        noise,
-        kv,
-        attention,
-    ) -> Job:
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed] if isinstance(seed, int) else list(seed)
-        count = max(len(prompts), len(seeds))
-        if not prompts or not seeds or any(len(of) not in (1, count) for of in (prompts, seeds)):
-            raise UsageError(
-                f"{len(prompts)} prompts and {len(seeds)} seeds: expected as many of one as of the other, or one"
-            )
-        # a drawn seed stays below 2^32, where every noise and every other program takes it
-        drawn = [
-            secrets.randbits(32) if s == -1 else s
-            for s in (seeds * count if len(seeds) == 1 else seeds)
-        ]
-        default, defaults = self.config.vae.sample_size, self.config.defaults
-        job = Job(
-            prompts=tuple(prompts * count if len(prompts) == 1 else prompts),
-            seeds=tuple(drawn),
-            negative_prompt=negative_prompt,
-            width=width or default,
-            height=height or default,
-            steps=defaults.steps if steps is None else steps,
-            guidance=defaults.guidance if guidance is None else float(guidance),
-            noise=noise,
-            kv=kv,
-            attention=attention,
-        )
-        check_size(self.config, job.width, job.height)
-        if negative_prompt and not job.guidance:
-            _warn(said, "the negative prompt has no effect while guidance is 0")
-        if job.noise == "torch":
-            for s in drawn:
-                if s >> 32:
-                    _warn(
-                        said,
-                        f"seed {s} draws the same noise as {s & 0xFFFFFFFF}: PyTorch uses 32 bits (--noise jax: all)",
-                    )
+    def _job(self, said: list[str], prompt, **options) -> Job:
+        job = Job.of(self.config, prompt, **options)
+        for remark in job.remarks:
+            _warn(said, remark)
         return job
+
+    def _memory(self, memory: Memory | None) -> Memory:
+        return self.memory if memory is None else checks.instance("memory", memory, Memory)
 
     def _tokens(self, texts: Sequence[str], said: list[str]) -> dict[str, prompts_of.Encoded]:
         """Distinct texts as tokens, with a warning for one that is cut."""
@@ -347,7 +312,7 @@ class ZImage:
             if e.cut:
                 _warn(
                     said,
-                    f"the prompt is longer than {prompts_of.MAX_TOKENS} tokens; cut off: {e.cut!r}",
+                    f"the prompt is longer than {prompts_of.MAX_TOKENS} tokens; cut off: {printable(e.cut)!r}",
                 )
         return encoded
 
@@ -384,7 +349,7 @@ class ZImage:
         text encoder or of the disk would have to be known and are not."""
         card = cards.of_device(self._placement.device.device_kind)
         on_host = plan.choices["text"].stream is None
-        if card is None or self.dtype != jnp.bfloat16 or on_host or memory.host_bytes:
+        if card is None or self.dtype.itemsize != 2 or on_host or memory.host_bytes:
             return None
         return seconds(STAGES, plan, work, self._sizes, card.rates)
 

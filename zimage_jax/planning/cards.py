@@ -3,7 +3,7 @@ fast it is, and what CUDA itself takes of it.
 
 Sources of the table: NVIDIA's data sheets, architecture white papers and comparison pages of
 laptops. A laptop's clock follows the power its maker allows: taken is the middle of the published
-range. PCIe lanes are those of the chip; a maker may wire fewer."""
+range, of the RTX 3060 the clock at 80 W. PCIe lanes are those of the chip; a maker may wire fewer."""
 
 import json
 import math
@@ -49,7 +49,7 @@ class Card:
     name: str
     devices: tuple[str, ...]  # its names in JAX's device_kind, which are the driver's
     capability: tuple[int, int]
-    cycle_flops: int  # of a multiprocessor in a cycle: dense bf16 products summed in float32
+    cycle_flops: int  # of a multiprocessor in a cycle: dense 16-bit products summed in float32
     multiprocessors: int
     clock: float  # GHz, boost
     l2_bytes: int
@@ -67,7 +67,7 @@ class Card:
 
     @property
     def peak_flops(self) -> float:
-        """Dense bf16 FLOP/s of the data sheet."""
+        """Dense 16-bit FLOP/s of the data sheet."""
         return self.multiprocessors * self.clock * 1e9 * self.cycle_flops
 
     @property
@@ -80,10 +80,10 @@ class Card:
 
 
 # Capability, and FLOPs of a multiprocessor in a cycle. GeForce cards halve products that are summed
-# in float32. Turing's tensor cores know float16 alone, in which this model overflows: XLA turns its
-# bf16 products into float32 ones, on the other cores (64 multiply-adds)
+# in float32. Turing's tensor cores multiply float16 alone, which is what is computed in there
 _CHIPS = {
-    "Turing": ((7, 5), 128),
+    "Turing": ((7, 5), 512),
+    "Turing-pro": ((7, 5), 1024),
     "GA100": ((8, 0), 2048),
     "Ampere": ((8, 6), 512),
     "Ampere-pro": ((8, 6), 1024),
@@ -99,7 +99,7 @@ _SHEETS = """
 name                chip       SMs  GHz    L2-MiB GB/s  GiB   PCIe device names
 rtx-2060            Turing     30   1.680  3      336   6     3x16 NVIDIA GeForce RTX 2060
 rtx-2070            Turing     36   1.620  4      448   8     3x16 NVIDIA GeForce RTX 2070
-t4                  Turing     40   1.590  4      320   15    3x16 Tesla T4
+t4                  Turing-pro 40   1.590  4      320   15    3x16 Tesla T4
 rtx-3050-ti-laptop  Ampere     20   1.365  2      192   4     4x8  NVIDIA GeForce RTX 3050 Ti Laptop GPU
 rtx-3060-laptop     Ampere     30   1.425  3      336   6     4x8  NVIDIA GeForce RTX 3060 Laptop GPU
 rtx-3060            Ampere     28   1.777  3      360   12    4x16 NVIDIA GeForce RTX 3060

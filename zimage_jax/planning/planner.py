@@ -5,6 +5,7 @@ staged, the VAE in strips of rows. Nothing that changes the picture is touched.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from ..errors import OutOfMemoryError, UsageError
@@ -37,10 +38,14 @@ class Planner:
         if not memory.low_vram and (kept := self._kept(candidates, budget)):
             first = {name: found[0] for name, found in candidates.items()}
             return self._filled(work, memory, first, kept, kept=True)
-        chosen = {
-            name: _first_that_fits(found, budget, memory.low_vram)
-            for name, found in candidates.items()
-        }
+        with ThreadPoolExecutor(
+            len(candidates)
+        ) as pool:  # a GPU's compiler takes seconds for each stage
+            fits = {
+                name: pool.submit(_first_that_fits, found, budget, memory.low_vram)
+                for name, found in candidates.items()
+            }
+            chosen = {name: future.result() for name, future in fits.items()}
         peaks = {name: candidate.peak for name, candidate in chosen.items()}
         worst = max(peaks, key=peaks.__getitem__)
         if peaks[worst] > budget:
@@ -147,6 +152,10 @@ def streams(
 def _chunk_counts(sizes: Sizes, component: str, main: tuple[str, ...], memory: Memory) -> list[int]:
     blocks = len(main)
     if memory.chunks:
+        if memory.chunks > blocks:
+            raise UsageError(
+                f"--chunks {memory.chunks}: expected 1 to {blocks}, the number of blocks"
+            )
         return [memory.chunks]
     if memory.max_chunk_bytes:
         block = max(sizes.storage.nbytes(component, unit) for unit in main)

@@ -127,29 +127,30 @@ class Timing:
             ahead = read_ahead(self.plan.host_window, largest)
         reads = [self.read(component, *chunks[load.chunk]) for load in loads(*of)]
         reader = _Reader(reads, len(reads) if ahead is None else ahead)
-        # seconds of the slower of disk and link: of what is resident, of what is streamed, and of what is resident before
-        # a chunk of it is there
-        resident, streamed, arrives = 0.0, 0.0, dict[int, float]()
+        # seconds of the link: of what is resident, and of what is streamed; of a resident chunk, those until it is copied,
+        # and when it is read
+        resident, streamed, arrives = 0.0, 0.0, dict[int, tuple[float, float]]()
         for action in actions(*of):
             if isinstance(action, Free):
                 continue
             load = action.then if isinstance(action, Visit) else action
-            copied = from_disk = 0.0
+            copied = 0.0
             if load is not None:
                 without_kv = isinstance(load, Load) and stream.without_kv(
                     load.chunk, nfes[load.sweep]
                 )
                 copied = self.copy(component, *chunks[load.chunk], without_kv=without_kv)
-                from_disk = self.read(component, *chunks[load.chunk])
             if isinstance(action, Pin):
+                from_disk = self.read(component, *chunks[action.chunk])
                 if rates.overlaps:
-                    resident += max(copied, from_disk)
-                    arrives[action.chunk] = resident
+                    resident += copied
+                    arrives[action.chunk] = resident, reader.read(from_disk)
                 else:
                     now += from_disk + copied
                 continue
             if isinstance(action, Visit) and action.chunk in arrives:
-                now = max(now, arrives.pop(action.chunk) + streamed)
+                is_copied, is_read = arrives.pop(action.chunk)
+                now = max(now, is_copied + streamed, is_read)
             if load is not None:  # neither its program nor its copy starts before it is read
                 now = max(now, reader.arrival())
             if isinstance(action, Visit):
@@ -163,7 +164,7 @@ class Timing:
             else:
                 now += copied + rates.dispatch
                 reader.read_next(now)
-            streamed += max(copied, from_disk)
+            streamed += copied
         return now
 
 

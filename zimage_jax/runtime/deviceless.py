@@ -23,7 +23,7 @@ from ..model.attention import Target
 from ..planning.cards import Card
 from ..weights.formats import Storage
 from .placement import Placement
-from .program import OVERLAP, scratch_bytes
+from .program import OPTIONS, scratch_bytes
 from .programs import Programs
 
 PLUGINS = "jax_cuda12_plugin", "jax_cuda13_plugin"
@@ -42,8 +42,9 @@ class CardPrograms(Programs):
     bytes it takes."""
 
     def __init__(self, storage: Storage, dtype, card: Card):
-        super().__init__(storage, dtype, Placement.on_host())
+        # the compiler first: JAX looks for its plugin once, when the first device is asked for
         self._card, self._compile = card, compiler(card)
+        super().__init__(storage, dtype, Placement.on_host())
         self.observer = (
             None  # a callback is a function of the process, and is not compiled without a device
         )
@@ -146,11 +147,7 @@ def compiler(card: Card) -> Callable:
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=target(card), topology="1x1x1"
     )
-    # nothing can be timed without a device
-    options = {name: str(value) for name, value in OVERLAP.items()} | {
-        "xla_gpu_autotune_level": "0"
-    }
-
+    options = {name: str(value) for name, value in OPTIONS.items()}
     devices: Any = tuple(topology.devices)
 
     def compile_lowered(lowered):

@@ -52,6 +52,7 @@ class Ledger:
     _stage: str = "load"
     _began: float = field(default_factory=time.perf_counter)
     _running: collections.deque[_Running] = field(default_factory=collections.deque)
+    _sent: collections.deque[_Running] = field(default_factory=collections.deque)
 
     @property
     def peak(self) -> int:
@@ -107,13 +108,32 @@ class Ledger:
         while len(self._running) > left:
             run = self._running.popleft()
             jax.block_until_ready(run.result)
-            end = time.perf_counter() - self._began
-            self.events += [
-                Event(lane, name, run.stage, run.begin, end, nbytes)
-                for lane, name, nbytes in run.kinds
-            ]
+            self._note(run)
             if self._running:  # one after the other
-                self._running[0] = self._running[0]._replace(begin=max(end, self._running[0].begin))
+                self._running[0] = self._running[0]._replace(
+                    begin=max(self.events[-1].end, self._running[0].begin)
+                )
+
+    def sent(self, tree, name: str, nbytes: int) -> None:
+        """`tree` is on its way to the device; `arrived` notes when it is there."""
+        self._sent.append(
+            _Running(
+                tree, (("copy", name, nbytes),), self._stage, time.perf_counter() - self._began
+            )
+        )
+
+    def arrived(self) -> None:
+        """Wait for what was sent."""
+        while self._sent:
+            copy = self._sent.popleft()
+            jax.block_until_ready(copy.result)
+            self._note(copy)
+
+    def _note(self, run: _Running) -> None:
+        end = time.perf_counter() - self._began
+        self.events += [
+            Event(lane, name, run.stage, run.begin, end, nbytes) for lane, name, nbytes in run.kinds
+        ]
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -122,6 +142,7 @@ class Ledger:
         try:
             yield
             self.settle()
+            self.arrived()
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
             self._stage = outer

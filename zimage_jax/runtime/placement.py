@@ -27,6 +27,7 @@ class Gate:
 
     def __init__(self) -> None:
         self._changed, self._inside, self._wanted = threading.Condition(), 0, 0
+        self.in_flight: list[jax.Array] = []  # sent by the thread that runs programs
 
     @property
     def is_wanted(self) -> bool:
@@ -131,6 +132,28 @@ class Placement:
             if kind == HOST and is_exhausted(fault):
                 raise out_of_pinned_memory(tree_bytes(tree)) from None
             raise
+
+    def send(self, tree, kind: str = DEVICE):
+        """Like `put`, but returns at once: for what is copied while programs run that have run before."""
+        sent = jax.device_put(tree, self.sharding(kind))
+        flying = self.gate.in_flight
+        flying[:] = [
+            array
+            for array in flying
+            if not (array.is_deleted() or array.is_ready())  # type: ignore[attr-defined]
+        ]
+        flying += jax.tree.leaves(sent)
+        return sent
+
+    def settled(self, args):
+        """Arguments of a program's first run: arrays of numpy placed, and every array there that was sent anywhere."""
+        jax.block_until_ready([array for array in self.gate.in_flight if not array.is_deleted()])
+        self.gate.in_flight.clear()
+
+        def place(array):
+            return array if isinstance(array, jax.Array) else self.put(array)
+
+        return jax.block_until_ready(jax.tree.map(place, args))
 
     def allocator_peak(self) -> int | None:
         """The peak that the device's allocator saw in this process; None on a CPU, which keeps no such count."""

@@ -1,5 +1,6 @@
 """A function compiled once per set of shapes, with the device memory that the compiler says it takes."""
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,18 @@ import jax.numpy as jnp
 from .ledger import Ledger
 from .placement import EXHAUSTED, Placement, is_exhausted
 
-# Without the latency-hiding scheduler a GPU copies after it computes; the limit must exceed the arrays of one step, or
-# the first copies are awaited before compute starts
-OVERLAP = {
+# How a GPU's programs are compiled
+OPTIONS = {
+    # without this scheduler a GPU copies after it computes; the limit must exceed the arrays of one step, or the first
+    # copies are awaited before compute starts
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_experimental_parallel_async_compute_limit": 1024,
+    # the same kernels, so the same bits, in every process and under every schedule: autotuning chooses by measured time
+    # and varies (openxla/xla#15229), cuBLASLt's own choice does not. Without autotuning Triton's tiles are untuned
+    "xla_gpu_autotune_level": 0,
+    "xla_gpu_enable_triton_gemm": False,
+    # XLA joins matrices that multiply the same tokens into a copy: 28 MiB of a ring step at 512x512 (sm_89)
+    "xla_gpu_dot_merger_threshold_mb": 0,
 }
 
 BEYOND = 1 << 50  # bytes that no device has
@@ -37,11 +45,12 @@ class Program:
 
         self.name = function.__name__.strip("_")
         self._placement, self._precision = placement, precision
-        options = None if placement.shares_memory else OVERLAP
+        options = None if placement.shares_memory else OPTIONS
         self._jitted = jax.jit(
             with_token, donate_argnums=donate, keep_unused=True, compiler_options=options
         )
-        self._compiled: dict = {}
+        self._compiled: dict[Any, tuple[Any, int]] = {}
+        self._lock, self._locks = threading.Lock(), dict[Any, threading.Lock]()
         self._has_run = set[int]()
         self.compile_seconds = 0.0
 
@@ -54,26 +63,29 @@ class Program:
         takes beside its arguments. None and BEYOND where the device had no memory to compile it in."""
         leaves, tree = jax.tree.flatten(args)
         key = (tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-        if key not in self._compiled:
-            began = time.perf_counter()
-            try:
-                with (
-                    self._placement.gate.alone(),
-                    jax.default_device(self._placement.device),
-                    jax.default_matmul_precision(self._precision),
-                ):
-                    executable = self._jitted.lower(*args).compile()
-            except (
-                jax.errors.JaxRuntimeError
-            ) as fault:  # a GPU's compiler runs the kernels it chooses between
-                if not is_exhausted(fault):
-                    raise
-                self._compiled[key] = None, BEYOND
-            else:
-                memory = executable.memory_analysis()
-                self._compiled[key] = executable, 0 if memory is None else scratch_bytes(memory)
-            self.compile_seconds += time.perf_counter() - began
+        with self._lock:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:  # several stages may ask at once
+            if key not in self._compiled:
+                self._compiled[key] = self._compile(args)
         return self._compiled[key]
+
+    def _compile(self, args: tuple) -> tuple[Any, int]:
+        began = time.perf_counter()
+        try:
+            with (
+                jax.default_device(self._placement.device),
+                jax.default_matmul_precision(self._precision),
+            ):
+                executable = self._jitted.lower(*args).compile()
+        except jax.errors.JaxRuntimeError as fault:  # a GPU's compiler may load what it compiled
+            if not is_exhausted(fault):
+                raise
+            return None, BEYOND
+        finally:
+            self.compile_seconds += time.perf_counter() - began
+        memory = executable.memory_analysis()
+        return executable, 0 if memory is None else scratch_bytes(memory)
 
     def __call__(
         self, ledger: Ledger, *args, name: str = "", copied: tuple[str, int] | None = None
@@ -91,6 +103,7 @@ class Program:
             ledger.launched(token, *kinds)
             return result
         ledger.settle()
+        args = self._placement.settled(args)
         with self._placement.gate.alone():
             result, token = executable(*args)
             ledger.launched(token, *kinds)

@@ -3,6 +3,7 @@
 Axes: B pictures, G contexts (B, or 2 B with guidance), L caption tokens, I image tokens, T = I + L.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,6 +59,7 @@ class Programs:
     def __init__(self, storage: Storage, dtype, placement: Placement):
         self.storage, self.dtype, self.placement = storage, jnp.dtype(dtype), placement
         self._programs: dict[tuple, Program] = {}
+        self._lock = threading.Lock()
         self.observer = Observer()
 
     @property
@@ -66,9 +68,10 @@ class Programs:
 
     def __call__(self, function: Callable, *, donate: tuple[int, ...] = (), **static) -> Program:
         key = (function, donate, *sorted(static.items()))
-        if key not in self._programs:
-            self._programs[key] = self._make(function, donate, static)
-        return self._programs[key]
+        with self._lock:
+            if key not in self._programs:
+                self._programs[key] = self._make(function, donate, static)
+            return self._programs[key]
 
     def _make(self, function: Callable, donate: tuple[int, ...], static: dict) -> Program:
         precision = "float32" if self.dtype == jnp.float32 else None

@@ -6,8 +6,9 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 from jax import Array
 
 from ..planning.seconds import read_ahead
@@ -31,7 +32,14 @@ def read_units(
     """Unit -> its leaves in the module's order, in DEVICE or HOST memory."""
 
     def read(unit: str) -> Leaves:
-        return tuple(placement.put(list(checkpoint.read(component, unit).values()), kind))
+        # on a CPU the arrays are the buffer; elsewhere they are copies of it, and memory that was written before is
+        # filled 1.6 times as fast as new memory
+        buffer = (
+            None
+            if placement.platform == "cpu"
+            else _buffer(checkpoint.buffer_bytes(component, unit))
+        )
+        return tuple(placement.put(list(checkpoint.read(component, unit, buffer).values()), kind))
 
     names = list(units)
     if len(names) == 1:
@@ -50,6 +58,17 @@ def load(
     return checkpoint.storage.assemble(component, leaves)
 
 
+_thread = threading.local()
+
+
+def _buffer(nbytes: int) -> np.ndarray:
+    """This thread's buffer, of `nbytes` at least."""
+    if getattr(_thread, "buffer", np.empty(0)).nbytes < nbytes:
+        _thread.buffer = np.empty(nbytes, np.uint8)
+    return _thread.buffer
+
+
+@runtime_checkable
 class Reader(Protocol):
     """One job's chunks in the order in which it wants them."""
 

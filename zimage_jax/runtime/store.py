@@ -42,6 +42,20 @@ class ParameterStore:
         }
         return loan
 
+    def read_ahead(self, budget: int, host_bytes: int | None, ledger: Ledger) -> None:
+        """Start to read blocks into host memory, while programs compile, where no plan within `budget` bytes can keep
+        them on the device."""
+        components = ("text_encoder", "transformer")
+        total = sum(self.checkpoint.nbytes(component) for component in components)
+        if self.placement.shares_memory or host_bytes is not None or total <= budget:
+            return
+        for component in components:
+            source = self.source(component, None)
+            if isinstance(source, HostSource):
+                for unit in self.checkpoint.units(component):
+                    if "." in unit:  # a block
+                        source.unit(unit, ledger, self.readers)
+
     def clear(self) -> None:
         """Take everything from the device."""
         settled(self.device)

@@ -68,7 +68,7 @@ class Stream:
         self._actions = actions(plan.schedule, plan.kinds, sweeps)
         self._trees = [storage.trees(plan.component, chunk) for chunk in plan.chunks]
         self._pinned: dict[int, list[Future[Leaves]]] = {}
-        self._slots: dict[int, Chunk] = {}
+        self._slots = self._allocate()
         order = [plan.chunks[load.chunk] for load in loads(plan.schedule, plan.kinds, sweeps)]
         self._reader = source.open(order, ledger)
 
@@ -101,7 +101,7 @@ class Stream:
 
     def _load(self, load: Load) -> None:
         following = self._take(load)
-        spare, copied = self._slot(load.slot), (self._name(load.chunk), tree_bytes(following))
+        spare, copied = self._slots[load.slot], (self._name(load.chunk), tree_bytes(following))
         self._slots[load.slot] = self._program(fill, donate=(0,))(
             self._ledger, spare, following, copied=copied
         )
@@ -115,16 +115,21 @@ class Stream:
             self._ledger.saved_bytes += whole - tree_bytes(chunk)
         return chunk
 
-    def _slot(self, slot: int) -> Chunk:
-        """The slot's arrays, allocated on first use for the largest chunk that it holds."""
-        if slot not in self._slots:
-            units = self._plan.slots[slot]
-            blocks = [self._storage.specs(self._plan.component, unit) for unit in units]
-            self._slots[slot] = tuple(
+    def _allocate(self) -> dict[int, Chunk]:
+        """The slots' arrays, each for the largest chunk that it holds: before any activation and the largest first, so
+        that an allocator which splits its memory leaves no gaps between them."""
+        slots: dict[int, Chunk] = {}
+        for slot in sorted(
+            range(len(self._plan.slots)), key=lambda slot: -len(self._plan.slots[slot])
+        ):
+            blocks = [
+                self._storage.specs(self._plan.component, unit) for unit in self._plan.slots[slot]
+            ]
+            slots[slot] = tuple(
                 tuple(jnp.zeros(a.shape, a.dtype) for a in block) for block in blocks
             )
-            self._ledger.hold(self._slot_name(slot), self._slots[slot])
-        return self._slots[slot]
+            self._ledger.hold(self._slot_name(slot), slots[slot])
+        return slots
 
     def _visit(self, visit: Visit, xs: list, inputs: list[tuple], static: dict) -> list:
         size, name = len(self._plan.chunks[visit.chunk]), self._name(visit.chunk)
@@ -138,7 +143,7 @@ class Stream:
         if visit.then is not None:
             ring = self._program(ring_step, donate=(1, 3), **static)
             following = self._take(visit.then)
-            spare = self._slot(visit.then.slot)
+            spare = self._slots[visit.then.slot]
             copied = self._name(visit.then.chunk), tree_bytes(following)
             x, filled = ring(
                 self._ledger, chunk, spare, following, xs[0], *inputs[0], name=name, copied=copied

@@ -187,15 +187,26 @@ class Checkpoint:
         leaves = components.units(self.config, component).values()
         return sum(leaf.size for unit in leaves for leaf in unit.values())
 
-    def read(self, component: str, unit: str) -> dict[str, np.ndarray]:
+    def buffer_bytes(self, component: str, unit: str) -> int:
+        """Size of a buffer that `read` can use for a unit."""
+        records = self._records[component][unit].values()
+        return max(r.offset + r.nbytes for r in records) + _ALIGNMENT
+
+    def read(
+        self, component: str, unit: str, buffer: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """One unit's arrays by path, views of one aligned buffer, every checksum verified.
+
+        The buffer is new, or the `buffer` of bytes given if it is large enough (`buffer_bytes`):
+        the arrays are then overwritten when it is used again.
 
         Raises DamagedError when the file is missing, short, or any byte of it is not what was
         written."""
         records = self._records[component][unit]
         file = self.path / component / f"{unit}.safetensors"
-        size = max(r.offset + r.nbytes for r in records.values())
-        buffer = np.empty(size + _ALIGNMENT, np.uint8)
+        size = self.buffer_bytes(component, unit) - _ALIGNMENT
+        if buffer is None:
+            buffer = np.empty(size + _ALIGNMENT, np.uint8)
         buffer = buffer[-buffer.ctypes.data % _ALIGNMENT :][:size]
         with open_regular(file, DamagedError) as f:
             actual, got = os.fstat(f.fileno()).st_size, 0

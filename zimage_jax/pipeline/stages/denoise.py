@@ -56,7 +56,17 @@ class DenoiseChoice(Choice):
         return sum(self.blocks.is_main(chunk) for chunk in self.blocks.schedule.resident)
 
     def __str__(self) -> str:
-        return f"{self.blocks.schedule.name}, {self.blocks}"
+        sizes, of = self.main_sizes, self.blocks.schedule
+        least, most = min(sizes), max(sizes)
+        blocks = (
+            f"{most} block{'s' if most > 1 else ''}"
+            if least == most
+            else f"{least} or {most} blocks"
+        )
+        words = schedule.row(of.name).words.format(
+            resident=self.resident_chunks, ahead=max(0, of.slots - 1)
+        )
+        return f"{of.name}, {len(sizes)} chunk{'s' if len(sizes) > 1 else ''} of {blocks}, {words}"
 
 
 class Denoise:
@@ -337,7 +347,7 @@ class _Sweep(_Sampler):
             if cache is None or not (nfe.keeps or nfe.reuses):
                 xs = stream.visit(xs, inputs, **static)
                 continue
-            carried = list(zip(xs, cache.take(chunk), strict=True))
+            carried = list(zip(xs, cache.take(chunk, reads=nfe.reuses), strict=True))
             cached = static | {"apply": dit.apply_blocks_cached, "reuses": nfe.reuses}
             xs, held = (
                 list(column)
@@ -360,12 +370,14 @@ def _keys_bytes(sizes: Sizes, work: Work, phase: Phase) -> int:
 
 
 def _cache_bytes(sizes: Sizes, work: Work, phase: Phase, choice: DenoiseChoice) -> int:
-    """K and V on the device between programs: of every main block, or of the largest chunk."""
+    """K and V on the device between programs: of every main block; or, kept on the host, of the chunk that computes
+    and of its neighbour on its way."""
     if not phase.caches:
         return 0
-    config = sizes.config.transformer
+    config, chunks = sizes.config.transformer, choice.main_sizes
     of_block = phase.kv_format.nbytes(work.contexts, work.tokens, config.n_heads, config.head_dim)
-    return of_block * (max(choice.main_sizes) if choice.kv_on_host else sum(choice.main_sizes))
+    pairs = [sum(chunks[i : i + 2]) for i in range(max(1, len(chunks) - 1))]
+    return of_block * (max(pairs) if choice.kv_on_host else sum(chunks))
 
 
 def _by_phase(

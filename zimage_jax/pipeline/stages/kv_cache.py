@@ -32,6 +32,8 @@ class KVCache:
         self._hold, self._shape, self._groups, self._sizes = kv_format, shape, groups, sizes
         self._placement, self._on_host, self._ledger = placement, on_host, ledger
         self._held: dict[int, Held] = {}
+        self._coming: dict[int, Held] = {}
+        self._leaving: tuple[Held, Held] | None = None  # on the device, and on its way to the host
         if not on_host:
             self._held = {chunk: self._room(chunk) for chunk in range(len(sizes))}
         ledger.hold(NAME, self._held)
@@ -42,31 +44,58 @@ class KVCache:
             tuple(kv.empty(self._hold, *self._shape) for _ in blocks) for _ in range(self._groups)
         ]
 
-    def take(self, chunk: int) -> Held:
-        """What is held for a chunk, or room for it; the caller may donate it."""
+    def take(self, chunk: int, *, reads: bool) -> Held:
+        """What is held for a chunk, or where the NFE does not read it, room for it; the caller may donate it.
+
+        On the host: the next chunk's is sent for, to be copied while this one computes.
+        """
         if not self._on_host:
             return self._held.pop(chunk)
-        if chunk not in self._held:
+        if chunk == 0:
+            self._leave()
+        self._ledger.arrived()  # it was copied while the chunk before ran; the caller may donate it
+        held = self._coming.pop(chunk, None)
+        if held is None and reads:
+            held = self._bring(chunk)
+            self._ledger.arrived()
+        elif held is None:
             held = self._room(chunk)
-        else:
-            with self._ledger.event("copy", f"{NAME} chunk {chunk}", tree_bytes(self._held[chunk])):
-                held = self._placement.put(self._held[chunk])
-        self._ledger.hold(NAME, held)
+        if reads and chunk + 1 in self._held:
+            self._coming[chunk + 1] = self._bring(chunk + 1)
+        self._account(held)
         return held
 
     def put(self, chunk: int, held: Held, *, made: bool) -> None:
-        """`held` after the chunk ran, `made` anew or as it was taken."""
+        """`held` after the chunk ran, `made` anew or as it was taken. On the host: it leaves while the next computes."""
         if not self._on_host:
             self._held[chunk] = held
             return
         if made:
-            self._held[chunk] = jax.block_until_ready(
-                jax.device_put(held, self._placement.sharding(HOST))
-            )
-        self._ledger.drop(NAME)
+            self._leave()
+            self._held[chunk] = self._placement.send(held, HOST)
+            self._leaving = held, self._held[chunk]
+        self._account()
+
+    def _bring(self, chunk: int) -> Held:
+        held: Held = self._placement.send(self._held[chunk])
+        self._ledger.sent(held, f"{NAME} chunk {chunk}", tree_bytes(held))
+        return held
+
+    def _leave(self) -> None:
+        """Wait for the chunk that is on its way to the host."""
+        if self._leaving is not None:
+            jax.block_until_ready(self._leaving[1])
+            self._leaving = None
+
+    def _account(self, *held: Held) -> None:
+        leaving = () if self._leaving is None else self._leaving[0]
+        self._ledger.hold(NAME, (held, self._coming, leaving))
 
     def clear(self) -> None:
+        self._leave()
+        self._ledger.arrived()
         self._held.clear()
+        self._coming.clear()
         self._ledger.drop(NAME)
 
 

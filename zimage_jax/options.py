@@ -1,0 +1,368 @@
+"""The options that commands share: numbers, memory, K and V, and the TOML file.
+
+A flag wins over its environment variable (--max-vram: ZIMAGE_MAX_VRAM), that over the TOML file given with --config.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from . import checks
+from .errors import UsageError
+from .files import printable, read_toml
+from .planning import schedule as schedules
+from .units import GIB
+
+if TYPE_CHECKING:
+    from .model.kv import KVPolicy
+    from .planning.plan import Memory
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class Number(click.ParamType):
+    """A finite number within bounds, from a flag, a variable or the TOML file."""
+
+    def __init__(self, kind: type[int] | type[float], low: float | int, high: float | int):
+        self.kind, self._low, self._high = kind, low, high
+        self.name = "integer" if kind is int else "number"
+
+    def convert(self, value, param, context):
+        place = _place(param, context)
+        return self._check(place, parse_number(place, self.kind, value))
+
+    def _check(self, name, value):
+        if self.kind is int:
+            return checks.whole(name, value, int(self._low), int(self._high))
+        return checks.real(name, value, self._low, self._high)
+
+
+class Gib(Number):
+    """GiB in words, bytes in Python."""
+
+    def __init__(self):
+        super().__init__(float, 0, 2**20)
+
+    def _check(self, name, value):
+        gib = checks.real(name, value, self._low, self._high, above=True, unit=" GiB")
+        return max(1, int(gib * GIB))
+
+
+def parse_number(name: str, kind: type[int] | type[float], word: object) -> object:
+    """The number that a word is; what is no word stays as it is. Raises UsageError."""
+    if not isinstance(word, str):
+        return word
+    try:
+        return kind(word)
+    except ValueError:  # also where it has more digits than Python reads
+        checks.refuse(name, "a whole number" if kind is int else "a number", word)
+
+
+def _place(param, context) -> str:
+    """What the user calls a parameter, where the value came from."""
+    if param is None:
+        return "the number"
+    flag = max(param.opts, key=len)
+    source = context.get_parameter_source(param.name) if context else None
+    if source is ParameterSource.ENVIRONMENT:
+        return param.envvar
+    return f"{flag[2:]} in --config" if source is ParameterSource.DEFAULT_MAP else flag
+
+
+# -- the TOML file ---------------------------------------------------------------------------------
+
+
+def _read_config(context: click.Context, _, file: Path | None) -> None:
+    """The TOML file's keys become defaults. They are the flags' names, with hyphens or underscores."""
+    if file is None:
+        return
+    try:
+        table = read_toml(file)
+    except UsageError as fault:
+        raise UsageError(f"--config {fault}") from None
+    where = f"--config {printable(file)}"
+    known = {
+        spelling.lstrip("-").replace("-", "_"): option
+        for option in context.command.params
+        if isinstance(option, click.Option) and option.expose_value
+        for spelling in option.opts
+    }
+    defaults: dict[str, Any] = {}
+    for key, value in table.items():
+        option = known.get(key.replace("-", "_"))
+        if option is None:
+            raise UsageError(
+                f"{where}: no such key: {printable(key, 40)}; keys are the flags' names"
+            )
+        if option.name in defaults:
+            raise UsageError(f"{where}: {key} is given twice")
+        defaults[option.name or ""] = _default(f"{where}: {key}", option, value)
+    context.default_map = defaults
+
+
+def _default(name: str, option: click.Option, value: object):
+    """A TOML value of exactly the option's type; several values as a list, or one as it is."""
+    kinds: tuple[type, ...] = (str,)
+    what = "text in quotes"
+    if option.is_flag:
+        kinds, what = (bool,), "true or false"
+    elif isinstance(option.type, Number):
+        is_whole = option.type.kind is int
+        kinds = (int,) if is_whole else (int, float)
+        what = "a whole number" if is_whole else "a number"
+    values = value if option.multiple and isinstance(value, list) else [value]
+    for each in values:
+        if type(each) not in kinds:  # a bool is an int to isinstance
+            checks.refuse(name, what, each)
+        if isinstance(each, str) and "\0" in each:
+            raise UsageError(f"{name}: a NUL character is in no text here")
+    return values if option.multiple else value
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def _word(flag: str, *names: str, **attributes) -> Callable:
+    """An option that an environment variable of its name can set too."""
+    variable = "ZIMAGE_" + flag.lstrip("-").replace("-", "_").upper()
+    return click.option(flag, *names, envvar=variable, **attributes)
+
+
+_MEMORY = [
+    click.option(
+        "--config",
+        type=FILE,
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config,
+        help="TOML file with values for any of these options, as in max-vram = 6.",
+    ),
+    _word(
+        "--schedule",
+        metavar="|".join(["auto", *schedules.names()]),  # plan.Memory checks it
+        default="auto",
+        show_default=True,
+        help="How the DiT's blocks reach the device: all stay (resident), chunks take turns in one slot (swap) or two "
+        "(ring), some stay (hybrid), or one program for all steps (scan). auto takes the fastest that fits.",
+    ),
+    _word(
+        "--chunks",
+        type=Number(int, 1, 10_000),
+        help="Number of chunks the DiT's blocks are cut into.  [default: 4, more if memory is short]",
+    ),
+    _word(
+        "--resident-chunks",
+        type=Number(int, 0, 10_000),
+        help="Number of chunks that stay on the device under hybrid.  [default: as many as fit]",
+    ),
+    _word(
+        "--prefetch",
+        type=Number(int, 0, 10_000),
+        metavar="N",
+        help="Number of chunks copied ahead of use; 0 copies each when it is needed.  [default: 1]",
+    ),
+    _word(
+        "--max-chunk-memory",
+        type=Gib(),
+        metavar="GIB",
+        help="Largest size of a chunk in GiB, instead of --chunks.",
+    ),
+    _word(
+        "--chunk",
+        "pins",
+        multiple=True,
+        metavar="N=HOW",
+        help="Make chunk N, from 0, resident or streamed, as in 2=resident. May be repeated.",
+    ),
+    _word(
+        "--max-vram",
+        type=Gib(),
+        metavar="GIB",
+        help="Device memory to use, in GiB.  [default: all that is free]",
+    ),
+    _word("--low-vram", is_flag=True, help="Use as little device memory as possible."),
+    _word(
+        "--text-encoder",
+        type=click.Choice(["auto", "device", "staged", "host"]),
+        default="auto",
+        show_default=True,
+        help="Where the text encoder runs: on the device whole (device) or chunk by chunk (staged), or on the CPU (host).",
+    ),
+    _word(
+        "--enable-cpu-offload",
+        is_flag=True,
+        help="Keep parameters in host memory: the same as --text-encoder staged --schedule ring, where these two are "
+        "not given.",
+    ),
+    _word(
+        "--offload-layers",
+        multiple=True,
+        metavar="NAME",
+        help="Stream the chunk that holds this block, as layers.3; transformer streams all of them (as ring does), "
+        "text_encoder is --text-encoder staged. May be repeated.",
+    ),
+    _word(
+        "--host-memory",
+        type=Gib(),
+        metavar="GIB",
+        help="Read blocks from disk through a window of this many GiB of host memory.  [default: all blocks stay in "
+        "host memory]",
+    ),
+    _word(
+        "--vae-tile",
+        type=Number(int, 64, 16384),
+        metavar="PIXELS",
+        help="Side of the tiles in which the VAE decodes: less memory; blended seams change the picture.",
+    ),
+]
+
+
+def memory_options(command: Callable) -> Callable:
+    """The options about memory; they arrive as keywords that `memory_of` takes."""
+    return _with(_MEMORY, command)
+
+
+def _with(options: list[Callable], command: Callable) -> Callable:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def memory_of(
+    *,
+    schedule,
+    chunks,
+    resident_chunks,
+    prefetch,
+    max_chunk_memory,
+    pins,
+    max_vram,
+    low_vram,
+    text_encoder,
+    enable_cpu_offload,
+    offload_layers,
+    host_memory,
+    vae_tile,
+) -> "Memory":
+    """The options as plan.Memory. ZIMAGE_CHUNKED_LOADING and ZIMAGE_CHUNK_COUNT count where --schedule is not given."""
+    from .planning.plan import Memory
+
+    if not _is_given("schedule"):
+        schedule, resident_chunks = _from_chunk_count(schedule, chunks, resident_chunks)
+    streams_all = enable_cpu_offload or "transformer" in offload_layers
+    if streams_all and schedule == "auto" and not low_vram:
+        schedule = "ring"
+    if text_encoder == "auto" and (enable_cpu_offload or "text_encoder" in offload_layers):
+        text_encoder = "staged"
+    return Memory(
+        schedule=schedule,
+        chunks=chunks,
+        resident_chunks=resident_chunks,
+        prefetch=prefetch,
+        max_chunk_bytes=max_chunk_memory,
+        max_vram_bytes=max_vram,
+        low_vram=low_vram,
+        text_encoder=text_encoder,
+        host_bytes=host_memory,
+        vae_tile=vae_tile,
+        pins=(*_blocks(offload_layers), *map(_pin, pins)),
+    )
+
+
+def _is_given(name: str) -> bool:
+    """By a flag or a variable."""
+    given = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    return click.get_current_context().get_parameter_source(name) in given
+
+
+def _from_chunk_count(
+    schedule: str, chunks: int | None, resident: int | None
+) -> tuple[str, int | None]:
+    """ZIMAGE_CHUNK_COUNT=n: at most n chunks on the device at once. ZIMAGE_CHUNKED_LOADING=0: all of them."""
+    loading = os.environ.get("ZIMAGE_CHUNKED_LOADING", "")
+    if loading == "0":
+        return "resident", None
+    if loading not in ("", "1"):
+        raise UsageError(f"ZIMAGE_CHUNKED_LOADING={printable(loading, 40)}: expected 0 or 1")
+    name = "ZIMAGE_CHUNK_COUNT"
+    count = os.environ.get(name)
+    if not count:
+        return schedule, resident
+    number = checks.whole(name, parse_number(name, int, count), 1, 10_000)
+    found, stay = schedules.for_chunks_on_device(number, chunks or schedules.CHUNKS)
+    return found, stay if found == "hybrid" else None
+
+
+def _blocks(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Of --offload-layers: each block's name, streamed."""
+    for name in names:
+        block = name.removeprefix("transformer.")
+        if re.fullmatch(r"layers\.[0-9]{1,4}", block):
+            yield block, "streamed"
+        elif name not in ("transformer", "text_encoder"):
+            raise UsageError(
+                f"--offload-layers {printable(name, 40)}: expected layers.N, transformer or text_encoder"
+            )
+
+
+def _pin(text: str) -> tuple[int, str]:
+    match = re.fullmatch(r"([0-9]{1,4})=(resident|streamed)", text)
+    if not match:
+        raise UsageError(
+            f"--chunk {printable(text, 40)}: expected a chunk's number and resident or streamed, as in 2=resident"
+        )
+    return int(match[1]), match[2]
+
+
+# -- K and V ---------------------------------------------------------------------------------------
+
+_KV = [
+    _word(
+        "--kv-dtype",
+        metavar="EARLY[:LATE]",
+        help="Precision of K and V: float32, bf16, fp16, or fp8 for EARLY.  [default: bf16:fp16 when computing in "
+        "bfloat16, else what is computed in]",
+    ),
+    _word(
+        "--kv-switch-t",
+        type=Number(float, 0, 1000),
+        metavar="T",
+        help="Scheduler time t, 1000 to 0, at and below which LATE begins.  [default: 500]",
+    ),
+    _word(
+        "--kv-group",
+        metavar="EARLY[:LATE]",
+        help="Side of the squares of image tokens that share one K and V: 1, 2 or 4.  [default: 1]",
+    ),
+    _word(
+        "--kv-reuse",
+        type=Number(int, 1, 1000),
+        help="Number of steps (NFEs) that K and V are used for.  [default: 1, off]",
+    ),
+]
+
+
+ATTENTION = _word(
+    "--attention",
+    type=click.Choice(["auto", "flash", "cudnn", "chunks"]),
+    help="Kernel of the attention; it changes a picture's last bits.  [default: auto]",
+)
+
+
+def kv_options(command: Callable) -> Callable:
+    """The options about K and V; they arrive as keywords that `kv_of` takes."""
+    return _with(_KV, command)
+
+
+def kv_of(given: dict, repeated: dict | None = None) -> "KVPolicy":
+    """The options as kv.KVPolicy; a picture's own, `repeated`, count where none is given."""
+    from .model.kv import KVPolicy
+
+    return KVPolicy.parse(
+        **(repeated or {}) | {name: word for name, word in given.items() if word is not None}
+    )
