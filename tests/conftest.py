@@ -1,6 +1,7 @@
 """Strict mode: promotion strict, rank promotion raises, annotations checked, warnings are errors
 (pyproject.toml)."""
 
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -33,7 +34,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from tests import small  # noqa: E402
-from tests.schedules import MODEL, SCAN, SCHEDULES  # noqa: E402
+from tests.schedules import JOB, MODEL, SCAN, SCHEDULES  # noqa: E402
 from zimage_jax import ZImage  # noqa: E402
 from zimage_jax.pipeline import pipeline  # noqa: E402
 from zimage_jax.runtime import deviceless  # noqa: E402
@@ -62,7 +63,6 @@ def reference_outputs(request):
     if request.param == "golden":
         return lambda name: np.load(GOLDENS / f"{name}.npz")
     pytest.importorskip("torch", reason="the live comparison needs the reference extra")
-    import functools
     import warnings
 
     with warnings.catch_warnings():
@@ -157,6 +157,18 @@ def under(native):
         return loaded[name, dtype]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def drawn(under):
+    """(name of a schedule, dtype) -> the second picture under it: what a plan keeps is loaded by the first job."""
+
+    @functools.cache
+    def draw(name: str, dtype: str = "float32"):
+        under(name, dtype).generate("a red fox", **JOB)
+        return under(name, dtype).generate("a red fox", **JOB)
+
+    return draw
 
 
 @pytest.fixture

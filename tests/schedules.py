@@ -1,5 +1,9 @@
 """A model, a job and the memory schedules that many tests draw it under."""
 
+from collections.abc import Collection, Iterable
+
+import pytest
+
 from tests import small
 from zimage_jax import Memory
 from zimage_jax.weights.formats import uniform
@@ -30,3 +34,9 @@ SCHEDULES = {
     "a budget": Memory(max_vram_bytes=int(2.6e6)),
 }
 SCAN = {"scan": Memory(schedule="scan")}
+
+
+def every(values: Iterable, quick: Collection) -> list:
+    """All of them as parameters of a test; those that are not `quick` run with scripts/test --all alone."""
+    exhaustive = pytest.mark.exhaustive
+    return [v if v in quick else pytest.param(v, marks=exhaustive) for v in values]

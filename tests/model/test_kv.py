@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests import small
 from tests.model.test_models import relative
-from tests.schedules import JOB, MODEL, SCHEDULES
+from tests.schedules import JOB, MODEL, SCHEDULES, every
 from zimage_jax import KVPolicy, Memory, ZImage
 from zimage_jax.errors import UsageError
 from zimage_jax.model import dit, kv, sampling
@@ -289,15 +289,18 @@ def results(native):
     return get
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", UNDER)
-def test_every_schedule_gives_the_same_bits(policy, name, results):
+QUICK = [*((policy, "ring") for policy in POLICIES), ("all", "hybrid"), ("all", "disk")]
+
+
+@pytest.mark.parametrize("case", every(itertools.product(POLICIES, UNDER), QUICK), ids=str)
+def test_every_schedule_gives_the_same_bits(case, results):
+    policy, name = case
     np.testing.assert_array_equal(
         results(policy, name).latents, results(policy, "resident").latents
     )
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", every(POLICIES, ["precision", "all"]))
 def test_the_scan_is_near(policy, results):
     """float32 but for K and V: a last bit may fall on the other side of their rounding (half a step
     of fp8 is 1/32)."""
@@ -313,10 +316,16 @@ def test_a_policy_changes_the_latents_and_keeps_the_picture_near(policy, results
     assert 1e-5 < error < 0.5
 
 
+LEDGER = [*((policy, "ring") for policy in POLICIES), ("all", "scan"), ("all", "resident")]
+
+
 @pytest.mark.parametrize(
-    ("policy", "name"), [*itertools.product(POLICIES, ["resident", "ring", "swap", "scan"])]
+    "case",
+    every(itertools.product(POLICIES, ["resident", "ring", "swap", "scan"]), LEDGER),
+    ids=str,
 )
-def test_the_ledger_agrees_with_the_plan(policy, name, results):
+def test_the_ledger_agrees_with_the_plan(case, results):
+    policy, name = case
     report = results(policy, name).report
     assert report["peak_device_bytes_by_stage"] == report["predicted_peak_bytes_by_stage"]
 

@@ -2,6 +2,7 @@
 of it."""
 
 import importlib.metadata
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from tests import small
 from tests.model.test_models import relative
+from tests.schedules import every
 from tests.small import CASES
 from zimage_jax import KVPolicy, Memory, ZImage, ZImageWarning
 from zimage_jax.errors import ForeignError, NonFiniteError, UsageError
@@ -76,9 +78,16 @@ def test_a_bucket_beyond_the_models_positions_is_planned():
     assert programs.inputs(work, 1).caption.cos.shape[:2] == (1, 256)
 
 
-@pytest.mark.parametrize("schedule", ["ring", "scan"])
-@pytest.mark.parametrize("name", CASES)
-def test_the_pipeline_agrees_with_diffusers(name, schedule, load, reference_outputs):
+RINGS = [(name, "ring") for name in CASES]
+
+
+@pytest.mark.parametrize(
+    "case",
+    every(itertools.product(CASES, ["ring", "scan"]), [*RINGS, ("one_head", "scan")]),
+    ids=str,
+)
+def test_the_pipeline_agrees_with_diffusers(case, load, reference_outputs):
+    name, schedule = case
     expected, result = (
         reference_outputs(name),
         draw(load(name), CASES[name], memory=Memory(schedule=schedule)),
