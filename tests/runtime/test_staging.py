@@ -229,7 +229,7 @@ def test_compilations_are_few_and_once(native):
 
 def test_a_window_smaller_than_a_chunk(native):
     pipe = ZImage.load(native(MODEL), memory=Memory(schedule="ring", host_bytes=BLOCK // 2))
-    with pytest.raises(UsageError, match=r"the host window of .* is smaller than a chunk"):
+    with pytest.raises(UsageError, match=r"--host-memory .* is smaller than a chunk"):
         pipe.generate("a", **JOB)
 
 
