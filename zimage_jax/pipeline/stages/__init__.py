@@ -1,4 +1,4 @@
-"""The stages of a job, in the order they run. To add one, write its file and put it into STAGES."""
+"""The stages of a job, in the order they run. To add one, write its file and add it to STAGES."""
 
 from ...planning.plan import Stage
 from .context import ContextStage
