@@ -83,8 +83,7 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    """The installed package's version; for a checkout on the path, the one in its
-    pyproject.toml."""
+    """The installed package's version; for a checkout on the path, its pyproject.toml's."""
     import importlib.metadata
     import tomllib
     from pathlib import Path

@@ -19,8 +19,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def run(command: click.Command, args: list[str] | None = None, prog: str | None = None) -> None:
-    """Run a command and exit the process: 0 done, 1 the job failed, 2 bad arguments, 130
-    interrupted."""
+    """Run a command and exit: 0 done, 1 the job failed, 2 bad arguments, 130 interrupted."""
     try:
         with interrupts.remembered():
             command.main(args=args, prog_name=prog, standalone_mode=False)
@@ -124,8 +123,7 @@ def cache_folder() -> Path | None:
 
 
 def use_compile_cache() -> None:
-    """Keep compiled programs between runs, unless the user's JAX settings name a folder or turn it
-    off."""
+    """Keep compiled programs between runs, unless the user's JAX settings say otherwise."""
     import jax
 
     # a damaged or unwritable entry costs one compilation

@@ -317,8 +317,7 @@ def _repeated(from_image: Path | None) -> dict:
 
 
 def _seeds(seeds: list[int], count: int) -> Sequence[int]:
-    """`count` seeds per prompt: one seed counts up, -1 stays -1 and is drawn anew for each
-    picture."""
+    """`count` seeds per prompt: a seed counts up; -1 is drawn anew for each picture."""
     if count == 1:
         return seeds
     if len(seeds) > 1:
@@ -368,8 +367,7 @@ class _Output:
 
 
 class _Progress:
-    """The `on_step` of a batch: moves the bar, and writes small pictures into --preview's
-    folder."""
+    """The `on_step` of a batch: moves the bar, and writes the small pictures of --preview."""
 
     def __init__(self, folder: Path | None, first: int, bar):
         self._folder, self._first, self._bar = folder, first, bar

@@ -65,8 +65,7 @@ def parse_number(name: str, kind: type[int] | type[float], value: object) -> obj
 
 
 def _place(param, context) -> str:
-    """A parameter's name at the place where its value came from: a flag, a variable or a TOML
-    key."""
+    """The flag, variable or TOML key that gave a parameter its value."""
     if param is None:
         return "the number"
     flag = max(param.opts, key=len)
@@ -80,8 +79,7 @@ def _place(param, context) -> str:
 
 
 def _read_config(context: click.Context, _, file: Path | None) -> None:
-    """Make the TOML file's values defaults. Its keys are the flags' names, with hyphens or
-    underscores."""
+    """Make the TOML file's values defaults; keys are flags' names, with - or _."""
     if file is None:
         return
     try:
@@ -109,8 +107,7 @@ def _read_config(context: click.Context, _, file: Path | None) -> None:
 
 
 def _default(name: str, option: click.Option, value: object):
-    """Check that a TOML value has exactly the option's type; an option that repeats takes a list
-    too."""
+    """Check that a TOML value has exactly the option's type, or is a list if it repeats."""
     kinds: tuple[type, ...] = (str,)
     expected = "text in quotes"
     if option.is_flag:

@@ -1,5 +1,4 @@
-"""python -m zimage_jax.plan: predict schedule, memory and seconds of pictures without drawing
-them."""
+"""python -m zimage_jax.plan: predict the schedule, memory and seconds of pictures."""
 
 import json
 import math

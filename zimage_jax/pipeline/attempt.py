@@ -20,8 +20,7 @@ from .job import Job
 
 @dataclass(kw_only=True)
 class Attempt:
-    """One attempt at a job, under one plan. `results` has each finished stage's result, by its
-    name."""
+    """One attempt at a job, under one plan. `results`: of finished stages, by name."""
 
     job: Job
     encoded: dict[str, Encoded]  # tokens of each distinct text

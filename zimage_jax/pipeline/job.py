@@ -76,8 +76,7 @@ class Picture:
 
 
 class Report(TypedDict):
-    """The report of a batch. `prompt`, `seed` and `latents_sha256` are lists if it has several
-    pictures.
+    """The report of a batch; for several pictures, `prompt`, `seed` and `latents_sha256` are lists.
 
     Bytes are of device memory unless the key says otherwise; seconds are wall-clock time.
     """
@@ -140,8 +139,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One batch of pictures of one size: the arguments of `generate`, checked, with random seeds
-    drawn."""
+    """One batch of pictures of one size: the checked arguments of `generate`."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -245,8 +243,7 @@ def _prompt(value: object) -> str:
 
 
 def _seed(value: object) -> int:
-    """A seed; -1 draws one below 2^32, the range that all noise generators and other programs
-    accept."""
+    """A seed; -1 draws one below 2^32, which all noise generators and other programs accept."""
     seed = checks.whole("seed", value)
     if seed == -1:
         return secrets.randbits(32)

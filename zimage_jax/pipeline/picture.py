@@ -73,8 +73,7 @@ def parameters(metadata: dict) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a picture of ours, checked by FIELDS. Raises UsageError for any other
-    file."""
+    """The metadata of one of our pictures, checked by FIELDS. Raises UsageError."""
     where = printable(path)
     with open_regular(path) as file:
         nbytes = path.stat().st_size

@@ -149,8 +149,7 @@ class ZImage:
         on_plan: Callable[[Plan, int], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> Result:
-        """Draw pictures of one size: one per prompt and seed, where a single prompt or seed serves
-        all.
+        """Draw pictures of one size: one per prompt and seed; a single prompt or seed serves all.
 
         `width`, `height`: pixels; None is the model's own. `steps`: evaluations of the DiT (NFEs).
         `guidance`: as in diffusers, 0 is off; ComfyUI's cfg is one more. For both, None is the
@@ -267,8 +266,7 @@ class ZImage:
 
     @staticmethod
     def _run(stage, attempt: Attempt) -> Any:
-        """Run a stage, then drop its arrays from the device, except parameters that the plan
-        keeps."""
+        """Run a stage, then drop its arrays from the device, except kept parameters."""
         with attempt.ledger.stage(stage.name):
             attempt.results[stage.name] = stage.run(attempt)
             attempt.ledger.drop("activations")
@@ -278,8 +276,7 @@ class ZImage:
     def encode(
         self, texts: Sequence[str], memory: Memory | None = None
     ) -> list[Float[np.ndarray, "T E"]]:
-        """Features of each text, without padding: Qwen3's hidden_states[-2]. Raises like
-        `generate`."""
+        """Features of each text: Qwen3's hidden_states[-2]. Raises like `generate`."""
         with self._turn.of_job():
             warned: list[str] = []
             job = self._job(warned, texts, seed=0, steps=1, guidance=0.0)
@@ -362,8 +359,7 @@ class ZImage:
         return seconds(STAGES, plan, work, self._sizes, card.rates)
 
     def _largest_side(self, work: Work, memory: Memory, budget: int) -> int:
-        """The side in pixels of the largest square that fits, of 2048, 1536, 1024 and so on; 0 if
-        none does.
+        """The largest square that fits: its side in pixels, from 2048 down to 64; 0 if none fits.
 
         It uses stored figures where a card has them, because a GPU's compiler takes minutes for all
         these sizes.

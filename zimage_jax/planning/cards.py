@@ -154,8 +154,7 @@ CARDS = {card.name: card for card in map(_card, _SHEETS.strip().splitlines()[1:]
 
 
 def of_device(kind: str) -> Card | None:
-    """The card whose device names have `kind`, JAX's `device_kind`, exactly; None where none
-    has."""
+    """The card of the device kind `kind` (JAX's `device_kind`), matched exactly, or None."""
     return next((card for card in CARDS.values() if kind in card.devices), None)
 
 
@@ -184,8 +183,7 @@ FORMAT, _LARGEST = "zimage_jax card 1", 2**16  # bytes of a file
 
 @dataclass(frozen=True)
 class MeasuredCard:
-    """A measured card, and the disk of its machine. `as_json` gives the object that `load_card`
-    reads:
+    """A measured card, and the disk of its machine. Its file is a JSON object:
 
     format         "zimage_jax card 1"
     name           what plans call it

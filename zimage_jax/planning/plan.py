@@ -118,8 +118,7 @@ class StreamPlan:
 
     @property
     def copied_blocks(self) -> int:
-        """Blocks copied in every sweep but the first: the streamed ones, or none if the slots hold
-        all of them."""
+        """Blocks copied per sweep after the first: the streamed ones, unless all are in slots."""
         streamed = self.streamed
         return sum(self.sizes[c] for c in streamed) if len(streamed) > self.schedule.slots else 0
 

@@ -112,8 +112,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Row:
-    """A schedule by name. To add one, add a Row to ROWS: the planner, the stream, the commands and
-    the reports read that list.
+    """A schedule by name. To add one, add a Row to ROWS, which all other code reads.
 
     `resident(n)`: how many of n chunks the planner may make resident, the fastest number first.
     `ahead`: chunks copied ahead, or None where --prefetch sets it. `summary`: text for the start
@@ -184,8 +183,7 @@ def make(name: str, chunks: int, resident_chunks: int = 0, prefetch: int | None 
 
 
 def for_chunks_on_device(count: int, chunks: int) -> tuple[str, int]:
-    """The schedule with at most `count` of `chunks` chunks on the device, and its resident
-    chunks."""
+    """The schedule with at most `count` chunks on the device, and its resident chunks."""
     if count >= chunks:
         return "resident", chunks
     if count > 2:
@@ -229,12 +227,11 @@ def chunks_under(blocks: int, block_bytes: int, largest_chunk: int) -> int:
 
 
 def actions(schedule: Schedule, kinds: Kinds, sweeps: int) -> Iterator[Action]:
-    """All actions of `sweeps` sweeps, in order. Each load is freed once; a chunk on the device is
-    not loaded again.
+    """All actions of `sweeps` sweeps, in order. Each load is freed exactly once.
 
-    With two slots or more, each visit also copies the next chunk that is not on the device, if a
-    slot's chunk is not needed earlier; this continues into the next sweep. Before the first visit
-    of a streamed chunk, `slots` - 1 chunks are loaded.
+    A chunk on the device is not loaded again. With two slots or more, each visit also copies the
+    next chunk that is not on the device, if a slot's chunk is not needed earlier; this continues
+    into the next sweep. Before the first visit of a streamed chunk, `slots` - 1 chunks are loaded.
     """
     for chunk in sorted(schedule.resident):
         yield Pin(chunk)

@@ -56,8 +56,7 @@ class Figures:
         return _at(self._figures[name], x)
 
     def strips(self, of_strip: int, of_picture: int) -> int:
-        """The figure of decoding a picture of `of_picture` pixels in strips of `of_strip`
-        pixels."""
+        """The figure of decoding `of_picture` pixels in strips of `of_strip` pixels."""
         return _at(
             [(pixels, _at(points, of_strip)) for pixels, points in self._figures["strips"]],
             of_picture,

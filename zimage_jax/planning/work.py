@@ -78,8 +78,7 @@ class Work:
         return [phase.kv_format.nbytes(*shape) for phase in self.phases for _ in range(phase.steps)]
 
     def kv_bytes(self, config: DiTConfig) -> int:
-        """The most bytes of K and V at once: of all main blocks if they are reused, else of the one
-        that runs."""
+        """The most bytes of K and V at once: all main blocks' if reused, else one block's."""
         shape = self.tokens, config.n_heads, config.head_dim
         running = self.contexts * self.micro_batch // self.batch
         return max(

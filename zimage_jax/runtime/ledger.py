@@ -70,8 +70,7 @@ class Ledger:
         return sum(self.copied_by_stage.values())
 
     def hold(self, name: str, tree) -> None:
-        """Count the bytes of `tree` as on the device under `name`, in place of what had that
-        name."""
+        """Count the bytes of `tree` as on the device, in place of the last tree of that `name`."""
         self.held[name] = tree_bytes(tree)
         self.mark()
 

@@ -1,5 +1,4 @@
-"""One device: its kinds of memory, its free bytes, and what threads may do with it at the same
-time."""
+"""One device: its kinds of memory, its free bytes, and its lock for threads."""
 
 import os
 import re
@@ -25,8 +24,7 @@ DEVICE, HOST = "device", "pinned_host"
 
 
 class Gate:
-    """A lock that many threads hold together, or one thread alone. A thread that waits for `alone`
-    goes first."""
+    """A lock: many threads hold it together, or one alone. Those that wait for `alone` go first."""
 
     def __init__(self) -> None:
         self._changed, self._inside, self._wanted = threading.Condition(), 0, 0
@@ -128,8 +126,7 @@ class Placement:
         return SingleDeviceSharding(self.device, memory_kind=kind)
 
     def put(self, tree, kind: str = DEVICE):
-        """Place arrays in DEVICE or HOST memory and wait for them, so that none is copied during a
-        first run.
+        """Place arrays in DEVICE or HOST memory and wait: none may be copied during a first run.
 
         Raises OutOfMemoryError if the host cannot page-lock that much memory.
         """
@@ -158,8 +155,7 @@ class Placement:
         return sent
 
     def settled(self, args):
-        """The arguments of a program's first run: numpy arrays are placed, and all sent arrays
-        awaited."""
+        """A first run's arguments: numpy arrays are placed, and all sent arrays are awaited."""
         jax.block_until_ready([array for array in self.gate.in_flight if not array.is_deleted()])
         self.gate.in_flight.clear()
 
@@ -213,8 +209,7 @@ _KERNEL = Path("/proc/version")
 
 
 def pinned_limit_hint() -> str:
-    """Under WSL2, what to do when page-locked memory runs out, as the end of an error's line; else
-    empty."""
+    """The end of an error's line: what to do under WSL2. Empty on other systems."""
     try:
         kernel = _KERNEL.read_text("utf-8", "replace")
     except OSError:  # not Linux

@@ -67,8 +67,7 @@ class Program:
         return len(self._compiled)
 
     def compiled(self, *args) -> tuple[Any, int]:
-        """The executable for arguments of these shapes (arrays or ShapeDtypeStructs), and its
-        scratch bytes.
+        """The executable for `args` (arrays or ShapeDtypeStructs), and its scratch bytes.
 
         None and BEYOND if the device ran out of memory while compiling.
         """
@@ -98,8 +97,10 @@ class Program:
     def __call__(
         self, ledger: Ledger, *args, name: str = "", copied: tuple[str, int] | None = None
     ):
-        """Run the program. `name`: the run's name in the ledger. `copied`: name and bytes of a copy
-        that the program makes."""
+        """Run the program.
+
+        `name`: of the run in the ledger. `copied`: name and bytes of a copy that the program makes.
+        """
         executable, scratch = self.compiled(*args)
         if executable is None:
             raise jax.errors.JaxRuntimeError(
@@ -122,6 +123,5 @@ class Program:
 
 
 def scratch_bytes(memory) -> int:
-    """Scratch bytes of an executable: its temporaries, and its results that reuse no donated
-    argument."""
+    """Scratch bytes of an executable: temporaries, and results outside donated arguments."""
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -96,8 +96,8 @@ class Programs:
         return self.placement.target
 
     def attend(self, work: Work) -> Attend:
-        """How a job computes attention on this device. Raises UsageError if it needs cuDNN and
-        there is none."""
+        """A job's attention on this device. Raises UsageError if it needs cuDNN and there is
+        none."""
         if work.attention == "cudnn":
             require_cudnn()
         return Attend(work.attention, self.target)
@@ -150,8 +150,7 @@ class Programs:
     def most(
         self, plan: StreamPlan, kinds: Iterable[VisitKind], call: Callable[[VisitKind], tuple]
     ) -> int:
-        """The largest scratch of the visits `kinds`. `call(kind)` gives x, inputs and static
-        arguments."""
+        """The largest scratch of `kinds` of visit. `call(kind)`: x, inputs, static arguments."""
         component, unit = plan.component, plan.chunks[0][0]
         leaves, tree = self.storage.specs(component, unit), self.tree(component, unit)
         host = self.placement.sharding(HOST)

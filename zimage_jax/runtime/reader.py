@@ -1,5 +1,4 @@
-"""Reads blocks from the checkpoint into host memory: one source for all jobs, one reader per
-job."""
+"""Reads blocks into host memory: one source for all jobs, one reader per job."""
 
 import collections
 import itertools
@@ -71,12 +70,11 @@ class Reader(Protocol):
     """Gives one job its streamed chunks, in the order of its loads."""
 
     def take(self, *, without_kv: bool = False) -> Chunk:
-        """The next chunk, in host memory. `without_kv`: leave out the parameters that make K and
+        """The next chunk, in host memory. `without_kv`: without the parameters that make K and
         V."""
 
     def used(self) -> None:
-        """A program was launched with the last chunk: its memory is free when that program is
-        done."""
+        """The last chunk was given to a program; its memory is free when that program is done."""
 
     def close(self) -> None:
         """Stop reading."""
@@ -223,8 +221,7 @@ Source = HostSource | WindowSource
 
 
 def settled(futures: dict[Key, Future]) -> dict[Key, Future]:
-    """Cancel the futures that have not started, await the others, and return those that
-    succeeded."""
+    """Cancel futures that have not started, await the others, return those that succeeded."""
     for future in futures.values():
         future.cancel()
     wait(futures.values())

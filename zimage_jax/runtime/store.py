@@ -1,5 +1,4 @@
-"""The parameters of one model: on the device, in host memory, or streamed from host memory or
-disk."""
+"""The parameters of one model: on the device, in host memory, or on disk."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -98,8 +97,7 @@ class ParameterStore:
         )
 
     def free_device_bytes(self) -> int:
-        """Device bytes that a plan may use: the free ones, and those of parameters that can be
-        dropped."""
+        """Device bytes that a plan may use: the free ones, and those of parameters there."""
         return self.placement.free_bytes() + sum(map(self.nbytes, self.device))
 
     def nbytes(self, unit: Unit) -> int:
@@ -122,8 +120,7 @@ class Loan:
         return tuple(leaves.result() for leaves in self.pin_ahead(component, units))
 
     def pin_ahead(self, component: str, units: Sequence[str]) -> list[Future[Leaves]]:
-        """Like `pin`, but returns futures at once. The ledger counts the units' bytes from now
-        on."""
+        """Like `pin`, but returns futures at once. The ledger counts their bytes from now on."""
         store = self.store
         for unit in units:
             if (component, unit) not in store.device:

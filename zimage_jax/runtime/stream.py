@@ -22,14 +22,12 @@ from .reader import Chunk, Leaves, Source
 
 
 def run_chunk(chunk: Chunk, x, *inputs, tree, apply: Callable, **static):
-    """Run a chunk over one micro-batch: `apply(blocks, x, *inputs)`; x may be any tree of
-    arrays."""
+    """Run a chunk over one micro-batch: `apply(blocks, x, *inputs)`; x is a tree of arrays."""
     return apply([jax.tree.unflatten(tree, leaves) for leaves in chunk], x, *inputs, **static)
 
 
 def ring_step(chunk: Chunk, spare: Chunk, following: Chunk, x, *inputs, **static):
-    """Like `run_chunk`, and copy the chunk `following` from the host into the donated slot
-    `spare`."""
+    """Like `run_chunk`, and copy the host's chunk `following` into the donated slot `spare`."""
     return run_chunk(chunk, x, *inputs, **static), fill(spare, following)
 
 

@@ -22,8 +22,7 @@ COMPONENT = "transformer"
 
 
 class Context(NamedTuple):
-    """The inputs of every NFE, on the host: contexts, rotations and masks of tokens, caption
-    lengths."""
+    """Every NFE's inputs, on the host: contexts, rotations and masks, caption lengths."""
 
     context: Float[np.ndarray, "G L D"]
     inputs: dit.Inputs

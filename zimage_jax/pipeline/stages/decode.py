@@ -25,8 +25,7 @@ from ..attempt import Attempt
 
 @dataclass(frozen=True)
 class DecodeChoice(Choice):
-    """`rows`: pixel rows of a strip. `tile`: side of a tile in pixels. Neither: the whole
-    picture."""
+    """`rows`: pixel rows of a strip. `tile`: side of a tile in pixels. Neither: decode whole."""
 
     rows: int | None = None
     tile: int | None = None

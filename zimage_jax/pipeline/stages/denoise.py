@@ -255,13 +255,11 @@ class _Scan(_Sampler):
 
 
 class _Sweep(_Sampler):
-    """One sweep per NFE, with the same parts as sampling.sample. A visit computes all
-    micro-batches."""
+    """One sweep per NFE, with the parts of sampling.sample. A visit runs all micro-batches."""
 
     @cached_property
     def groups(self) -> list[np.ndarray]:
-        """The rows of contexts of each micro-batch: its prompts', then with guidance their
-        negatives'."""
+        """Each micro-batch's rows of contexts: its prompts', then with guidance its negatives'."""
         work = self.attempt.work
         rows = np.arange(work.batch).reshape(-1, work.micro_batch)
         return [np.concatenate([r, r + work.batch]) if work.is_guided else r for r in rows]
@@ -369,8 +367,7 @@ def _cache_bytes(sizes: Sizes, work: Work, phase: Phase, choice: DenoiseChoice) 
 def _by_phase(
     sizes: Sizes, work: Work, choice: DenoiseChoice
 ) -> Iterator[tuple[int, frozenset[VisitKind]]]:
-    """For each phase of the K/V policy: bytes of its key table and cache, and its kinds of
-    visit."""
+    """For each phase: bytes of its key table and K/V cache, and its kinds of visit."""
     visits, first = list(choice.blocks.visits(work.nfes)), 0
     for phase in work.phases:
         sweeps = range(first, first + phase.steps)

@@ -28,8 +28,10 @@ class KVCache:
         on_host: bool,
         ledger: Ledger,
     ):
-        """`shape`: contexts of a micro-batch, tokens, heads, head width. `groups`: micro-batches.
-        `sizes`: blocks of each chunk."""
+        """`shape`: contexts of a micro-batch, tokens, heads, head width.
+
+        `groups`: number of micro-batches. `sizes`: blocks of each chunk.
+        """
         self._kv_format, self._shape, self._groups, self._sizes = kv_format, shape, groups, sizes
         self._placement, self._on_host, self._ledger = placement, on_host, ledger
         self._held: dict[int, Held] = {}
@@ -48,8 +50,7 @@ class KVCache:
         ]
 
     def take(self, chunk: int, *, reads: bool) -> Held:
-        """A chunk's K and V, or empty arrays if the NFE does not read them. The caller may donate
-        them.
+        """A chunk's K and V, or empty arrays if the NFE does not read them; both may be donated.
 
         If K and V are on the host, the next chunk's are copied while this one computes.
         """

@@ -67,8 +67,7 @@ class Text:
         return timing.stream(choice.stream, lambda unit, nfe: layer)
 
     def run(self, attempt: Attempt) -> dict[str, Float[np.ndarray, "T E"]]:
-        """Features by text, without padding. Embeddings are looked up on the host: the table never
-        moves."""
+        """Features by text, without padding. The embedding table stays on the host."""
         ids, lengths = prompt.batch_ids(list(attempt.encoded.values()))
         (table,) = attempt.loan.on_host(COMPONENT, "embed_tokens")
         x = ops.to_tokens(np.asarray(text_encoder.embed(table, ids)), attempt.programs.dtype)
