@@ -25,7 +25,12 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from tests import small  # noqa: E402
+from tests.schedules import MODEL, SCAN, SCHEDULES  # noqa: E402
+from zimage_jax import ZImage  # noqa: E402
+from zimage_jax.pipeline import pipeline  # noqa: E402
 from zimage_jax.runtime import deviceless  # noqa: E402
+from zimage_jax.runtime.placement import Placement  # noqa: E402
+from zimage_jax.runtime.programs import Programs  # noqa: E402
 from zimage_jax.weights.formats import uniform  # noqa: E402
 from zimage_jax.weights.writer import save  # noqa: E402
 
@@ -108,3 +113,46 @@ def run(native, tmp_path, monkeypatch, capsys):
         return leaving.value.code, out.out, out.err
 
     return call
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs():
+    """What is compiled follows from storage, dtype and device: models that have these in common share it."""
+    made: dict = {}
+
+    def programs(storage, dtype, placement) -> Programs:
+        key = storage, str(dtype), placement, placement.shares_memory
+        if key not in made:
+            made[key] = Programs(storage, dtype, placement)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "Programs", programs)
+        yield
+
+
+@pytest.fixture
+def own_programs(monkeypatch):
+    """For a test of compilation: every model compiles for itself."""
+    monkeypatch.setattr(pipeline, "Programs", Programs)
+
+
+@pytest.fixture(scope="session")
+def under(native):
+    """(name of a schedule, dtype) -> the model under it, loaded once."""
+    loaded = {}
+
+    def get(name: str, dtype: str = "float32") -> ZImage:
+        if (name, dtype) not in loaded:
+            memory = (SCHEDULES | SCAN)[name]
+            loaded[name, dtype] = ZImage.load(native(MODEL), dtype=dtype, memory=memory)
+        return loaded[name, dtype]
+
+    return get
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The driver's ways with a device that has memory of its own: programs run ahead, what was pinned stays on the
+    host."""
+    monkeypatch.setattr(Placement, "shares_memory", property(lambda self: False))

@@ -10,7 +10,8 @@ from zimage_jax import __main__ as commands
 from zimage_jax import cli, plan
 from zimage_jax.model.config import TURBO
 from zimage_jax.planning.cards import CARDS, find
-from zimage_jax.planning.planner import GIB
+from zimage_jax.units import GIB
+from zimage_jax.weights.formats import uniform
 
 KEYS = {
     "size",
@@ -221,7 +222,7 @@ def test_a_measured_card_that_is_in_no_table_is_not_compiled_for(run, tmp_path):
         (("--card", "h100", "--disk-gbps", "3"), "--disk-gbps is for a window on the checkpoint"),
         (
             ("--card", "rtx-4060", "--chunks", "4", "--schedule", "ring", "--host-memory", "1"),
-            "the host window of 1.00 GiB is smaller than a chunk of 1.69 GiB",
+            "--host-memory 1.00 GiB is smaller than a chunk of 1.69 GiB",
         ),
         (("--card", "h100", "--steps", "0"), "Invalid value for '--steps'"),
     ],
@@ -268,5 +269,5 @@ def test_it_is_among_the_commands(run):
 def test_a_card_without_bfloat16_computes_in_float16():
     card = find("rtx-3060")
     turing = replace(card, name="rtx-2060", capability=(7, 5))
-    assert plan._for_card(card, TURBO, "bfloat16", False).compute == "bfloat16"
-    assert plan._for_card(turing, TURBO, "bfloat16", False).compute == "float16"
+    assert plan._for_card(card, uniform(TURBO, "bfloat16"), False).compute == "bfloat16"
+    assert plan._for_card(turing, uniform(TURBO, "bfloat16"), False).compute == "float16"

@@ -18,10 +18,11 @@ from tests.pipeline.test_pipeline import draw, psnr
 from tests.small import CASES, CONFIGS
 from zimage_jax import Memory, ZImage
 from zimage_jax.model import dit, ops, text_encoder, vae
+from zimage_jax.model.attention import Attend
 from zimage_jax.model.config import TURBO
 from zimage_jax.model.layers import with_arrays
-from zimage_jax.model.ops import Attend
-from zimage_jax.weights import checkpoint
+from zimage_jax.weights.formats import uniform
+from zimage_jax.weights.writer import save
 
 LARGEST = float(jnp.finfo(jnp.float16).max)
 NARROW = jnp.float16, jnp.bfloat16
@@ -141,7 +142,7 @@ def test_a_block_whose_tokens_leave_the_range(width):
     side = side._replace(time=outlying(1, config.adaln_dim))
 
     def run(block, x, dtype):
-        run_block = jax.jit(lambda block, x: dit.run([block], x, side, Attend()))
+        run_block = jax.jit(lambda block, x: dit.apply_blocks([block], x, side, Attend()))
         return ops.from_tokens(run_block(block, ops.to_tokens(x, dtype)))
 
     block = filled(dit.spec(config).layers[0])
@@ -157,7 +158,7 @@ def test_the_text_encoder_has_massive_activations():
     blocks = filled(text_encoder.spec(config)).layers
 
     def run(blocks, x, dtype):
-        return ops.from_tokens(jax.jit(text_encoder.run)(blocks, ops.to_tokens(x, dtype)))
+        return ops.from_tokens(jax.jit(text_encoder.apply_blocks)(blocks, ops.to_tokens(x, dtype)))
 
     assert_half_of_bfloat16s(errors(run, blocks, outlying(1, 16, config.hidden_size)))
 
@@ -186,7 +187,7 @@ def test_a_pipeline_whose_weights_have_outliers(name, schedule, tmp_path):
             model, lambda path, leaf, factor=factor: leaf * jnp.float32(factor(path))
         )
     tokenizer = small.tokenizer().to_str().encode()
-    folder = checkpoint.save(tmp_path / name, config, models, tokenizer, {}, "float32")
+    folder = save(tmp_path / name, uniform(config, "float32"), models, tokenizer, {})
     memory = Memory(schedule=schedule)
     exact, *found = (
         draw(ZImage.load(folder, dtype=dtype), CASES[name], steps=2, memory=memory).latents

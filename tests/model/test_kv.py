@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests import small
 from tests.model.test_models import relative
-from tests.runtime.test_staging import JOB, MODEL, SCHEDULES
+from tests.schedules import JOB, MODEL, SCHEDULES
 from zimage_jax import KVPolicy, Memory, ZImage
 from zimage_jax.errors import UsageError
 from zimage_jax.model import dit, kv, sampling
@@ -362,15 +362,15 @@ def test_cached_k_and_v_lie_on_the_host_when_the_device_is_short(native):
         schedule="ring", chunks=5, max_vram_bytes=device.plan.peak_bytes_by_stage["denoise"] - 1
     )
     host = pipe.generate("a red fox", **job, kv=POLICIES["reuse"], memory=short)
-    assert host.plan.kv_on_host
-    assert not device.plan.kv_on_host
+    assert host.plan.denoise.kv_on_host
+    assert not device.plan.denoise.kv_on_host
     assert host.report["peak_device_bytes"] <= host.plan.peak_bytes <= short.max_vram_bytes
     assert any(event.name.startswith("kv cache") for event in host.ledger.events)
     np.testing.assert_array_equal(host.latents, device.latents)
 
 
 def test_a_batch_gives_what_single_runs_give(native, monkeypatch):
-    monkeypatch.setattr("zimage_jax.planner.MICRO_TOKENS", 4 * 64)
+    monkeypatch.setattr("zimage_jax.planning.work.MICRO_TOKENS", 4 * 64)
     pipe = ZImage.load(native(MODEL), memory=SCHEDULES["ring"])
     prompts, seeds = ["a", "a red fox " * 4, "红色", "b"], [1, 2, 3, 4]
     job = JOB | STEPS | {"guidance": 2.0, "kv": KVPolicy.parse("float32", group="2", reuse=2)}

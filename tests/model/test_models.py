@@ -55,7 +55,7 @@ def ours(config, dtype, attend=Attend()) -> dict:
     text = model["text_encoder"]
     time = dit.embed_time(model["transformer"].stem, given["t"])
     return {
-        "text": jax.jit(text_encoder.run)(
+        "text": jax.jit(text_encoder.apply_blocks)(
             text.layers, text_encoder.embed(text.embed_tokens[...], given["ids"])
         ),
         "time": time,

@@ -13,9 +13,10 @@ from tests.small import CASES
 from zimage_jax import KVPolicy, Memory, ZImage, ZImageWarning
 from zimage_jax.errors import ForeignError, NonFiniteError, UsageError
 from zimage_jax.model.config import DefaultsConfig
-from zimage_jax.pipeline.pipeline import versions
-from zimage_jax.planning.planner import Work
-from zimage_jax.runtime.compiled import CompiledCosts, Programs
+from zimage_jax.pipeline.report import versions
+from zimage_jax.planning.work import Work
+from zimage_jax.runtime.placement import Placement
+from zimage_jax.runtime.programs import Programs
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.formats import uniform
 from zimage_jax.weights.writer import save
@@ -71,8 +72,8 @@ def test_a_bucket_beyond_the_models_positions_is_planned():
     plain = small.CONFIGS["plain"]
     config = replace(plain, transformer=replace(plain.transformer, axes_lens=(256, 64, 64)))
     work = Work.of(config, 64, 64, 1, KVPolicy(), "float32", bucket=256)
-    costs = CompiledCosts(Programs(uniform(config, "float32"), "float32"))
-    assert costs._sides(work, 1).caption.cos.shape[:2] == (1, 256)
+    programs = Programs(uniform(config, "float32"), "float32", Placement.on())
+    assert programs.inputs(work, 1).caption.cos.shape[:2] == (1, 256)
 
 
 @pytest.mark.parametrize("schedule", ["ring", "scan"])

@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.planning.jobs import square
+from tests.planning.jobs import SIZES, STORAGE, planner, square
 from zimage_jax.errors import UsageError
-from zimage_jax.model.config import TURBO
+from zimage_jax.pipeline.stages import STAGES
 from zimage_jax.planning import cards
 from zimage_jax.planning.cards import CARDS, MeasuredCard
-from zimage_jax.planning.planner import GIB, Memory, Planner
+from zimage_jax.planning.plan import Memory
+from zimage_jax.planning.planner import Planner
 from zimage_jax.planning.seconds import seconds
 from zimage_jax.planning.stored import StoredCosts
+from zimage_jax.units import GIB
 
 # TFLOP/s of dense bf16 products that are summed in float32. Of GeForce 40 and 50: the white papers'
 # tensor figures, or the published AI TOPS over 8 (sparse int8) and over 16 (sparse FP4); of the RTX
@@ -129,8 +131,8 @@ def test_a_device_is_a_card_by_its_exact_name():
 @pytest.mark.parametrize("name", CARDS)
 def test_every_card_draws_512_and_says_where_its_figures_come_from(name):
     card = cards.find(name)
-    costs = StoredCosts(TURBO, card)
-    plan = Planner(TURBO, "bfloat16", 2, costs).plan(square(512), Memory(), card.usable)
+    costs = StoredCosts(STORAGE, card)
+    plan = planner(name).plan(square(512), Memory(), card.usable)
     assert 0 < plan.peak_bytes <= card.usable
     assert costs.source.startswith("stored, compiled for sm_")
     assert ("nearest" in costs.source) == ("sm_{}{}".format(*card.capability) not in costs.source)
@@ -167,7 +169,7 @@ def test_a_measured_card_is_what_was_written(tmp_path):
     assert isinstance(card, MeasuredCard)
     assert card.usable == 6 * GIB
     assert card.source == f"measured on {MINE.device}, 2026-11-25, by {MINE.by}"
-    assert StoredCosts(TURBO, card).source.startswith("stored, compiled for sm_89")
+    assert StoredCosts(STORAGE, card).source.startswith("stored, compiled for sm_89")
 
 
 @pytest.mark.parametrize(
@@ -199,9 +201,9 @@ def test_a_loaded_card_predicts_from_its_rates(tmp_path_factory, flops, link, di
 def test_half_the_rates_take_twice_as_long(tmp_path):
     told, work = MINE.as_json(), square(512)
     told["rates"] |= {"flops": MINE.flops / 2, "link": MINE.link / 2, "dispatch_seconds": 2e-4}
-    plan = Planner(TURBO, "bfloat16", 2, StoredCosts(TURBO, MINE)).plan(work, Memory(), MINE.usable)
+    plan = Planner(STAGES, STORAGE, 2, StoredCosts(STORAGE, MINE)).plan(work, Memory(), MINE.usable)
     fast, slow = (
-        sum(seconds(plan, work, TURBO, "bfloat16", card.rates).values())
+        sum(seconds(STAGES, plan, work, SIZES, card.rates).values())
         for card in (MINE, cards.find(written(tmp_path, told)))
     )
     assert slow == pytest.approx(2 * fast)

@@ -1,6 +1,7 @@
 """What the planner promises whatever the programs take."""
 
 import math
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,10 +9,15 @@ from hypothesis import strategies as st
 from tests import small
 from tests.planning.jobs import one_phase
 from zimage_jax.errors import OutOfMemoryError
+from zimage_jax.pipeline.stages import STAGES
 from zimage_jax.planning import schedule
-from zimage_jax.planning.planner import Memory, Planner, Work
+from zimage_jax.planning.plan import Memory, Stage, StreamPlan
+from zimage_jax.planning.planner import Planner
+from zimage_jax.planning.work import Work
+from zimage_jax.weights.formats import uniform
 
-FIVE = small.CONFIGS["five_blocks"]
+STORAGE = uniform(small.CONFIGS["five_blocks"], "float32")
+BLOCKS = small.CONFIGS["five_blocks"].transformer.n_layers
 
 
 class LinearCosts:
@@ -20,35 +26,44 @@ class LinearCosts:
     def __init__(self, token: int, block: int, pixel: int):
         self.token, self.block, self.pixel = token, block, pixel
 
-    def text(self, work, visits, slot):
-        return work.prompts * work.bucket * self.token + self._blocks(visits)
+    def scratch(self, stage: Stage, work: Work, choice: Any) -> int:
+        if stage.name == "decode":
+            return (choice.rows or 8 * work.h) * 8 * work.w * self.pixel
+        if stage.name == "denoise" and choice.is_one_program:
+            return 2 * work.contexts * work.tokens * self.token
+        tokens = {
+            "text": work.prompts * work.bucket,
+            "context": work.contexts * work.bucket,
+            "denoise": work.contexts * work.tokens,
+        }[stage.name]
+        nfes = work.nfes if stage.name == "denoise" else (None,)
+        kinds = [] if choice.stream is None else [kind for *_, kind in choice.stream.visits(nfes)]
+        blocks = max((kind.blocks + kind.copied for kind in kinds), default=0)
+        return tokens * self.token + blocks * self.block
 
-    def context(self, work, visits, slot):
-        return work.contexts * work.bucket * self.token + self._blocks(visits)
 
-    def denoise(self, work, refiner, main, slot):
-        return work.contexts * work.tokens * self.token + self._blocks(refiner | main)
+def blocks_on_device(stream: StreamPlan) -> int:
+    """That stay there, and that the slots have room for."""
+    resident = sum(stream.sizes[chunk] for chunk in stream.schedule.resident)
+    return resident + sum(len(slot) for slot in stream.slots)
 
-    def decode(self, work, rows, tile):
-        return (rows or 8 * work.h) * 8 * work.w * self.pixel
 
-    def scan(self, work):
-        return 2 * work.contexts * work.tokens * self.token
-
-    def _blocks(self, visits):
-        return self.block * max((visit.blocks + visit.copied for visit in visits), default=0)
+def allowed(schedule: str, chunks: int | None, resident_chunks: int | None, **_) -> int | None:
+    """A number of resident chunks that there can be, where the schedule leaves a choice."""
+    if resident_chunks is None or schedule not in ("auto", "hybrid"):
+        return None
+    return min(resident_chunks, (chunks or BLOCKS) - 1)
 
 
 # words and numbers alone: our own classes are checked with `random`, which a strategy must not use
-maybe = st.none() | st.integers(1, 6)
 WORDS = st.fixed_dictionaries(
     {
-        "schedule": st.sampled_from(["auto", *schedule.NAMES]),
-        "chunks": maybe,
-        "resident_chunks": maybe,
+        "schedule": st.sampled_from(["auto", *schedule.names()]),
+        "chunks": st.none() | st.integers(1, BLOCKS),
+        "resident_chunks": st.none() | st.integers(0, BLOCKS - 1),
         "text_encoder": st.sampled_from(["auto", "device", "staged", "host"]),
     }
-)
+).map(lambda words: words | {"resident_chunks": allowed(**words)})
 SHAPES = st.tuples(
     st.integers(1, 4),
     st.booleans(),
@@ -67,7 +82,7 @@ def planned(costs, words, low_vram, shape, budget):
     batch, guided, bucket, h, w, steps, reuse = shape
     work = Work(batch, guided, batch, bucket, 2 * h, 2 * w, one_phase(steps, reuse))
     try:
-        return Planner(FIVE, "float32", 4, LinearCosts(*costs)).plan(
+        return Planner(STAGES, STORAGE, 4, LinearCosts(*costs)).plan(
             work, Memory(low_vram=low_vram, **words), budget
         )
     except OutOfMemoryError as fault:
@@ -96,12 +111,12 @@ def test_a_larger_budget_never_copies_more_nor_waits_for_it(job):
     if not isinstance(less, int):
         assert not isinstance(more, int)
         assert more.kept >= less.kept
-        for stage in (
-            ("context", "denoise") if less.text is None else ("text", "context", "denoise")
-        ):
-            slow, fast = getattr(less, stage), getattr(more, stage)
-            assert (fast.waits, fast.copied_blocks) <= (slow.waits, slow.copied_blocks)
-        assert (more.vae_rows or math.inf) >= (less.vae_rows or math.inf)
+        for stage, choice in less.choices.items():
+            if choice.stream is not None:
+                slow, fast = choice.stream, more.choices[stage].stream
+                assert (fast.waits, fast.copied_blocks) <= (slow.waits, slow.copied_blocks)
+        rows = [plan.choices["decode"].rows or math.inf for plan in (less, more)]
+        assert rows == sorted(rows)
 
 
 @jobs
@@ -110,4 +125,5 @@ def test_the_smallest_plan_holds_no_more_than_any(job):
     found, least = (planned(costs, words, low, shape, budget) for low in (low_vram, True))
     if not isinstance(found, int):
         assert not isinstance(least, int)
-        assert least.denoise.device_blocks <= found.denoise.device_blocks
+        smallest, other = (blocks_on_device(plan.denoise.blocks) for plan in (least, found))
+        assert smallest <= other

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import small
-from tests.planning.jobs import one_phase, plan_of, square
+from tests.planning.jobs import SIZES, STORAGE, one_phase, plan_of, planner, square
 from zimage_jax.errors import UsageError
 from zimage_jax.model import dit, vae, vae_strips
+from zimage_jax.model.attention import Attend
 from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import KVPolicy
+from zimage_jax.pipeline.stages import STAGES
 from zimage_jax.planning import cards, schedule
-from zimage_jax.planning import seconds as seconds_module
-from zimage_jax.planning.planner import GIB, Memory, Planner, StreamPlan, Work, host_bytes
-from zimage_jax.planning.seconds import Rates, bound_by, seconds
-from zimage_jax.planning.stored import StoredCosts
+from zimage_jax.planning import seconds as predicted
+from zimage_jax.planning.plan import Memory, Plan, Sizes, StreamPlan, host_bytes
+from zimage_jax.planning.seconds import Rates, Timing
+from zimage_jax.planning.work import Work
+from zimage_jax.units import GIB
 from zimage_jax.weights import components
+from zimage_jax.weights.formats import uniform
+
+seconds, bound_by = (partial(of, STAGES) for of in (predicted.seconds, predicted.bound_by))
 
 
 @pytest.mark.parametrize(
@@ -81,17 +88,20 @@ def timeline(
     ahead: int | None = None,
 ) -> float:
     """Of four chunks of a block over three sweeps."""
-    stream = StreamPlan(tuple((f"layers.{i}",) for i in range(4)), schedule.make(name, 4))
-    return seconds_module._timeline(
-        stream,
-        lambda unit, lightly: copy,
-        lambda unit, nfe: run,
-        rates,
-        (None,) * 3,
-        groups,
-        lambda unit: read,
-        ahead,
-    )
+    chunks = tuple((f"layers.{i}",) for i in range(4))
+    stream = StreamPlan("transformer", chunks, schedule.make(name, 4), (0,) * 4)
+    window = None if ahead is None else ahead * STORAGE.nbytes("transformer", "layers.0")
+
+    class Given(Timing):
+        def read(self, component, *units) -> float:
+            return read
+
+        def copy(self, component, *units, without_kv=False) -> float:
+            return copy
+
+    plan = Plan(nfes=3, choices={}, kept=False, host_window=window, peak_bytes_by_stage={})
+    timing = Given(plan, square(512), SIZES, rates)
+    return timing.stream(stream, lambda unit, nfe: run, (None,) * 3, groups)
 
 
 def test_reuse_of_k_and_v_saves_copies_and_groups_save_products():
@@ -99,9 +109,9 @@ def test_reuse_of_k_and_v_saves_copies_and_groups_save_products():
     plan = plan_of(Memory(schedule="ring"), work)
 
     def denoise(policy: KVPolicy, rates: Rates) -> float:
-        return seconds(plan, square(1024, kv=policy), TURBO, "bfloat16", rates)["denoise"]
+        return seconds(plan, square(1024, kv=policy), SIZES, rates)["denoise"]
 
-    whole = components.nbytes(TURBO, "transformer", "layers.0", "bfloat16")
+    whole = STORAGE.nbytes("transformer", "layers.0")
     light = sum(
         leaf.size * 2
         for path, leaf in components.units(TURBO, "transformer")["layers.0"].items()
@@ -125,14 +135,15 @@ def test_operations_are_those_the_compiler_counts():
     side = dit.inputs(config.transformer, work.h, work.w, np.full(1, 32), 32).joint
     block = as_arrays(dit.spec(config.transformer).layers[0])
     time = jax.ShapeDtypeStruct((1, config.transformer.adaln_dim), jnp.float32)
-    run = jax.jit(lambda b, x, t: dit.run([b], x, side._replace(time=t), dit.Attend()))
+    run = jax.jit(lambda b, x, t: dit.apply_blocks([b], x, side._replace(time=t), Attend()))
     counted = run.lower(block, x, time).cost_analysis()
-    each = {"width": config.transformer.dim, "rates": Rates(1.0, 1.0)}
-    ours = seconds_module._block_seconds(config, "transformer", 1, work.tokens, **each)
+    plan = Plan(nfes=1, choices={}, kept=False, peak_bytes_by_stage={})
+    timing = Timing(plan, work, Sizes(uniform(config, "float32"), 4), Rates(1.0, 1.0))
+    ours = timing.block("transformer", 1, work.tokens, width=config.transformer.dim)
     assert ours == pytest.approx(counted["flops"], rel=0.25)  # ours count products alone
     latents = jax.ShapeDtypeStruct((1, work.h, work.w, 16), jnp.float32)
     counted = jax.jit(vae.decode).lower(as_arrays(vae.spec(config.vae)), latents).cost_analysis()
-    decoder = components.unit_spec(config, "vae", "decoder")
+    decoder = components.spec(config, "vae").decoder
     products = sum(n for n, _ in vae_strips.layer_costs(decoder, latents.shape))
     assert 2 * products == pytest.approx(counted["flops"], rel=0.25)
 
@@ -140,7 +151,7 @@ def test_operations_are_those_the_compiler_counts():
 def test_seconds_of_a_picture():
     work, rates = square(1024), Rates(100e12, 25e9)
     by_schedule = {
-        name: seconds(plan_of(Memory(schedule=name), work), work, TURBO, "bfloat16", rates)
+        name: seconds(plan_of(Memory(schedule=name), work), work, SIZES, rates)
         for name in ("resident", "hybrid", "ring", "swap")
     }
     assert all(
@@ -152,25 +163,25 @@ def test_seconds_of_a_picture():
     assert denoise["ring"] == pytest.approx(8 * 59e12 / rates.flops, rel=0.15)
     assert max(denoise["ring"], denoise["hybrid"], denoise["resident"]) < 0.75 * denoise["swap"]
     text_on_host = plan_of(Memory(text_encoder="host"), work)
-    assert "text" not in seconds(text_on_host, work, TURBO, "bfloat16", rates)
+    assert "text" not in seconds(text_on_host, work, SIZES, rates)
 
 
 def test_what_bounds_a_plan():
     work, plan = square(1024), plan_of(Memory(schedule="ring"), square(1024))
-    assert bound_by(plan, work, TURBO, "bfloat16", Rates(100e12, 25e9)) == "compute"
-    assert bound_by(plan, work, TURBO, "bfloat16", Rates(100e12, 2e9)) == "link"
+    assert bound_by(plan, work, SIZES, Rates(100e12, 25e9)) == "compute"
+    assert bound_by(plan, work, SIZES, Rates(100e12, 2e9)) == "link"
     slow_disk = Rates(100e12, 25e9, disk=1e9)
-    assert bound_by(plan, work, TURBO, "bfloat16", slow_disk) == "compute", "nothing is read"
+    assert bound_by(plan, work, SIZES, slow_disk) == "compute", "nothing is read"
     window = plan_of(Memory(schedule="ring", host_bytes=6 * GIB), work)
-    assert bound_by(window, work, TURBO, "bfloat16", slow_disk) == "disk"
-    assert bound_by(window, work, TURBO, "bfloat16", Rates(100e12, 2e9, disk=9e9)) == "link"
-    assert bound_by(window, work, TURBO, "bfloat16", Rates(1e12, 25e9, disk=9e9)) == "compute"
+    assert bound_by(window, work, SIZES, slow_disk) == "disk"
+    assert bound_by(window, work, SIZES, Rates(100e12, 2e9, disk=9e9)) == "link"
+    assert bound_by(window, work, SIZES, Rates(1e12, 25e9, disk=9e9)) == "compute"
 
 
 def test_strips_cross_the_link_with_their_maps():
     work, rates = square(1024), Rates(1e20, 1e9)
     whole, strips = (
-        seconds(plan_of(m, work), work, TURBO, "bfloat16", rates)["decode"]
+        seconds(plan_of(m, work), work, SIZES, rates)["decode"]
         for m in (Memory(), Memory(low_vram=True))
     )
     assert strips > 3 * whole
@@ -181,10 +192,9 @@ def test_strips_cross_the_link_with_their_maps():
 )
 def test_a_larger_budget_is_not_slower(side, card):
     rates, found = cards.find(card).rates, []
-    planner = Planner(TURBO, "bfloat16", 2, StoredCosts(TURBO, cards.find(card)))
     for gib in (1.5, 2, 3, 4, 6, 8, 12, 20):
-        plan = planner.plan(square(side), Memory(), int(gib * GIB))
-        found.append(seconds(plan, square(side), TURBO, "bfloat16", rates)["denoise"])
+        plan = planner(card).plan(square(side), Memory(), int(gib * GIB))
+        found.append(seconds(plan, square(side), SIZES, rates)["denoise"])
     assert found == pytest.approx(sorted(found, reverse=True), rel=0.02)
 
 
@@ -194,13 +204,14 @@ SHORT = Work.of(TURBO, 512, 512, 2, KVPolicy(), jnp.bfloat16, bucket=64)
 SCHEDULES = ("resident", "hybrid", "ring", "swap")
 
 
-def total(plan, rates: Rates, dtype: str = "bfloat16") -> float:
-    return sum(seconds(plan, SHORT, TURBO, dtype, rates).values())
+def total(plan, rates: Rates, stored_as: str = "bfloat16") -> float:
+    return sum(seconds(plan, SHORT, Sizes(uniform(TURBO, stored_as), 2), rates).values())
 
 
 @functools.cache
 def short_plan(name: str, window: int | None):
-    memory = Memory(schedule=name, chunks=10, resident_chunks=4, host_bytes=window)
+    resident = 4 if name == "hybrid" else None
+    memory = Memory(schedule=name, chunks=10, resident_chunks=resident, host_bytes=window)
     return plan_of(memory, SHORT)
 
 
@@ -244,7 +255,7 @@ def test_a_reused_block_is_read_whole():
     """The reader does not know which NFE a block is for."""
     rates = Rates(math.inf, math.inf, disk=1e9)
     plain, reused = (
-        seconds(plan_of(memory, square(512)), square(512, kv=policy), TURBO, "bfloat16", rates)
+        seconds(plan_of(memory, square(512)), square(512, kv=policy), SIZES, rates)
         for memory in [Memory(schedule="ring", host_bytes=6 * GIB)]
         for policy in (KVPolicy(), KVPolicy(reuse=2))
     )
@@ -252,21 +263,23 @@ def test_a_reused_block_is_read_whole():
 
 
 def test_a_window_smaller_than_a_chunk():
-    with pytest.raises(UsageError, match=r"window of 1.00 GiB is smaller than a chunk of 1.01 GiB"):
+    with pytest.raises(
+        UsageError, match=r"--host-memory 1\.00 GiB is smaller than a chunk of 1\.01 GiB"
+    ):
         total(short_plan("ring", GIB), Rates(1e12, 1e9))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_host_bytes(name):
     """All of the model but the VAE's encoder, or the window and the embedding table."""
-    table = components.nbytes(TURBO, "text_encoder", "embed_tokens", "bfloat16")
+    table = STORAGE.nbytes("text_encoder", "embed_tokens")
     whole = sum(
-        components.nbytes(TURBO, component, unit, "bfloat16")
+        STORAGE.nbytes(component, unit)
         for component in components.COMPONENTS
-        for unit in components.units(TURBO, component)
+        for unit in STORAGE.units(component)
         if unit != "encoder"
     )
     plan = short_plan(name, None)
-    assert host_bytes(plan, TURBO, "bfloat16") == (table if plan.kept else whole)
+    assert host_bytes(plan, STORAGE) == (table if plan.kept else whole)
     if name != "resident":
-        assert host_bytes(short_plan(name, 2 * GIB), TURBO, "bfloat16") == table + 2 * GIB
+        assert host_bytes(short_plan(name, 2 * GIB), STORAGE) == table + 2 * GIB

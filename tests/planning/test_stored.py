@@ -1,4 +1,4 @@
-"""The stored figures of the compiler, and the compiler itself where it is installed."""
+"""The stored figures of the compiler."""
 
 import json
 
@@ -7,14 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import small
-from tests.planning.jobs import one_phase, square
+from tests.planning.jobs import SIZES, STORAGE, one_phase, square
 from zimage_jax.errors import UsageError
-from zimage_jax.model.config import PRESETS, TURBO
-from zimage_jax.planning import cards
+from zimage_jax.model.config import PRESETS
+from zimage_jax.pipeline.stages.decode import Decode, DecodeChoice
+from zimage_jax.pipeline.stages.denoise import Denoise, DenoiseChoice
+from zimage_jax.pipeline.stages.text import Text, TextChoice
+from zimage_jax.planning import cards, schedule
 from zimage_jax.planning import stored as stored_module
-from zimage_jax.planning.planner import Visit, Work
-from zimage_jax.planning.stored import StoredCosts
-from zimage_jax.weights import components
+from zimage_jax.planning.plan import VisitKind, stream_plan
+from zimage_jax.planning.stored import Figures, StoredCosts
+from zimage_jax.planning.work import Work
+from zimage_jax.weights.formats import uniform
 
 FIVE = small.CONFIGS["five_blocks"]
 
@@ -24,14 +28,36 @@ def stored() -> dict:
 
 
 def test_a_stored_point_is_given_back():
-    costs, figures = StoredCosts(TURBO, cards.sheet("rtx-4090")), stored()
+    figures, points = Figures(STORAGE, cards.sheet("rtx-4090")), stored()
     for n, m in ((1, 1), (8, 8), (8, 0)):
         for side in (512, 1024, 2048):
-            value = dict(figures["denoise"][f"{n},{m}"])[square(side).tokens]
-            assert costs.denoise(square(side), frozenset(), frozenset([Visit(n, m)]), m) == value
-    assert costs.decode(square(1024), None, None) == dict(figures["decode"])[1024 * 1024]
-    assert costs.decode(square(2048), None, 1024) == dict(figures["decode"])[1024 * 1024]
-    assert costs.text(square(512), frozenset([Visit(1, 1)]), 1) == dict(figures["text"]["1,1"])[64]
+            value = dict(points["denoise"][f"{n},{m}"])[square(side).tokens]
+            kinds = frozenset([VisitKind(n, m)])
+            assert figures.blocks("denoise", kinds, square(side).tokens) == value
+
+
+def test_stages_ask_for_their_own_points():
+    costs, points = StoredCosts(STORAGE, cards.sheet("rtx-4090")), stored()
+
+    def asked(stage, side: int, choice) -> int:
+        return costs.scratch(stage, square(side), choice)
+
+    of_megapixel = dict(points["decode"])[1024 * 1024]
+    assert asked(Decode(), 1024, DecodeChoice()) == of_megapixel
+    assert asked(Decode(), 2048, DecodeChoice(tile=1024)) == of_megapixel
+    text = stream_plan(STORAGE, *blocks("text_encoder", "layers"), schedule.make("ring", 35))
+    assert asked(Text(), 512, TextChoice(text)) == dict(points["text"]["1,1"])[64]
+    assert asked(Text(), 512, TextChoice()) == 0
+    of_dit = blocks("transformer", "noise_refiner", "layers")
+    tokens = square(512).tokens
+    ring, scan = (stream_plan(STORAGE, *of_dit, schedule.make(n, 32)) for n in ("ring", "scan"))
+    assert asked(Denoise(), 512, DenoiseChoice(ring)) == dict(points["denoise"]["1,1"])[tokens]
+    assert asked(Denoise(), 512, DenoiseChoice(scan)) == dict(points["scan"])[tokens]
+
+
+def blocks(component: str, *groups: str) -> tuple[str, tuple[tuple[str, ...], ...]]:
+    """Of these groups, each a chunk."""
+    return component, tuple((unit,) for unit in SIZES.units(component, *groups))
 
 
 @given(
@@ -43,8 +69,8 @@ def test_a_stored_point_is_given_back():
 )
 def test_no_figure_is_below_that_of_the_next_smaller_point(h, w, blocks, copied, bucket):
     work, figures = Work(1, False, 1, bucket, 2 * h, 2 * w, one_phase(8)), stored()
-    costs, visits = StoredCosts(TURBO, cards.sheet("rtx-4070")), frozenset([Visit(blocks, copied)])
-    found = costs.denoise(work, frozenset(), visits, copied)
+    kinds = frozenset([VisitKind(blocks, copied)])
+    found = Figures(STORAGE, cards.sheet("rtx-4070")).blocks("denoise", kinds, work.tokens)
     same = {
         int(k.split(",")[0]): p
         for k, p in figures["denoise"].items()
@@ -70,40 +96,6 @@ def test_between_and_beyond_points_it_is_linear():
 
 
 def test_another_number_of_blocks_has_figures_and_another_width_has_none():
-    StoredCosts(PRESETS["turbo-24"], cards.sheet("rtx-4090"))
+    StoredCosts(uniform(PRESETS["turbo-24"], "bfloat16"), cards.sheet("rtx-4090"))
     with pytest.raises(UsageError, match="figures are stored for Z-Image's published widths only"):
-        StoredCosts(FIVE, cards.sheet("rtx-4090"))
-
-
-# -- the compiler for a card that is not there -----------------------------------------------------
-
-
-def test_stored_ring_steps_copy_while_they_compute():
-    for figures in json.loads(stored_module.TEMPORARIES.read_text())["capabilities"].values():
-        assert_overlaps(figures["ring_order"])
-
-
-def assert_overlaps(order) -> None:
-    """Every matrix's copy starts before the first product and is awaited after the last."""
-    matrices = sum(
-        leaf.ndim > 1 for leaf in components.units(TURBO, "transformer")["layers.0"].values()
-    )
-    assert [kind for kind, _ in order] == ["start", "compute", "done"]
-    assert order[0][1] == order[2][1] == matrices
-
-
-def test_a_ring_step_compiled_for_a_card_copies_while_it_computes(gpu_compiler):
-    from zimage_jax.runtime.compiled import CompiledCosts
-    from zimage_jax.runtime.deviceless import CardPrograms, order
-    from zimage_jax.runtime.staging import ring_step
-
-    card, work = cards.sheet("rtx-4090"), square(512)
-    visits = frozenset(Visit(1, 1, nfe=nfe) for nfe in work.nfes)
-    programs = CardPrograms(TURBO, "bfloat16", "bfloat16", card)
-    none: frozenset = frozenset()
-    own = CompiledCosts(programs).denoise(work, none, visits, 1)
-    assert own == StoredCosts(TURBO, card).denoise(work, none, visits, 1)
-    steps = programs.executables(ring_step)
-    assert len(steps) == 2, "K and V in bfloat16, then in float16"
-    for step in steps:
-        assert_overlaps(order(step))
+        StoredCosts(uniform(FIVE, "float32"), cards.sheet("rtx-4090"))

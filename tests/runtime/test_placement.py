@@ -1,17 +1,23 @@
 """What the device says of itself, and how threads share it."""
 
+import os
+import re
+import subprocess
+import sys
 import threading
-from types import SimpleNamespace
+from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import pytest
 
-from zimage_jax.model.attention import Target
-from zimage_jax.runtime import placement as device
+from zimage_jax import ZImage, ZImageWarning
+from zimage_jax.runtime import placement
+from zimage_jax.runtime.placement import Gate, Placement
 
 
 def test_the_gate_lets_one_in_alone_and_before_those_who_wait():
-    gate, order = device.Gate(), []
+    gate, order = Gate(), []
     entered, leave = threading.Event(), threading.Event()
 
     def together(name: str, wait: bool) -> None:
@@ -40,17 +46,15 @@ def test_the_gate_lets_one_in_alone_and_before_those_who_wait():
 
 
 @pytest.mark.parametrize(("in_use", "free"), [(0, 872), (500, 372), (900, 0)])
-def test_a_device_of_its_own_memory_says_what_is_free(in_use, free, monkeypatch):
+def test_a_device_of_its_own_memory_says_what_is_free(in_use, free):
     """Less what its allocator may leave unused. MiB."""
     mib = 2**20
-    stats = {
-        "bytes_limit": 1000 * mib,
-        "bytes_in_use": in_use * mib,
-        "peak_bytes_in_use": 950 * mib,
-    }
-    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda: stats)])
-    assert device.free_device_bytes() == free * mib
-    assert device.allocator_peak() == 950 * mib
+    used = {"bytes_in_use": in_use * mib, "peak_bytes_in_use": 950 * mib}
+    card = Mock(spec=jax.Device)
+    card.memory_stats.return_value = {"bytes_limit": 1000 * mib} | used
+    there = Placement(card, Gate())
+    assert there.free_bytes() == free * mib
+    assert there.allocator_peak() == 950 * mib
 
 
 @pytest.mark.parametrize(
@@ -65,11 +69,11 @@ def test_pinned_memory_that_runs_out_names_the_limit_of_wsl(kernel, is_wsl, tmp_
     path = tmp_path / "version"
     if kernel is not None:
         path.write_text(kernel)
-    monkeypatch.setattr(device, "_KERNEL", path)
-    fault = device.out_of_pinned_memory(3 * 2**29)
+    monkeypatch.setattr(placement, "_KERNEL", path)
+    fault = placement.out_of_pinned_memory(3 * 2**29)
     assert str(fault).startswith("the host could not pin 1.50 GiB of memory for parameters")
     assert ("WSL2" in str(fault)) == ("--host-memory" in str(fault)) == is_wsl
-    assert (".wslconfig" in device.pinned_limit_hint()) == is_wsl
+    assert (".wslconfig" in placement.pinned_limit_hint()) == is_wsl
     assert "\n" not in str(fault)
 
 
@@ -77,12 +81,60 @@ def test_pinned_memory_that_runs_out_names_the_limit_of_wsl(kernel, is_wsl, tmp_
     ("platform", "capability", "dtype"),
     [
         ("cpu", None, "float32"),
-        ("gpu", (7, 0), "float16"),
-        ("gpu", (7, 5), "float16"),
-        ("gpu", (8, 0), "bfloat16"),
-        ("gpu", (12, 0), "bfloat16"),
-        ("gpu", None, "bfloat16"),  # another maker's
+        ("gpu", "7.0", "float16"),
+        ("gpu", "7.5", "float16"),
+        ("gpu", "8.0", "bfloat16"),
+        ("gpu", "12.0", "bfloat16"),
+        ("gpu", "gfx90a", "bfloat16"),  # AMD's
+        ("gpu", None, "bfloat16"),
     ],
 )
 def test_a_device_computes_in_what_it_has_products_of(platform, capability, dtype):
-    assert device.default_dtype(Target(platform, capability)) == dtype
+    card = Mock(spec=jax.Device, platform=platform)
+    card.compute_capability = capability or ""
+    assert placement.default_dtype(Placement(card, Gate()).target) == dtype
+
+
+def test_bfloat16_on_turing_is_warned_of(monkeypatch):
+    monkeypatch.setattr("zimage_jax.pipeline.pipeline.default_dtype", lambda target: "float16")
+    with pytest.warns(ZImageWarning, match="this GPU has no bfloat16: .*--dtype float16"):
+        assert ZImage.load(dtype="bfloat16").dtype == jnp.bfloat16
+    assert ZImage.load().dtype == jnp.float16  # and no warning
+
+
+ANOTHER = """
+import jax
+from pathlib import Path
+from zimage_jax import Memory, ZImage
+
+first, second = jax.local_devices()
+job = {"seed": 3, "width": 64, "height": 48, "steps": 2}
+for schedule in ("resident", "ring", "scan"):
+    memory = Memory(schedule=schedule)
+    here, there = (ZImage.load(PATH, memory=memory, device=d) for d in (first, second))
+    one = here.generate("a", **job).report["latents_sha256"]
+    before = set(map(id, jax.live_arrays()))
+    lies_on = set()
+    see = lambda step: lies_on.update(
+        d for a in jax.live_arrays() if id(a) not in before for d in a.devices()
+    )
+    assert there.generate("a", **job, on_step=see).report["latents_sha256"] == one, schedule
+    assert lies_on == {second}, (schedule, lies_on)
+print("done")
+"""
+
+
+def test_a_model_lies_on_the_device_it_was_given(native):
+    """Of two, which only another process can have. Bits are the first one's."""
+    program = ANOTHER.replace("PATH", repr(str(native("five_blocks"))))
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    words = [sys.executable, "-c", program]
+    run = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
+    assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr
+
+
+def test_nothing_else_asks_what_devices_there_are():
+    package = Path(placement.__file__).parent.parent
+    asking = re.compile(r"jax\.(local_)?devices\(|jax\.default_backend\(|device_count\(")
+    found = {p for p in package.rglob("*.py") if asking.search(p.read_text("utf-8"))}
+    assert found == {Path(placement.__file__)}

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from tests import small
 from zimage_jax.errors import CheckpointError, DamagedError, ForeignError, OutputError
 from zimage_jax.model.layers import named_arrays
-from zimage_jax.runtime.staging import load
+from zimage_jax.runtime.reader import load
 from zimage_jax.weights import checkpoint, components
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.components import units
@@ -36,7 +36,7 @@ def arrays(component: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("memory_kind", ["device", "pinned_host"])
 @pytest.mark.parametrize("component", components.COMPONENTS)
 def test_what_was_saved_comes_back(native, component, memory_kind):
-    model = load(Checkpoint(native(NAME)), component, memory_kind)
+    model = load(Checkpoint(native(NAME)), component, kind=memory_kind)
     expected = arrays(component)
     found = named_arrays(model)
     assert found.keys() == expected.keys()

@@ -55,11 +55,16 @@ class Memory:
                 )
         if self.prefetch is not None and self.prefetch < 0:
             raise UsageError(f"prefetch: expected 0 chunks or more, got {self.prefetch}")
-        fixed = self.schedule != "auto" and len(schedule.row(self.schedule).resident(8)) == 1
-        if self.resident_chunks is not None and fixed:
-            raise UsageError(
-                f"--resident-chunks: schedule {self.schedule} leaves no choice; hybrid does"
-            )
+        if self.schedule != "auto":
+            row = schedule.row(self.schedule)
+            if self.resident_chunks is not None and len(row.resident(8)) == 1:
+                raise UsageError(
+                    f"--resident-chunks: schedule {row.name} leaves no choice; hybrid does"
+                )
+            if self.prefetch is not None and row.ahead not in (None, self.prefetch):
+                raise UsageError(
+                    f"--prefetch {self.prefetch}: schedule {row.name} copies {row.ahead} chunks ahead"
+                )
         if self.chunks and self.max_chunk_bytes:
             raise UsageError(
                 "--chunks and --max-chunk-memory both set the size of a chunk: give one of them"
@@ -117,7 +122,7 @@ class StreamPlan:
     def copied_blocks(self) -> int:
         """Blocks copied in every sweep but the first: all that are streamed, unless the slots hold them all."""
         streamed = self.streamed
-        return sum(self.sizes[c] for c in streamed) if len(streamed) > self.schedule.slots else 0
+        return sum(self.sizes[c] for c in streamed) if len(streamed) > len(self.slots) else 0
 
     @property
     def waits(self) -> bool:
@@ -153,18 +158,6 @@ class StreamPlan:
     def visit_kinds(self) -> frozenset[VisitKind]:
         """The kinds of visit of a single sweep over blocks that hold no K and V."""
         return frozenset(visit for *_, visit in self.visits())
-
-    def __str__(self) -> str:
-        sizes, row = self.sizes, schedule.row(self.schedule.name)
-        each = (
-            f"{sizes[0]} block{'s' * (sizes[0] > 1)}"
-            if len(set(sizes)) == 1
-            else f"{min(sizes)} or {max(sizes)} blocks"
-        )
-        words = row.words.format(
-            resident=len(self.schedule.resident), ahead=max(0, self.schedule.slots - 1)
-        )
-        return f"{len(sizes)} chunk{'s' * (len(sizes) > 1)} of {each}, {words}"
 
 
 def cut(units: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:

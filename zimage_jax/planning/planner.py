@@ -152,6 +152,10 @@ def streams(
 def _chunk_counts(sizes: Sizes, component: str, main: tuple[str, ...], memory: Memory) -> list[int]:
     blocks = len(main)
     if memory.chunks:
+        if memory.chunks > blocks:
+            raise UsageError(
+                f"--chunks {memory.chunks}: expected 1 to {blocks}, the number of blocks"
+            )
         return [memory.chunks]
     if memory.max_chunk_bytes:
         block = sizes.storage.nbytes(component, main[0])

@@ -56,7 +56,17 @@ class DenoiseChoice(Choice):
         return sum(self.blocks.is_main(chunk) for chunk in self.blocks.schedule.resident)
 
     def __str__(self) -> str:
-        return f"{self.blocks.schedule.name}, {self.blocks}"
+        sizes, of = self.main_sizes, self.blocks.schedule
+        least, most = min(sizes), max(sizes)
+        blocks = (
+            f"{most} block{'s' if most > 1 else ''}"
+            if least == most
+            else f"{least} or {most} blocks"
+        )
+        words = schedule.row(of.name).words.format(
+            resident=self.resident_chunks, ahead=max(0, of.slots - 1)
+        )
+        return f"{of.name}, {len(sizes)} chunk{'s' if len(sizes) > 1 else ''} of {blocks}, {words}"
 
 
 class Denoise:
@@ -82,9 +92,7 @@ class Denoise:
         ]
         # K and V on the host rather than a schedule that waits for its copies
         for choice in sorted(choices, key=lambda c: (c.blocks.waits, c.kv_on_host)):
-            if (
-                choice.is_one_program
-            ):  # its tokens are temporaries, its arguments kv_format all inputs
+            if choice.is_one_program:  # its tokens are temporaries, its arguments hold all inputs
                 keys = sum(_keys_bytes(sizes, work, phase) for phase in work.phases)
                 activations = latents + context + inputs + keys + sizes.inputs(work, work.bucket, 1)
             else:

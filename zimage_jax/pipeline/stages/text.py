@@ -98,8 +98,15 @@ def _of_text(memory: Memory, blocks: int) -> Memory:
         name = "resident"
     elif name != "auto" and schedule.row(name).keeps_all:
         name = "ring" if memory.text_encoder == "staged" else "resident"
-    chunks = min(memory.chunks, blocks) if memory.chunks else None
-    return replace(memory, schedule=name, chunks=chunks, resident_chunks=None, pins=())
+    keeps_all = name != "auto" and schedule.row(name).keeps_all
+    return replace(
+        memory,
+        schedule=name,
+        chunks=min(memory.chunks, blocks) if memory.chunks else None,
+        resident_chunks=None,
+        prefetch=None if keeps_all else memory.prefetch,
+        pins=(),
+    )
 
 
 def _on_host(attempt: Attempt, x: Float[np.ndarray, "P L E"]) -> Float[np.ndarray, "P L E"]:

@@ -1,0 +1,73 @@
+"""Programs compiled for cards that are not there, where the GPU compiler is installed; and what is stored of them."""
+
+import json
+
+import pytest
+
+from tests.planning.jobs import STORAGE, square
+from zimage_jax.model.config import TURBO
+from zimage_jax.model.kv import KVPolicy
+from zimage_jax.pipeline.stages.denoise import Denoise, DenoiseChoice
+from zimage_jax.planning import cards, schedule, stored
+from zimage_jax.planning.plan import Sizes, stream_plan
+from zimage_jax.planning.stored import StoredCosts
+from zimage_jax.planning.work import Work
+from zimage_jax.runtime.deviceless import CardPrograms, order
+from zimage_jax.runtime.programs import CompiledCosts
+from zimage_jax.runtime.stream import ring_step
+from zimage_jax.units import MIB
+from zimage_jax.weights import components
+
+# a Turing card, which has no bfloat16 and none of the flash attentions
+T4 = cards.sheet("t4")
+
+
+def ring_of_blocks() -> DenoiseChoice:
+    """Every main block a chunk. The refiners are left out: fewer programs."""
+    blocks = tuple((unit,) for unit in Sizes(STORAGE, 2).units("transformer", "layers"))
+    made = schedule.make("ring", len(blocks))
+    return DenoiseChoice(stream_plan(STORAGE, "transformer", blocks, made))
+
+
+def assert_overlaps(order) -> None:
+    """Every matrix's copy starts before the first product and is awaited after the last."""
+    matrices = sum(
+        leaf.ndim > 1 for leaf in components.units(TURBO, "transformer")["layers.0"].values()
+    )
+    assert [kind for kind, _ in order] == ["start", "compute", "done"]
+    assert order[0][1] == order[2][1] == matrices
+
+
+def test_stored_ring_steps_copy_while_they_compute():
+    for figures in json.loads(stored.TEMPORARIES.read_text())["capabilities"].values():
+        assert_overlaps(figures["ring_order"])
+
+
+def test_a_ring_step_compiled_for_a_card_copies_while_it_computes(gpu_compiler):
+    card, work, choice = cards.sheet("rtx-4090"), square(512), ring_of_blocks()
+    programs = CardPrograms(STORAGE, "bfloat16", card)
+    own = CompiledCosts(programs).scratch(Denoise(), work, choice)
+    assert own == StoredCosts(STORAGE, card).scratch(Denoise(), work, choice)
+    steps = programs.executables(ring_step)
+    assert len(steps) == 2, "K and V in bfloat16, then in float16"
+    for step in steps:
+        assert_overlaps(order(step))
+
+
+@pytest.mark.parametrize(("side", "most"), [(512, 212), (1024, 514)])
+def test_a_ring_step_in_float16_takes_what_one_in_bfloat16_takes(side, most, gpu_compiler):
+    """As much as bfloat16 on an RTX 4090 with the same attention (211.2 and 513.2 MiB), though it
+    sums in float32 what a norm follows, and converts the stored bfloat16; and the matrices of
+    the next block, but for the modulation's (2 %), are copied from before the first product on."""
+    work = Work.of(TURBO, side, side, 8, KVPolicy(), "float16", bucket=64)
+    programs = CardPrograms(STORAGE, "float16", T4)
+    assert CompiledCosts(programs).scratch(Denoise(), work, ring_of_blocks()) <= most * MIB
+    (step,) = programs.executables(ring_step)
+    runs = order(step)
+    assert (runs[0][0], runs[-1]) == ("start", ("done", 8))
+    assert runs[0][1] >= 7
+    (module,) = step.hlo_modules()
+    text = module.to_string()
+    assert "__cublas" in text
+    assert "triton" not in text
+    assert "cudnn" not in text
