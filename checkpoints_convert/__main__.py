@@ -6,6 +6,7 @@ from zimage_jax import interrupts
 
 
 def main() -> None:
+    """Run `convert`, or `inspect` if that is the first argument."""
     interrupts.install()  # first: the imports below take a second
     from zimage_jax.cli import run
 

@@ -1,6 +1,7 @@
 """Units of bytes, byte counts, and the one table of dtype names."""
 
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -27,7 +28,7 @@ def size(nbytes: int) -> str:
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= 0.1 * GIB else f"{nbytes / MIB:.1f} MiB"
 
 
-def tree_bytes(tree) -> int:
+def tree_bytes(tree: Any) -> int:
     """Bytes of a tree of arrays or of ShapeDtypeStructs."""
     import jax  # here: the import takes a second, and commands check their options before it
 

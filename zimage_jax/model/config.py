@@ -115,22 +115,26 @@ class DiTConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of an attention head."""
         return self.dim // self.n_heads
 
     @property
     def ff_dim(self) -> int:
+        """Width of the feed-forward: 8/3 of dim, rounded down."""
         return int(self.dim / 3 * 8)
 
     @property
     def adaln_dim(self) -> int:
+        """Width of the time embedding."""
         return min(self.dim, 256)
 
     @property
     def patch_dim(self) -> int:
+        """Values of a 2 x 2 patch of latents."""
         return 4 * self.in_channels
 
     @classmethod
-    def from_json(cls, data, where: str = "transformer/config.json") -> "DiTConfig":
+    def from_json(cls, data: object, where: str = "transformer/config.json") -> "DiTConfig":
         """From the published JSON object; `where` begins each message. Raises ConfigError."""
         heads = data.get("n_heads") if isinstance(data, dict) else None
         neutral = {
@@ -143,6 +147,7 @@ class DiTConfig:
         return _read(cls, data, where, neutral=neutral)
 
     def to_json(self) -> dict:
+        """The JSON object that `from_json` reads."""
         return dataclasses.asdict(self) | {"n_kv_heads": self.n_heads, "qk_norm": True}
 
 
@@ -179,7 +184,9 @@ class TextEncoderConfig:
         return self.num_hidden_layers - 1
 
     @classmethod
-    def from_json(cls, data, where: str = "text_encoder/config.json") -> "TextEncoderConfig":
+    def from_json(
+        cls, data: object, where: str = "text_encoder/config.json"
+    ) -> "TextEncoderConfig":
         """From the published JSON object; `where` begins each message. Raises ConfigError."""
         neutral = {
             "hidden_act": ["silu"],
@@ -224,6 +231,7 @@ class TextEncoderConfig:
         return _read(cls, data, where, inert, neutral)
 
     def to_json(self) -> dict:
+        """The JSON object that `from_json` reads."""
         return dataclasses.asdict(self) | {"model_type": "qwen3"}
 
 
@@ -263,7 +271,7 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
-    def from_json(cls, data, where: str = "vae/config.json") -> "VAEConfig":
+    def from_json(cls, data: object, where: str = "vae/config.json") -> "VAEConfig":
         """From the published JSON object; `where` begins each message. Raises ConfigError."""
         channels = data.get("block_out_channels") if isinstance(data, dict) else None
         levels = len(channels) if isinstance(channels, list | tuple) else 0
@@ -280,6 +288,7 @@ class VAEConfig:
         return _read(cls, data, where, {"force_upcast"}, neutral)
 
     def to_json(self) -> dict:
+        """The JSON object that `from_json` reads."""
         return dataclasses.asdict(self)
 
 
@@ -297,7 +306,9 @@ class SigmasConfig:
         _require(self.shift > 0, f"shift must be positive, got {self.shift}")
 
     @classmethod
-    def from_json(cls, data, where: str = "scheduler/scheduler_config.json") -> "SigmasConfig":
+    def from_json(
+        cls, data: object, where: str = "scheduler/scheduler_config.json"
+    ) -> "SigmasConfig":
         """From the published JSON object; `where` begins each message. Raises ConfigError."""
         neutral = {
             "num_train_timesteps": [1000],
@@ -319,6 +330,7 @@ class SigmasConfig:
         return _read(cls, data, where, inert, neutral)
 
     def to_json(self) -> dict:
+        """The JSON object that `from_json` reads."""
         return dataclasses.asdict(self)
 
 
@@ -342,11 +354,12 @@ class DefaultsConfig:
         return cls() if sigmas.shift == TURBO_SHIFT else cls(28, 4.0)
 
     @classmethod
-    def from_json(cls, data, where: str = "defaults") -> "DefaultsConfig":
+    def from_json(cls, data: object, where: str = "defaults") -> "DefaultsConfig":
         """From an object that `to_json` wrote. Raises ConfigError."""
         return _read(cls, data, where)
 
     def to_json(self) -> dict:
+        """The JSON object that `from_json` reads."""
         return dataclasses.asdict(self)
 
 
@@ -394,6 +407,7 @@ class ModelConfig:
         return cls(**{"defaults": DefaultsConfig.of(read["scheduler"])} | read)
 
     def to_json(self) -> dict:
+        """The JSON object that `from_json` reads."""
         return {f.name: getattr(self, f.name).to_json() for f in dataclasses.fields(self)}
 
 

@@ -22,7 +22,7 @@ scale them, `velocity` divides by it. Products that may overflow stay in float32
 follows.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ from .layers import Linear, RMSNorm, gated, parameter
 # the reference pads image and caption to a multiple of this with learned tokens, which are attended
 TOKEN_MULTIPLE = 32
 TIME_WIDTH, TIME_HIDDEN = 256, 1024
+Count = TypeVar("Count", int, np.ndarray)
 
 
 class KeyTable(NamedTuple):
@@ -209,7 +210,7 @@ def spec(config: DiTConfig) -> DiT:
 # -- shapes and positions, on the host -------------------------------------------------------------
 
 
-def padded(tokens):
+def padded(tokens: Count) -> Count:
     """A token count, or an array of counts, rounded up to a multiple of TOKEN_MULTIPLE."""
     return -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
 

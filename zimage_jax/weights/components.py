@@ -19,7 +19,7 @@ Leaf = TypeVar("Leaf")
 
 
 @functools.cache
-def spec(config: ModelConfig, component: str):
+def spec(config: ModelConfig, component: str) -> Any:
     """A component's module, with a ShapeDtypeStruct for every parameter."""
     return COMPONENTS[component].spec(getattr(config, component))
 

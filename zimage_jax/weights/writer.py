@@ -342,6 +342,7 @@ class _Lock:
             return False
 
     def release(self) -> None:
+        """Remove the file and unlock it."""
         self._path.unlink(missing_ok=True)
         os.close(self._handle)
 
