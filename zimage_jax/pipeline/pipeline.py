@@ -180,17 +180,18 @@ class ZImage:
                 kv=kv,
                 attention=attention,
             )
-            return self._generate(job, self._memory(memory), warned, on_plan, on_step)
+            encoded, memory = self._tokens(job.texts, warned), self._memory(memory)
+            return self._generate(job, encoded, memory, warned, on_plan, on_step)
 
     def _generate(
         self,
         job: Job,
+        encoded: dict[str, prompts_of.Encoded],
         memory: Memory,
         warned: list[str],
         on_plan: Callable[[Plan, int], None] | None,
         on_step: Callable[[Step], None] | None,
     ) -> Result:
-        encoded = self._tokens(job.texts, warned)
         work = self._work(job, encoded)
         budget = memory.max_vram_bytes or self._store.free_device_bytes()
         ahead = self._placement.runs_ahead
@@ -282,13 +283,14 @@ class ZImage:
             job = self._job(warned, texts, seed=0, steps=1, guidance=0.0)
             memory, encoded = self._memory(memory), self._tokens(job.texts, warned)
             work = self._work(job, encoded)
-            plan = self._plan(
+            text_stage = next(stage for stage in STAGES if stage.name == "text")
+            planner = self._planner.of([text_stage])
+            plan = planner.plan(
                 work, memory, memory.max_vram_bytes or self._store.free_device_bytes()
             )
             attempt = self._attempt(
                 job, encoded, work, plan, memory, Ledger(self._placement.runs_ahead), None
             )
-            text_stage = next(stage for stage in STAGES if stage.name == "text")
             try:
                 features = self._run(text_stage, attempt)
             finally:
@@ -427,4 +429,4 @@ class _Turn:
 
 def _warn(warned: list[str], message: str) -> None:
     warned.append(message)
-    warnings.warn(message, ZImageWarning, stacklevel=5)
+    warnings.warn(message, ZImageWarning, stacklevel=4)

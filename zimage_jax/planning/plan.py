@@ -17,6 +17,7 @@ from . import schedule
 from .schedule import Kinds, Schedule
 from .work import Work
 
+SMALLEST_TILE = 64  # pixels of a VAE tile: 8 latents
 MAIN = "layers."  # prefix of the main blocks' units
 
 
@@ -44,34 +45,37 @@ class Memory:
     pins: tuple[tuple[int | str, str], ...] = ()
 
     def __post_init__(self):
-        if self.schedule != "auto":
-            schedule.row(self.schedule)
         if self.text_encoder not in ("auto", "device", "staged", "host"):
             raise UsageError(
                 f"text encoder {self.text_encoder!r}: expected one of auto, device, staged, host"
             )
-        for name in ("chunks", "max_chunk_bytes", "max_vram_bytes", "host_bytes"):
+        least = dict.fromkeys(("chunks", "max_chunk_bytes", "max_vram_bytes", "host_bytes"), 1)
+        least |= {"resident_chunks": 0, "prefetch": 0, "vae_tile": SMALLEST_TILE}
+        for name, smallest in least.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and value < smallest:
                 raise UsageError(
-                    f"{name.replace('_', ' ')}: expected a positive number, got {value}"
-                )
-        if self.prefetch is not None and self.prefetch < 0:
-            raise UsageError(f"prefetch: expected 0 chunks or more, got {self.prefetch}")
-        if self.schedule != "auto":
-            row = schedule.row(self.schedule)
-            if self.resident_chunks is not None and len(row.resident(8)) == 1:
-                raise UsageError(
-                    f"--resident-chunks: schedule {row.name} leaves no choice; hybrid does"
-                )
-            if self.prefetch is not None and row.ahead not in (None, self.prefetch):
-                raise UsageError(
-                    f"--prefetch {self.prefetch}: schedule {row.name} copies {row.ahead} chunks ahead"
+                    f"{name.replace('_', ' ')}: expected {smallest} or more, got {value}"
                 )
         if self.chunks and self.max_chunk_bytes:
             raise UsageError(
                 "--chunks and --max-chunk-memory both set the size of a chunk: give one of them"
             )
+        if self.schedule != "auto":
+            self._check_row(schedule.row(self.schedule))
+
+    def _check_row(self, row: schedule.Row) -> None:
+        """Raises UsageError for an option that the schedule named leaves without effect."""
+        if self.resident_chunks is not None and len(row.resident(8)) == 1:
+            raise UsageError(
+                f"--resident-chunks: schedule {row.name} leaves no choice; hybrid does"
+            )
+        if self.prefetch is not None and row.ahead not in (None, self.prefetch):
+            raise UsageError(
+                f"--prefetch {self.prefetch}: schedule {row.name} copies {row.ahead} chunks ahead"
+            )
+        if row.is_one_program and any(how == "streamed" for _, how in self.pins):
+            raise UsageError(f"--chunk: schedule {row.name} keeps every chunk on the device")
 
 
 # -- streams of blocks -----------------------------------------------------------------------------

@@ -24,6 +24,10 @@ class Planner:
         self._stages, self._costs = stages, costs
         self._sizes = Sizes(storage, compute_bytes)
 
+    def of(self, stages: Sequence[Stage]) -> "Planner":
+        """A planner of these stages alone, for the same model."""
+        return Planner(stages, self._sizes.storage, self._sizes.compute_bytes, self._costs)
+
     def plan(self, work: Work, memory: Memory, budget: int) -> Plan:
         """The fastest plan whose predicted peak is within `budget` bytes; with `low_vram` the
         smallest.
@@ -182,9 +186,9 @@ def _rows(memory: Memory, count: int) -> Iterator[tuple[schedule.Row, int]]:
         if row.name != memory.schedule and not is_tried:
             continue
         allowed = row.resident(count)
-        if memory.resident_chunks is None or len(allowed) == 1:
+        if memory.resident_chunks is None:
             yield from ((row, resident) for resident in allowed)
-        elif memory.resident_chunks in allowed:
+        elif len(allowed) > 1 and memory.resident_chunks in allowed:
             yield row, memory.resident_chunks
 
 

@@ -109,11 +109,9 @@ class Ledger:
         while len(self._running) > left:
             run = self._running.popleft()
             jax.block_until_ready(run.result)
-            self._note(run)
+            end = self._note(run)
             if self._running:  # programs run one after the other
-                self._running[0] = self._running[0]._replace(
-                    begin=max(self.events[-1].end, self._running[0].begin)
-                )
+                self._running[0] = self._running[0]._replace(begin=max(end, self._running[0].begin))
 
     def sent(self, tree, name: str, nbytes: int) -> None:
         """Record a copy of `tree` to the device that was just started; `arrived` awaits it."""
@@ -130,11 +128,13 @@ class Ledger:
             jax.block_until_ready(copy.result)
             self._note(copy)
 
-    def _note(self, run: _Running) -> None:
+    def _note(self, run: _Running) -> float:
+        """Record the events of a run that ended now, and return when that is."""
         end = time.perf_counter() - self._began
         self.events += [
             Event(lane, name, run.stage, run.begin, end, nbytes) for lane, name, nbytes in run.kinds
         ]
+        return end
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -93,7 +93,8 @@ class HostSource:
     @property
     def host_bytes(self) -> int:
         """Bytes that are kept in host memory between jobs."""
-        return self._checkpoint.storage.nbytes(self._component, *list(self._kept))
+        kept = [unit for unit, leaves in list(self._kept.items()) if _is_done(leaves)]
+        return self._checkpoint.storage.nbytes(self._component, *kept)
 
     def open(self, order: Sequence[tuple[str, ...]], ledger: Ledger) -> "HostReader":
         """A job's reader. It starts to read all units of `order`, in that order."""
@@ -105,9 +106,7 @@ class HostSource:
         """A unit's leaves. One that was not read yet is read by `pool`, or else by the caller."""
         with self._lock:
             future = self._kept.get(unit)
-            if future is not None and not (
-                future.cancelled() or (future.done() and future.exception())
-            ):
+            if future is not None and (not future.done() or _is_done(future)):
                 return future
             future = self._kept[unit] = Future()
         if pool is None:
@@ -129,6 +128,11 @@ class HostSource:
 
     def without_kv(self, unit: str, leaves: Leaves) -> Leaves:
         return self._checkpoint.storage.without_kv(self._component, unit, leaves)
+
+
+def _is_done(future: Future) -> bool:
+    """Whether a future has its result."""
+    return future.done() and not future.cancelled() and not future.exception()
 
 
 class HostReader:
@@ -227,8 +231,4 @@ def settled(futures: dict[Key, Future]) -> dict[Key, Future]:
     for future in futures.values():
         future.cancel()
     wait(futures.values())
-    return {
-        key: future
-        for key, future in futures.items()
-        if not future.cancelled() and not future.exception()
-    }
+    return {key: future for key, future in futures.items() if _is_done(future)}
