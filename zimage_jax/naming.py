@@ -29,7 +29,7 @@ def check_template(template: str, seeds: Sequence[int], pictures: int) -> None:
             )
     if not template.lower().endswith(".png"):
         raise UsageError(f"{shown}: pictures are PNG files, so the name must end in .png")
-    seed = 2**32 - 1 if seeds[0] == -1 else max(seeds[0], seeds[-1])
+    seed = max(2**32 - 1 if seed == -1 else seed for seed in seeds)
     for part in Path(_filled(template, seed, pictures - 1)).parts:
         if len(os.fsencode(part)) > _LONGEST:
             raise UsageError(f"{shown}: gives a name of more than {_LONGEST} bytes; shorten it")
@@ -49,7 +49,7 @@ def are_distinct(template: str, prompts: int, seeds: Sequence[int]) -> bool:
     if prompts * len(seeds) == 1:
         return True
     names = {name for name, _, _ in fields(template)}
-    are_random = seeds[0] == -1 == seeds[-1]
+    are_random = all(seed == -1 for seed in seeds)
     by_seed = are_random or (prompts == 1 and len(set(seeds)) == len(seeds))
     return "index" in names or ("seed" in names and by_seed)
 

@@ -14,7 +14,7 @@ from ..model.config import ModelConfig
 from ..model.kv import Nfe
 from ..weights.formats import Storage
 from . import schedule
-from .schedule import Kinds, Schedule
+from .schedule import Kinds, Row, Schedule
 from .work import Work
 
 SMALLEST_TILE = 64  # pixels of a VAE tile: 8 latents
@@ -64,7 +64,7 @@ class Memory:
         if self.schedule != "auto":
             self._check_row(schedule.row(self.schedule))
 
-    def _check_row(self, row: schedule.Row) -> None:
+    def _check_row(self, row: Row) -> None:
         """Raises UsageError for an option that the schedule named leaves without effect."""
         if self.resident_chunks is not None and len(row.resident(8)) == 1:
             raise UsageError(
