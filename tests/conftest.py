@@ -9,6 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # nearly all the time goes into compiling programs that run for milliseconds: unoptimised, 10 take 3.1 s and not 5.9
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
+import beartype.claw
 import jax
 import jaxtyping
 
@@ -19,8 +20,13 @@ jax.config.update(
     "jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "xla")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-# from here on every function of ours checks its annotated shapes
-jaxtyping.install_import_hook(["zimage_jax", "checkpoints_convert"], "beartype.beartype")
+# from here on every function of ours checks its annotations. Planning has no arrays, and jaxtyping, which binds the
+# arguments of every call, made it four times as slow: there beartype alone checks
+PARTS = {p.stem for p in (Path(__file__).parent.parent / "zimage_jax").iterdir()} - {"planning"}
+jaxtyping.install_import_hook(
+    [*(f"zimage_jax.{part}" for part in PARTS), "checkpoints_convert"], "beartype.beartype"
+)
+beartype.claw.beartype_package("zimage_jax.planning")
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402

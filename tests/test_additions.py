@@ -49,7 +49,7 @@ def test_a_schedule_is_a_row(triple, native, under):
     result = pipe.generate("a red fox", **JOB)
     stream = result.plan.denoise.blocks
     assert (stream.schedule.name, len(stream.slots), stream.schedule.resident) == (triple, 3, set())
-    assert str(result.plan.denoise) == "triple, 7 chunks of 1 block, 2 copied ahead"
+    assert str(result.plan.denoise) == "triple, 5 chunks of 1 block, 2 copied ahead"
     assert result.report["schedule"] == triple
     np.testing.assert_array_equal(
         result.latents, under("ring").generate("a red fox", **JOB).latents
@@ -62,7 +62,7 @@ def test_commands_take_a_schedule_that_is_a_row(triple, native, capsys, tmp_path
     monkeypatch.setattr(cli, "use_compile_cache", lambda: None)
     words = ("--model", native(MODEL), "--size", "64x48", "--schedule", triple, "--chunks", 5)
     told = run(capsys, generate.command, "a", *words, "--steps", 2, "--report", "r.json")
-    assert "schedule triple, 7 chunks" in told
+    assert "schedule triple, 5 chunks" in told
     assert json.loads((tmp_path / "r.json").read_text())["schedule"] == triple
     table = run(capsys, plan.command, *words)
     assert ["64x48", triple] in [line.split()[:2] for line in table.splitlines()]
@@ -90,7 +90,7 @@ def test_prefetch_is_as_many_slots_and_one_more(prefetch, native, under):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"chunks": 31}, "31 chunks of 5 blocks: expected 1 to 5"),
+        ({"chunks": 31}, "--chunks 31: expected 1 to 5, the number of blocks"),
         ({"chunks": 4, "resident_chunks": 9}, "--resident-chunks 9: expected 0 to 3"),
         (
             {"chunks": 4, "resident_chunks": 9, "schedule": "hybrid"},

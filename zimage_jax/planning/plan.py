@@ -6,7 +6,7 @@ of the stage's own subclass of Choice.
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ..errors import UsageError
@@ -191,7 +191,8 @@ def stream_plan(
     Chunks whose blocks all have the same stored leaves are of one kind, however long they are. A
     chunk whose blocks differ is of one kind with those that differ in the same way.
     """
-    blocks = [storage.alike(component, chunk) for chunk in chunks]
+    numbers = iter(storage.alike(component, [unit for chunk in chunks for unit in chunk]))
+    blocks = [tuple(islice(numbers, len(chunk))) for chunk in chunks]
     shapes = [of_chunk if len(set(of_chunk)) > 1 else of_chunk[:1] for of_chunk in blocks]
     kinds = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
     return StreamPlan(component, chunks, of, tuple(kinds[shape] for shape in shapes))
