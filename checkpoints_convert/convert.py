@@ -1,5 +1,4 @@
-"""Source to native checkpoint, tensor by tensor: at no time are more than two matrices in
-memory."""
+"""Source to native checkpoint, tensor by tensor: at most two matrices are in memory at a time."""
 
 import math
 from collections.abc import Iterator
@@ -22,14 +21,15 @@ from zimage_jax.weights.writer import Writer, partial_folder
 
 from .sources import COMPONENTS, Source, Tensor
 
-_RUN_BYTES = 32 << 20  # of the result, at a time
-_WORKERS = 2  # one computes while the other waits for the disk; each holds one matrix
-_EXPONENT = {2: (np.uint16, 0x7F80), 4: (np.uint32, 0x7F800000)}  # all ones: infinite or NaN
+_RUN_BYTES = 32 << 20  # of the result, written at a time
+_WORKERS = 2  # one computes while the other waits for the disk; each has one matrix
+# item size -> (integer type, exponent bits) of bfloat16 and float32; all ones is infinity or NaN
+_EXPONENT = {2: (np.uint16, 0x7F80), 4: (np.uint32, 0x7F800000)}
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """The part of a source tensor that becomes one array of ours."""
+    """The part of a source tensor that becomes one native array: part `part` of `parts`."""
 
     tensor: Tensor
     transform: str
@@ -38,11 +38,12 @@ class _Origin:
 
 
 def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool = False) -> Path:
-    """Write `dst` from `source`. An interrupted run goes on where it was when called again.
+    """Write the native checkpoint `dst` from `source`, stored in `dtype`. Returns `dst`.
 
-    Raises UsageError when the source lies where the conversion writes, ConversionError before
-    anything is written when a tensor is unknown, missing, duplicate or misshapen, and on the way
-    when one holds NaN or infinity."""
+    After an interruption, call it again to resume. Raises ConversionError before anything is
+    written if a tensor is unknown, missing, duplicate or misshapen, and later if one has NaN or
+    infinity; UsageError if a file of the source is inside DST.partial; OutputError (see Writer).
+    """
     files = {f: f.stat() for c in COMPONENTS for f in source.components[c].files}
     _refuse_inside(partial_folder(dst), [*files, source.tokenizer])
     source.check()
@@ -50,8 +51,8 @@ def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool =
     vocabulary = Prompts.parse(tokenizer, str(source.tokenizer)).vocab_size
     if vocabulary > source.config.text_encoder.vocab_size:
         raise ConversionError(
-            f"{source.tokenizer}: has {vocabulary} tokens, the text encoder {source.config.text_encoder.vocab_size}; "
-            "it belongs to another model"
+            f"{source.tokenizer}: has {vocabulary} tokens, the text encoder "
+            f"{source.config.text_encoder.vocab_size}; it belongs to another model"
         )
     fingerprint = [[f.name, s.st_size, s.st_mtime_ns] for f, s in files.items()]
     storage = Storage(source.config, formats.named(dtype))
@@ -65,12 +66,13 @@ def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool =
 
 
 def _refuse_inside(partial: Path, files: list[Path]) -> None:
-    """What lies in DST.partial may be removed to start over."""
+    """Raises UsageError if a source file is in DST.partial, which the writer may empty."""
     for file in files:
         for place in (file.resolve(), file.parent.resolve()):
             if place.is_relative_to(partial.resolve()):
                 raise UsageError(
-                    f"{file}: the source lies in {partial}, where the conversion writes; choose another DST"
+                    f"{file}: the source is inside {partial}, where the conversion writes; "
+                    "choose another DST"
                 )
 
 
@@ -97,7 +99,7 @@ def _write_units(source: Source, writer: Writer, dtype: str, quiet: bool) -> Non
         try:
             for job in [pool.submit(write, *unit) for unit in units]:
                 job.result()
-                interrupts.check()  # Python may have dropped it, raised in a destructor
+                interrupts.check()  # Python drops a KeyboardInterrupt raised in a destructor
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -113,7 +115,10 @@ def _origins(source: Source, component: str) -> dict[str, _Origin]:
 
 
 def _runs(origin: _Origin, path: str, dtype: str, bar) -> Iterator[np.ndarray]:
-    """The native array in runs of rows, cast and checked."""
+    """The native array in runs of rows, cast to `dtype`; `path` is for the message.
+
+    Raises ConversionError for NaN and infinity.
+    """
     rows = origin.tensor.shape[0] // origin.parts
     first = origin.part * rows
     target = DTYPES[dtype]
@@ -124,7 +129,7 @@ def _runs(origin: _Origin, path: str, dtype: str, bar) -> Iterator[np.ndarray]:
             for a in range(0, rows, step)
         )
     else:
-        # cast the whole matrix first, then transpose it in slabs that stay in cache
+        # cast the whole matrix first, then transpose it in slabs that fit the cache
         matrix = origin.tensor.rows(first, first + rows).astype(target, copy=False)
         native = rules.to_native(matrix, origin.transform)
         step = 256 if native.ndim == 2 else len(native)
@@ -133,7 +138,7 @@ def _runs(origin: _Origin, path: str, dtype: str, bar) -> Iterator[np.ndarray]:
         bits, ones = _EXPONENT[target.itemsize]
         if bool(((run.view(bits) & ones) == ones).any()):
             raise ConversionError(
-                f"{origin.tensor.file}: {origin.tensor.name} holds NaN or infinity in {dtype}; "
+                f"{origin.tensor.file}: {origin.tensor.name} has NaN or infinity in {dtype}; "
                 f"the file is damaged or was cast badly ({path} was not written)"
             )
         bar.update(run.nbytes)

@@ -1,4 +1,4 @@
-"""What a safetensors file, a diffusers folder or a native checkpoint holds, from headers alone."""
+"""The contents of a safetensors file, a diffusers folder or a native checkpoint, from headers."""
 
 import math
 from pathlib import Path
@@ -14,8 +14,11 @@ _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4}
 
 
 def inspect(path: Path) -> dict:
-    """{"kind": …, "components": {name: {layout, tensors, parameters, bytes, dtypes}}, "notes":
-    {…}}"""
+    """{"kind": …, "components": {name: {layout, tensors, parameters, bytes, dtypes}}, "notes": {…}}
+
+    Raises ForeignError, CheckpointError or ConversionError if `path` is none of the three kinds or
+    is damaged.
+    """
     if kind_of(path / "manifest", ForeignError):
         return _native(Checkpoint(path))
     kind = kind_of(path, ForeignError)
@@ -26,7 +29,8 @@ def inspect(path: Path) -> dict:
                 components[name] = _describe(sources.open_component_folder(name, path / name))
         if not components:
             raise ForeignError(
-                f"{path}: neither a native checkpoint nor a folder with {', '.join(sources.COMPONENTS)}"
+                f"{path}: neither a native checkpoint nor a folder with "
+                f"{', '.join(sources.COMPONENTS)}"
             )
         tokenizer = kind_of(path / "tokenizer" / "tokenizer.json")
         notes = {"tokenizer": "present" if tokenizer == "file" else "missing"}
@@ -72,7 +76,7 @@ def _native(checkpoint: Checkpoint) -> dict:
         for name in COMPONENTS
     }
     layouts, defaults = checkpoint.provenance.get("layouts"), checkpoint.config.defaults
-    if not isinstance(layouts, dict):  # a checkpoint that was not converted
+    if not isinstance(layouts, dict):  # the checkpoint was not converted (the tiny model)
         layouts = {}
     notes = {
         "units": ", ".join(f"{len(checkpoint.units(name))} of {name}" for name in COMPONENTS),

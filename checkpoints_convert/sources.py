@@ -1,7 +1,8 @@
-"""What a conversion reads: a folder as diffusers saves it, or single files as ComfyUI keeps them.
+"""The source of a conversion: a folder in diffusers layout, or single files as ComfyUI has them.
 
-Every source is a set of safetensors files. Opening one reads headers alone; the safetensors library
-refuses a header that lies about sizes or offsets. Pickles are never opened: they run code."""
+Every source is a set of safetensors files. Opening a file reads only its header; the safetensors
+library refuses a header with wrong sizes or offsets. Pickles are never opened: they can run code.
+"""
 
 import functools
 import hashlib
@@ -44,7 +45,7 @@ _WEIGHTS = {
     "text_encoder": "model",
     "vae": "diffusion_pytorch_model",
 }
-# what stands before the names where a file may hold all three models
+# prefixes of tensor names in files that may have all three models
 _PREFIXES = {
     "transformer": re.compile(r"^((model\.)?diffusion_model\.)?"),
     "text_encoder": re.compile(r"^(text_encoders\.qwen3_4b\.transformer\.)?(model\.)?"),
@@ -61,16 +62,16 @@ _NUMPY = {
     "F16": np.dtype(np.float16),
 }
 _LARGEST_INDEX = 64 << 20
-_SHOWN = 3  # tensors named per kind of fault
-# tensors a source may carry and the model never uses
+_SHOWN = 3  # tensors listed per kind of fault
+# tensors that a source may have and the model never uses
 _LEFT_OUT = {
     "transformer": re.compile(r"norm_final\.weight"),
     "text_encoder": re.compile(r"norm\.weight|lm_head\.weight"),
     "vae": re.compile(r"(?!)"),
 }
-# other models, by a tensor name that only they have
+# other models, recognised by a tensor name that only they have
 _OTHERS = {
-    r".*[._]lora_(A|B|up|down|a|b)\..*": "a LoRA, which is no model of its own",
+    r".*[._]lora_(A|B|up|down|a|b)\..*": "a LoRA, which is not a whole model",
     r"control_(layers|noise_refiner|all_x_embedder)\..*": "a Z-Image ControlNet",
     r"siglip_.*": "Z-Image Omni or Edit, which are not supported",
     r"dec_net\..*": "Z-Image in pixel space, which is not supported",
@@ -88,18 +89,20 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a source: where it lies and what its header says of it."""
+    """One tensor of a source, from its file's header."""
 
     file: Path
-    name: str  # as the file has it
+    name: str  # in the file, with prefix
     shape: tuple[int, ...]
-    dtype: str  # as safetensors spells it: F32, BF16, F16
+    dtype: str  # safetensors' name: F32, BF16, F16
     offset: int  # of its first byte in the file
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """Rows of the first axis, read (not mapped: what is mapped counts as this process's memory,
-        and is read in small pieces). float16 is widened to float32, from where it is rounded to
-        what is wanted."""
+        """Rows `first` to `last` (exclusive) of the first axis; float16 is widened to float32.
+
+        The file is read and not memory-mapped: mapped pages count as this process's memory, and
+        are read in small pieces.
+        """
         dtype = _NUMPY[self.dtype]
         width = math.prod(self.shape[1:])
         values = np.fromfile(
@@ -114,7 +117,7 @@ class Tensor:
 
 @dataclass
 class Component:
-    """One model of a source: its layout, and its tensors by name without prefix."""
+    """One component of a source: its layout, and its tensors by name without prefix."""
 
     name: str
     layout: str  # "diffusers", "comfy" or "flux"
@@ -123,10 +126,12 @@ class Component:
 
     @property
     def files(self) -> list[Path]:
+        """The files of its tensors, sorted."""
         return sorted({t.file for t in self.tensors.values()})
 
 
 def table(config: ModelConfig, component: str, layout: str) -> list:
+    """The rules (weights.names) for a component in this layout."""
     if layout == "flux":
         return rules.vae_flux(len(config.vae.block_out_channels))
     return {
@@ -137,24 +142,26 @@ def table(config: ModelConfig, component: str, layout: str) -> list:
     }[component, layout]
 
 
-@functools.cache  # 0.3 s for a table and a spec of some hundred tensors, and every component is asked twice
+@functools.cache  # takes 0.3 s for some hundred tensors, and is called twice per component
 def _entries(config: ModelConfig, component: str, layout: str) -> dict[str, rules.Entry]:
     return rules.expected(table(config, component, layout), components.spec(config, component))
 
 
 @dataclass
 class Source:
+    """All that a conversion reads: components by name, config and tokenizer."""
+
     components: dict[str, Component]
     config: ModelConfig
     tokenizer: Path
 
     def entries(self, component: str) -> dict[str, rules.Entry]:
-        """The tensors this component must have, by name."""
+        """Name -> entry of every tensor that the component must have."""
         return _entries(self.config, component, self.components[component].layout)
 
     def check(self) -> None:
-        """Raises ConversionError with every kind of fault in all components: unknown, missing,
-        duplicate and misshapen tensors, and dtypes that are not read."""
+        """Raises ConversionError, which lists the faults of all components: unknown, missing,
+        duplicate and misshapen tensors, and unsupported dtypes."""
         groups: dict[tuple[str, str], list[str]] = {}
         for component in COMPONENTS:
             for kind, what in self._faults(component):
@@ -174,9 +181,9 @@ class Source:
         )
 
     def _faults(self, component: str) -> Iterator[tuple[str, str]]:
-        """(kind, tensor) for each."""
+        """(kind, tensor) of each fault."""
         found, expected = self.components[component].tensors, self.entries(component)
-        last = f"layers.{self.config.text_encoder.n_layers}."  # the layer behind the features
+        last = f"layers.{self.config.text_encoder.n_layers}."  # the layer that never runs
         for name in self.components[component].duplicates:
             yield "duplicate", f"{printable(name)} (in {found[name].file.name} and elsewhere)"
         for name in sorted(expected.keys() - found.keys()):
@@ -188,9 +195,9 @@ class Source:
                     yield "misshapen", f"{name}: expected {wanted}, got {got}"
                 if tensor.dtype not in _NUMPY:
                     yield f"{tensor.dtype}, not {', '.join(_NUMPY)}:", name
-            elif not _LEFT_OUT[component].fullmatch(name) and not (
-                component == "text_encoder" and name.startswith(last)
-            ):
+                continue
+            is_last_layer = component == "text_encoder" and name.startswith(last)
+            if not is_last_layer and not _LEFT_OUT[component].fullmatch(name):
                 yield "unknown", f"{printable(name)} {printable(list(tensor.shape))}"
 
 
@@ -204,8 +211,13 @@ def open_source(
     tokenizer: Path | None,
     variant: str | None = None,
 ) -> Source:
-    """`path` is a folder as diffusers saves it, or one file with all models; `files` take the place
-    of its components, or are all there is. `variant`: a name of PRESETS, for files without configs."""
+    """The source in `path` and `files`; only headers, configs and indexes are read.
+
+    `path`: a folder in diffusers layout, or one file with all models. `files`: component -> file,
+    instead of those in `path`. `variant`: a name in PRESETS, for files without configs. Raises
+    UsageError for missing or contradictory arguments, ForeignError for another model's files,
+    ConversionError for damaged files, ConfigError for an unsupported config.
+    """
     parts = {c: open_file(c, file) for c, file in files.items()}
     missing = [c for c in COMPONENTS if c not in files]
     kind = path and kind_of(path)
@@ -217,27 +229,32 @@ def open_source(
         raise ForeignError(f"{path}: no such file or folder")
     elif missing:
         flags = ", ".join(_FLAGS[c] for c in missing)
-        raise UsageError(f"without a source folder every component needs a file: {flags} missing")
+        raise UsageError(f"without SRC every component needs a file: {flags} missing")
     configs = config_folder or (path if kind == "folder" else None)
     if configs is not None:
         if variant:
-            raise UsageError(f"--variant is for single files: {configs} says what it holds")
+            raise UsageError(
+                f"--variant is for single files without configs: {configs} has configs"
+            )
         config = read_configs(configs)
         tokenizer = tokenizer or configs / "tokenizer" / "tokenizer.json"
     elif tokenizer is None:
         raise UsageError(
-            "single files hold no tokenizer: give --config FOLDER, or --tokenizer FILE for the published model"
+            "single files have no tokenizer: give --config FOLDER, or --tokenizer FILE for the "
+            "published model"
         )
     else:
         config = PRESETS[variant or "turbo"]
     if not kind_of(tokenizer):
         raise ConversionError(
-            f"{tokenizer}: the tokenizer is missing; Z-Image's folder has it as tokenizer/tokenizer.json"
+            f"{tokenizer}: the tokenizer is missing; Z-Image's folder has it as "
+            "tokenizer/tokenizer.json"
         )
     return Source({c: parts[c] for c in COMPONENTS}, config, tokenizer)
 
 
 def read_configs(folder: Path) -> ModelConfig:
+    """The configs of a folder in diffusers layout. Raises ConfigError."""
     parts = {}
     for name, (kind, path) in _CONFIGS.items():
         data = read_json(folder / path, fault=ConfigError)
@@ -249,20 +266,21 @@ def read_configs(folder: Path) -> ModelConfig:
 
 
 def open_component_folder(component: str, folder: Path) -> Component:
-    """The shards an index names, or the one file there is."""
+    """A component from its folder: the shards listed in the index, or one file.
+
+    Raises ConversionError if there are neither or they are damaged, ForeignError if the tensors are
+    another model's.
+    """
     stem = _WEIGHTS[component]
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
     if kind_of(index, ConversionError):
         names = read_json(index, _LARGEST_INDEX, ConversionError).get("weight_map")
-        if (
-            not isinstance(names, dict)
-            or not names
-            or not all(isinstance(v, str) for v in names.values())
-        ):
+        files = list(names.values()) if isinstance(names, dict) else []
+        if not files or not all(isinstance(file, str) for file in files):
             raise ConversionError(
                 f"{index}: expected a weight_map from tensor names to shard files"
             )
-        shards = sorted(set(names.values()))
+        shards = sorted(set(files))
         if bad := [s for s in shards if Path(s).name != s or len(s) > 255 or not s.isprintable()]:
             raise ConversionError(
                 f"{index}: '{printable(bad[0])}' is not the name of a file beside it"
@@ -280,11 +298,12 @@ def open_component_folder(component: str, folder: Path) -> Component:
 
 
 def open_file(component: str, path: Path) -> Component:
+    """A component from one file, which may have the others too. Raises as open_component_folder."""
     return _collect(component, [path])
 
 
 def _collect(component: str, files: list[Path]) -> Component:
-    """A component's tensors, without those of the other models that a file may hold too."""
+    """A component from its files; tensors of other components in the same files are skipped."""
     tensors = [tensor for file in files for tensor in read_header(file)]
     own = [t for t in tensors if not t.name.startswith(_OF_OTHER_MODELS[component])]
     result = Component(component, "")
@@ -299,9 +318,12 @@ def _collect(component: str, files: list[Path]) -> Component:
 
 
 def read_header(file: Path) -> list[Tensor]:
-    """The tensors of a safetensors file. The library has checked that its sizes and offsets are
-    those of the file."""
-    # opened first: the library would wait for a FIFO
+    """The tensors of a safetensors file. The library checks sizes and offsets against the file.
+
+    Raises ForeignError for a GGUF file, ConversionError for a file that is not a whole safetensors
+    file.
+    """
+    # opened here first, because the library would wait for a FIFO
     with open_regular(file, ConversionError, buffering=-1) as f:
         start = f.read(8)
         if start.startswith(b"GGUF"):
@@ -329,6 +351,8 @@ def read_header(file: Path) -> list[Tensor]:
 
 
 def _layout(component: str, names: list[str], file: Path) -> str:
+    """The layout that these tensor names have. Raises ForeignError if none."""
+
     def has(pattern: str) -> bool:
         return any(re.fullmatch(pattern, name) for name in names)
 
@@ -354,13 +378,14 @@ def _layout(component: str, names: list[str], file: Path) -> str:
 
 
 def published_md5() -> dict[str, str]:
+    """File name -> MD5 of the published Z-Image-Turbo folder."""
     lines = Path(__file__).with_name("published.md5").read_text().splitlines()
     return {name: digest for digest, name in (line.split() for line in lines)}
 
 
 def verify(folder: Path, *, quiet: bool = False) -> None:
-    """Compare the published folder's files with their published MD5. Raises ConversionError naming
-    all that differ."""
+    """Compare a folder's files with the published MD5 sums. Raises ConversionError, which lists all
+    files that differ or are missing."""
     published = published_md5()
     present = [name for name in published if kind_of(folder / name) == "file"]
     wrong = [f"{name} is missing" for name in published if name not in present]

@@ -163,7 +163,7 @@ def without_space(path: Path) -> Path:
         (
             ("a", "--size", "1:1", "--width", 16),
             2,
-            "--size and --width/--height say the same thing",
+            "--size and --width/--height both set the size",
         ),
         (("a", "--steps", 0), 2, "--steps must be from 1 to 1000, got 0"),
         (("a", "--steps", "x"), 2, "--steps must be a whole number, got 'x'"),
@@ -182,7 +182,7 @@ def without_space(path: Path) -> Path:
         (("a", "--from-image", "/dev/zero"), 2, "expected a file, found a device"),
         (("a", "-o", "x.png", "--report", "x.png"), 2, "-o and --report name the same file"),
         (("a", "b", "-o", "x.png", "--overwrite"), 2, "put {index} into the name"),
-        (("a", "--guidance", 1, "--cfg-scale", 2), 2, "say the same thing"),
+        (("a", "--guidance", 1, "--cfg-scale", 2), 2, "both set the guidance"),
         (("a", "-s", 1, "-s", 2, "-n", 2), 2, "give several seeds or a --count, not both"),
         (("a", "-o", "x.jpg"), 2, "the name must end in .png"),
         (("a", "-o", "{prompt}.png"), 2, "only {date}, {seed}, {index} are filled in"),

@@ -25,9 +25,9 @@ from zimage_jax.errors import UsageError
         ("{seed:>2000000000}.png", "is not known"),
         ("{index:c}.png", "{index:c} is not known"),
         ("{seed.png", "-o {seed.png: "),
-        ("x" * 252 + ".png", "at most 255 bytes"),
-        ("山" * 84 + ".png", "at most 255 bytes"),
-        ("{seed:99}" * 3 + ".png", "at most 255 bytes"),
+        ("x" * 252 + ".png", "a name of more than 255 bytes"),
+        ("山" * 84 + ".png", "a name of more than 255 bytes"),
+        ("{seed:99}" * 3 + ".png", "a name of more than 255 bytes"),
     ],
 )
 def test_a_template_that_cannot_be_filled_in(template, message):

@@ -198,7 +198,7 @@ def test_a_budget_that_nothing_fits(run, tmp_path):
         ("model = 2026-01-01", "model must be text in quotes, got date"),
         ("preview = nan", "preview must be text in quotes, got nan"),
         ("from-image = ['x.png']", "from-image must be text in quotes, got list"),
-        ('report = "a\\u0000b"', "report: a NUL character"),
+        ('report = "a\\u0000b"', "report: text must not have a NUL character"),
         ("chunks = 1\n'chunks ' = 1", "no such key: chunks"),
         ("max-vram = 1\nmax_vram = 2", "max_vram is given twice"),
         ("config = 'c.toml'", "no such key: config"),

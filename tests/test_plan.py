@@ -218,8 +218,8 @@ def test_a_measured_card_that_is_in_no_table_is_not_compiled_for(run, tmp_path):
             "width must be a multiple of 16, got 100 (the nearest is 96)",
         ),
         (("--card", "h100", "--size", "16384x64"), "this model draws at most 8192 x 8192 pixels"),
-        (("--model", "turbo", "--compile"), "--compile is for a --card"),
-        (("--card", "h100", "--disk-gbps", "3"), "--disk-gbps is for a window on the checkpoint"),
+        (("--model", "turbo", "--compile"), "--compile needs --card"),
+        (("--card", "h100", "--disk-gbps", "3"), "--disk-gbps needs --host-memory"),
         (
             ("--card", "rtx-4060", "--chunks", "4", "--schedule", "ring", "--host-memory", "1"),
             "--host-memory 1.00 GiB is smaller than a chunk of 1.69 GiB",

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# name -> module: imported on first use, because a command checks its options before JAX takes its second to import
+# name -> module, imported on first use: importing JAX takes a second, and a command checks its
+# options before
 _MODULES = {
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -82,7 +83,7 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    """Of the installed package, or for a checkout on the path what its pyproject.toml says."""
+    """The installed package's version; for a checkout on the path, its pyproject.toml's."""
     import importlib.metadata
     import tomllib
     from pathlib import Path

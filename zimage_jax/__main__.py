@@ -26,7 +26,7 @@ command.add_command(plan.command, "plan")
 @click.argument("picture", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(picture: Path, as_json: bool) -> None:
-    """Print the prompt and the settings that PICTURE, a PNG of ours, was drawn with."""
+    """Print the prompt and the settings of PICTURE, a PNG drawn by zimage_jax."""
     with interrupts.at_once():
         from .pipeline.picture import parameters, read_metadata
 

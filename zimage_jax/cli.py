@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, one line per expected fault, JAX and its compile cache."""
+"""Shared by the commands: exit codes, one line per expected fault, JAX and its compile cache."""
 
 import json
 import os
@@ -12,15 +12,14 @@ import click
 from . import interrupts
 from .errors import UsageError, ZImageError
 
-LEAST_ADDRESSES = (
-    2_000_000 << 10
-)  # bytes: with 1,500,000 KiB XLA aborts, with these the tiny model draws
+# bytes of address space: with 1,500,000 KiB XLA aborts, with 2,000,000 the tiny model draws
+LEAST_ADDRESSES = 2_000_000 << 10
 _LONGEST_LINE = 1000
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def run(command: click.Command, args: list[str] | None = None, prog: str | None = None) -> None:
-    """Run a command and leave the process: 0 done, 1 the job failed, 2 bad arguments, 130 interrupted."""
+    """Run a command and exit: 0 done, 1 the job failed, 2 bad arguments, 130 interrupted."""
     try:
         with interrupts.remembered():
             command.main(args=args, prog_name=prog, standalone_mode=False)
@@ -35,13 +34,11 @@ def run(command: click.Command, args: list[str] | None = None, prog: str | None 
         _leave(f"error: {fault.format_message()}", 1)
     except (KeyboardInterrupt, click.Abort):
         _leave("interrupted", interrupts.EXIT_CODE)
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the program that read our output has ended
         _drop_output()
         sys.exit(1)
     except OSError as fault:
-        if (
-            fault.filename is None
-        ):  # a full disk under standard output: Python would flush it again on leaving
+        if fault.filename is None:  # standard output failed: Python would flush it again at exit
             _drop_output()
         _leave(f"error: {fault.filename or 'output'}: {fault.strerror or fault}", 1)
     except MemoryError:
@@ -60,22 +57,24 @@ def _drop_output() -> None:
 
 
 def plain(text: str) -> str:
-    """Text of a stranger for a terminal: control characters escaped, but for tabs and newlines."""
+    """`text` made safe for a terminal: control characters are escaped, except tabs and newlines."""
     return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def to_json(value: object, **options) -> str:
-    """JSON that a terminal can show as it is."""
-    return plain(json.dumps(value, ensure_ascii=False, **options))  # its own escapes look the same
+    """JSON that is safe for a terminal."""
+    # `plain` writes the same escapes as JSON
+    return plain(json.dumps(value, ensure_ascii=False, **options))
 
 
 # -- JAX -------------------------------------------------------------------------------------------
 
 
 def start_jax() -> None:
-    """Import what computes, find JAX's devices, and keep its programs.
+    """Import JAX and the pipeline, find JAX's devices, and turn on the compile cache.
 
-    Raises UsageError where JAX_PLATFORMS names no device of this machine, or the address space is too small.
+    Raises UsageError if JAX_PLATFORMS names no device of this machine, or if the address space is
+    too small.
     """
     _check_address_space()
     with interrupts.at_once():
@@ -96,7 +95,7 @@ def start_jax() -> None:
 
 
 def _check_address_space() -> None:
-    """XLA aborts where memory cannot be mapped; Python cannot catch that."""
+    """XLA aborts if it cannot map memory, and Python cannot catch that: raise UsageError before."""
     if sys.platform == "win32":
         return
     import resource
@@ -104,12 +103,13 @@ def _check_address_space() -> None:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < LEAST_ADDRESSES:
         raise UsageError(
-            f"ulimit -v {limit >> 10}: JAX needs an address space of {LEAST_ADDRESSES >> 10} KiB at least; raise the limit"
+            f"ulimit -v {limit >> 10}: JAX needs an address space of at least "
+            f"{LEAST_ADDRESSES >> 10} KiB; raise the limit"
         )
 
 
 def cache_folder() -> Path | None:
-    """Ours in the user's cache folder; None for a user without a home."""
+    """zimage_jax's folder in the user's cache folder; None for a user without a home folder."""
     try:
         if sys.platform == "win32":
             base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
@@ -123,10 +123,10 @@ def cache_folder() -> Path | None:
 
 
 def use_compile_cache() -> None:
-    """Keep compiled programs between runs, unless the user's own JAX settings say where or not at all."""
+    """Keep compiled programs between runs, unless the user's JAX settings say otherwise."""
     import jax
 
-    # a damaged or unwritable entry costs a compilation and no more
+    # a damaged or unwritable entry costs one compilation
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     folder = cache_folder()
     if (
@@ -138,6 +138,6 @@ def use_compile_cache() -> None:
     try:
         (folder / "xla").mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # a home that cannot be written is no reason to fail: only slower
+        return  # without a cache folder, programs are compiled on every run
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,15 +1,15 @@
-"""The exception tree. A message says what was expected, what came, where, and what to do.
+"""The exception tree. A message is one line: where, what was expected, what was found, what to do.
 
 ZImageError              exit code 1: the job failed
-├── UsageError           exit code 2: the words were wrong
-├── ConfigError          a config that is malformed, unknown, or asks for arithmetic this code lacks
+├── UsageError           exit code 2: a bad argument or option
+├── ConfigError          a config that is malformed or not supported
 ├── CheckpointError      a checkpoint that cannot be used
-│   ├── DamagedError     bytes that are not what they were when written
-│   └── ForeignError     another model's, or no checkpoint at all
-├── ConversionError      a source whose tensors are not exactly the expected ones
-├── OutputError          a picture or report that could not be written
+│   ├── DamagedError     a file whose bytes are not what was written
+│   └── ForeignError     a file or folder that is not a checkpoint, or is another model's
+├── ConversionError      a source that is damaged, or has not exactly the expected tensors
+├── OutputError          a file that cannot be written
 ├── NonFiniteError       latents that became NaN or infinite while sampling
-└── OutOfMemoryError     no plan fits; names the smallest budget and the largest size that would
+└── OutOfMemoryError     no plan fits; names the smallest budget and the largest size that would fit
 """
 
 
@@ -50,7 +50,7 @@ class NonFiniteError(ZImageError):
 
 
 class OutOfMemoryError(ZImageError):
-    """`needed`: bytes of the smallest budget that would do."""
+    """`needed`: the smallest budget that would fit, in bytes."""
 
     def __init__(self, message: str, needed: int):
         super().__init__(message)

@@ -1,6 +1,7 @@
-"""Files of others are opened only if they are regular, and read up to a limit; ours appear whole or not at all.
+"""Reading files we did not write, safely, and writing ours whole or not at all.
 
-`fault` is the exception class that a refusal raises, with one line that names the file.
+Only regular files are opened, and read up to a limit. `fault` is the class of the exception that a
+function raises for a file it refuses; the message is one line and names the file.
 """
 
 import errno
@@ -15,40 +16,48 @@ from typing import Any, BinaryIO, NoReturn
 
 from .errors import OutputError, UsageError, ZImageError
 
-LARGEST_JSON = 64 << 20  # a shard index has some MB, Qwen's tokenizer.json 11
-LARGEST_TOML = 1 << 20
-LONGEST_PATH = 4096  # Linux's own limit: a path is named whole, with its end
+LARGEST_JSON = 64 << 20  # bytes; a shard index has a few MB, Qwen's tokenizer.json 11 MB
+LARGEST_TOML = 1 << 20  # bytes
+LONGEST_PATH = 4096  # characters of a path in a message: Linux's limit, so that no path is cut
 
 Fault = type[ZImageError]
 
 
 def printable(text: object, longest: int = 120) -> str:
-    """Text of a stranger, for a message: control characters escaped, cut to `longest` characters."""
-    words = "".join(
+    """Untrusted text for a message: control characters escaped, at most `longest` characters."""
+    escaped = "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode()
         for c in str(text)[: longest + 1]
     )
-    return words if len(words) <= longest else words[: longest - 1] + "…"
+    return escaped if len(escaped) <= longest else escaped[: longest - 1] + "…"
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def kind_of(path: Path, fault: Fault = UsageError) -> str:
-    """What a path names: "file", "folder", "other", or "" for nothing. Raises `fault` where that cannot be found out."""
+    """What a path names: "file" (a regular one), "folder", "other", or "" if nothing.
+
+    Raises `fault` if the operating system refuses to say.
+    """
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except (OSError, ValueError) as error:
         _refuse(path, error, fault)
-    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
+    if stat.S_ISREG(mode):
+        return "file"
+    return "folder" if stat.S_ISDIR(mode) else "other"
 
 
 def open_regular(path: Path, fault: Fault = UsageError, *, buffering: int = 0) -> BinaryIO:
-    """Open a file for reading, unbuffered unless `buffering` is -1. A FIFO or a device is refused and never waited for."""
+    """Open a regular file for reading. `buffering`: 0 for none, -1 for the default size.
+
+    Raises `fault` for anything else, without waiting for a FIFO or a device.
+    """
     try:
-        # O_NONBLOCK: opening a FIFO would wait for its writer
+        # without O_NONBLOCK, opening a FIFO waits for its writer
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         _refuse(path, error, fault)
@@ -61,23 +70,24 @@ def open_regular(path: Path, fault: Fault = UsageError, *, buffering: int = 0) -
 
 
 def read_regular(path: Path, limit: int, fault: Fault = UsageError) -> bytes:
-    """A whole file of at most `limit` bytes."""
-    with open_regular(path, fault, buffering=-1) as f:  # which reads on after a short read
+    """The bytes of a regular file. Raises `fault` if there are more than `limit`."""
+    with open_regular(path, fault, buffering=-1) as f:  # buffered: read() continues short reads
         try:
             nbytes = os.fstat(f.fileno()).st_size
-            # what /proc has says 0; so does a file that grows while it is read
+            # one byte over the limit: a file in /proc has st_size 0, and another may be growing
             data = b"" if nbytes > limit else f.read(limit + 1)
         except OSError as error:
             _refuse(path, error, fault)
     if nbytes > limit or len(data) > limit:
         raise fault(
-            f"{printable(path, LONGEST_PATH)}: larger than the {limit} bytes that a file of this kind may have"
+            f"{printable(path, LONGEST_PATH)}: larger than the {limit} bytes allowed for this kind "
+            "of file"
         )
     return data
 
 
 def read_text(path: Path, limit: int, fault: Fault = UsageError) -> str:
-    """A whole UTF-8 file of at most `limit` bytes."""
+    """The text of a UTF-8 file. Raises `fault` if it is larger than `limit` bytes or not UTF-8."""
     try:
         return read_regular(path, limit, fault).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -87,30 +97,32 @@ def read_text(path: Path, limit: int, fault: Fault = UsageError) -> str:
 
 
 def read_json(path: Path, limit: int = LARGEST_JSON, fault: Fault = UsageError) -> dict[str, Any]:
-    """A JSON object from a file."""
+    """The JSON object in a file of at most `limit` bytes. Raises `fault`."""
     return parse_json(read_regular(path, limit, fault), str(path), fault)
 
 
 def parse_json(data: bytes | str, where: str, fault: Fault = UsageError) -> dict[str, Any]:
-    """A JSON object. Nesting is bounded by the interpreter's own limit; NaN and infinities are refused."""
+    """The JSON object in `data`; `where` begins each message. Raises `fault`.
 
-    def no_number(word: str) -> NoReturn:
-        raise ValueError(f"{word} is not JSON")
+    NaN and infinities are refused. Python's recursion limit bounds the nesting.
+    """
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
 
     try:
-        found = json.loads(data, parse_constant=no_number)
+        found = json.loads(data, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else printable(error)
         raise fault(f"{printable(where, LONGEST_PATH)}: not JSON ({reason})") from None
     if not isinstance(found, dict):
-        raise fault(
-            f"{printable(where, LONGEST_PATH)}: expected a JSON object, found {type(found).__name__}"
-        )
+        kind = type(found).__name__
+        raise fault(f"{printable(where, LONGEST_PATH)}: expected a JSON object, found {kind}")
     return found
 
 
 def read_toml(path: Path, fault: Fault = UsageError) -> dict[str, Any]:
-    """A TOML file's table."""
+    """The table in a TOML file of at most LARGEST_TOML bytes. Raises `fault`."""
     try:
         return tomllib.loads(read_text(path, LARGEST_TOML, fault))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -121,26 +133,27 @@ def read_toml(path: Path, fault: Fault = UsageError) -> dict[str, Any]:
 def _refuse(path: Path, error: Exception, fault: Fault) -> NoReturn:
     if isinstance(error, OSError):
         reason = error.strerror or printable(error)
-    else:  # what the operating system's calls take for no name at all
+    else:  # ValueError or UnicodeEncodeError: Python cannot pass the name to the operating system
         reason = "the name has a NUL character" if "\0" in str(path) else "the name is not UTF-8"
     raise fault(f"{printable(path, LONGEST_PATH)}: cannot be read ({reason})") from None
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def write_whole(path: Path, data: bytes, *, overwrite: bool = False) -> Path:
-    """Write a file whole or not at all, on disk before it has its name. Returns the path used.
+    """Write a file whole or not at all: the bytes are on disk before the file has its name.
 
-    A name in use gets "-2", "-3", … unless `overwrite`, which writes through a link, a device or a pipe and replaces
-    none of them. Raises OutputError.
+    Returns the path written. If it exists, "-2", "-3", … is appended to the stem. With `overwrite`
+    a regular file is replaced instead; a link, device or pipe remains, and its target is written.
+    Raises OutputError.
     """
     try:
         if overwrite and path.exists() and not path.is_file():
             _write_through(path, data)
             return path
         if overwrite and path.is_symlink():
-            path = path.resolve()  # the link stays, what it names is replaced
+            path = path.resolve()  # the link remains, its target is replaced
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(
             dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp"
@@ -163,7 +176,7 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool = False) -> Path:
 
 
 def _write_through(path: Path, data: bytes) -> None:
-    # O_NONBLOCK: a pipe that nobody reads is an error, not a wait
+    """Write to a device or a pipe. A pipe without a reader raises OSError (O_NONBLOCK) at once."""
     handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     os.set_blocking(handle, True)
     with os.fdopen(handle, "wb", buffering=0) as f:
@@ -172,28 +185,28 @@ def _write_through(path: Path, data: bytes) -> None:
 
 
 def _place(temporary: Path, path: Path, overwrite: bool) -> Path:
+    """Give the temporary file the name `path`, or the first free name. Returns the name."""
     if overwrite:
         os.replace(temporary, path)
         return path
     for number in range(1, 1 << 20):
         candidate = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
         try:
-            os.link(
-                temporary, candidate
-            )  # fails when the name is taken, even by another process just now
+            # unlike a rename, this fails if another process has just taken the name
+            os.link(temporary, candidate)
             return candidate
         except FileExistsError:
             continue
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            if not candidate.exists():  # a filesystem without links
+            if not candidate.exists():  # a filesystem without hard links
                 os.replace(temporary, candidate)
                 return candidate
     raise OutputError(f"{path}: every name up to -{1 << 20} is taken")
 
 
-@functools.cache  # asking sets it for a moment, for all threads
+@functools.cache  # reading the umask sets it briefly, for all threads
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -27,7 +27,7 @@ from .pipeline.size import parse_size
 from .units import COMPUTE
 
 MOST_PICTURES = 1_000_000  # per prompt
-LARGEST_PROMPT = 64 << 10  # bytes; 512 tokens of 128 characters, Qwen's longest, are as many
+LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
 
 
 @click.command()
@@ -78,12 +78,13 @@ LARGEST_PROMPT = 64 << 10  # bytes; 512 tokens of 128 characters, Qwen's longest
 @click.option(
     "--guidance",
     type=Number(float, 0, 100),
-    help="Guidance scale as diffusers counts it, 0 to 100; 0 is off.  [default: the model's own, 0 for Turbo]",
+    help="Guidance scale as in diffusers, 0 to 100; 0 is off.  "
+    "[default: the model's own, 0 for Turbo]",
 )
 @click.option(
     "--cfg-scale",
     type=Number(float, 1, 101),
-    help="Guidance scale as other programs count it: --guidance plus 1; 1 is off.",
+    help="Guidance scale as in other programs: --guidance plus 1; 1 is off.",
 )
 @click.option("--negative-prompt", help="What to avoid, where guidance is on.")
 @click.option(
@@ -94,8 +95,8 @@ LARGEST_PROMPT = 64 << 10  # bytes; 512 tokens of 128 characters, Qwen's longest
 @click.option(
     "--dtype",
     type=click.Choice(COMPUTE),
-    help="What to compute in; float16 is for GPUs before the RTX 30 series.  [default: bfloat16 on a GPU, float16 where "
-    "it has no bfloat16, float32 on a CPU]",
+    help="Dtype of the computation; float16 is for GPUs before the RTX 30 series.  "
+    "[default: bfloat16 on a GPU, float16 on a GPU without bfloat16, float32 on a CPU]",
 )
 @options.kv_options
 @options.ATTENTION
@@ -112,8 +113,8 @@ LARGEST_PROMPT = 64 << 10  # bytes; 512 tokens of 128 characters, Qwen's longest
     "--output",
     default="{date}-{seed}-{index}.png",
     show_default=True,
-    help="File to write. {date}, {seed} and {index} (from 0) are filled in; {index:04} has four digits. A name in use "
-    "gets -2, -3 and so on.",
+    help="File to write. {date}, {seed} and {index} (from 0) are filled in; {index:04} has four "
+    "digits. A name in use gets -2, -3 and so on.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a file that exists.")
 @click.option("--no-metadata", is_flag=True, help="Do not write prompt and settings into the PNG.")
@@ -125,7 +126,7 @@ LARGEST_PROMPT = 64 << 10  # bytes; 512 tokens of 128 characters, Qwen's longest
 @click.option(
     "--from-image",
     type=FILE,
-    help="Draw a picture of ours again, with the settings in its metadata; flags given here win.",
+    help="Draw a picture of zimage_jax again, with its metadata's settings; flags override them.",
 )
 @click.option("--report", type=FILE, help="File for settings, seconds, bytes and peaks, as JSON.")
 @click.option(
@@ -166,18 +167,14 @@ def command(
     trace,
     quiet,
     as_json,
-    **memory_words,
+    **memory_flags,
 ) -> None:
     """Draw PROMPT with Z-Image-Turbo and write it as a PNG.
 
     Several prompts give several pictures; "-" reads one from standard input.
     """
     if size and (width or height):
-        raise UsageError("--size and --width/--height say the same thing: give one of them")
-    if cfg_scale is not None:
-        if guidance is not None:
-            raise UsageError("--guidance and --cfg-scale say the same thing: give one of them")
-        guidance = cfg_scale - 1
+        raise UsageError("--size and --width/--height both set the size: give one of them")
     job = {
         "prompts": _texts(prompts, files),
         "seeds": list(seeds),
@@ -185,26 +182,21 @@ def command(
         "width": width,
         "height": height,
         "steps": steps,
-        "guidance": guidance,
+        "guidance": _guidance(guidance, cfg_scale),
         "noise": noise,
         "attention": attention,
     }
-    repeated = _repeated(from_image)
     kv = {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
-    own_kv = repeated.pop("kv", {})
-    job |= {key: value for key, value in repeated.items() if job[key] in (None, [])}
-    if not job["prompts"]:
-        raise UsageError("no prompt: give one, or --prompt-file, or - for standard input")
-    job["seeds"] = _seeds(job["seeds"] or [-1], count)
+    picture_kv = _complete(job, _repeated(from_image), count)
     files_out = _Output(output, overwrite, not no_metadata, preview, report, trace)
     files_out.check(len(job["prompts"]), job["seeds"], [*files, from_image])
 
     talk = _Talk(quiet or as_json, is_tiny=model is None)
     with talk.warnings():
-        cli.start_jax()  # after the checks: it takes a second
+        cli.start_jax()  # takes a second, so only after the checks
         from .pipeline.pipeline import ZImage
 
-        memory, job["kv"] = options.memory_of(**memory_words), options.kv_of(kv, own_kv)
+        memory, job["kv"] = options.memory_of(**memory_flags), options.kv_of(kv, picture_kv)
         pipe = ZImage.load(model, dtype=dtype)
         if size:
             job["width"], job["height"] = parse_size(
@@ -215,7 +207,7 @@ def command(
 
 
 def _draw(pipe, job: dict, batch_size: int, output: "_Output", talk: "_Talk", *, as_json, memory):
-    """Every prompt with every seed, in batches; each picture is written when its batch is done."""
+    """Draw every prompt with every seed, in batches, and write each batch when it is done."""
     seeds, reports = job.pop("seeds"), []
     todo = ((prompt, seed) for prompt in job.pop("prompts") for seed in seeds)
     settings, first = {k: v for k, v in job.items() if v is not None}, 0
@@ -247,11 +239,11 @@ def _draw(pipe, job: dict, batch_size: int, output: "_Output", talk: "_Talk", *,
         write_whole(output.report, (cli.to_json(content, indent=2) + "\n").encode(), overwrite=True)
 
 
-# -- what was asked for ----------------------------------------------------------------------------
+# -- the job ---------------------------------------------------------------------------------------
 
 
 def _texts(prompts: Iterable[str], files: Iterable[Path]) -> list[str]:
-    """The prompts of flags, standard input and files, without the newlines at their ends."""
+    """The prompts from arguments, standard input and files, without trailing newlines."""
     texts = []
     for prompt in prompts:
         texts.append(_standard_input() if prompt == "-" else _unicode("the prompt", prompt))
@@ -279,32 +271,53 @@ def _standard_input() -> str:
 
 
 def _unicode(name: str, text: str) -> str:
-    """A flag's text. Under a locale without UTF-8, Python decodes a flag's bytes to surrogates."""
+    """A flag's text. In a locale without UTF-8, Python decodes its bytes to surrogates."""
     try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeError:
         raise UsageError(f"{name} is not UTF-8 text: {printable(text, 60)}") from None
 
 
+def _guidance(guidance: float | None, cfg_scale: float | None) -> float | None:
+    if cfg_scale is None:
+        return guidance
+    if guidance is not None:
+        raise UsageError("--guidance and --cfg-scale both set the guidance: give one of them")
+    return cfg_scale - 1
+
+
+def _complete(job: dict, repeated: dict, count: int) -> dict:
+    """Fill the job's missing settings from a repeated picture's, and count its seeds up.
+
+    Returns the picture's K/V policy. Raises UsageError for a job without a prompt.
+    """
+    kv = repeated.pop("kv", {})
+    job |= {key: value for key, value in repeated.items() if job[key] in (None, [])}
+    if not job["prompts"]:
+        raise UsageError("no prompt: give one, or --prompt-file, or - for standard input")
+    job["seeds"] = _seeds(job["seeds"] or [-1], count)
+    return kv
+
+
 def _repeated(from_image: Path | None) -> dict:
-    """A picture's own settings, as a job's."""
+    """The settings of the picture to repeat, under the job's keys."""
     if from_image is None:
         return {}
     from .pipeline.picture import read_metadata
 
     found = read_metadata(from_image)
-    one = ("negative_prompt", "width", "height", "steps", "guidance", "noise")
+    same = ("negative_prompt", "width", "height", "steps", "guidance", "noise")
     return {
         "prompts": [found["prompt"]],
         "seeds": [found["seed"]],
         "kv": found.get("kv", {}),
-        "attention": found.get("attention"),  # auto is not written down
-        **{key: found[key] for key in one},
+        "attention": found.get("attention"),  # metadata leaves out "auto"
+        **{key: found[key] for key in same},
     }
 
 
 def _seeds(seeds: list[int], count: int) -> Sequence[int]:
-    """A count makes one seed count up, or draws anew for -1."""
+    """`count` seeds per prompt: a seed counts up; -1 is drawn anew for each picture."""
     if count == 1:
         return seeds
     if len(seeds) > 1:
@@ -318,7 +331,7 @@ def _seeds(seeds: list[int], count: int) -> Sequence[int]:
 
 @dataclass(frozen=True)
 class _Output:
-    """Where everything is written."""
+    """The files and folders that the command writes."""
 
     template: str
     overwrite: bool
@@ -328,14 +341,14 @@ class _Output:
     trace: Path | None
 
     def check(self, prompts: int, seeds: Sequence[int], inputs: list[Path | None]) -> None:
-        """Raises UsageError before anything is drawn for what could not be written."""
+        """Raises UsageError, before anything is drawn, for names that cannot be written."""
         naming.check_template(self.template, seeds, prompts * len(seeds))
         outputs = {"--report": self.report, "--trace": self.trace}
         naming.check_outputs(self.template, self.preview, outputs, inputs)
         if self.overwrite and not naming.are_distinct(self.template, prompts, seeds):
             raise UsageError(
-                f"-o {printable(self.template)}: with --overwrite each picture would replace the one before; put {{index}} "
-                "into the name"
+                f"-o {printable(self.template)}: with --overwrite each picture would replace the "
+                "one before; put {index} into the name"
             )
 
     def save(self, pictures, first: int) -> list[Path]:
@@ -350,11 +363,11 @@ class _Output:
         ]
 
 
-# -- what a person sees ----------------------------------------------------------------------------
+# -- progress and printed lines --------------------------------------------------------------------
 
 
 class _Progress:
-    """After every NFE: moves the bar, and writes a small picture where a folder is given."""
+    """The `on_step` of a batch: moves the bar, and writes the small pictures of --preview."""
 
     def __init__(self, folder: Path | None, first: int, bar):
         self._folder, self._first, self._bar = folder, first, bar
@@ -377,15 +390,15 @@ class _Progress:
 
 
 class _Talk:
-    """Progress goes to standard error, the paths of pictures to standard output."""
+    """Prints progress to standard error, and the paths of pictures to standard output."""
 
     def __init__(self, silent: bool, is_tiny: bool):
         self._silent, self._is_tiny, self._began = silent, is_tiny, time.perf_counter()
-        self._tells_plan = not is_tiny
+        self._shows_plan = not is_tiny
 
     @contextmanager
     def warnings(self) -> Iterator[None]:
-        """Our warnings as one line each."""
+        """Print each warning on one line."""
 
         def show(message, *_) -> None:
             if not self._silent:
@@ -406,16 +419,17 @@ class _Talk:
         else:
             seconds = time.perf_counter() - self._began
             self._say(f"{pipe.name}: {pipe.describe()}; ready in {seconds:.1f} s")
-        # a newcomer's first picture has no schedule to look at; who asks for one sees it
-        self._tells_plan = not self._is_tiny or memory != type(memory)()
+        # the tiny model's plan is of no interest, unless memory options were given
+        self._shows_plan = not self._is_tiny or memory != type(memory)()
 
     def plan(self, plan, budget: int) -> None:
-        """What will be done, before it is."""
-        if not self._tells_plan:
+        """Print the plan before the job starts."""
+        if not self._shows_plan:
             return
         seconds = "" if plan.seconds is None else f", about {plan.seconds:.1f} s once compiled"
         self._say(
-            f"schedule {plan.denoise}; predicted peak {units.size(plan.peak_bytes)} of {units.size(budget)}{seconds}"
+            f"schedule {plan.denoise}; predicted peak {units.size(plan.peak_bytes)} of "
+            f"{units.size(budget)}{seconds}"
         )
 
     def bar(self):

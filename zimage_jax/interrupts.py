@@ -1,8 +1,9 @@
-"""Ctrl-C is one line and exit code 130, whenever it comes.
+"""Ctrl-C at any time gives one line and exit code 130.
 
-While modules are imported nothing has begun, numpy turns an exception into an ImportError and C++ aborts on one: the
-process leaves at once. While a command runs, Ctrl-C raises KeyboardInterrupt and is remembered, because Python drops
-what is raised in a destructor and libraries turn it into errors of their own. Once the command is done it is ignored.
+During imports Ctrl-C ends the process at once: there is no work to clean up, and an exception would
+become an ImportError in numpy and an abort in C++. While a command runs, Ctrl-C raises
+KeyboardInterrupt and is remembered, because Python drops exceptions raised in destructors and
+libraries turn them into others. After the command it is ignored.
 """
 
 import os
@@ -17,7 +18,10 @@ _installed = False
 
 
 def install() -> None:
-    """First thing in a process that is a command. A shell's background job, whose Ctrl-C is ignored, stays so."""
+    """Handle Ctrl-C in a command's process; call this before the imports.
+
+    Nothing changes if SIGINT is ignored, as in a shell's background job.
+    """
     global _installed
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
@@ -26,7 +30,7 @@ def install() -> None:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Around imports within a command: Ctrl-C leaves without an exception."""
+    """Around imports within a command: Ctrl-C ends the process without an exception."""
     before = signal.getsignal(signal.SIGINT)
     if before is not _remember:
         yield
@@ -40,7 +44,7 @@ def at_once() -> Iterator[None]:
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Around a command: Ctrl-C raises KeyboardInterrupt, and `check` raises it again where it was dropped."""
+    """Around a command: Ctrl-C raises KeyboardInterrupt, if not at once then at the end."""
     if signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, _leave):
         yield
         return
@@ -56,7 +60,7 @@ def remembered() -> Iterator[None]:
         yield
         check()
     except Exception:
-        check()  # libraries turn an interrupt into errors of their own
+        check()  # the exception may be what a library made of the interrupt
         raise
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN if _installed else signal.default_int_handler)
@@ -65,7 +69,7 @@ def remembered() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt when there was one."""
+    """Raises KeyboardInterrupt if Ctrl-C was pressed within `remembered`."""
     if _remembered:
         raise KeyboardInterrupt
 

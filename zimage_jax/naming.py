@@ -1,4 +1,4 @@
-"""Names of the files that a command writes: the -o template, and that no two are the same file."""
+"""Names of the files that a command writes: the -o template, and a check that none coincide."""
 
 import os
 import re
@@ -11,30 +11,32 @@ from .files import printable
 
 FIELDS = ("date", "seed", "index")
 _SPEC = re.compile(r"([<>^]?0?[0-9]{1,2})?[dxX]?")  # {index:04}, {seed:>20}, {seed:x}
-_ANY = "\ue000"  # a character for private use, in the place of a field
-_LONGEST = 255  # bytes of a name, on the usual filesystems
+_ANY = "\ue000"  # stands for any field; Unicode reserves it for private use
+_LONGEST = 255  # bytes of a file name on common filesystems
 
 
 def check_template(template: str, seeds: Sequence[int], pictures: int) -> None:
-    """Raises UsageError for a -o that cannot be filled in, or gives names that are too long or no PNG's."""
+    """Raises UsageError if the -o template has an unknown field or format, does not end in .png, or
+    gives a name of more than 255 bytes."""
     shown = f"-o {printable(template)}"
     for field, spec, conversion in fields(template):
         if field not in FIELDS or conversion is not None:
             raise UsageError(f"{shown}: only {', '.join(f'{{{f}}}' for f in FIELDS)} are filled in")
         if not _SPEC.fullmatch(spec) or (spec and field == "date"):
             raise UsageError(
-                f"{shown}: {{{field}:{printable(spec, 20)}}} is not known; a number's width is given as in {{index:04}}"
+                f"{shown}: {{{field}:{printable(spec, 20)}}} is not known; "
+                "give a number's width as in {index:04}"
             )
     if not template.lower().endswith(".png"):
         raise UsageError(f"{shown}: pictures are PNG files, so the name must end in .png")
-    seed = 2**32 - 1 if seeds[0] == -1 else max(seeds[0], seeds[-1])
+    seed = max(2**32 - 1 if seed == -1 else seed for seed in seeds)
     for part in Path(_filled(template, seed, pictures - 1)).parts:
         if len(os.fsencode(part)) > _LONGEST:
-            raise UsageError(f"{shown}: a name has at most {_LONGEST} bytes")
+            raise UsageError(f"{shown}: gives a name of more than {_LONGEST} bytes; shorten it")
 
 
 def fields(template: str) -> Iterable[tuple[str, str, str | None]]:
-    """Name, format and conversion of each field. Raises UsageError for braces that do not match."""
+    """(name, format, conversion) of each field. Raises UsageError if the braces do not match."""
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as fault:
@@ -43,11 +45,11 @@ def fields(template: str) -> Iterable[tuple[str, str, str | None]]:
 
 
 def are_distinct(template: str, prompts: int, seeds: Sequence[int]) -> bool:
-    """Whether every picture of `prompts` times `seeds` gets a name of its own."""
+    """Whether all pictures get different names: one per seed for each of `prompts` prompts."""
     if prompts * len(seeds) == 1:
         return True
     names = {name for name, _, _ in fields(template)}
-    are_random = seeds[0] == -1 == seeds[-1]
+    are_random = all(seed == -1 for seed in seeds)
     by_seed = are_random or (prompts == 1 and len(set(seeds)) == len(seeds))
     return "index" in names or ("seed" in names and by_seed)
 
@@ -58,11 +60,13 @@ def check_outputs(
     outputs: dict[str, Path | None],
     inputs: Sequence[Path | None],
 ) -> None:
-    """Raises UsageError where two flags name the same file to write, or one that is read. Devices and pipes may
-    be named twice."""
+    """Raises UsageError if a file to write is a folder, is named by two flags, or is an input.
+
+    `outputs`: flag -> file. Devices and pipes may be named twice.
+    """
     written = {"-o": template}
     if preview is not None:
-        # braces in a folder's name are no fields
+        # braces in a folder's name are literal
         folder = str(preview).replace("{", "{{").replace("}", "}}")
         written["--preview"] = f"{folder}/{{index}}-step{{seed:02}}.png"
     pairs: list[tuple[str, Path]] = []
@@ -95,7 +99,7 @@ def _real(path: str | Path) -> str:
 
 
 def _matches(template: str, path: str) -> bool:
-    """Whether a template can give this path."""
+    """Whether the template can give this path."""
     parsed = string.Formatter().parse(template)
     filled = "".join(text + ("" if field is None else _ANY) for text, field, _, _ in parsed)
     pattern = re.escape(_real(filled)).replace(_ANY, "[-0-9a-fA-FxX ]*")

@@ -1,6 +1,7 @@
 """The options that commands share: numbers, memory, K and V, and the TOML file.
 
-A flag wins over its environment variable (--max-vram: ZIMAGE_MAX_VRAM), that over the TOML file given with --config.
+A flag overrides its environment variable (--max-vram: ZIMAGE_MAX_VRAM); both override the TOML file
+of --config.
 """
 
 import os
@@ -43,7 +44,7 @@ class Number(click.ParamType):
 
 
 class Gib(Number):
-    """GiB in words, bytes in Python."""
+    """A size: GiB on the command line, bytes in Python."""
 
     def __init__(self):
         super().__init__(float, 0, 2**20)
@@ -53,18 +54,18 @@ class Gib(Number):
         return max(1, int(gib * GIB))
 
 
-def parse_number(name: str, kind: type[int] | type[float], word: object) -> object:
-    """The number that a word is; what is no word stays as it is. Raises UsageError."""
-    if not isinstance(word, str):
-        return word
+def parse_number(name: str, kind: type[int] | type[float], value: object) -> object:
+    """Parse `value` if it is a string; return other values as they are. Raises UsageError."""
+    if not isinstance(value, str):
+        return value
     try:
-        return kind(word)
-    except ValueError:  # also where it has more digits than Python reads
-        checks.refuse(name, "a whole number" if kind is int else "a number", word)
+        return kind(value)
+    except ValueError:  # also for more digits than Python parses
+        checks.refuse(name, "a whole number" if kind is int else "a number", value)
 
 
 def _place(param, context) -> str:
-    """What the user calls a parameter, where the value came from."""
+    """The flag, variable or TOML key that gave a parameter its value."""
     if param is None:
         return "the number"
     flag = max(param.opts, key=len)
@@ -78,7 +79,7 @@ def _place(param, context) -> str:
 
 
 def _read_config(context: click.Context, _, file: Path | None) -> None:
-    """The TOML file's keys become defaults. They are the flags' names, with hyphens or underscores."""
+    """Make the TOML file's values defaults; keys are flags' names, with - or _."""
     if file is None:
         return
     try:
@@ -106,29 +107,29 @@ def _read_config(context: click.Context, _, file: Path | None) -> None:
 
 
 def _default(name: str, option: click.Option, value: object):
-    """A TOML value of exactly the option's type; several values as a list, or one as it is."""
+    """Check that a TOML value has exactly the option's type, or is a list if it repeats."""
     kinds: tuple[type, ...] = (str,)
-    what = "text in quotes"
+    expected = "text in quotes"
     if option.is_flag:
-        kinds, what = (bool,), "true or false"
+        kinds, expected = (bool,), "true or false"
+    elif isinstance(option.type, Number) and option.type.kind is int:
+        kinds, expected = (int,), "a whole number"
     elif isinstance(option.type, Number):
-        is_whole = option.type.kind is int
-        kinds = (int,) if is_whole else (int, float)
-        what = "a whole number" if is_whole else "a number"
+        kinds, expected = (int, float), "a number"
     values = value if option.multiple and isinstance(value, list) else [value]
     for each in values:
         if type(each) not in kinds:  # a bool is an int to isinstance
-            checks.refuse(name, what, each)
+            checks.refuse(name, expected, each)
         if isinstance(each, str) and "\0" in each:
-            raise UsageError(f"{name}: a NUL character is in no text here")
+            raise UsageError(f"{name}: text must not have a NUL character")
     return values if option.multiple else value
 
 
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def _word(flag: str, *names: str, **attributes) -> Callable:
-    """An option that an environment variable of its name can set too."""
+def _option(flag: str, *names: str, **attributes) -> Callable:
+    """An option that the environment variable of its name can set too."""
     variable = "ZIMAGE_" + flag.lstrip("-").replace("-", "_").upper()
     return click.option(flag, *names, envvar=variable, **attributes)
 
@@ -142,88 +143,90 @@ _MEMORY = [
         callback=_read_config,
         help="TOML file with values for any of these options, as in max-vram = 6.",
     ),
-    _word(
+    _option(
         "--schedule",
         metavar="|".join(["auto", *schedules.names()]),  # plan.Memory checks it
         default="auto",
         show_default=True,
-        help="How the DiT's blocks reach the device: all stay (resident), chunks take turns in one slot (swap) or two "
-        "(ring), some stay (hybrid), or one program for all steps (scan). auto takes the fastest that fits.",
+        help="How the DiT's blocks reach the device: all resident (resident), chunks streamed "
+        "through one slot (swap) or two (ring), some chunks resident (hybrid), or one program for "
+        "all steps (scan). auto takes the fastest that fits.",
     ),
-    _word(
+    _option(
         "--chunks",
         type=Number(int, 1, 10_000),
-        help="Number of chunks the DiT's blocks are cut into.  [default: 4, more if memory is short]",
+        help="Number of chunks of the DiT's main blocks.  [default: 4, more if memory is short]",
     ),
-    _word(
+    _option(
         "--resident-chunks",
         type=Number(int, 0, 10_000),
-        help="Number of chunks that stay on the device under hybrid.  [default: as many as fit]",
+        help="Number of chunks that are resident under hybrid.  [default: as many as fit]",
     ),
-    _word(
+    _option(
         "--prefetch",
         type=Number(int, 0, 10_000),
         metavar="N",
         help="Number of chunks copied ahead of use; 0 copies each when it is needed.  [default: 1]",
     ),
-    _word(
+    _option(
         "--max-chunk-memory",
         type=Gib(),
         metavar="GIB",
         help="Largest size of a chunk in GiB, instead of --chunks.",
     ),
-    _word(
+    _option(
         "--chunk",
         "pins",
         multiple=True,
         metavar="N=HOW",
         help="Make chunk N, from 0, resident or streamed, as in 2=resident. May be repeated.",
     ),
-    _word(
+    _option(
         "--max-vram",
         type=Gib(),
         metavar="GIB",
         help="Device memory to use, in GiB.  [default: all that is free]",
     ),
-    _word("--low-vram", is_flag=True, help="Use as little device memory as possible."),
-    _word(
+    _option("--low-vram", is_flag=True, help="Use as little device memory as possible."),
+    _option(
         "--text-encoder",
         type=click.Choice(["auto", "device", "staged", "host"]),
         default="auto",
         show_default=True,
-        help="Where the text encoder runs: on the device whole (device) or chunk by chunk (staged), or on the CPU (host).",
+        help="Where the text encoder runs: on the device, whole (device) or chunk by chunk "
+        "(staged), or on the CPU (host).",
     ),
-    _word(
+    _option(
         "--enable-cpu-offload",
         is_flag=True,
-        help="Keep parameters in host memory: the same as --text-encoder staged --schedule ring, where these two are "
-        "not given.",
+        help="Keep parameters in host memory: the same as --text-encoder staged --schedule ring; "
+        "either option overrides its part.",
     ),
-    _word(
+    _option(
         "--offload-layers",
         multiple=True,
         metavar="NAME",
-        help="Stream the chunk that holds this block, as layers.3; transformer streams all of them (as ring does), "
-        "text_encoder is --text-encoder staged. May be repeated.",
+        help="Stream the chunk that has this block, as in layers.3. transformer: stream all chunks "
+        "(schedule ring); text_encoder: --text-encoder staged. May be repeated.",
     ),
-    _word(
+    _option(
         "--host-memory",
         type=Gib(),
         metavar="GIB",
-        help="Read blocks from disk through a window of this many GiB of host memory.  [default: all blocks stay in "
-        "host memory]",
+        help="Read blocks from disk through a window of this many GiB of host memory.  "
+        "[default: all blocks stay in host memory]",
     ),
-    _word(
+    _option(
         "--vae-tile",
         type=Number(int, 64, 16384),
         metavar="PIXELS",
-        help="Side of the tiles in which the VAE decodes: less memory; blended seams change the picture.",
+        help="Decode in tiles with sides of PIXELS: less memory, but seams change the picture.",
     ),
 ]
 
 
 def memory_options(command: Callable) -> Callable:
-    """The options about memory; they arrive as keywords that `memory_of` takes."""
+    """Add the memory options to a command; it passes them to `memory_of` as keywords."""
     return _with(_MEMORY, command)
 
 
@@ -249,7 +252,10 @@ def memory_of(
     host_memory,
     vae_tile,
 ) -> "Memory":
-    """The options as plan.Memory. ZIMAGE_CHUNKED_LOADING and ZIMAGE_CHUNK_COUNT count where --schedule is not given."""
+    """The memory options as a plan.Memory.
+
+    Without --schedule, ZIMAGE_CHUNKED_LOADING and ZIMAGE_CHUNK_COUNT choose the schedule.
+    """
     from .planning.plan import Memory
 
     if not _is_given("schedule"):
@@ -275,7 +281,7 @@ def memory_of(
 
 
 def _is_given(name: str) -> bool:
-    """By a flag or a variable."""
+    """Whether a flag or an environment variable set the parameter `name`."""
     given = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
     return click.get_current_context().get_parameter_source(name) in given
 
@@ -283,7 +289,11 @@ def _is_given(name: str) -> bool:
 def _from_chunk_count(
     schedule: str, chunks: int | None, resident: int | None
 ) -> tuple[str, int | None]:
-    """ZIMAGE_CHUNK_COUNT=n: at most n chunks on the device at once. ZIMAGE_CHUNKED_LOADING=0: all of them."""
+    """The schedule and resident chunks by ZIMAGE_CHUNKED_LOADING and ZIMAGE_CHUNK_COUNT.
+
+    ZIMAGE_CHUNKED_LOADING=0: all chunks are resident. ZIMAGE_CHUNK_COUNT=n: at most n chunks are on
+    the device at once.
+    """
     loading = os.environ.get("ZIMAGE_CHUNKED_LOADING", "")
     if loading == "0":
         return "resident", None
@@ -299,14 +309,15 @@ def _from_chunk_count(
 
 
 def _blocks(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Of --offload-layers: each block's name, streamed."""
+    """Pins of --offload-layers: each named block is streamed."""
     for name in names:
         block = name.removeprefix("transformer.")
         if re.fullmatch(r"layers\.[0-9]{1,4}", block):
             yield block, "streamed"
         elif name not in ("transformer", "text_encoder"):
             raise UsageError(
-                f"--offload-layers {printable(name, 40)}: expected layers.N, transformer or text_encoder"
+                f"--offload-layers {printable(name, 40)}: "
+                "expected layers.N, transformer or text_encoder"
             )
 
 
@@ -314,7 +325,8 @@ def _pin(text: str) -> tuple[int, str]:
     match = re.fullmatch(r"([0-9]{1,4})=(resident|streamed)", text)
     if not match:
         raise UsageError(
-            f"--chunk {printable(text, 40)}: expected a chunk's number and resident or streamed, as in 2=resident"
+            f"--chunk {printable(text, 40)}: expected a chunk's number and resident or streamed, "
+            "as in 2=resident"
         )
     return int(match[1]), match[2]
 
@@ -322,47 +334,46 @@ def _pin(text: str) -> tuple[int, str]:
 # -- K and V ---------------------------------------------------------------------------------------
 
 _KV = [
-    _word(
+    _option(
         "--kv-dtype",
         metavar="EARLY[:LATE]",
-        help="Precision of K and V: float32, bf16, fp16, or fp8 for EARLY.  [default: bf16:fp16 when computing in "
-        "bfloat16, else what is computed in]",
+        help="Dtype of K and V: float32, bf16, fp16, or fp8 for EARLY.  "
+        "[default: bf16:fp16 when computing in bfloat16, else the compute dtype]",
     ),
-    _word(
+    _option(
         "--kv-switch-t",
         type=Number(float, 0, 1000),
         metavar="T",
-        help="Scheduler time t, 1000 to 0, at and below which LATE begins.  [default: 500]",
+        help="Scheduler time t, from 1000 to 0: LATE applies at T and below.  [default: 500]",
     ),
-    _word(
+    _option(
         "--kv-group",
         metavar="EARLY[:LATE]",
         help="Side of the squares of image tokens that share one K and V: 1, 2 or 4.  [default: 1]",
     ),
-    _word(
+    _option(
         "--kv-reuse",
         type=Number(int, 1, 1000),
-        help="Number of steps (NFEs) that K and V are used for.  [default: 1, off]",
+        help="Number of steps (NFEs) that use the same K and V.  [default: 1, off]",
     ),
 ]
 
 
-ATTENTION = _word(
+ATTENTION = _option(
     "--attention",
     type=click.Choice(["auto", "flash", "cudnn", "chunks"]),
-    help="Kernel of the attention; it changes a picture's last bits.  [default: auto]",
+    help="Attention kernel; it changes a picture's last bits.  [default: auto]",
 )
 
 
 def kv_options(command: Callable) -> Callable:
-    """The options about K and V; they arrive as keywords that `kv_of` takes."""
+    """Add the options about K and V to a command; `kv_of` takes their values."""
     return _with(_KV, command)
 
 
 def kv_of(given: dict, repeated: dict | None = None) -> "KVPolicy":
-    """The options as kv.KVPolicy; a picture's own, `repeated`, count where none is given."""
+    """The given options as a kv.KVPolicy; `repeated` has a picture's own, for options not given."""
     from .model.kv import KVPolicy
 
-    return KVPolicy.parse(
-        **(repeated or {}) | {name: word for name, word in given.items() if word is not None}
-    )
+    own = {name: value for name, value in given.items() if value is not None}
+    return KVPolicy.parse(**(repeated or {}) | own)

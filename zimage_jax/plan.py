@@ -1,4 +1,4 @@
-"""python -m zimage_jax.plan: what a job would take, before anything runs."""
+"""python -m zimage_jax.plan: predict the schedule, memory and seconds of pictures."""
 
 import json
 import math
@@ -29,42 +29,44 @@ BUCKET = 64  # caption tokens: a sentence or two
 
 @dataclass(frozen=True)
 class Device:
-    """Where the plans are for: the machine's own device, or a card that may not be there."""
+    """The device to plan for: this machine's own, or a card that need not be here."""
 
     name: str
     budget: int  # bytes a plan may use
     rates: "Rates"
     costs: "Costs"
-    compute: str  # dtype
-    sizes: tuple[str, ...]  # when none are named
-    context_bytes: int  # what CUDA itself takes of it, beside the budget
-    notes: dict[str, str]  # where the numbers come from
+    compute: str  # dtype of the computation
+    sizes: tuple[str, ...]  # if the user names none
+    context_bytes: int  # device bytes of CUDA's context, outside the budget
+    notes: dict[str, str]  # the sources of the numbers
     disk_source: str
-    shares_memory: bool = False  # with the host
+    shares_memory: bool = False  # the device's memory is the host's
 
 
 @click.command()
 @click.option(
     "--model",
-    help="Folder written by checkpoints_convert, or turbo, turbo-24: the published widths, no files.",
+    help="Folder written by checkpoints_convert, or turbo or turbo-24: published widths, no files "
+    "needed.  [default: turbo with --card, else the tiny model in the package]",
 )
 @click.option(
     "--card",
     metavar="NAME|FILE",
-    help="A card by name, as rtx-4090, or measured, as mine.json.  [default: this machine's own device]",
+    help="A card's name, as in rtx-4090, or the file of a measured card, as in mine.json.  "
+    "[default: this machine's own device]",
 )
 @click.option(
     "--compile",
     "compiles",
     is_flag=True,
-    help="Ask the compiler for the card anew: minutes, needs jax[cuda12].",
+    help="Compile for the card instead of using stored figures: takes minutes, needs jax[cuda12].",
 )
 @click.option(
     "--size",
     "sizes",
     multiple=True,
     metavar="WxH",
-    help="Or a ratio such as 16:9; more sizes may follow.",
+    help="Size in pixels, as in 1280x720, or a ratio such as 16:9; more sizes may follow.",
 )
 @click.argument("more_sizes", nargs=-1, metavar="[WxH]...")
 @click.option(
@@ -72,17 +74,17 @@ class Device:
     type=click.IntRange(1, 1000),
     default=8,
     show_default=True,
-    help="Evaluations of the DiT (NFEs).",
+    help="Number of evaluations of the DiT (NFEs).",
 )
 @click.option(
     "--disk-gbps",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GB/S",
-    help="How fast the checkpoint is read, with --host-memory.  [default: the card's file, or 3]",
+    help="Rate of the disk under --host-memory.  [default: from the card's file, else 3]",
 )
 @options.kv_options
 @options.memory_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model,
     card,
@@ -96,40 +98,38 @@ def command(
     kv_switch_t,
     kv_group,
     kv_reuse,
-    **memory_words,
+    **memory_flags,
 ) -> None:
-    """Say for each size of picture which memory schedule would be used, its peak of device memory,
-    the host memory it keeps, its seconds, and what bounds it; and which size to draw."""
+    """Print a plan for each size of picture, without drawing any.
+
+    A plan has the memory schedule, the peak of device memory, the host memory, the seconds and what
+    bounds them. The last lines recommend a size and name the sources of the numbers.
+    """
     cli.start_jax()
-    memory = options.memory_of(**memory_words)
+    memory = options.memory_of(**memory_flags)
     kv = options.kv_of(
         {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
     )
     if compiles and not card:
         raise click.UsageError(
-            "--compile is for a --card: for its own device, this machine's compiler is always asked"
+            "--compile needs --card: for this machine's own device, programs are always compiled"
         )
     if disk_gbps and memory.host_bytes is None:
         raise click.UsageError(
-            "--disk-gbps is for a window on the checkpoint: give its size with --host-memory"
+            "--disk-gbps needs --host-memory, the size of the window on the checkpoint"
         )
-    from .planning.cards import find  # after the words were checked: importing JAX takes a second
+    from .planning.cards import find
 
     wanted = find(card) if card else None
     name, storage = _model(model, wanted)
     device = _for_card(wanted, storage, compiles) if wanted else _own(storage)
     if memory.host_bytes is not None:
         device = _read_from_disk(device, disk_gbps)
-    budget = (
-        min(device.budget, memory.max_vram_bytes or device.budget)
-        if card
-        else memory.max_vram_bytes or device.budget
-    )
-    pixels = list(
-        dict.fromkeys(
-            _pixels(text, storage.config) for text in (*sizes, *more_sizes) or device.sizes
-        )
-    )
+    budget = memory.max_vram_bytes or device.budget
+    if card:  # --max-vram cannot give a card more memory than it has
+        budget = min(device.budget, budget)
+    texts = (*sizes, *more_sizes) or device.sizes
+    pixels = list(dict.fromkeys(_pixels(text, storage.config) for text in texts))
     rows = list(_rows(storage, device, memory, kv, budget, pixels, steps))
     result = {
         "card": device.name,
@@ -148,11 +148,11 @@ def command(
         _print(result)
 
 
-# -- for what --------------------------------------------------------------------------------------
+# -- model and device ------------------------------------------------------------------------------
 
 
 def _model(model: str | None, card: "Card | MeasuredCard | None") -> "tuple[str, Storage]":
-    """Name, and the parameters as stored."""
+    """The model's name, and its parameters as stored."""
     from .model.config import PRESETS
     from .pipeline.pipeline import TINY
     from .weights.checkpoint import Checkpoint
@@ -162,7 +162,8 @@ def _model(model: str | None, card: "Card | MeasuredCard | None") -> "tuple[str,
         model = "turbo"
     if model is None and not TINY.joinpath("manifest").exists():
         raise UsageError(
-            f"--model is needed: a folder written by checkpoints_convert, or one of {', '.join(PRESETS)}"
+            "--model is needed: a folder written by checkpoints_convert, or one of "
+            f"{', '.join(PRESETS)}"
         )
     if model in PRESETS:
         return model, uniform(PRESETS[model], "bfloat16")
@@ -205,11 +206,12 @@ def _for_card(card: "Card | MeasuredCard", storage: "Storage", compiles: bool) -
 
 
 def _read_from_disk(device: Device, gbps: float | None) -> Device:
-    """The device with blocks read from disk, at `gbps` where the user says so."""
+    """The device with blocks read from disk, at `gbps` if that is given."""
     if gbps is not None:
         rates = device.rates._replace(disk=gbps * 1e9)
         device = replace(device, rates=rates, disk_source="as given with --disk-gbps")
-    note = f"{device.rates.disk / 1e9:.3g} GB/s, {device.disk_source}; nothing of the checkpoint in the page cache"
+    rate = f"{device.rates.disk / 1e9:.3g} GB/s"
+    note = f"{rate}, {device.disk_source}; nothing of the checkpoint in the page cache"
     return replace(device, notes=device.notes | {"disk": note})
 
 
@@ -219,18 +221,16 @@ def _own(storage: "Storage") -> Device:
     from .runtime.programs import CompiledCosts, Programs
 
     config, placement = storage.config, Placement.on()
-    side, is_cpu, dtype = (
-        config.vae.sample_size,
-        placement.shares_memory,
-        default_dtype(placement.target),
-    )
+    side, is_cpu = config.vae.sample_size, placement.shares_memory
+    dtype = default_dtype(placement.target)
     sides = [n for n in (side // 2, side, 2 * side) if n % config.pixel_multiple == 0]
     largest = min(config.transformer.axes_lens[1:]) * config.pixel_multiple
     rates = measure(placement, dtype)._replace(disk=ASSUMED_DISK)
     notes = {
         "temporaries": "compiled for this device",
         "context": "none on a CPU" if is_cpu else "assumed",
-        "rates": f"measured: {rates.flops / 1e12:.3g} TFLOP/s of {dtype} matrix products, {rates.link / 1e9:.3g} GB/s to the device",
+        "rates": f"measured: {rates.flops / 1e12:.3g} TFLOP/s of {dtype} matrix products, "
+        f"{rates.link / 1e9:.3g} GB/s to the device",
     }
     return Device(
         placement.device.device_kind,
@@ -247,8 +247,7 @@ def _own(storage: "Storage") -> Device:
 
 
 def measure(placement: "Placement", dtype: str) -> "Rates":
-    """What this device achieves: products of square matrices for a fifth of a second, the best of three copies of
-    64 MiB."""
+    """Measure this device: matrix products for 0.2 s, and the best of three copies of 64 MiB."""
     import jax
     import jax.numpy as jnp
 
@@ -292,7 +291,7 @@ def _rows(
     pixels: list,
     steps: int,
 ) -> Iterator[dict]:
-    """A row per size. One that no plan fits has no schedule, and the peak of the smallest plan."""
+    """One row per size. If no plan fits, it has no schedule, and the peak of the smallest plan."""
     import jax.numpy as jnp
 
     from .pipeline.stages import STAGES
@@ -309,17 +308,15 @@ def _rows(
         try:
             plan = planner.plan(work, memory, budget)
         except OutOfMemoryError as fault:
-            nothing = dict.fromkeys(("schedule", "chunks", "resident_chunks"))
-            yield (
-                row
-                | nothing
-                | {
-                    "predicted_peak_bytes": fault.needed,
-                    "predicted_seconds": None,
-                    "bound_by": None,
-                    "host_bytes": None,
-                }
-            )
+            yield row | {
+                "schedule": None,
+                "chunks": None,
+                "resident_chunks": None,
+                "predicted_peak_bytes": fault.needed,
+                "predicted_seconds": None,
+                "bound_by": None,
+                "host_bytes": None,
+            }
             continue
         by_stage = seconds(STAGES, plan, work, sizes, device.rates)
         yield row | {
@@ -343,58 +340,58 @@ def _rows(
 
 
 def _recommended(rows: list[dict], config: "ModelConfig") -> str | None:
-    """The largest that fits, up to the size the model was made for; where all are larger, the
-    smallest."""
+    """The largest size that fits, up to the model's own; if all are larger, the smallest."""
+
+    def pixels(row: dict) -> int:
+        return row["width"] * row["height"]
+
     fitting = [row for row in rows if row["schedule"]]
-    own = config.vae.sample_size**2
-    within = [row for row in fitting if row["width"] * row["height"] <= own]
+    within = [row for row in fitting if pixels(row) <= config.vae.sample_size**2]
     if within:
-        return max(within, key=lambda row: row["width"] * row["height"])["size"]
-    return min(fitting, key=lambda row: row["width"] * row["height"])["size"] if fitting else None
+        return max(within, key=pixels)["size"]
+    return min(fitting, key=pixels)["size"] if fitting else None
 
 
 def _print(result: dict) -> None:
-    click.echo(
-        f"{result['model']} on {result['card']}: {result['budget_bytes'] / GIB:.2f} GiB may be used, {result['steps']} NFEs"
-    )
-    layout = "{:>11}  {:<9} {:>6} {:>6} {:>9} {:>9} {:>9}  {}"
-    columns = ("size", "schedule", "chunks", "stay", "peak GiB", "host GiB", "seconds", "bound by")
-    click.echo(layout.format(*columns))
+    budget = f"{result['budget_bytes'] / GIB:.2f} GiB may be used"
+    click.echo(f"{result['model']} on {result['card']}: {budget}, {result['steps']} NFEs")
+    layout = "{:>11}  {:<9} {:>6} {:>8} {:>9} {:>9} {:>9}  {}"
+    sizes = ("peak GiB", "host GiB", "seconds")
+    click.echo(layout.format("size", "schedule", "chunks", "resident", *sizes, "bound by"))
     for row in result["sizes"]:
         peak = _gib(row["predicted_peak_bytes"])
-        words = (
-            ("none fits", "", "", peak, "", "", "memory")
-            if row["schedule"] is None
-            else (
-                row["schedule"],
-                row["chunks"],
-                row["resident_chunks"],
-                peak,
-                _gib(row["host_bytes"]),
-                f"{row['predicted_seconds']:.1f}",
-                row["bound_by"],
-            )
+        if row["schedule"] is None:
+            click.echo(layout.format(row["size"], "none fits", "", "", peak, "", "", "memory"))
+            continue
+        line = layout.format(
+            row["size"],
+            row["schedule"],
+            row["chunks"],
+            row["resident_chunks"],
+            peak,
+            _gib(row["host_bytes"]),
+            f"{row['predicted_seconds']:.1f}",
+            row["bound_by"],
         )
-        click.echo(layout.format(row["size"], *words))
-    click.echo(
-        f"recommended: {result['recommended_size'] or 'none of these sizes; a smaller one, or a larger budget'}"
-    )
+        click.echo(line)
+    none = "none of these sizes; a smaller one, or a larger budget"
+    click.echo(f"recommended: {result['recommended_size'] or none}")
     if result["context_bytes"]:
-        click.echo(
-            f"beside the peak: {_gib(result['context_bytes'])} GiB of the card for CUDA's own context, {result['context']}"
-        )
+        context = _gib(result["context_bytes"])
+        where = f"{context} GiB of the card for CUDA's own context, {result['context']}"
+        click.echo(f"beside the peak: {where}")
     click.echo(f"temporaries: {result['temporaries']}")
-    where = "in host memory"
+    source = "in host memory"
     if "disk" in result:
         click.echo(f"disk: {result['disk']}")
-        where = "read from disk at every visit"
+        source = "read from disk at every visit"
     click.echo(
-        f"rates: {result['rates']}; the first picture, parameters {where}, programs compiled"
+        f"rates: {result['rates']}; the first picture, parameters {source}, programs compiled"
     )
 
 
 def _gib(size: int) -> str:
-    """Rounded up."""
+    """GiB with two decimals, rounded up."""
     return f"{math.ceil(size / GIB * 100) / 100:.2f}"
 
 

@@ -1,13 +1,14 @@
-"""Sizes in words and bytes, and the one table of dtype names."""
+"""Units of bytes, byte counts, and the one table of dtype names."""
 
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 MIB, GIB = 2**20, 2**30
 
-# name -> (dtype, how safetensors spells it)
+# name -> (dtype, safetensors' name)
 _DTYPES = {
     "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16"),
     "float16": (np.dtype(np.float16), "F16"),
@@ -18,17 +19,17 @@ _DTYPES = {
     "uint16": (np.dtype(np.uint16), "U16"),
 }
 DTYPES = {name: dtype for name, (dtype, _) in _DTYPES.items()}
-COMPUTE = ("bfloat16", "float16", "float32")  # what can be computed in
+COMPUTE = ("bfloat16", "float16", "float32")  # the dtypes a job can be computed in
 SAFETENSORS = {name: spelling for name, (_, spelling) in _DTYPES.items()}
 
 
 def size(nbytes: int) -> str:
-    """Bytes for a person: GiB, or MiB below 0.1 GiB."""
+    """`nbytes` as text in GiB, or in MiB below 0.1 GiB."""
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= 0.1 * GIB else f"{nbytes / MIB:.1f} MiB"
 
 
-def tree_bytes(tree) -> int:
+def tree_bytes(tree: Any) -> int:
     """Bytes of a tree of arrays or of ShapeDtypeStructs."""
-    import jax  # here: a command checks its options before JAX takes its second to import
+    import jax  # here: the import takes a second, and commands check their options before it
 
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

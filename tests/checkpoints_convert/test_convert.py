@@ -21,7 +21,7 @@ from checkpoints_convert.convert import convert
 from checkpoints_convert.inspect import inspect
 from tests import small
 from tests.model.test_config import PUBLISHED
-from zimage_jax import cli
+from zimage_jax import interrupts
 from zimage_jax.errors import (
     ConfigError,
     ConversionError,
@@ -404,7 +404,7 @@ def test_nan_weights_are_named(folder, tmp_path, value):
     edit(folder, spoil)
     with pytest.raises(
         ConversionError,
-        match=r"decoder\.up_blocks\.1\.resnets\.0\.conv1\.weight holds NaN or infinity",
+        match=r"decoder\.up_blocks\.1\.resnets\.0\.conv1\.weight has NaN or infinity",
     ):
         run(folder, tmp_path / "out", dtype="bfloat16")
     assert not (tmp_path / "out").exists()
@@ -681,9 +681,9 @@ def test_a_source_in_the_folder_that_is_written_stays(folder, tmp_path, inner):
     place = tmp_path / "m.partial"
     shutil.copytree(folder, place / inner)
     before = sorted(place.rglob("*"))
-    with pytest.raises(UsageError, match=r"the source lies in .*m\.partial"):
+    with pytest.raises(UsageError, match=r"the source is inside .*m\.partial"):
         run(place / inner, tmp_path / "m")
-    with pytest.raises(UsageError, match=r"the source lies in .*m\.partial"):
+    with pytest.raises(UsageError, match=r"the source is inside .*m\.partial"):
         run(
             folder,
             tmp_path / "m",
@@ -714,7 +714,7 @@ def test_two_conversions_give_the_same_bytes(folder, tmp_path):
 
 
 def test_an_interrupt_that_python_dropped_stops_the_conversion(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_interrupts", [2])
+    monkeypatch.setattr(interrupts, "_remembered", [2])
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

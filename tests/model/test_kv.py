@@ -60,10 +60,10 @@ def test_phases(words, phases):
     [
         ({"dtype": "int8"}, "K/V dtype 'int8': expected one of float32, bf16, fp16, fp8"),
         ({"dtype": "fp8"}, "fp8 is for the early NFEs"),
-        ({"dtype": "bf16:fp16:fp8"}, "expected one word, or two with a colon"),
-        ({"group": "3"}, "K/V group 3: expected one of 1, 2, 4"),
+        ({"dtype": "bf16:fp16:fp8"}, "expected one value, or EARLY:LATE"),
+        ({"group": "3"}, "K/V group '3': expected 1, 2 or 4, or EARLY:LATE"),
         ({"group": "two"}, "expected 1, 2 or 4"),
-        ({"reuse": 0}, "K/V reuse 0"),
+        ({"reuse": 0}, r"K/V reuse 0: expected 1 \(none\) or more NFEs"),
         ({"switch_t": 1001}, "expected 0 to 1000"),
     ],
 )

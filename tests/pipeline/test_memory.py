@@ -96,7 +96,7 @@ def test_what_stays_is_the_same_after_every_picture(name, under):
 
 def test_a_budget_nothing_fits(native):
     pipe = ZImage.load(native(MODEL), memory=Memory(max_vram_bytes=10_000))
-    with pytest.raises(OutOfMemoryError, match=r"the smallest plan needs .* GiB") as fault:
+    with pytest.raises(OutOfMemoryError, match=r"the smallest plan needs .* MiB") as fault:
         pipe.generate("a", **JOB)
     assert "no smaller picture fits" in str(fault.value)
     enough = ZImage.load(native(MODEL), memory=Memory(max_vram_bytes=fault.value.needed)).generate(

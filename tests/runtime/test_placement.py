@@ -71,7 +71,7 @@ def test_pinned_memory_that_runs_out_names_the_limit_of_wsl(kernel, is_wsl, tmp_
         path.write_text(kernel)
     monkeypatch.setattr(placement, "_KERNEL", path)
     fault = placement.out_of_pinned_memory(3 * 2**29)
-    assert str(fault).startswith("the host could not pin 1.50 GiB of memory for parameters")
+    assert str(fault).startswith("the host could not page-lock 1.50 GiB for parameters")
     assert ("WSL2" in str(fault)) == ("--host-memory" in str(fault)) == is_wsl
     assert (".wslconfig" in placement.pinned_limit_hint()) == is_wsl
     assert "\n" not in str(fault)

@@ -443,7 +443,7 @@ def test_a_full_disk_on_the_way_keeps_what_is_finished(tmp_path):
 
     with Writer(tmp_path / "m", STORAGE) as writer:
         writer.write("vae", "encoder", pieces("vae", "encoder"))
-        with pytest.raises(OutputError, match=r"No space left on device.*goes on from there"):
+        with pytest.raises(OutputError, match=r"No space left on device.*again to resume"):
             writer.write("vae", "decoder", full())
     with Writer(tmp_path / "m", STORAGE) as writer:
         assert writer.done("vae", "encoder")

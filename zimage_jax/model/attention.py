@@ -1,7 +1,8 @@
-"""Attention for every case the model has, and the rule by which it is computed.
+"""Attention of all three models, and the rule that chooses its implementation.
 
 Axes: B pictures, T queries, S keys, N query heads, M key heads (N is a multiple of M), H head
-width."""
+width.
+"""
 
 import functools
 import math
@@ -21,19 +22,20 @@ CHOICES = ("auto", "flash", "cudnn", "chunks")
 
 # -- the rule --------------------------------------------------------------------------------------
 
-KERNELS_FROM = (8, 0)  # capability; the tensor cores of Turing, 7.5, know no bfloat16
-WIDEST_HEAD = 128  # of cuDNN before Hopper; ours is built to fit sm_86's 99 KiB of shared memory
-# Capabilities where "auto" means cuDNN's kernel. None: its first run captures a stream that copies
-# of other threads then break, and no measurement on a GPU shows yet that it is faster than ours
+KERNELS_FROM = (8, 0)  # compute capability; tensor cores of Turing (7.5) do not take bfloat16
+WIDEST_HEAD = 128  # cuDNN's limit before Hopper; our tiles fit the 99 KiB shared memory of sm_86
+# Capabilities where "auto" means cuDNN's kernel. None so far: its first run captures a CUDA stream,
+# which a copy from another thread breaks, and no GPU measurement shows that it is faster than ours
 CUDNN_BY_DEFAULT: frozenset[tuple[int, int]] = frozenset()
-CPU_SCORES, GPU_SCORES = 2**25, 2**28  # bytes of float32 scores at once: a CPU's stay in cache
+# bytes of the float32 scores computed at once; 32 MiB stay in a CPU's cache
+CPU_SCORES, GPU_SCORES = 2**25, 2**28
 
 
 class Target(NamedTuple):
     """The device that programs are compiled for."""
 
-    platform: str  # as JAX names it: "cpu", "gpu"
-    capability: tuple[int, int] | None = None  # of an NVIDIA GPU
+    platform: str  # JAX's name: "cpu", "gpu"
+    capability: tuple[int, int] | None = None  # compute capability; None if not an NVIDIA GPU
 
     def __str__(self) -> str:
         return "sm_{}{}".format(*self.capability) if self.capability else self.platform
@@ -41,25 +43,27 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Attend:
-    """How attention is computed on `target`, from what the job asks for in `wanted`:
+    """How attention is computed on `target`. `wanted` is the job's option:
 
-    - "chunks": XLA computes the scores of some queries at a time: of as many as keep them within
-      32 MiB on a CPU and 256 MiB on a GPU, and of at most `query_chunk`. Causal scores, which are
-      the text encoder's over at most 512 tokens, are computed at once.
-    - "flash": a Pallas-Triton kernel that stores no scores. Takes float16 and bfloat16, heads of at
-      most 128, capability 8.0 or newer. Not float32: TF32 would not be float32, and without tensor
-      cores Triton's products (64 x 32 tiles, sm_86) read 296 times 16 bytes of shared memory for
-      2,048 multiply-adds of a thread, which bounds them to 43 % of the FLOP/s; cuBLAS, which
-      computes the chunks, has no such bound.
-    - "cudnn": cuDNN's kernel. Takes what "flash" takes if heads are a multiple of 8 wide and there
-      is no bias: cuDNN would round it to 16 bits (a key that stands for 16 would weigh 0.7 % less).
+    - "chunks": XLA computes attention over one query chunk after another. The size of a query chunk
+      keeps the float32 scores within 32 MiB on a CPU and 256 MiB on a GPU, and is at most
+      `query_chunk` queries. Causal attention (the text encoder's, at most 512 tokens) is one chunk.
+    - "flash": a Pallas-Triton kernel that stores no scores. It takes float16 and bfloat16, heads of
+      at most 128 channels, and capability 8.0 or newer. It does not take float32: TF32 is less
+      precise, and without tensor cores Triton's products (64 x 32 tiles, sm_86) read 296 times 16
+      bytes of shared memory per 2,048 multiply-adds of a thread, which limits them to 43 % of the
+      GPU's FLOP/s. cuBLAS, which computes the chunks, has no such limit.
+    - "cudnn": cuDNN's kernel. It takes what "flash" takes, if the head width is a multiple of 8 and
+      there is no bias: cuDNN would round the bias to 16 bits (a key that stands for 16 tokens would
+      weigh 0.7 % less).
     - "auto": "flash" where it takes the dtype and the heads, else "chunks".
 
-    The kernel changes the last bits. It therefore follows from the job, the device and the shapes;
-    never from the memory budget, and never from which packages are installed: where "auto" is
-    "flash" and Pallas-Triton is missing, that is an error.
+    The implementation changes the last bits of the result. It therefore depends on the job, the
+    device and the shapes, never on the memory budget or on installed packages: where "auto" means
+    "flash" and Pallas-Triton is missing, `attention` raises UsageError.
 
-    Raises UsageError for an unknown word."""
+    Raises UsageError if `wanted` is not in CHOICES.
+    """
 
     wanted: str = "auto"
     target: Target = Target("cpu")
@@ -72,8 +76,10 @@ class Attend:
     def implementation(
         self, dtype, width: int, *, biased: bool = False
     ) -> Literal["chunks", "flash", "cudnn"]:
-        """The rule, for heads of one width. Raises UsageError where the wanted kernel does not take
-        them."""
+        """The implementation for heads of `width` channels.
+
+        Raises UsageError if the wanted kernel does not take the dtype, width, bias or target.
+        """
         if self.wanted == "chunks":
             return "chunks"
         flash, cudnn = self._obstacle(dtype, width), self._cudnn_obstacle(dtype, width, biased)
@@ -103,7 +109,7 @@ class Attend:
         return self._obstacle(dtype, width)
 
     def queries_at_once(self, batch: int, queries: int, keys: int, heads: int) -> int:
-        """Queries whose scores are computed at once under "chunks"."""
+        """Size of a query chunk: queries whose scores are computed at once under "chunks"."""
         most = CPU_SCORES if self.target.platform == "cpu" else GPU_SCORES
         chunks = math.ceil(queries * 4 * batch * heads * keys / most)
         chunk = math.ceil(queries / chunks / 32) * 32
@@ -120,10 +126,13 @@ def attention(
     causal: bool = False,
     attend: Attend = Attend(),
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k / sqrt(H) + bias) v. Keys from `lengths` on are masked. Scores, bias and softmax
-    are in float32.
+    """softmax(q k / sqrt(H) + bias) v, in q's dtype; scores, bias and softmax are float32.
 
-    Raises UsageError where `attend` wants a kernel that does not take these arrays."""
+    Keys at index `lengths` and beyond are masked; `causal` masks keys behind the query. (PyTorch
+    `scaled_dot_product_attention`)
+
+    Raises UsageError if `attend` wants a kernel that does not take these arrays.
+    """
     kind = attend.implementation(q.dtype, q.shape[-1], biased=bias is not None)
     if kind == "flash":
         return flash(q, k, v, lengths=lengths, bias=bias, causal=causal)
@@ -157,12 +166,11 @@ def in_chunks(
     causal: bool = False,
     chunk: int,
 ) -> Float[Array, "B T N H"]:
-    """`attention` by XLA, with the scores of `chunk` queries at once."""
+    """`attention` by XLA, `chunk` queries at a time."""
     queries = q.shape[1]
     if chunk >= queries:
         return _attend_chunk(q, k, v, lengths, bias, 0 if causal else None)
-    # Every chunk has the same shape, so one loop body serves them all; the surplus queries are
-    # dropped.
+    # the padded chunks have one shape and share one loop body; the padding is dropped at the end
     count = math.ceil(queries / chunk)
     q = jnp.pad(q, ((0, 0), (0, count * chunk - queries), (0, 0), (0, 0)))
     q = jnp.moveaxis(q.reshape(q.shape[0], count, chunk, *q.shape[2:]), 1, 0)
@@ -175,8 +183,8 @@ def in_chunks(
 
 def _attend_chunk(q, k, v, lengths, bias, first_query):
     batch, queries, heads, width = q.shape
-    # heads before tokens: both products are then plain batched matrix products, twice as fast on a
-    # CPU. The query heads of one key head stand in one run of rows
+    # With heads before tokens both products are plain batched matrix products, twice as fast on a
+    # CPU. The rows t are the queries of all query heads that share key head m
     q = q.swapaxes(1, 2).reshape(batch, k.shape[2], -1, width)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = jnp.einsum("bmth,bmsh->bmts", q, k, preferred_element_type=jnp.float32) / math.sqrt(
@@ -197,21 +205,23 @@ def _attend_chunk(q, k, v, lengths, bias, first_query):
 
 # -- flash -----------------------------------------------------------------------------------------
 
-TILE = (128, 64)  # queries and keys at once: 96 KiB of shared memory for heads of 128 in 16 bits
-MASKED = -1e30  # a score: finite, for the difference of two infinities is no number
-LOG2E = math.log2(math.e)  # a GPU has an instruction for powers of 2
+TILE = (128, 64)  # queries, keys: 96 KiB of shared memory for heads of 128 channels in 16 bits
+MASKED = -1e30  # a masked score; finite, because the difference of two infinities is NaN
+LOG2E = math.log2(math.e)  # the kernel computes 2^x, for which a GPU has an instruction
 
 
 def _pallas():
-    """Pallas and its Triton parts, which JAX 0.11 announces will be removed. Loaded on first use:
-    a CPU needs neither."""
+    """The modules Pallas and Pallas-Triton. JAX 0.11 announces the removal of the latter.
+
+    Imported on first use: a CPU needs neither. Raises UsageError if this JAX lacks them.
+    """
     try:
         from jax.experimental import pallas
         from jax.experimental.pallas import triton
     except ImportError:
         raise UsageError(
             f"attention on this GPU needs Pallas-Triton, which jax {jax.__version__} lacks: "
-            "install jax 0.10 or 0.11, or ask for --attention chunks"
+            "install jax 0.10 or 0.11, or use --attention chunks"
         ) from None
     return pallas, triton
 
@@ -227,16 +237,16 @@ def flash(
     tile: tuple[int, int] = TILE,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """`attention` by one kernel that keeps running sums of a tile of queries and stores no scores.
-    (FlashAttention-2, arXiv 2307.08691)
+    """`attention` by one kernel that stores no scores. (FlashAttention-2, arXiv 2307.08691)
 
-    `tile` is queries and keys at once, powers of 2 of at least 16. With `interpret` it runs on any
-    device, slowly.
+    For each tile of queries it keeps running sums over tiles of keys. `tile`: (queries, keys),
+    powers of 2, at least 16. `interpret`: run on any device, slowly.
 
-    Raises UsageError where this JAX has no Pallas-Triton."""
+    Raises UsageError if this JAX has no Pallas-Triton.
+    """
     pallas, triton = _pallas()
     (batch, queries, heads, width), (keys, key_heads) = q.shape, k.shape[1:3]
-    padded = max(16, pallas.next_power_of_2(width))  # a tensor core multiplies 16 channels at least
+    padded = max(16, pallas.next_power_of_2(width))  # a tensor core takes 16 channels or more
     of_queries = pallas.BlockSpec(
         (None, tile[0], None, padded), lambda tile, picture, head: (picture, tile, head, 0)
     )
@@ -265,7 +275,8 @@ def flash(
         in_specs=specs,
         out_specs=of_queries,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        # with 4 warps heads of 128 spill 376 bytes of registers, with 8 none (sm_86 to sm_120)
+        # heads of 128 channels spill 376 bytes of registers with 4 warps, none with 8
+        # (sm_86 to sm_120)
         compiler_params=triton.CompilerParams(num_warps=8 if padded > 64 else 4, num_stages=2),
         interpret=interpret,
         name="flash",
@@ -273,8 +284,11 @@ def flash(
 
 
 def _kernel(*refs, shape, tile, causal, has_lengths, has_bias):
-    """One tile of queries of one head. Triton masks nothing by itself: tiles reach beyond the last
-    query, the last key and the width."""
+    """Attention of one tile of queries of one head.
+
+    The last tiles reach beyond the queries, the keys and the width; Triton does not mask them, so
+    every load and store here has a mask.
+    """
     pallas, triton = _pallas()
     (queries, keys, width), (tile_queries, tile_keys) = shape, tile
     q_ref, k_ref, v_ref, *optional, out_ref = refs
@@ -314,7 +328,7 @@ def _kernel(*refs, shape, tile, causal, has_lengths, has_bias):
 
 
 def _dot(a: Array, b: Array, contracted: int) -> Array:
-    """a times b over this axis of b, summed in float32."""
+    """Product of a and b over axis 1 of a and axis `contracted` of b, summed in float32."""
     return lax.dot_general(
         a, b, (((1,), (contracted,)), ((), ())), preferred_element_type=jnp.float32
     )

@@ -1,9 +1,10 @@
 """Frozen configs of the three components, read strictly from the published JSON files.
 
-Attribute names are the published keys. A key in a file is one of: a field, inert (it changes no
-arithmetic), or neutral (it would change arithmetic, so it passes only at the value that changes
-nothing). Any other key is an error: a model that was trained with something this code lacks must
-not run silently without it."""
+Attribute names are the published keys. Each key of a file is a field, inert (it changes no
+arithmetic) or neutral (it would change arithmetic, so only the value that changes nothing is
+accepted). Any other key is an error: a model that needs something this code lacks must not run
+without it. Sizes are in elements (channels, layers, tokens) unless a comment gives another unit.
+"""
 
 import dataclasses
 import reprlib
@@ -13,14 +14,16 @@ from dataclasses import dataclass, replace
 from ..errors import ConfigError
 from ..files import printable
 
-# Larger numbers cannot be a Z-Image and would let a hostile config exhaust memory.
+# No Z-Image has larger numbers, and a hostile config could exhaust memory with them.
 _LARGEST, _MOST_LAYERS = 1 << 20, 512
-_MOST_FAULTS = 8  # named in one message
+_MOST_FAULTS = 8  # listed in one message
 
 
 def _read(cls, data, where: str, inert=(), neutral=None):
-    """Fields of `cls` from the JSON object `data`, or a ConfigError that names every fault at
-    once."""
+    """A `cls` from the JSON object `data`; `inert` and `neutral` as the module's docstring says.
+
+    Raises ConfigError with all faults (at most _MOST_FAULTS of them are listed).
+    """
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a JSON object, got {type(data).__name__}")
     hints = typing.get_type_hints(cls)
@@ -33,9 +36,8 @@ def _read(cls, data, where: str, inert=(), neutral=None):
                 faults.append(f"{key} {fault}")
         elif neutral and key in neutral:
             if value not in neutral[key]:
-                faults.append(
-                    f"{key} = {_shown(value)} is not supported (only {neutral[key][0]!r})"
-                )
+                only = _shown(neutral[key][0])
+                faults.append(f"{key} = {_shown(value)} is not supported (only {only})")
         elif key not in inert and not key.startswith("_"):
             faults.append(f"unknown key {_shown(key)} = {_shown(value)}")
     if len(faults) > _MOST_FAULTS:
@@ -50,29 +52,18 @@ def _read(cls, data, where: str, inert=(), neutral=None):
 
 
 def _shown(value) -> str:
-    return printable(reprlib.repr(value), 60)  # which goes no deeper than six levels
+    return printable(reprlib.repr(value), 60)  # reprlib stops after six levels of nesting
 
 
 def _coerce(value, hint):
-    if (
-        hint is int
-        and isinstance(value, int)
-        and not isinstance(value, bool)
-        and 0 < value <= _LARGEST
-    ):
+    """`value` as the type `hint`. The text of the ValueError continues a message after the key."""
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if hint is int and is_int and 0 < value <= _LARGEST:
         return value
-    if (
-        hint is float
-        and isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and abs(value) < 1e30
-    ):
+    if hint is float and (is_int or isinstance(value, float)) and abs(value) < 1e30:
         return float(value)
-    if (
-        typing.get_origin(hint) is tuple
-        and isinstance(value, list | tuple)
-        and 0 < len(value) <= 16
-    ):
+    is_tuple = typing.get_origin(hint) is tuple
+    if is_tuple and isinstance(value, list | tuple) and 0 < len(value) <= 16:
         return tuple(_coerce(v, int) for v in value)
     names = {int: f"a whole number from 1 to {_LARGEST}", float: "a number"}
     raise ValueError(
@@ -115,7 +106,8 @@ class DiTConfig:
         _require(
             len(self.axes_dims) == len(self.axes_lens) == 3
             and sum(self.axes_dims) == self.head_dim,
-            f"axes_dims {self.axes_dims} must be three numbers that add up to dim / n_heads = {self.head_dim}",
+            f"axes_dims {self.axes_dims} must be three numbers that add up to "
+            f"dim / n_heads = {self.head_dim}",
         )
         _require(
             all(d % 2 == 0 for d in self.axes_dims), f"axes_dims {self.axes_dims} must be even"
@@ -123,22 +115,27 @@ class DiTConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of an attention head."""
         return self.dim // self.n_heads
 
     @property
     def ff_dim(self) -> int:
+        """Width of the feed-forward: 8/3 of dim, rounded down."""
         return int(self.dim / 3 * 8)
 
     @property
     def adaln_dim(self) -> int:
+        """Width of the time embedding."""
         return min(self.dim, 256)
 
     @property
     def patch_dim(self) -> int:
+        """Values of a 2 x 2 patch of latents."""
         return 4 * self.in_channels
 
     @classmethod
-    def from_json(cls, data, where: str = "transformer/config.json") -> "DiTConfig":
+    def from_json(cls, data: object, where: str = "transformer/config.json") -> "DiTConfig":
+        """From the published JSON object; `where` begins each message. Raises ConfigError."""
         heads = data.get("n_heads") if isinstance(data, dict) else None
         neutral = {
             "n_kv_heads": [heads],
@@ -150,6 +147,7 @@ class DiTConfig:
         return _read(cls, data, where, neutral=neutral)
 
     def to_json(self) -> dict:
+        """The JSON object that `from_json` reads."""
         return dataclasses.asdict(self) | {"n_kv_heads": self.n_heads, "qk_norm": True}
 
 
@@ -175,18 +173,21 @@ class TextEncoderConfig:
         )
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
-            f"{self.num_key_value_heads}",
+            f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {self.num_key_value_heads}",
         )
         _require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even")
 
     @property
     def n_layers(self) -> int:
-        """Layers that are run: the features are the input of the last one."""
+        """Layers that run: the features are the input of the last layer, which never runs."""
         return self.num_hidden_layers - 1
 
     @classmethod
-    def from_json(cls, data, where: str = "text_encoder/config.json") -> "TextEncoderConfig":
+    def from_json(
+        cls, data: object, where: str = "text_encoder/config.json"
+    ) -> "TextEncoderConfig":
+        """From the published JSON object; `where` begins each message. Raises ConfigError."""
         neutral = {
             "hidden_act": ["silu"],
             "attention_bias": [False],
@@ -214,9 +215,8 @@ class TextEncoderConfig:
         }
         if isinstance(data, dict):
             data = dict(data)
-            rope = data.pop(
-                "rope_parameters", None
-            )  # transformers >= 5 nests what used to lie flat
+            # transformers >= 5 nests rope_theta and rope_type, older versions do not
+            rope = data.pop("rope_parameters", None)
             if isinstance(rope, dict):
                 data |= rope
             layers = data.pop("layer_types", None) or ["full_attention"]
@@ -231,6 +231,7 @@ class TextEncoderConfig:
         return _read(cls, data, where, inert, neutral)
 
     def to_json(self) -> dict:
+        """The JSON object that `from_json` reads."""
         return dataclasses.asdict(self) | {"model_type": "qwen3"}
 
 
@@ -246,16 +247,17 @@ class VAEConfig:
     norm_num_groups: int = 32
     scaling_factor: float = 0.3611
     shift_factor: float = 0.1159
-    sample_size: int = 1024  # pixels; the side of a picture when none is asked for
+    sample_size: int = 1024  # pixels: a picture's default width and height
 
     def __post_init__(self):
         _require_layers(layers_per_block=self.layers_per_block)
         _require(
-            len(self.block_out_channels) <= 6, "block_out_channels must be six numbers at most"
+            len(self.block_out_channels) <= 6, "block_out_channels must be at most six numbers"
         )
         _require(
             all(c % self.norm_num_groups == 0 for c in self.block_out_channels),
-            f"block_out_channels {self.block_out_channels} must be multiples of norm_num_groups {self.norm_num_groups}",
+            f"block_out_channels {self.block_out_channels} must be multiples of norm_num_groups "
+            f"{self.norm_num_groups}",
         )
         _require(self.scaling_factor != 0, "scaling_factor must not be 0")
         _require(
@@ -265,11 +267,12 @@ class VAEConfig:
 
     @property
     def scale(self) -> int:
-        """Pixels per latent, in each direction."""
+        """Pixels per latent along each axis."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
-    def from_json(cls, data, where: str = "vae/config.json") -> "VAEConfig":
+    def from_json(cls, data: object, where: str = "vae/config.json") -> "VAEConfig":
+        """From the published JSON object; `where` begins each message. Raises ConfigError."""
         channels = data.get("block_out_channels") if isinstance(data, dict) else None
         levels = len(channels) if isinstance(channels, list | tuple) else 0
         neutral = {
@@ -285,6 +288,7 @@ class VAEConfig:
         return _read(cls, data, where, {"force_upcast"}, neutral)
 
     def to_json(self) -> dict:
+        """The JSON object that `from_json` reads."""
         return dataclasses.asdict(self)
 
 
@@ -293,8 +297,8 @@ TURBO_SHIFT, BASE_SHIFT = 3.0, 6.0
 
 @dataclass(frozen=True)
 class SigmasConfig:
-    """What of the published scheduler config (`FlowMatchEulerDiscreteScheduler`) the sampler
-    uses."""
+    """The one parameter of the published scheduler that the sampler uses (diffusers
+    `FlowMatchEulerDiscreteScheduler`)."""
 
     shift: float = TURBO_SHIFT
 
@@ -302,7 +306,10 @@ class SigmasConfig:
         _require(self.shift > 0, f"shift must be positive, got {self.shift}")
 
     @classmethod
-    def from_json(cls, data, where: str = "scheduler/scheduler_config.json") -> "SigmasConfig":
+    def from_json(
+        cls, data: object, where: str = "scheduler/scheduler_config.json"
+    ) -> "SigmasConfig":
+        """From the published JSON object; `where` begins each message. Raises ConfigError."""
         neutral = {
             "num_train_timesteps": [1000],
             "use_dynamic_shifting": [False],
@@ -323,12 +330,13 @@ class SigmasConfig:
         return _read(cls, data, where, inert, neutral)
 
     def to_json(self) -> dict:
+        """The JSON object that `from_json` reads."""
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
 class DefaultsConfig:
-    """How many NFEs and how much guidance a model is made for; what counts where a job names none."""
+    """The number of NFEs and the guidance of a job that does not set them."""
 
     steps: int = 8
     guidance: float = 0.0
@@ -339,20 +347,25 @@ class DefaultsConfig:
 
     @classmethod
     def of(cls, sigmas: SigmasConfig) -> "DefaultsConfig":
-        """By the shift, the one thing in which the published models differ: Turbo's is 3, the base model's 6."""
+        """A published model's defaults, recognised by its shift: 3 for Turbo, 6 for the base model.
+
+        Their configs differ in nothing else.
+        """
         return cls() if sigmas.shift == TURBO_SHIFT else cls(28, 4.0)
 
     @classmethod
-    def from_json(cls, data, where: str = "defaults") -> "DefaultsConfig":
+    def from_json(cls, data: object, where: str = "defaults") -> "DefaultsConfig":
+        """From an object that `to_json` wrote. Raises ConfigError."""
         return _read(cls, data, where)
 
     def to_json(self) -> dict:
+        """The JSON object that `from_json` reads."""
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole Z-Image: what one checkpoint holds."""
+    """The configs of one checkpoint: three components, the scheduler and the defaults."""
 
     transformer: DiTConfig = DiTConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
@@ -374,12 +387,15 @@ class ModelConfig:
 
     @property
     def pixel_multiple(self) -> int:
-        """Width and height must be multiples of this: the VAE's scale times the patch of 2."""
+        """Width and height in pixels must be multiples of this: VAE scale times patch size 2."""
         return 2 * self.vae.scale
 
     @classmethod
     def from_json(cls, data: dict, where: str = "config") -> "ModelConfig":
-        """`data` has one object per component, as `to_json` writes it; checkpoints of version 1 have no defaults."""
+        """From an object with one key per field, as `to_json` writes it. Raises ConfigError.
+
+        Checkpoints of version 1 have no "defaults".
+        """
         parts = typing.get_type_hints(cls)
         _require(
             isinstance(data, dict) and parts.keys() - {"defaults"} <= data.keys() <= parts.keys(),
@@ -391,6 +407,7 @@ class ModelConfig:
         return cls(**{"defaults": DefaultsConfig.of(read["scheduler"])} | read)
 
     def to_json(self) -> dict:
+        """The JSON object that `from_json` reads."""
         return {f.name: getattr(self, f.name).to_json() for f in dataclasses.fields(self)}
 
 
@@ -400,6 +417,6 @@ BASE = replace(TURBO, scheduler=_BASE, defaults=DefaultsConfig.of(_BASE))
 PRESETS = {
     "turbo": TURBO,
     "base": BASE,
-    # 24 blocks: four chunks of six
+    # 24 blocks make four equal chunks of 6
     "turbo-24": replace(TURBO, transformer=replace(TURBO.transformer, n_layers=24)),
 }

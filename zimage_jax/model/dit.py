@@ -1,24 +1,28 @@
-"""The S3-DiT of Z-Image: one stream of image and caption tokens (diffusers
+"""The S3-DiT of Z-Image: one stream of image and caption tokens (arXiv 2511.22699; diffusers
 `ZImageTransformer2DModel`).
 
 Axes:
   B  pictures                 h, w  latent rows and columns     C  latent channels (16)
-  I  image tokens, h w / 4 padded to a multiple of 32           L  caption tokens, padded to a bucket
-  T  all tokens, I + L: the image first, so that a length masks the tail
-  S  keys: T, with the image tokens in groups where the K/V policy says so
-  D  width (3840)             N  heads (30)       H  head width (128)       F  feed-forward width (10240)
-  A  adaLN width (256)        E  text feature width (2560)
+  I  image tokens: h w / 4, padded to a multiple of 32
+  L  caption tokens, padded to a bucket
+  T  all tokens, I + L; the image comes first, so that padding is at the end and a length masks it
+  S  keys: T, or fewer where the K/V policy groups image tokens
+  R  tokens of one run (ops.in_runs)
+  D  width (3840)             N  heads (30)       H  head width (128)
+  F  feed-forward width (10240)                   A  adaLN width (256)
+  E  text feature width (2560)                    half  rotations of a head, H / 2
 
-The model knows nothing of memory: `Stem` is what is no block, a `Block` is what a schedule moves.
-One NFE is `embed_image`, the noise refiner over I tokens, `join` with the caption's context, all
-blocks over T tokens, `velocity`. The context depends on the prompt alone: `embed_caption` and the
-context refiner run once per prompt.
+The model does not manage memory: `Stem` has the parameters outside the blocks, a `Block` is what a
+schedule moves. One NFE is `embed_image`, the noise refiner over I tokens, `join` with the context,
+the main blocks over T tokens, and `velocity`. The context depends on the prompt alone:
+`embed_caption` and the context refiner run once per prompt.
 
-A float16 holds tokens times ops.TOKEN_SCALE: `embed_image` and `embed_caption` make them so, blocks
-keep them so, `velocity` reads them so. Products that may overflow stay in float32 up to the norm
-that follows."""
+A float16 residual stream holds tokens times ops.TOKEN_SCALE: `embed_image` and `embed_caption`
+scale them, `velocity` divides by it. Products that may overflow stay in float32 up to the norm that
+follows.
+"""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +38,14 @@ from .config import DiTConfig
 from .kv import KV, KVFormat
 from .layers import Linear, RMSNorm, gated, parameter
 
-TOKEN_MULTIPLE = 32  # the reference pads image and caption to this with learned tokens that take part in attention
+# the reference pads image and caption to a multiple of this with learned tokens, which are attended
+TOKEN_MULTIPLE = 32
 TIME_WIDTH, TIME_HIDDEN = 256, 1024
+Count = TypeVar("Count", int, np.ndarray)
 
 
 class KeyTable(NamedTuple):
-    """Rotations and mask of keys that are not the tokens' own: image tokens in groups."""
+    """Rotations and mask of keys that stand for groups of image tokens."""
 
     cos: Float[Array | np.ndarray, "B S half"]
     sin: Float[Array | np.ndarray, "B S half"]
@@ -47,19 +53,22 @@ class KeyTable(NamedTuple):
 
 
 class BlockInputs(NamedTuple):
-    """What every block reads beside its tokens."""
+    """The inputs of every block beside its tokens."""
 
     cos: Float[Array | np.ndarray, "B T half"]
     sin: Float[Array | np.ndarray, "B T half"]
-    lengths: Int[Array | np.ndarray, "B"] | None  # keys from here on are masked; None: all count
+    # keys at this index and beyond are masked; None masks none
+    lengths: Int[Array | np.ndarray, "B"] | None
     time: Float[Array, "B A"] | None  # None in the context refiner, which is not modulated
-    keys: KeyTable | None = None  # None: those of the tokens
+    keys: KeyTable | None = None  # None: every token is a key, with its own rotation
 
 
 # -- modules ---------------------------------------------------------------------------------------
 
 
 class Attention(nnx.Module):
+    """Self-attention with QK norm and RoPE. (diffusers `Attention`)"""
+
     def __init__(self, config: DiTConfig):
         dim = config.dim
         self.to_q, self.to_k, self.to_v, self.to_out = (
@@ -76,7 +85,10 @@ class Attention(nnx.Module):
         kv_format: KVFormat,
         held: KV | None,
     ) -> tuple[Float[Array, "B T D"], KV]:
-        """In the dtype ops.wide gives. `held`: K and V of an earlier NFE, in place of this one's."""
+        """The output, in the dtype `ops.wide` gives, and the K and V used.
+
+        `held`: K and V of an earlier NFE to use again; None computes new ones.
+        """
         batch, tokens, dim = x.shape
         wide, query_dtype = ops.wide(x.dtype), kv_format.query_dtype(x.dtype)
 
@@ -93,9 +105,9 @@ class Attention(nnx.Module):
         return self.to_out(out.reshape(batch, tokens, dim), wide), held
 
     def _keys_values(self, x: Float[Array, "B T D"], keys: KeyTable, kv_format: KVFormat) -> KV:
-        """float32 from the projections to the end of the rotation, then one rounding."""
+        """K and V of `x`, float32 from the projections to the rotation, then rounded once."""
 
-        def made(x: Float[Array, "B R D"], cos, sin, lengths=None) -> KV:
+        def keys_values(x: Float[Array, "B R D"], cos, sin, lengths=None) -> KV:
             k, v = (
                 project(x, jnp.float32).reshape(*x.shape[:2], self.heads, -1)
                 for project in (self.to_k, self.to_v)
@@ -104,11 +116,13 @@ class Attention(nnx.Module):
             return kv.round_kv(ops.rotate_pairs(k, cos, sin), v, lengths, kv_format)
 
         if kv_format.joins_tokens:
-            return made(x, keys.cos, keys.sin, keys.lengths)
-        return ops.in_runs(made, x, keys.cos, keys.sin)
+            return keys_values(x, keys.cos, keys.sin, keys.lengths)
+        return ops.in_runs(keys_values, x, keys.cos, keys.sin)
 
 
 class FeedForward(nnx.Module):
+    """w2(silu(w1 x) * w3 x). (diffusers `FeedForward` of `transformer_z_image`)"""
+
     def __init__(self, config: DiTConfig):
         self.w1 = Linear(config.dim, config.ff_dim, bias=False)
         self.w2 = Linear(config.ff_dim, config.dim, bias=False)
@@ -119,8 +133,8 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One transformer block: norms before and after attention and feed-forward, modulated by time
-    or not."""
+    """Attention and feed-forward, each between two RMS norms; `modulated`: scaled and gated by
+    time. (diffusers `ZImageTransformerBlock`)"""
 
     def __init__(self, config: DiTConfig, *, modulated: bool = True):
         self.attention = Attention(config)
@@ -138,8 +152,7 @@ class Block(nnx.Module):
         kv_format: KVFormat,
         held: KV | None = None,
     ) -> tuple[Float[Array, "B T D"], KV]:
-        """The tokens after the block, and the K and V it used: its own, or those `held` from an
-        earlier NFE."""
+        """The tokens after the block, and the K and V it used: `held`, if given, else new ones."""
         dtype = x.dtype
         scale1, gate1, scale2, gate2 = self._modulate(inputs.time, dtype)
         y = self.attention_norm1(ops.from_tokens(x), scale1, dtype)
@@ -147,8 +160,8 @@ class Block(nnx.Module):
         x = ops.add_to_tokens(x, self.attention_norm2(y, gate1))
         y = self.feed_forward(self.ffn_norm1(ops.from_tokens(x), scale2, dtype))
         x = ops.add_to_tokens(x, self.ffn_norm2(y, gate2))
-        # XLA fuses across blocks and in bf16 then skips a rounding (1e-2 apart): with a barrier, a
-        # block gives the same bits in whatever chunk it runs
+        # Without a barrier XLA fuses across blocks and skips a rounding in bf16 (1e-2 apart). With
+        # it, a block gives the same bits in a chunk of any size
         return lax.optimization_barrier(x), held
 
     def _modulate(
@@ -162,7 +175,7 @@ class Block(nnx.Module):
 
 
 class Stem(nnx.Module):
-    """Embedders, pad tokens and final layer: the parameters that belong to no block."""
+    """Embedders, pad tokens and final layer: the parameters outside the blocks."""
 
     def __init__(self, config: DiTConfig):
         self.x_embedder = Linear(config.patch_dim, config.dim)
@@ -178,6 +191,8 @@ class Stem(nnx.Module):
 
 
 class DiT(nnx.Module):
+    """The whole model. (diffusers `ZImageTransformer2DModel`)"""
+
     def __init__(self, config: DiTConfig):
         self.stem = Stem(config)
         self.noise_refiner = nnx.List(Block(config) for _ in range(config.n_refiner_layers))
@@ -195,13 +210,13 @@ def spec(config: DiTConfig) -> DiT:
 # -- shapes and positions, on the host -------------------------------------------------------------
 
 
-def padded(tokens):
-    """A count of tokens (a number or an array of them) rounded up to what the reference pads to."""
+def padded(tokens: Count) -> Count:
+    """A token count, or an array of counts, rounded up to a multiple of TOKEN_MULTIPLE."""
     return -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
 
 
 def caption_positions(batch: int, bucket: int) -> Float[np.ndarray, "B L 3"]:
-    """Captions count from 1 on axis 0, their pad tokens go on counting."""
+    """Caption tokens and their pad tokens count from 1 on axis 0; axes 1 and 2 are 0."""
     positions = np.zeros((batch, bucket, 3))
     positions[..., 0] = 1 + np.arange(bucket)
     return positions
@@ -210,10 +225,11 @@ def caption_positions(batch: int, bucket: int) -> Float[np.ndarray, "B L 3"]:
 def image_positions(
     h: int, w: int, lengths: Int[np.ndarray, "B"], group: int = 1
 ) -> Float[np.ndarray, "B I 3"]:
-    """Axis 0 is one past the padded caption, axes 1 and 2 are row and column, or the centre of each
-    group of tokens; pad tokens sit at the origin.
+    """Positions of image tokens: on axis 0 one past the padded caption, on axes 1 and 2 the row and
+    column of the token, or of the centre of its group. Pad tokens have position 0 on all axes.
 
-    `lengths`: caption tokens of each picture before padding.
+    `lengths`: caption tokens of each picture before padding. `group`: the side of a group in
+    tokens.
     """
     rows, columns = (kv.centres(n // 2, group) for n in (h, w))
     grid = np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
@@ -225,7 +241,8 @@ def image_positions(
 
 
 class Inputs(NamedTuple):
-    """The sides of the three token runs; `time` is filled in per NFE."""
+    """Block inputs of the context refiner, the noise refiner and the main blocks. `time` is set for
+    each NFE."""
 
     caption: BlockInputs
     image: BlockInputs
@@ -233,17 +250,18 @@ class Inputs(NamedTuple):
 
 
 def inputs(config: DiTConfig, h: int, w: int, lengths: Int[np.ndarray, "B"], bucket: int) -> Inputs:
-    """Rotations and masks of pictures of h x w latents with captions of `lengths` tokens in a
-    bucket of L.
+    """Rotations and masks of pictures of h x w latents with captions of `lengths` tokens, padded to
+    `bucket` tokens.
 
-    Raises ConfigError when a position lies beyond the model's `axes_lens`.
+    Raises ConfigError if a position exceeds the model's `axes_lens`.
     """
     caption, image = caption_positions(len(lengths), bucket), image_positions(h, w, lengths)
     for axis, limit in enumerate(config.axes_lens):
-        # the image comes one past the padded caption; what the bucket has behind that is masked
+        # the image's position follows the padded caption; caption tokens beyond that are masked
         if (last := image[..., axis].max()) >= limit:
             raise ConfigError(
-                f"position {last:.0f} on axis {axis} is beyond the {limit} this model was made for"
+                f"position {last:.0f} on axis {axis}: this model takes positions below {limit}; "
+                "use a smaller size or a shorter prompt"
             )
     caption_lengths = padded(lengths).astype(np.int32)
 
@@ -266,7 +284,8 @@ def grouped_keys(
     bucket: int,
     kv_format: KVFormat,
 ) -> KeyTable | None:
-    """The keys of the main blocks under a way to hold them; None where they are the tokens' own."""
+    """Rotations and mask of the main blocks' keys, if `kv_format` groups image tokens, else None.
+    The other arguments are those of `inputs`."""
     if kv_format.grid is None:
         return None
     caption, image = (
@@ -283,7 +302,7 @@ def grouped_keys(
 
 
 def embed_time(stem: Stem, t: Float[Array, "B"]) -> Float[Array, "B A"]:
-    """t is 1 - sigma, in [0, 1). Float32. (diffusers `TimestepEmbedder`)"""
+    """The embedding of t = 1 - sigma, in [0, 1). Float32. (diffusers `TimestepEmbedder`)"""
     half = TIME_WIDTH // 2
     frequency = np.exp(
         np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
@@ -296,8 +315,8 @@ def embed_time(stem: Stem, t: Float[Array, "B"]) -> Float[Array, "B A"]:
 def embed_caption(
     stem: Stem, features: Float[Array, "B L E"], lengths: Int[Array, "B"]
 ) -> Float[Array, "B L D"]:
-    """Text features, as the text encoder's blocks give them, to caption tokens; rows from `lengths`
-    on become the learned pad token."""
+    """Caption tokens from text features (a residual stream, see ops.from_tokens). Rows at `lengths`
+    and beyond become the learned pad token."""
     dtype = features.dtype
     x = stem.cap_norm(ops.from_tokens(features), out_dtype=dtype)
     x = ops.to_tokens(stem.cap_embedder(x, ops.wide(dtype)), dtype)
@@ -306,6 +325,7 @@ def embed_caption(
 
 
 def embed_image(stem: Stem, latents: Float[Array, "B h w C"], dtype) -> Float[Array, "B I D"]:
+    """Image tokens of `dtype` from patches of the latents, padded with the learned pad token."""
     x = stem.x_embedder(ops.patchify(latents).astype(dtype), ops.wide(dtype))
     x, pad = (ops.to_tokens(values, dtype) for values in (x, stem.x_pad_token[...]))
     batch, tokens, dim = x.shape
@@ -314,14 +334,15 @@ def embed_image(stem: Stem, latents: Float[Array, "B h w C"], dtype) -> Float[Ar
 
 
 def join(image: Float[Array, "B I D"], context: Float[Array, "B L D"]) -> Float[Array, "B T D"]:
+    """All tokens: the image, then the context."""
     return jnp.concatenate([image, context], 1)
 
 
 def velocity(
     stem: Stem, x: Float[Array, "B T D"], time: Float[Array, "B A"], h: int, w: int
 ) -> Float[Array, "B h w C"]:
-    """The final layer: an affine-free LayerNorm, a scale, a linear. Float32. (diffusers
-    `FinalLayer`)"""
+    """The final layer: layer norm, scale, linear; the velocity of h x w latents in float32.
+    (diffusers `FinalLayer`)"""
     x, dtype, wide = x[:, : h * w // 4], x.dtype, ops.wide(x.dtype)
     scale = 1 + stem.final_modulation(jax.nn.silu(time.astype(dtype)), wide).astype(jnp.float32)
     x = ops.layer_norm(ops.from_tokens(x), 1e-6) * scale[:, None]
@@ -336,8 +357,8 @@ def apply_blocks(
     attend: Attend,
     kv_format: KVFormat | None = None,
 ) -> Float[Array, "B T D"]:
-    """A run of consecutive blocks, as one chunk holds them. K and V whole and in x's dtype, unless
-    `kv_format` says."""
+    """Apply consecutive blocks, for example those of a chunk. Without a `kv_format`, K and V are
+    ungrouped and in x's dtype."""
     for block in blocks:
         x, _ = block(x, inputs, attend, kv_format or kv.plain(x.dtype))
     return x
@@ -351,13 +372,14 @@ def apply_blocks_cached(
     kv_format: KVFormat,
     reuses: bool,
 ) -> tuple[Float[Array, "B T D"], tuple[KV, ...]]:
-    """The same with the K and V of every block in the carry: used again, or made anew."""
+    """Like `apply_blocks`, with the K and V of every block in the carry: used if `reuses`, else
+    replaced by new ones."""
     x, cache = carry
-    made = []
+    used = []
     for block, held in zip(blocks, cache, strict=True):
         x, held = block(x, inputs, attend, kv_format, held if reuses else None)
-        made.append(held)
-    return x, tuple(made)
+        used.append(held)
+    return x, tuple(used)
 
 
 # -- the model as a whole --------------------------------------------------------------------------
@@ -370,7 +392,7 @@ def context(
     inputs: BlockInputs,
     attend: Attend = Attend(),
 ) -> Float[Array, "B L D"]:
-    """Text features to the refined context; once per prompt, for it does not depend on time."""
+    """The refined context of text features. It does not depend on time: once per prompt."""
     return apply_blocks(
         dit.context_refiner, embed_caption(dit.stem, features, lengths), inputs, attend
     )
@@ -381,11 +403,12 @@ def denoise(
     latents: Float[Array, "B h w C"],
     time: Float[Array, "B A"],
     context: Float[Array, "B L D"],
-    sides: Inputs,
+    inputs: Inputs,
     attend: Attend = Attend(),
 ) -> Float[Array, "B h w C"]:
-    """One NFE: the velocity of `latents`, float32, computed in the dtype of `context`."""
+    """One NFE: the velocity of `latents`, float32, computed in the dtype of `context`. `time` is
+    `embed_time`'s."""
     x = embed_image(dit.stem, latents, context.dtype)
-    x = apply_blocks(dit.noise_refiner, x, sides.image._replace(time=time), attend)
-    x = apply_blocks(dit.layers, join(x, context), sides.joint._replace(time=time), attend)
+    x = apply_blocks(dit.noise_refiner, x, inputs.image._replace(time=time), attend)
+    x = apply_blocks(dit.layers, join(x, context), inputs.joint._replace(time=time), attend)
     return velocity(dit.stem, x, time, *latents.shape[1:3])

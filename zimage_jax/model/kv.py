@@ -1,13 +1,13 @@
-"""How the DiT's main blocks hold K and V: in which precision, over groups of image tokens, and for
-how many NFEs.
+"""The K/V policy: the dtype of the main blocks' K and V, their groups of image tokens, their reuse.
 
 Axes: B pictures, T tokens (image first), S keys (T, with the image tokens pooled), N heads, H head
 width.
 
-Grouping: keys are averaged over g x g image tokens before RoPE and take the position of the group's
-centre, values are averaged, and log(count) is added to the score of a key so that it weighs as the
-tokens it stands for. Caption and pad tokens stay whole. Reuse: the K and V of an NFE serve the next
-ones, which need no to_k, norm_k or to_v."""
+Grouping: keys and values are averaged over g x g image tokens. A pooled key is rotated (RoPE) to
+the position of the group's centre, and the log of the group's token count is added to its score, so
+that it has the weight of the tokens it stands for. Caption and pad tokens are not grouped. Reuse:
+an NFE uses the K and V of an earlier one and does not need to_k, norm_k and to_v.
+"""
 
 import math
 from collections.abc import Iterator
@@ -23,117 +23,117 @@ from ..errors import UsageError
 from .attention import Attend
 from .attention import attention as attention_of
 
-SWITCH_T = 500.0  # of 8 NFEs the last two are at or below it
+SWITCH_T = 500.0  # the last two of Turbo's 8 NFEs have this t or a lower one
 DTYPES = {
     "float32": jnp.dtype(jnp.float32),
     "bf16": jnp.dtype(jnp.bfloat16),
     "fp16": jnp.dtype(jnp.float16),
     "fp8": jnp.dtype(jnp.float8_e4m3fn),  # with a scale per head
 }
-# early and late, by compute dtype. A card that computes in float16 has no bf16 products
+# default dtypes, early and late, by compute dtype: a card that computes in float16 lacks bf16
 OWN_DTYPES = {
     "float32": ("float32", "float32"),
     "bfloat16": ("bf16", "fp16"),
     "float16": ("fp16", "fp16"),
 }
 GROUPS = (1, 2, 4)
-# parameters of a block that an NFE which reuses K and V does without
+# parameters of a block that an NFE does not need if it reuses K and V
 UNUSED_WHEN_REUSED = ("attention.to_k.kernel", "attention.to_v.kernel", "attention.norm_k.scale")
 
 
 @dataclass(frozen=True)
 class KVFormat:
-    """How K and V are held during an NFE of one job: everything static about it."""
+    """How one NFE of a job stores K and V: the static part."""
 
-    dtype: str  # a word of DTYPES
-    group: int = 1
-    grid: tuple[int, int] | None = None  # rows and columns of image tokens, where they are grouped
+    dtype: str  # a name in DTYPES
+    group: int = 1  # side of a group in tokens
+    grid: tuple[int, int] | None = None  # rows and columns of image tokens; None: no groups
 
     def keys(self, tokens: int) -> int:
-        """S for so many tokens."""
+        """S, the number of keys, for T = `tokens`."""
         if self.grid is None:
             return tokens
-        return (
-            tokens - math.prod(self.grid) + math.prod(len(_spans(n, self.group)) for n in self.grid)
-        )
+        groups = math.prod(len(_spans(n, self.group)) for n in self.grid)
+        return tokens - math.prod(self.grid) + groups
 
     def nbytes(self, contexts: int, tokens: int, heads: int, width: int) -> int:
-        """Of the K and V of one block."""
+        """Bytes of one block's K and V, for heads of `width` channels."""
+        elements = 2 * contexts * self.keys(tokens) * heads * width
         scales = 2 * contexts * heads * 4 if self.dtype == "fp8" else 0
-        return (
-            2 * contexts * self.keys(tokens) * heads * width * DTYPES[self.dtype].itemsize + scales
-        )
+        return elements * DTYPES[self.dtype].itemsize + scales
 
     def attention_dtype(self, compute) -> np.dtype:
-        """What Q is cast to, and the products are made in."""
+        """The dtype of attention's q, k and v in a model computed in `compute`."""
         return jnp.dtype(compute) if self.dtype == "fp8" else DTYPES[self.dtype]
 
     def query_dtype(self, compute) -> np.dtype:
-        """What Q is rounded to after RoPE: float32 where K's scales multiply it first."""
+        """The dtype of Q after RoPE: float32 for fp8, because K's scales multiply Q."""
         return jnp.dtype(jnp.float32) if self.dtype == "fp8" else self.attention_dtype(compute)
 
     @property
     def joins_tokens(self) -> bool:
-        """Whether K and V of a token depend on others: by groups, or by fp8's scales."""
+        """Whether a stored K or V depends on several tokens: on its group, or on fp8's scale."""
         return self.grid is not None or self.dtype == "fp8"
 
 
 def plain(compute) -> KVFormat:
-    """Whole, in the compute dtype."""
-    return KVFormat(next(word for word, dtype in DTYPES.items() if dtype == compute))
+    """K and V without groups, in the compute dtype."""
+    return KVFormat(next(name for name, dtype in DTYPES.items() if dtype == compute))
 
 
 class Nfe(NamedTuple):
-    """What one NFE does about K and V."""
+    """What one NFE does with K and V."""
 
     kv_format: KVFormat
-    keeps: bool = False  # what it makes, for a later one
-    reuses: bool = False  # what an earlier one kept
+    keeps: bool = False  # it stores the K and V it computes for a later NFE
+    reuses: bool = False  # it uses the K and V that an earlier NFE stored
 
 
 class Phase(NamedTuple):
-    """A run of NFEs that hold K and V alike."""
+    """Consecutive NFEs that store K and V alike."""
 
     kv_format: KVFormat
-    steps: int
-    reuse: int = 1
+    steps: int  # number of NFEs
+    reuse: int = 1  # NFEs that share one K and V; 1: none
 
     def nfes(self) -> Iterator[Nfe]:
+        """What each NFE of the phase does with K and V, in order."""
         for index in range(self.steps):
-            first = index % self.reuse == 0
-            yield Nfe(
-                self.kv_format, self.reuse > 1 and first and index + 1 < self.steps, not first
-            )
+            computes, is_last = index % self.reuse == 0, index + 1 == self.steps
+            keeps = computes and self.reuse > 1 and not is_last
+            yield Nfe(self.kv_format, keeps=keeps, reuses=not computes)
 
     @property
     def caches(self) -> bool:
-        """Whether any K and V outlive their NFE."""
+        """Whether an NFE of the phase uses the K and V of an earlier one."""
         return self.reuse > 1 and self.steps > 1
 
 
 @dataclass(frozen=True)
 class KVPolicy:
-    """The user's words: (early, late) while t > switch_t and from there on. No dtype: the compute
-    dtype's own (OWN_DTYPES)."""
+    """The options about K and V. A pair is (early, late): early while t > switch_t, then late.
 
-    dtype: tuple[str, str] | None = None
-    switch_t: float | int = SWITCH_T
-    group: tuple[int, int] = (1, 1)
-    reuse: int = 1
+    Raises UsageError for a value that is not allowed.
+    """
+
+    dtype: tuple[str, str] | None = None  # names in DTYPES; None: OWN_DTYPES of the compute dtype
+    switch_t: float | int = SWITCH_T  # on the scheduler's scale, 1000 to 0
+    group: tuple[int, int] = (1, 1)  # side of a group in tokens, one of GROUPS
+    reuse: int = 1  # NFEs that share one K and V; 1: none
 
     def __post_init__(self):
-        for word in self.dtype or ():
-            if word not in DTYPES:
-                raise UsageError(f"K/V dtype {word!r}: expected one of {', '.join(DTYPES)}")
+        for name in self.dtype or ():
+            if name not in DTYPES:
+                raise UsageError(f"K/V dtype {name!r}: expected one of {', '.join(DTYPES)}")
         if self.dtype and self.dtype[1] == "fp8":
             raise UsageError(
-                "K/V dtype fp8 is for the early NFEs: name the late ones' too, as in fp8:fp16"
+                "K/V dtype fp8 is for the early NFEs only: give the late dtype too, as in fp8:fp16"
             )
         for g in self.group:
             if g not in GROUPS:
                 raise UsageError(f"K/V group {g}: expected one of {', '.join(map(str, GROUPS))}")
         if self.reuse < 1:
-            raise UsageError(f"K/V reuse {self.reuse}: expected over how many NFEs, from 1 (none)")
+            raise UsageError(f"K/V reuse {self.reuse}: expected 1 (none) or more NFEs")
         if not 0 <= self.switch_t <= 1000:
             raise UsageError(f"K/V switch at t {self.switch_t:g}: expected 0 to 1000")
 
@@ -145,17 +145,20 @@ class KVPolicy:
         group: str | int = "1",
         reuse: int = 1,
     ) -> "KVPolicy":
-        """From words as "bf16:fp16" and "2:1", early and late, or one for both."""
+        """From option values: "bf16:fp16" is (early, late), "bf16" is both. Raises UsageError."""
         groups = _pair(str(group), "group")
         if not all(g in map(str, GROUPS) for g in groups):
-            raise UsageError(f"K/V group {group!r}: expected 1, 2 or 4, or two of them as in 2:1")
+            raise UsageError(f"K/V group {group!r}: expected 1, 2 or 4, or EARLY:LATE as in 2:1")
         early, late = (int(g) for g in groups)
         return cls(_pair(dtype, "dtype") if dtype else None, switch_t, (early, late), reuse)
 
     def phases(
         self, times: Float[np.ndarray, "nfes"], compute, rows: int, columns: int
     ) -> tuple[Phase, ...]:
-        """The phases of a job: `times` are the scheduler's t of each NFE (1000 sigma), falling."""
+        """The phases of a job with `rows` x `columns` image tokens.
+
+        `times`: the scheduler's t of each NFE (1000 sigma), falling.
+        """
         own = OWN_DTYPES[jnp.dtype(compute).name]
         early, late = (
             KVFormat(dtype, group, (rows, columns) if group > 1 else None)
@@ -168,7 +171,7 @@ class KVPolicy:
         return tuple(phase for phase in found if phase.steps)
 
     def to_json(self) -> dict[str, str | float | int | None]:
-        """What `parse` takes."""
+        """The arguments of `parse`."""
         dtype = _join(self.dtype) if self.dtype else None
         return {
             "dtype": dtype,
@@ -179,12 +182,10 @@ class KVPolicy:
 
 
 def _pair(text: str, name: str) -> tuple[str, str]:
-    words = text.split(":")
-    if len(words) > 2:
-        raise UsageError(
-            f"K/V {name} {text!r}: expected one word, or two with a colon, early and late"
-        )
-    return words[0], words[-1]
+    values = text.split(":")
+    if len(values) > 2:
+        raise UsageError(f"K/V {name} {text!r}: expected one value, or EARLY:LATE")
+    return values[0], values[-1]
 
 
 def _join(pair: tuple) -> str:
@@ -195,17 +196,17 @@ def _join(pair: tuple) -> str:
 
 
 def _spans(count: int, group: int) -> list[tuple[int, int]]:
-    """(first, past the last) of each group; the last one may be short."""
+    """(start, end) of each group of `count` rows or columns; the last group may be smaller."""
     return [(start, min(start + group, count)) for start in range(0, count, group)]
 
 
 def centres(count: int, group: int) -> Float[np.ndarray, "groups"]:
-    """Where each group of so many rows or columns has its centre."""
+    """The centre of each group of `count` rows or columns, in tokens."""
     return np.array([(first + last - 1) / 2 for first, last in _spans(count, group)])
 
 
 def _sizes(kv_format: KVFormat) -> Float[np.ndarray, "groups"]:
-    """Tokens that each pooled key stands for."""
+    """The number of tokens that each pooled key stands for."""
     rows, columns = (
         [last - first for first, last in _spans(n, kv_format.group)] for n in kv_format.grid or ()
     )
@@ -213,7 +214,7 @@ def _sizes(kv_format: KVFormat) -> Float[np.ndarray, "groups"]:
 
 
 def pool(x: Float[Array, "B T N H"], kv_format: KVFormat) -> Float[Array, "B S N H"]:
-    """Averages over the groups of image tokens; the rest as it is."""
+    """`x` averaged over each group of image tokens; other tokens unchanged."""
     if kv_format.grid is None:
         return x
     (rows, columns), g = kv_format.grid, kv_format.group
@@ -227,19 +228,18 @@ def pool(x: Float[Array, "B T N H"], kv_format: KVFormat) -> Float[Array, "B S N
 
 
 def score_bias(kv_format: KVFormat, keys: int) -> Float[np.ndarray, "S"] | None:
-    """What is added to the scores of S keys: log of the tokens each stands for."""
+    """The bias of the scores of S = `keys` keys: log of the number of tokens each stands for."""
     if kv_format.grid is None:
         return None
     sizes = np.log(_sizes(kv_format))
     return np.concatenate([sizes, np.zeros(keys - len(sizes), np.float32)])
 
 
-# -- held K and V ----------------------------------------------------------------------------------
+# -- stored K and V --------------------------------------------------------------------------------
 
 
 class KV(NamedTuple):
-    """K after RoPE and V, as held. Scales are fp8's alone: what was held times scale is what was
-    meant."""
+    """K after RoPE, and V, as stored. fp8 alone has scales: the value is k times k_scale."""
 
     k: Shaped[Array, "B S N H"]
     v: Shaped[Array, "B S N H"]
@@ -253,11 +253,14 @@ def round_kv(
     lengths: Int[Array | np.ndarray, "B"] | None,
     how: KVFormat,
 ) -> KV:
-    """K and V, in float32 and pooled, rounded once to the held dtype, saturating."""
+    """K and V (float32, pooled) rounded once to the stored dtype; values beyond it saturate.
+
+    `lengths`: masked keys (at this index and beyond) do not count for fp8's scales.
+    """
     if how.dtype == "float32":
         return KV(k, v)
     (k, k_scale), (v, v_scale) = (_round(x, lengths, DTYPES[how.dtype]) for x in (k, v))
-    # XLA may drop a rounding whose result is widened again (xla_allow_excess_precision): not seen
+    # XLA may drop a rounding if the result is widened again (xla_allow_excess_precision). Not seen
     # on a CPU, so no test fails without the barrier
     return lax.optimization_barrier(KV(k, v, k_scale, v_scale))
 
@@ -268,12 +271,9 @@ def _round(
     largest, scale = float(jnp.finfo(dtype).max), None
     if dtype.itemsize == 1:
         size = jnp.abs(x)
-        if (
-            lengths is not None
-        ):  # padding that is masked must not move the scale: a batch gives what single runs give
-            size = jnp.where(
-                (jnp.arange(x.shape[1])[None] < lengths[:, None])[..., None, None], size, 0.0
-            )
+        if lengths is not None:  # without padding: a batch gives the bits of single pictures
+            valid = jnp.arange(x.shape[1])[None] < lengths[:, None]
+            size = jnp.where(valid[..., None, None], size, 0.0)
         scale = jnp.max(size, (1, 3), keepdims=True) / largest
         scale = jnp.where(scale > 0, scale, 1.0)
         x = x / scale
@@ -281,7 +281,7 @@ def _round(
 
 
 def empty(how: KVFormat, contexts: int, tokens: int, heads: int, width: int) -> KV:
-    """Room for the K and V of one block."""
+    """Zeros in the shape of one block's stored K and V."""
     shape, dtype = (contexts, how.keys(tokens), heads, width), DTYPES[how.dtype]
     scales = [
         jnp.zeros((contexts, 1, heads, 1), jnp.float32) if how.dtype == "fp8" else None
@@ -298,7 +298,11 @@ def attention(
     compute,
     attend: Attend,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k / sqrt(H) + log counts) v, with float32 q after RoPE, in the compute dtype."""
+    """softmax(q k / sqrt(H) + log counts) v in the dtype `compute`; k and v are `held`'s.
+
+    q is after RoPE, in the dtype `how.query_dtype` gives. Raises UsageError if `attend` wants a
+    kernel that does not take these arrays.
+    """
     dtype = how.attention_dtype(compute)
     if held.k_scale is not None:
         q = q * held.k_scale

@@ -1,11 +1,14 @@
-"""Layers: parameters and the one operation that uses them. A layer built from sizes alone *is* its
-spec.
+"""Layers: parameters and the one operation that uses them.
 
-Every parameter starts as a ShapeDtypeStruct, so that building a 6 B model costs nothing, and is
-filled later (`with_arrays`). nnx.Linear and its like trace an initialiser per parameter, 40 ms a
-block under `nnx.eval_shape`, and carry a dozen static attributes that every dispatch compares.
+A new layer is a spec: its parameters are ShapeDtypeStructs, so that building a 6 B model is cheap.
+`with_arrays` replaces them by arrays. nnx.Linear and the like trace an initialiser per parameter
+(40 ms per block under `nnx.eval_shape`) and have a dozen static attributes that every dispatch
+compares.
 
-A layer computes in the dtype of its input, whatever dtype its parameters are stored in.
+A layer computes in the dtype of its input; its parameters may be stored in another dtype.
+
+Axes: B pictures, h, w rows and columns, C channels, D width, i and o a layer's inputs and outputs,
+*b any leading axes.
 """
 
 import math
@@ -26,25 +29,28 @@ Module = TypeVar("Module")
 
 
 def parameter(*shape: int) -> nnx.Param:
+    """A parameter without an array yet: a float32 ShapeDtypeStruct."""
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 class Linear(nnx.Module):
+    """x @ kernel + bias; the result is in `out_dtype`, by default x's. (PyTorch `Linear`)"""
+
     def __init__(self, d_in: int, d_out: int, *, bias: bool = True):
         self.kernel = parameter(d_in, d_out)
         self.bias = parameter(d_out) if bias else None
 
     def __call__(self, x: Float[Array, "*b i"], out_dtype=None) -> Float[Array, "*b o"]:
-        # as one matrix: the kernel's gradient over two contracted axes is three times as slow on a
-        # CPU
+        # one matrix: on a CPU the kernel's gradient is three times as slow over two contracted axes
         rows = x.reshape(-1, x.shape[-1])
-        y = ops.product(rows, self.kernel[...].astype(x.dtype), out_dtype or x.dtype).reshape(
-            *x.shape[:-1], -1
-        )
+        y = ops.product(rows, self.kernel[...].astype(x.dtype), out_dtype or x.dtype)
+        y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + ops.last_axis(self.bias[...].astype(y.dtype), y.ndim)
 
 
 class RMSNorm(nnx.Module):
+    """Root-mean-square norm with statistics in float32. (PyTorch `RMSNorm`)"""
+
     def __init__(self, width: int, eps: float):
         self.scale = parameter(width)
         self.eps = eps
@@ -52,7 +58,7 @@ class RMSNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "*b D"], factor: Array | None = None, out_dtype=None
     ) -> Float[Array, "*b D"]:
-        """`factor` multiplies the result before it is rounded to `out_dtype` (x's, by default)."""
+        """`factor` multiplies the result before it is rounded to `out_dtype` (default: x's)."""
         y = ops.rms_norm(x, self.scale[...], self.eps)
         return (y if factor is None else y * factor).astype(out_dtype or x.dtype)
 
@@ -61,9 +67,10 @@ def gated(x: Float[Array, "*b D"], gate: Linear, up: Linear, down: Linear) -> Fl
     """down(silu(gate x) * up x), the feed-forward of DiT and text encoder, in the dtype `ops.wide`
     gives.
 
-    The product of two outliers overflows float16, and so does what `down` makes of it
-    (stable-diffusion.cpp divides its input by 128): each token's product is divided by a power of
-    two, which multiplies the result."""
+    In float16 the product of two outliers overflows, and so does the output of `down`
+    (stable-diffusion.cpp divides its input by 128). Each token's product is therefore divided by a
+    power of two, and the output multiplied by it.
+    """
     opened, values = jax.nn.silu(gate(x)), up(x)
     if x.dtype != jnp.float16:
         return down(opened * values)
@@ -72,7 +79,7 @@ def gated(x: Float[Array, "*b D"], gate: Linear, up: Linear, down: Linear) -> Fl
 
 
 class Conv(nnx.Module):
-    """2-D convolution, NHWC with HWIO kernels."""
+    """2-D convolution, NHWC with HWIO kernels. (PyTorch `Conv2d`)"""
 
     def __init__(self, c_in: int, c_out: int, size: int = 3):
         self.kernel = parameter(size, size, c_in, c_out)
@@ -80,7 +87,7 @@ class Conv(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B h w i"], *, stride: int = 1, padding=((1, 1), (1, 1))
-    ) -> Array:
+    ) -> Float[Array, "B h2 w2 o"]:
         y = lax.conv_general_dilated(
             x,
             self.kernel[...].astype(x.dtype),
@@ -92,6 +99,8 @@ class Conv(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
+    """Group norm with statistics in float32. (PyTorch `GroupNorm`)"""
+
     def __init__(self, channels: int, groups: int, eps: float = 1e-6):
         self.scale = parameter(channels)
         self.bias = parameter(channels)
@@ -106,19 +115,19 @@ class GroupNorm(nnx.Module):
 
 
 def named_arrays(module) -> dict[str, Any]:
-    """Every parameter by its path, as in "layers.0.attention.to_q.kernel"."""
+    """Path -> parameter; a path is like "layers.0.attention.to_q.kernel"."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(module)
     return {_name(path): leaf for path, leaf in leaves}
 
 
 def with_arrays(module: Module, array_for: Callable[[str, jax.ShapeDtypeStruct], Any]) -> Module:
-    """The same module with every leaf replaced by `array_for(path, leaf)`."""
+    """A copy of `module` with every leaf replaced by `array_for(path, leaf)`."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: array_for(_name(path), leaf), module)
 
 
 def initialise(module: Module, key: Array, dtype=jnp.float32) -> Module:
-    """Random arrays for a spec: kernels of variance 1 / fan-in, tables of variance 1, norms at one,
-    biases at zero."""
+    """A spec with random arrays: kernels of variance 1 / fan-in, tables of variance 1; norms are 1
+    and biases 0."""
 
     def draw(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
         if path.endswith(".bias"):

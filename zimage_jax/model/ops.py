@@ -1,7 +1,8 @@
-"""Pure functions the three models share.
+"""Pure functions that the three models share.
 
 Axes: B pictures, T tokens, N heads, H head width, D any width, h, w latent rows and columns, C
-latent channels."""
+latent channels, I image tokens, P values of a patch (4 C), i and o a product's inputs and outputs.
+"""
 
 import functools
 import math
@@ -16,16 +17,16 @@ from jaxtyping import Float, Real, Shaped
 
 
 def last_axis(vector: Float[Array, "D"], ndim: int) -> Float[Array, "..."]:
-    """The vector in a shape that broadcasts along the last axis of an array of `ndim` axes."""
+    """The vector reshaped to broadcast along the last axis of an array with `ndim` axes."""
     return vector.reshape((1,) * (ndim - 1) + (-1,))
 
 
 def product(x: Float[Array, "n i"], kernel: Float[Array, "i o"], dtype) -> Float[Array, "n o"]:
-    """x times kernel, summed in float32 and rounded once.
+    """x @ kernel, summed in float32 and rounded once to `dtype`.
 
-    A CPU whose product of 16 bits is asked for 16 bits converts both sides to float32 first: 228
-    against 720 GFLOP/s when asked for the sums (288x3840 by 3840x10240, two cores with AVX-512
-    BF16)."""
+    On a CPU, XLA converts 16-bit operands to float32 first if the result is 16 bits too: 228
+    GFLOP/s, against 720 with a float32 result (288x3840 by 3840x10240, two cores, AVX-512 BF16).
+    """
     rounded = functools.partial(lax.dot, preferred_element_type=dtype)
     if jnp.dtype(dtype).itemsize == 4:
         return rounded(x, kernel)
@@ -39,40 +40,44 @@ def product(x: Float[Array, "n i"], kernel: Float[Array, "i o"], dtype) -> Float
 
 # -- float16 ---------------------------------------------------------------------------------------
 
-# A float16 ends at 65,504 and has its full 11 bits from 6e-5 on. Tokens are kept times 2^-6: that is
-# 4.2 million, and 11 bits from 0.004 on. A power of two moves no bit of what lies between.
+# float16 ends at 65,504 and has its full 11 bits from 6e-5 on. A float16 residual stream holds
+# values times 2^-6: it reaches 4.2 million, with 11 bits from 0.004 on. Within that range a power
+# of two changes no bit of the significand.
 TOKEN_SCALE = 2.0**-6
 Either = TypeVar("Either", Array, np.ndarray)
 
 
 def wide(dtype) -> np.dtype:
-    """The dtype of what may leave float16's range, where `dtype` is computed in: float32 in place of
-    float16."""
+    """The dtype for values that may overflow float16 in a model computed in `dtype`: float32 for
+    float16, else `dtype`."""
     return jnp.dtype(jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype)
 
 
 def from_tokens(x: Float[Either, "*b D"]) -> Float[Either, "*b D"]:
-    """The values of the residual stream, in the dtype `wide` gives. (TOKEN_SCALE)"""
+    """The true values of the residual stream `x`, in the dtype `wide` gives (see TOKEN_SCALE)."""
     return x.astype(np.float32) / np.float32(TOKEN_SCALE) if x.dtype == jnp.float16 else x
 
 
 def to_tokens(values: Float[Either, "*b D"], dtype) -> Float[Either, "*b D"]:
-    """Values as a residual stream of `dtype`: in float16 times TOKEN_SCALE, else as they are."""
+    """`values` as a residual stream of `dtype`: times TOKEN_SCALE in float16, else unscaled."""
     if jnp.dtype(dtype) == jnp.float16:
         values = values.astype(np.float32) * np.float32(TOKEN_SCALE)
     return values.astype(dtype)
 
 
 def add_to_tokens(x: Float[Array, "*b D"], values: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-    """The residual stream after `values`, which are in the dtype `wide` gives, are added to it."""
+    """The residual stream `x` plus `values`, whose dtype is `wide(x.dtype)`."""
     return to_tokens(from_tokens(x) + values, x.dtype)
 
 
 def rows_in_range(
     x: Float[Array, "*b D"],
 ) -> tuple[Float[Array, "*b D"], Float[Array, "*b 1"]]:
-    """float32 as float16 and a power of two per row by which to multiply it: a row's largest element
-    becomes about 1, so that neither it nor a product with a matrix overflows."""
+    """(y, scale) with x = y scale: y is float16, scale a power of two per row, float32.
+
+    The largest element of each row of y is about 1, so that its product with a matrix does not
+    overflow float16.
+    """
     largest = jnp.max(jnp.abs(x), -1, keepdims=True)
     scale = lax.reduce_precision(jnp.maximum(largest, jnp.finfo(x.dtype).tiny), 8, 0)
     return (x / scale).astype(jnp.float16), scale
@@ -80,15 +85,18 @@ def rows_in_range(
 
 # -- runs of tokens --------------------------------------------------------------------------------
 
-# Tokens computed at once where each is computed alone: the products are large enough for a GPU, and
-# what is between them is half as large at 1024x1024 (4,160 tokens) and an eighth at 2048x2048
+# Most tokens in one run. Products of this size still fill a GPU, and the temporaries are half as
+# large at 1024x1024 (4,160 tokens), an eighth at 2048x2048
 RUN_TOKENS = 2112
 Tree = TypeVar("Tree")
 
 
 def in_runs(function: Callable[..., Tree], *arrays: Shaped[Array | np.ndarray, "B T ..."]) -> Tree:
-    """`function`, which computes each token (axis 1) alone, over RUN_TOKENS of them at most at a
-    time. The length of a run follows from the number of tokens, so that bits do."""
+    """`function(*arrays)`, computed over runs of at most RUN_TOKENS tokens (axis 1).
+
+    `function` must compute each token independently. The length of a run depends on the number of
+    tokens alone, and so do the bits of the result.
+    """
     tokens = arrays[0].shape[1]
     runs = math.ceil(tokens / RUN_TOKENS)
     if runs == 1:
@@ -135,15 +143,12 @@ def rms_norm(
 ) -> Float[Array, "*b D"]:
     """Root-mean-square norm in float32; the caller rounds. (diffusers `RMSNorm`)"""
     x = x.astype(jnp.float32)
-    return (
-        x
-        * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
-        * last_axis(weight.astype(jnp.float32), x.ndim)
-    )
+    normed = x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+    return normed * last_axis(weight.astype(jnp.float32), x.ndim)
 
 
 def layer_norm(x: Float[Array, "*b D"], eps: float) -> Float[Array, "*b D"]:
-    """Layer norm without affine, in float32."""
+    """Layer norm without scale and bias, in float32. (PyTorch `LayerNorm`)"""
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, -1, keepdims=True)
     return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
@@ -181,10 +186,11 @@ def group_norm(
 def rope_table(
     positions: Real[np.ndarray, "*b axes"], axes_dims: tuple[int, ...], theta: float
 ) -> tuple[Float[np.ndarray, "*b half"], Float[np.ndarray, "*b half"]]:
-    """cos and sin of every position's angles, the axes side by side (diffusers `RopeEmbedder`).
+    """float32 cos and sin of every position's angles, axis after axis (diffusers `RopeEmbedder`).
 
-    On the host and in float64: a float32 product of position and frequency is off by 1e-4 rad at
-    position 1500."""
+    Computed on the host in float64: the float32 product of position and frequency is 1e-4 rad off
+    at position 1500.
+    """
     angles = []
     for axis, dim in enumerate(axes_dims):
         frequency = 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -198,7 +204,8 @@ def rotate_pairs(
     cos: Float[Array | np.ndarray, "B T half"],
     sin: Float[Array | np.ndarray, "B T half"],
 ) -> Float[Array, "B T N H"]:
-    """RoPE on neighbouring pairs (x0, x1), (x2, x3), …: Z-Image's. Float32; the caller rounds."""
+    """RoPE of neighbouring pairs (x0, x1), (x2, x3), …, as Z-Image has it. Float32; the caller
+    rounds."""
     x = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     a, b, cos, sin = x[..., 0], x[..., 1], cos[:, :, None], sin[:, :, None]
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(*x.shape[:-2], -1)
@@ -207,7 +214,7 @@ def rotate_pairs(
 def rotate_halves(
     x: Float[Array, "B T N H"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]
 ) -> Float[Array, "B T N H"]:
-    """RoPE on pairs half a head apart: Qwen3's. Float32; the caller rounds."""
+    """RoPE of pairs half a head apart, as Qwen3 has it. Float32; the caller rounds."""
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     cos, sin = cos[None, :, None], sin[None, :, None]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
@@ -217,7 +224,7 @@ def rotate_halves(
 
 
 def patchify(x: Float[Array, "B h w C"]) -> Float[Array, "B I P"]:
-    """Patches of 2 x 2 in row order; inside a patch rows, columns, channels."""
+    """2 x 2 patches in row order; within a patch the order is row, column, channel."""
     b, h, w, c = x.shape
     return (
         x.reshape(b, h // 2, 2, w // 2, 2, c)
@@ -227,6 +234,7 @@ def patchify(x: Float[Array, "B h w C"]) -> Float[Array, "B I P"]:
 
 
 def unpatchify(x: Float[Array, "B I P"], h: int, w: int) -> Float[Array, "B h w C"]:
+    """The inverse of `patchify` for h x w latents."""
     b, _, width = x.shape
     c = width // 4
     return x.reshape(b, h // 2, w // 2, 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)

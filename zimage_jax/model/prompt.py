@@ -1,9 +1,12 @@
-"""From a prompt to token ids: Z-Image's chat template, Qwen's tokenizer, at most 512 tokens.
+"""Token ids of a prompt: Z-Image's chat template, Qwen's tokenizer, at most 512 tokens.
 
-The reference puts the prompt into a template string and tokenises the whole. Here the template's
-special tokens are ids and the prompt is encoded apart, so that a literal "<|im_end|>" in a prompt
-stays text; everything else gets the same ids. What is too long loses the end of the user's text,
-never the tail of the template."""
+The reference (diffusers `ZImagePipeline`) puts the prompt into a template string and tokenises the
+whole. Here the template's special tokens are ids and the prompt is encoded separately, so that a
+literal "<|im_end|>" in a prompt remains text; all other prompts get the same ids. A prompt that is
+too long loses its end, never the tail of the template.
+
+Axes: B prompts, T tokens.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +19,22 @@ from ..errors import CheckpointError
 from ..files import LARGEST_JSON, printable, read_regular
 
 MAX_TOKENS = 512
-_LONGEST_TOKEN = 128  # characters, of Qwen's vocabulary: a run of spaces
+_LONGEST_TOKEN = 128  # characters; Qwen's longest token is a run of spaces
 
 
 @dataclass(frozen=True)
 class Encoded:
+    """A prompt's token ids."""
+
     ids: tuple[int, ...]
-    cut: str  # what of the prompt did not fit; empty when all did
+    cut: str  # the end of the prompt that did not fit, or ""
 
 
 class Prompts:
     """A checkpoint's tokenizer with Z-Image's template around it."""
 
     def __init__(self, tokenizer: Tokenizer, where: str = "tokenizer.json"):
-        tokenizer.encode_special_tokens = True  # text that looks like a special token stays text
+        tokenizer.encode_special_tokens = True  # text like a special token's is encoded as text
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
@@ -39,13 +44,16 @@ class Prompts:
 
     @classmethod
     def load(cls, path: Path) -> "Prompts":
-        """From a tokenizer.json. Raises CheckpointError when it is missing, too large or not a
+        """From a tokenizer.json. Raises CheckpointError if it is missing, too large or not a
         tokenizer."""
         return cls.parse(read_regular(path, LARGEST_JSON, CheckpointError), str(path))
 
     @classmethod
     def parse(cls, data: bytes, where: str = "tokenizer.json") -> "Prompts":
-        """From the bytes of a tokenizer.json. Raises CheckpointError when they are none."""
+        """From the bytes of a tokenizer.json. Raises CheckpointError if they are not a tokenizer.
+
+        `where` begins each message.
+        """
         try:
             return cls(Tokenizer.from_buffer(data), where)
         except CheckpointError:
@@ -57,6 +65,7 @@ class Prompts:
 
     @property
     def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
         return self._tokenizer.get_vocab_size()
 
     def _special(self, token: str, where: str) -> int:
@@ -71,10 +80,10 @@ class Prompts:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def encode(self, prompt: str, max_tokens: int = MAX_TOKENS) -> Encoded:
-        """Ids of the prompt in its template, at most `max_tokens` of them."""
-        # in one piece: a prompt that begins with a newline would merge otherwise
+        """Ids of the prompt in its template, at most `max_tokens`."""
+        # one text: the template's newline may merge with a prompt that begins with a newline
         whole = "user\n" + prompt
-        # what is behind the longest text of so many tokens is not worth a minute
+        # max_tokens cannot hold more characters, and a huge prompt would take a minute
         user = self._text(whole[: (max_tokens + 1) * _LONGEST_TOKEN])
         room = max_tokens - len(self._head) - len(self._tail)
         cut = whole[user.offsets[room][0] :] if len(user.ids) > room else ""
@@ -82,7 +91,7 @@ class Prompts:
 
 
 def bucket(tokens: int) -> int:
-    """The padded length of a caption: few lengths, so that few programs serve every prompt."""
+    """The padded length of a caption of `tokens`: 32, 64, 128, …, so that few programs compile."""
     size = 32
     while size < tokens:
         size *= 2
@@ -90,7 +99,7 @@ def bucket(tokens: int) -> int:
 
 
 def batch_ids(encoded: list[Encoded]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
-    """Ids padded at the end to a common bucket, and the true lengths."""
+    """Ids, padded at the end to the bucket of the longest prompt, and each prompt's length."""
     lengths = np.array([len(e.ids) for e in encoded], np.int32)
     ids = np.zeros((len(encoded), bucket(int(lengths.max()))), np.int32)
     for row, e in zip(ids, encoded, strict=True):

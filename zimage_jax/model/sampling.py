@@ -1,8 +1,11 @@
 """Sigmas, noise, guidance, the Euler step, and the sampler as one lax.scan over the NFEs.
 
-Axes: B pictures, h, w latent rows and columns, C latent channels, L caption tokens. N NFEs have N +
-1 noise levels."""
+Axes: B pictures, G contexts (B, or 2 B with guidance: the prompts', then the negative prompts'),
+h, w latent rows and columns, C latent channels, I image tokens, L caption tokens, T = I + L tokens,
+D width, A adaLN width; N NFEs have N + 1 noise levels.
+"""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -21,8 +24,10 @@ from .kv import KV, Phase
 
 
 def sigmas(steps: int, shift: float) -> Float[np.ndarray, "levels"]:
-    """N noise levels from 1 down and a final 0 (diffusers `FlowMatchEulerDiscreteScheduler`, static
-    shift)."""
+    """`steps` noise levels falling from 1, and a final 0. Raises UsageError for `steps` below 1.
+
+    (diffusers `FlowMatchEulerDiscreteScheduler` with a static shift)
+    """
     if steps < 1:
         raise UsageError(f"steps must be at least 1, got {steps}")
     s = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
@@ -31,8 +36,8 @@ def sigmas(steps: int, shift: float) -> Float[np.ndarray, "levels"]:
 
 
 def times(sigmas: Float[np.ndarray, "levels"]) -> Float[np.ndarray, "nfes"]:
-    """What the model is told at each NFE: (1000 - t) / 1000 of the scheduler's t = 1000 sigma, in
-    float32."""
+    """The time given to the DiT at each NFE: (1000 - t) / 1000 in float32, where t = 1000 sigma is
+    the scheduler's."""
     t = sigmas[:-1] * np.float32(1000)
     return (np.float32(1000) - t) / np.float32(1000)
 
@@ -41,11 +46,12 @@ def times(sigmas: Float[np.ndarray, "levels"]) -> Float[np.ndarray, "nfes"]:
 
 
 def noise_torch(seed: int, h: int, w: int, channels: int) -> Float[np.ndarray, "h w C"]:
-    """What `torch.randn(1, C, h, w)` gives after `manual_seed(seed)` on a CPU, to 5e-7.
+    """PyTorch's `torch.randn(1, C, h, w)` after `manual_seed(seed)` on a CPU, equal to 5e-7.
 
-    MT19937, 24-bit uniforms, Box-Muller over runs of 16 numbers: 8 cosines, then 8 sines. PyTorch
-    seeds with the low 32 bits. The size is a multiple of 16 whenever h and w are even and there are
-    four channels or more."""
+    MT19937 seeded with the low 32 bits, 24-bit uniforms, and Box-Muller over runs of 16 numbers: 8
+    cosines, then 8 sines. Raises UsageError if h w C is not a multiple of 16; it is one if h and w
+    are even and C is a multiple of 4.
+    """
     count = h * w * channels
     if count % 16:
         raise UsageError(
@@ -60,9 +66,9 @@ def noise_torch(seed: int, h: int, w: int, channels: int) -> Float[np.ndarray, "
 
 
 def noise_jax(seed: int, h: int, w: int, channels: int) -> Float[np.ndarray, "h w C"]:
-    """Normal numbers from a JAX key that holds all 64 bits of the seed."""
-    words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-    key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+    """`jax.random.normal` with a threefry key of all 64 bits of the seed."""
+    halves = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+    key = jax.random.wrap_key_data(jnp.asarray(halves), impl="threefry2x32")
     return np.asarray(jax.random.normal(key, (h, w, channels), jnp.float32))
 
 
@@ -75,8 +81,10 @@ NOISE = {"torch": noise_torch, "jax": noise_jax}
 def guided(
     velocity: Float[Array, "B2 h w C"], guidance: Float[Array, ""] | float
 ) -> Float[Array, "B h w C"]:
-    """Classifier-free guidance as diffusers scales it: pos + g (pos - neg). The batch is positives,
-    then negatives."""
+    """Classifier-free guidance in diffusers' scale: positive + guidance (positive - negative).
+
+    `velocity` has the prompts' first, then the negative prompts'. (arXiv 2207.12598)
+    """
     positive, negative = jnp.split(velocity, 2)
     return positive + guidance * (positive - negative)
 
@@ -87,7 +95,8 @@ def euler(
     sigma: Array | float,
     sigma_next: Array | float,
 ) -> Float[Array, "B h w C"]:
-    """The model's velocity points from noise to picture, hence the minus."""
+    """The Euler step from `sigma` to `sigma_next`. The minus: the DiT's velocity points from noise
+    to picture. (diffusers `FlowMatchEulerDiscreteScheduler.step`)"""
     return latents - (sigma_next - sigma) * velocity
 
 
@@ -97,7 +106,8 @@ def euler(
 def before_blocks(
     stem: dit.Stem, latents: Float[Array, "B h w C"], t: Float[Array, ""], *, is_guided: bool, dtype
 ) -> tuple[Float[Array, "G I D"], Float[Array, "G A"]]:
-    """What an NFE does before the blocks: image tokens and time of each context."""
+    """The part of an NFE before the blocks: image tokens of `dtype`, and the time embedding, for
+    each context. `t` is one of `times`."""
     batch = jnp.concatenate([latents, latents]) if is_guided else latents
     time = dit.embed_time(stem, jnp.broadcast_to(t, (batch.shape[0],)))
     return dit.embed_image(stem, batch, dtype), time
@@ -114,7 +124,8 @@ def after_blocks(
     *,
     is_guided: bool,
 ) -> Float[Array, "B h w C"]:
-    """What it does after them: the velocity, guidance, and the Euler step."""
+    """The part of an NFE after the blocks: velocity, guidance and the Euler step. Returns the next
+    latents."""
     velocity = dit.velocity(stem, x, time, *latents.shape[1:3])
     return euler(latents, guided(velocity, guidance) if is_guided else velocity, sigma, sigma_next)
 
@@ -134,23 +145,24 @@ def sample(
     phases: tuple[Phase, ...],
     on_step: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> Float[Array, "B h w C"]:
-    """All NFEs: a lax.scan for each phase of the K/V policy, float32 latents in the carry, and the
-    K and V of every main block where later NFEs reuse them.
+    """All NFEs, from `noise` to the final latents in float32: one lax.scan per phase.
 
-    With `is_guided`, G = 2 B: contexts of the prompts, then of the negative prompts; else G = B.
-    `keys` has an entry per phase; `on_step(index, latents)` is called from within."""
+    The carry has the latents and, if the phase reuses K and V, those of every main block. `keys`
+    has one entry per phase (`dit.grouped_keys`). The program calls `on_step(index, latents)` on the
+    host after each NFE.
+    """
     levels = jnp.arange(len(times)), sigmas[:-1], sigmas[1:], times
     latents, first = noise, 0
-    for phase, of_phase in zip(phases, keys, strict=True):
+    for phase, phase_keys in zip(phases, keys, strict=True):
 
-        def step(carry, now, phase=phase, of_phase=of_phase):
+        def step(carry, level, phase=phase, phase_keys=phase_keys):
             latents, cache = carry
-            index, reuses, sigma, sigma_next, t = now
+            index, reuses, sigma, sigma_next, t = level
             x, time = before_blocks(
                 model.stem, latents, t, is_guided=is_guided, dtype=context.dtype
             )
             x = dit.apply_blocks(model.noise_refiner, x, inputs.image._replace(time=time), attend)
-            x, joint = dit.join(x, context), inputs.joint._replace(time=time, keys=of_phase)
+            x, joint = dit.join(x, context), inputs.joint._replace(time=time, keys=phase_keys)
             x, cache = _main_blocks(
                 model.layers, (x, cache), joint, attend, phase.kv_format, reuses
             )
@@ -170,26 +182,24 @@ def sample(
                 kv.empty(phase.kv_format, context.shape[0], tokens, heads, width)
                 for _ in model.layers
             )
-        now = slice(first, first + phase.steps)
-        index, *rest = (level[now] for level in levels)
+        end = first + phase.steps
+        index, *rest = (values[first:end] for values in levels)
         reuses = np.array([nfe.reuses for nfe in phase.nfes()])
         (latents, _), _ = lax.scan(step, (latents, cache), (index, reuses, *rest))
-        first = now.stop
+        first = end
     return latents
 
 
 def _main_blocks(
     blocks, carry, joint: dit.BlockInputs, attend: Attend, kv_format: kv.KVFormat, reuses: Array
 ):
-    """The main blocks of one NFE, with a cache of K and V in the carry or none. Of the two ways
-    only one runs."""
+    """The main blocks of one NFE. The carry is the tokens and the cache of K and V, or None."""
     x, cache = carry
     if cache is None:
         return dit.apply_blocks(blocks, x, joint, attend, kv_format), None
-    make, take = (
-        lambda carry, reuses=reuses: dit.apply_blocks_cached(
-            blocks, carry, joint, attend, kv_format, reuses
-        )
-        for reuses in (False, True)
-    )
-    return lax.cond(reuses, take, make, carry)
+
+    def apply(carry, *, reuses: bool):
+        return dit.apply_blocks_cached(blocks, carry, joint, attend, kv_format, reuses)
+
+    reuse, compute = functools.partial(apply, reuses=True), functools.partial(apply, reuses=False)
+    return lax.cond(reuses, reuse, compute, carry)

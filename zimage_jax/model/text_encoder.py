@@ -1,14 +1,15 @@
-"""Qwen3 up to hidden_states[-2], the features Z-Image is conditioned on (transformers
-`Qwen3Model`).
+"""Qwen3 up to hidden_states[-2], the text features of Z-Image (transformers `Qwen3Model`).
 
-Axes: B prompts, T tokens (padded at the end: attention is causal, so padding changes nothing before
-it), D width (2560), N query heads (32), M key heads (8), H head width (128), V vocabulary.
+Axes: B prompts, T tokens (padded at the end; attention is causal, so padding does not change the
+tokens before it), D width (2560), N query heads (32), M key heads (8), H head width (128), V
+vocabulary.
 
-The features are the output of the last layer but one: the last layer and the final norm are never
-loaded.
+The features are the output of the second-to-last layer. A native checkpoint has neither the last
+layer nor the final norm.
 
-A float16 holds tokens times ops.TOKEN_SCALE: a few elements of the first token pass 1e4 and grow
-from block to block."""
+A float16 residual stream holds tokens times ops.TOKEN_SCALE: a few elements of the first token
+exceed 1e4 and grow from block to block.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,8 @@ from .layers import Linear, RMSNorm, gated, parameter
 
 
 class SelfAttention(nnx.Module):
+    """Causal grouped-query attention with QK norm and RoPE. (transformers `Qwen3Attention`)"""
+
     def __init__(self, config: TextEncoderConfig):
         dim, width = config.hidden_size, config.head_dim
         self.q_proj = Linear(dim, config.num_attention_heads * width, bias=False)
@@ -51,6 +54,8 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
+    """The gated feed-forward. (transformers `Qwen3MLP`)"""
+
     def __init__(self, config: TextEncoderConfig):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -61,6 +66,8 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
+    """Attention and feed-forward, each after an RMS norm. (transformers `Qwen3DecoderLayer`)"""
+
     def __init__(self, config: TextEncoderConfig):
         self.self_attn = SelfAttention(config)
         self.mlp = MLP(config)
@@ -76,10 +83,12 @@ class Block(nnx.Module):
         x = ops.add_to_tokens(x, self.self_attn(y, attend))
         y = self.post_attention_layernorm(ops.from_tokens(x), out_dtype=dtype)
         x = ops.add_to_tokens(x, self.mlp(y))
-        return lax.optimization_barrier(x)  # as in the DiT: the same bits in whatever chunk
+        return lax.optimization_barrier(x)  # as in the DiT: the same bits in a chunk of any size
 
 
 class TextEncoder(nnx.Module):
+    """The embedding table and the layers that run. (transformers `Qwen3Model`)"""
+
     def __init__(self, config: TextEncoderConfig):
         self.embed_tokens = parameter(config.vocab_size, config.hidden_size)
         self.layers = nnx.List(Block(config) for _ in range(config.n_layers))
@@ -93,15 +102,14 @@ def spec(config: TextEncoderConfig) -> TextEncoder:
 def embed(
     table: Float[np.ndarray | Array, "V D"], ids: Int[np.ndarray, "B T"]
 ) -> Float[np.ndarray | Array, "B T D"]:
-    """Rows of the embedding table, gathered where the table lies: on the host it need never reach
-    the device."""
+    """Rows of the embedding table. With a NumPy table the device never needs the table."""
     return table[ids]
 
 
 def apply_blocks(
     blocks, x: Float[Array, "B T D"], attend: Attend = Attend()
 ) -> Float[Array, "B T D"]:
-    """A run of consecutive blocks, as one chunk holds them."""
+    """Apply consecutive blocks, for example those of a chunk."""
     for block in blocks:
         x = block(x, attend)
     return x

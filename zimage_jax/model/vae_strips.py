@@ -1,17 +1,19 @@
-"""The VAE in row strips, for a device that cannot hold the whole maps: exact, from the host. And in
-tiles: inexact.
+"""The VAE for a device that cannot hold whole maps: in row strips (exact) or tiles (inexact).
 
-A map, what lies between two layers, stays on the host; the device holds the weights, one strip of a
-layer's input and output, and the program's temporaries. Layer by layer, each strip of [norm, silu,]
-[upsampling,] convolution [and residual] comes from its input rows and a halo of one row. Rows
-beyond the picture are zeroed after norm and silu, where the whole model pads. Every strip also
-returns the moments of its rows, so a norm knows its whole map before it starts and no map is read
-twice. The middle attention runs whole, at latent resolution, with its queries in chunks.
+A map is the array between two layers. Maps stay on the host; the device holds the weights, one
+strip of a layer's input and output, and the program's temporaries. A layer is [norm, silu,]
+[upsampling,] convolution [and residual], and computes each strip from its input rows and a halo of
+one row. Rows outside the picture are set to zero after norm and silu, as the whole VAE pads there.
+Each program also returns the moments of its strip, so that the next norm has the statistics of the
+whole map without reading it again. The middle attention runs on the whole map, at latent
+resolution, in query chunks.
 
-The host holds three maps at most: a layer's input, its output and the residual.
+The host holds at most three maps: a layer's input, its output and the residual.
 
-Axes: B pictures, h, w rows and columns of a map, C channels at any level; H, W pixels. NHWC
-throughout."""
+Axes: B pictures, h, w rows and columns of a map, C channels at any level, H, W pixels; of a strip r
+or i input rows, o output rows, v output columns, D output and S residual channels. All arrays are
+NHWC.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -31,16 +33,16 @@ from .ops import last_axis
 from .vae import VAE, Decoder, Encoder, MiddleAttention, ResnetBlock, decode, upsample
 
 Shape = tuple[int, int, int, int]  # B h w C
-Run = Callable  # run(function, *arguments, **static): compiles once per shapes and static keywords, runs, accounts
+# run(function, *arguments, **static): compile once per shapes and static keywords, then run
+Run = Callable
 
 
 class Resample(NamedTuple):
-    """How rows (and columns) of a convolution's output lie on its input's: `up` of them over
-    `down`."""
+    """How a convolution changes the size of its map: times `up`, divided by `down`."""
 
     up: int = 1
     down: int = 1
-    before: int = 1  # rows of padding above; below it is always one
+    before: int = 1  # rows of padding above the map; below it is always one
 
 
 SAME, UP, DOWN = Resample(), Resample(up=2), Resample(down=2, before=0)
@@ -48,7 +50,7 @@ SAME, UP, DOWN = Resample(), Resample(up=2), Resample(down=2, before=0)
 
 @dataclass(frozen=True)
 class Map:
-    """All values between two layers, and their moments over rows and columns."""
+    """The array between two layers, with mean and variance over its rows and columns."""
 
     values: Float[np.ndarray, "B h w C"]
     mean: Float[np.ndarray, "B C"]
@@ -57,18 +59,18 @@ class Map:
     def window(
         self, first: int, count: int
     ) -> tuple[Float[np.ndarray, "B r w C"], Bool[np.ndarray, "r"]]:
-        """`count` rows from `first` on, zeros where the map has none, and which it has."""
+        """`count` rows from row `first` on, zero outside the map, and a mask of the rows inside."""
         rows = np.arange(first, first + count)
         begin, end = max(first, 0), min(first + count, self.values.shape[1])
-        values, beyond = self.values[:, begin:end], (begin - first, first + count - end)
-        if any(beyond):
-            values = np.pad(values, ((0, 0), beyond, (0, 0), (0, 0)))
+        values, outside = self.values[:, begin:end], (begin - first, first + count - end)
+        if any(outside):
+            values = np.pad(values, ((0, 0), outside, (0, 0), (0, 0)))
         return values, (rows >= begin) & (rows < end)
 
     def statistics(
         self, norm: GroupNorm
     ) -> tuple[Float[np.ndarray, "B 1 1 C"], Float[np.ndarray, "B 1 1 C"]]:
-        """Mean and reciprocal deviation of every channel's group."""
+        """Mean and reciprocal standard deviation of each channel's group, float32."""
         b, c = self.mean.shape
 
         def of_group(per_channel: Float[np.ndarray, "B C"]) -> Float[np.ndarray, "B C"]:
@@ -77,18 +79,17 @@ class Map:
 
         mean = of_group(self.mean)
         factor = 1 / np.sqrt(of_group(self.variance + np.square(self.mean - mean)) + norm.eps)
-        return mean.astype(np.float32).reshape(b, 1, 1, c), factor.astype(np.float32).reshape(
-            b, 1, 1, c
-        )
+        shape = b, 1, 1, c
+        return mean.astype(np.float32).reshape(shape), factor.astype(np.float32).reshape(shape)
 
 
 def _unmeasured(values: Float[np.ndarray, "B h w C"]) -> Map:
-    """A map whose moments nobody reads."""
+    """A map without a norm behind it: its moments are zeros, and unused."""
     moments = np.zeros((values.shape[0], values.shape[3]))
     return Map(values, moments, moments)
 
 
-# -- what runs on the device -----------------------------------------------------------------------
+# -- programs --------------------------------------------------------------------------------------
 
 
 def _convolve(
@@ -101,8 +102,8 @@ def _convolve(
     *,
     resample: Resample,
 ) -> tuple[Float[Array, "B o v D"], Float[Array, "B D"], Float[Array, "B D"]]:
-    """A strip of output, with mean and variance of its first `kept` rows: the others lie below the
-    picture."""
+    """A strip of output, and mean and variance of its first `kept` rows. The other rows are below
+    the picture."""
     conv, norm, shortcut = modules
     if norm is not None:
         x = jax.nn.silu(_normalise(norm, x, *statistics)).astype(x.dtype)
@@ -118,6 +119,7 @@ def _convolve(
 def _attend(
     attention: MiddleAttention, x: Float[Array, "B h w C"], *, attend: Attend
 ) -> tuple[Float[Array, "B h w C"], Float[Array, "B C"], Float[Array, "B C"]]:
+    """The middle attention of a whole map, with the mean and variance of the result."""
     y = attention(x, attend)
     return y, *_moments(y, jnp.int32(y.shape[1]))
 
@@ -128,7 +130,7 @@ def _normalise(
     mean: Float[Array, "B 1 1 C"],
     factor: Float[Array, "B 1 1 C"],
 ) -> Float[Array, "B h w C"]:
-    """ops.group_norm with the statistics of a larger map. Float32; the caller rounds."""
+    """ops.group_norm with given statistics (Map.statistics). Float32; the caller rounds."""
     scale, bias = (last_axis(p[...].astype(jnp.float32), 4) for p in (norm.scale, norm.bias))
     return (x.astype(jnp.float32) - mean) * (factor * scale) + bias
 
@@ -136,27 +138,31 @@ def _normalise(
 def _moments(
     y: Float[Array, "B h w C"], kept: Int[Array, ""]
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
-    y, counts = y.astype(jnp.float32), (jnp.arange(y.shape[1]) < kept)[None, :, None, None]
+    """Mean and variance over the first `kept` rows, float32."""
+    y, is_kept = y.astype(jnp.float32), (jnp.arange(y.shape[1]) < kept)[None, :, None, None]
     pixels = (kept * y.shape[2]).astype(jnp.float32)
-    mean = jnp.sum(jnp.where(counts, y, 0), (1, 2)) / pixels
-    return mean, jnp.sum(jnp.where(counts, jnp.square(y - mean[:, None, None]), 0), (1, 2)) / pixels
+    mean = jnp.sum(jnp.where(is_kept, y, 0), (1, 2)) / pixels
+    squares = jnp.square(y - mean[:, None, None])
+    return mean, jnp.sum(jnp.where(is_kept, squares, 0), (1, 2)) / pixels
 
 
 # -- layers ----------------------------------------------------------------------------------------
 
 
 class Call(NamedTuple):
-    """What `run` is given for one strip of one layer."""
+    """The arguments of `run` for one strip of one layer."""
 
     function: Callable
-    arguments: tuple  # weights first; the others are the strip's own
+    arguments: tuple  # the weights, then the arrays of the strip
     static: dict
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """[norm, silu,] [upsampling,] convolution [and, as the end of a residual block, the block's
-    input]."""
+    """[norm, silu,] [upsampling,] convolution [and, at the end of a residual block, the residual].
+
+    The residual is the block's input, through `shortcut` where the number of channels changes.
+    """
 
     conv: Conv
     norm: GroupNorm | None = None
@@ -165,18 +171,19 @@ class Convolution:
     shortcut: Conv | None = None
 
     def shape(self, x: Shape) -> Shape:
+        """The output's shape for an input of shape `x`."""
         (b, h, w, _), (up, down, _) = x, self.resample
         return b, h * up // down, w * up // down, self.conv.kernel.shape[3]
 
     def row_size(self, x: Shape) -> int:
-        """Elements on the device for one row of output: of the input, as it comes and as it is
-        convolved, of the residual, and of the output, as it is convolved and as it goes."""
+        """Elements on the device per row of output: the input as copied and as convolved
+        (upsampled), the residual, and the output before and after its rounding."""
         (b, _, w, c), (_, _, v, d), (up, down, _) = x, self.shape(x), self.resample
         residual = (self.shortcut or self.conv).kernel.shape[2] if self.ends_block else 0
         return b * (w * c * down // up + w * c * down * up + v * (residual + 2 * d))
 
     def costs(self, x: Shape) -> tuple[int, int]:
-        """Multiply-adds, and elements that come and go when it runs in strips, halos aside."""
+        """Multiply-adds, and elements copied to the device and back in strips, without halos."""
         read, made = math.prod(x), math.prod(self.shape(x))
         inner = self.conv.kernel.size
         if self.ends_block:
@@ -186,15 +193,15 @@ class Convolution:
         return made // self.conv.kernel.shape[3] * inner, read + made
 
     def strip_rows(self, x: Shape, size: int) -> int:
-        """Rows of output in a strip of `size` elements, or the fewest there can be; strips come out
-        even."""
+        """Rows of output per strip, for strips of at most `size` elements (but at least one row,
+        or two after upsampling) and of equal height."""
         up = self.resample.up
         height = self.shape(x)[1] // up
         strips = math.ceil(height / max(1, size // (up * self.row_size(x))))
         return up * math.ceil(height / strips)
 
     def call(self, x: Map, block_input: Map, first: int, size: int) -> Call:
-        """The strip from row `first` of the output on. All strips of a layer have one shape."""
+        """The strip whose output begins at row `first`. All strips of a layer have one shape."""
         (up, down, before), shape = self.resample, x.values.shape
         rows = self.strip_rows(shape, size)
         window, inside = x.window(first * down // up - before, rows * down // up + before + 1)
@@ -211,7 +218,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Attention:
-    """The middle attention: one strip, the whole map."""
+    """The middle attention, as a layer with one strip: the whole map. Methods as Convolution's."""
 
     attention: MiddleAttention
     attend: Attend
@@ -231,14 +238,13 @@ class Attention:
 
     def call(self, x: Map, block_input: Map, first: int, size: int) -> Call:
         b, h, w, _ = x.values.shape
-        # a score and its weight, in float32 and again rounded, weigh four times what an element of
-        # a strip does
+        # per score: the score and its weight, each in float32 and rounded: four elements of a strip
         attend = replace(self.attend, query_chunk=max(1, size // (4 * b * h * w)))
         return Call(_attend, (self.attention, x.values), {"attend": attend})
 
 
 def _layers(half: Decoder | Encoder, attend: Attend) -> list[Convolution | Attention]:
-    """What the module's own __call__ does, one layer after the other."""
+    """The layers of the module's __call__, in order."""
 
     def resnet(block: ResnetBlock) -> list[Convolution | Attention]:
         return [
@@ -262,7 +268,7 @@ def _layers(half: Decoder | Encoder, attend: Attend) -> list[Convolution | Atten
 
 
 def _strip_size(layers: list, shape: Shape, rows: int) -> int:
-    """Elements of `rows` rows of the layer with the widest ones."""
+    """Elements of a strip of `rows` rows in the layer with the widest rows."""
     widest = 0
     for layer in layers:
         widest, shape = max(widest, layer.row_size(shape)), layer.shape(shape)
@@ -279,11 +285,12 @@ def _walk(
     run: Run,
     attend: Attend,
 ) -> np.ndarray:
+    """`half` applied to `values`, layer by layer."""
     layers = _layers(half, attend)
     size = _strip_size(layers, values.shape, rows)
     x = block_input = _unmeasured(values)
     for layer in layers:
-        # a residual block is two layers: what it began with is what the layer before read
+        # a residual block is two layers: the block's input is the previous layer's input
         block_input, x = x, _by_strips(layer, x, block_input, size, run)
     return x.values
 
@@ -291,6 +298,7 @@ def _walk(
 def _by_strips(
     layer: Convolution | Attention, x: Map, block_input: Map, size: int, run: Run
 ) -> Map:
+    """The output of one layer, strip by strip. Its moments combine those of the strips."""
     shape = layer.shape(x.values.shape)
     rows, values = layer.strip_rows(x.values.shape, size), np.empty(shape, x.values.dtype)
     moments = []
@@ -313,8 +321,11 @@ def decode_strips(
     run: Run,
     attend: Attend = Attend(),
 ) -> Float[np.ndarray, "B H W 3"]:
-    """vae.decode to reduction noise. A strip holds `rows` rows of the layer with the widest ones,
-    and of the other layers as many as weigh the same. Raises UsageError for `rows` below one."""
+    """`vae.decode` in strips; it differs by rounding (under 1e-6 in float32).
+
+    A strip has `rows` rows in the layer with the widest rows, and about as many bytes in the other
+    layers. Raises UsageError for `rows` below 1.
+    """
     z = vae.from_sampler(jnp.asarray(latents)).astype(dtype)
     return _walk(vae.decoder, np.asarray(z), _at_least_one(rows), run, attend).astype(np.float32)
 
@@ -327,7 +338,7 @@ def encode_strips(
     run: Run,
     attend: Attend = Attend(),
 ) -> Float[np.ndarray, "B h w C"]:
-    """vae.encode, as decode_strips is vae.decode."""
+    """`vae.encode` in strips, like `decode_strips`."""
     out = _walk(vae.encoder, np.asarray(picture).astype(dtype), _at_least_one(rows), run, attend)
     mean, _ = np.split(out.astype(np.float32), 2, -1)
     return np.asarray(vae.to_sampler(jnp.asarray(mean)))
@@ -335,18 +346,18 @@ def encode_strips(
 
 def _at_least_one(rows: int) -> int:
     if rows < 1:
-        raise UsageError(f"a strip needs at least one row, got {rows}")
+        raise UsageError(f"rows of a VAE strip: expected at least one row, got {rows}")
     return rows
 
 
 def strip_programs(
     half: Decoder | Encoder, shape: Shape, dtype, rows: int, attend: Attend = Attend()
 ) -> list[Call]:
-    """Every program that a walk through `half` runs, with ShapeDtypeStructs for arguments: to
-    compile for any device and read its memory_analysis(). The attention comes first, then the
-    convolutions, the widest strips first.
+    """Every program that `decode_strips` or `encode_strips` runs, with ShapeDtypeStruct arguments:
+    compile one for any device and read its memory_analysis().
 
-    `shape` is that of the latents or of the picture. A spec will do for `half`.
+    The attention comes first, then the convolutions, those with the largest strips first. `shape`:
+    the latents' or the picture's. `half` may be a spec.
     """
     layers = _layers(half, attend)
     size = _strip_size(layers, shape, rows)
@@ -369,15 +380,15 @@ def strip_programs(
 
 
 def layer_costs(half: Decoder | Encoder, shape: Shape) -> Iterator[tuple[int, int]]:
-    """Of each layer in order: its multiply-adds, and the elements that cross to the device and back
-    when it runs in strips. `shape` is that of the latents or of the picture."""
+    """For each layer in order: multiply-adds, and elements copied to the device and back when it
+    runs in strips. `shape`: the latents' or the picture's."""
     for layer in _layers(half, Attend()):
         yield layer.costs(shape)
         shape = layer.shape(shape)
 
 
 def _blank(shape: Shape, dtype) -> Map:
-    """Zeros that take no memory."""
+    """A map of zeros that takes no memory."""
     return _unmeasured(np.broadcast_to(np.zeros((), dtype), shape))
 
 
@@ -392,11 +403,10 @@ def decode_tiles(
     run: Run,
     attend: Attend = Attend(),
 ) -> Float[np.ndarray, "B H W 3"]:
-    """Squares of `tile` pixels, each decoded with statistics of its own, overlapping by a quarter
-    or more and blended linearly. Fast and inexact; the whole decode where one tile covers the
-    picture.
+    """`vae.decode` of square tiles, which overlap by a quarter or more and are blended linearly.
 
-    Raises UsageError for a tile that is no multiple of two latents.
+    Fast and inexact: each tile's norms use the tile's statistics. Exact if one tile covers the
+    picture. `tile`: side in pixels. Raises UsageError if it is not a multiple of two latents.
     """
     latents, scale = np.asarray(latents), vae.scale
     if tile < 1 or tile % (2 * scale):
@@ -417,8 +427,8 @@ def decode_tiles(
 
 
 def _spans(length: int, side: int, scale: int) -> Iterator[tuple[int, Float[np.ndarray, "t"]]]:
-    """Where tiles begin along one axis, in latents, and the weights of their pixels: falling
-    towards another tile, over the overlap, but not towards the picture's edge."""
+    """The tiles along one axis: start in latents, and weight of each pixel. Weights fall towards
+    the next tile, over the overlap, but not towards the picture's edge."""
     last, overlap = max(length - side, 0), math.ceil(side / 4)
     pixels, ramp = min(side, length) * scale, overlap * scale
     distance = (np.arange(pixels, dtype=np.float32) + 0.5) / ramp

@@ -1,4 +1,4 @@
-"""What the stages of one try at a job share."""
+"""The state that the stages of one attempt at a job share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from .job import Job
 
 @dataclass(kw_only=True)
 class Attempt:
-    """One try at a job under a plan. A stage reads what earlier stages left in `results`, by their names."""
+    """One attempt at a job, under one plan. `results`: of finished stages, by name."""
 
     job: Job
     encoded: dict[str, Encoded]  # tokens of each distinct text
@@ -30,7 +30,7 @@ class Attempt:
     loan: Loan
     placement: Placement
     ledger: Ledger
-    observe: Callable[[int, np.ndarray], None]  # called with index and latents after every NFE
+    observe: Callable[[int, np.ndarray], None]  # called after every NFE with its index and latents
     results: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -41,5 +41,5 @@ class Attempt:
         return self.loan.stream(plan, sweeps, **rest)
 
     def hold(self, *arrays) -> None:
-        """These arrays are what is on the device beside parameters, from now on."""
+        """Count `arrays` as the stage's activations on the device, in place of the ones before."""
         self.ledger.hold("activations", arrays)

@@ -1,4 +1,4 @@
-"""What goes into a pipeline and what comes out of it.
+"""A pipeline's input and output: jobs, steps, pictures, results.
 
 Axes: B pictures, H, W pixels, h, w latent rows and columns, C latent channels.
 """
@@ -31,16 +31,16 @@ from .size import check_size
 
 
 class ZImageWarning(UserWarning):
-    """Something was not done as the words of the job suggest."""
+    """The job runs, but not exactly as requested."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback sees after each NFE."""
+    """The argument of `on_step`, after each NFE."""
 
     index: int  # from 0
     steps: int
-    t: float  # the scheduler's time, 1000 sigma, at which the model was evaluated
+    t: float  # scheduler time, 1000 sigma, at which the DiT was evaluated
     latents: Float[np.ndarray, "B h w C"]
     _to_rgb: Callable[[np.ndarray], np.ndarray]
 
@@ -48,7 +48,7 @@ class Step:
         return f"<Step {self.index + 1} of {self.steps}, t {self.t:.1f}>"
 
     def previews(self) -> UInt8[np.ndarray, "B h w 3"]:
-        """Small pictures, made linearly from the latents."""
+        """Small pictures: a linear map of the latents to colours, a pixel per latent."""
         return self._to_rgb(self.latents)
 
 
@@ -63,9 +63,9 @@ class Picture:
         return f"<Picture {width}x{height}, seed {self.metadata.get('seed')}, {prompt!r}>"
 
     def save(self, path: str | Path, *, metadata: bool = True, overwrite: bool = False) -> Path:
-        """Write a PNG; a name in use gets "-2", … unless `overwrite`. Returns the path used.
+        """Write a PNG and return its path: a name in use gets "-2", … unless `overwrite`.
 
-        Raises UsageError for what names no file, OutputError where it cannot be written.
+        Raises UsageError if `path` names no file, OutputError if the file cannot be written.
         """
         if not isinstance(path, str | os.PathLike):
             checks.refuse("path", "a path", path)
@@ -76,9 +76,9 @@ class Picture:
 
 
 class Report(TypedDict):
-    """The report of a batch. `prompt`, `seed` and `latents_sha256` are lists when there are several pictures.
+    """The report of a batch; for several pictures, `prompt`, `seed` and `latents_sha256` are lists.
 
-    Bytes are of device memory unless the key says otherwise; seconds are by the clock.
+    Bytes are of device memory unless the key says otherwise; seconds are wall-clock time.
     """
 
     prompt: str | list[str]
@@ -90,8 +90,8 @@ class Report(TypedDict):
     guidance: float
     negative_prompt: str
     noise: str
-    kv: dict[str, Any]  # what KVPolicy.parse takes
-    dtype: str  # computed in
+    kv: dict[str, Any]  # arguments of KVPolicy.parse
+    dtype: str  # of the computation
     model: str
     versions: dict[str, str]
     schedule: str
@@ -99,14 +99,14 @@ class Report(TypedDict):
     resident_chunks: int
     attention: str  # how the main blocks' attention was computed
     device: str
-    seconds: dict[str, float]  # by stage, and total; load and compile are parts of the others
+    seconds: dict[str, float]  # by stage, total, load and compile
     compilations: int
     warnings: list[str]
     predicted_seconds: float | None
     predicted_peak_bytes: int
     predicted_peak_bytes_by_stage: dict[str, int]
     peak_device_bytes: int
-    peak_device_bytes_from: str  # "allocator", or "ledger" where the device keeps no count
+    peak_device_bytes_from: str  # "allocator", or "ledger" if the device counts no bytes
     ledger_peak_bytes: int
     allocator_peak_bytes: int | None
     peak_device_bytes_by_stage: dict[str, int]  # the ledger's
@@ -126,20 +126,20 @@ class Result:
     latents: Float[np.ndarray, "B h w C"]
     work: Work
     plan: Plan
-    ledger: Ledger  # every copy and every program's run; `ledger.trace()` draws them
+    ledger: Ledger  # every copy and run; `ledger.trace()` is their timeline
 
     def __repr__(self) -> str:
         report = self.report
         return (
-            f"<Result {len(self.pictures)} of {report['width']}x{report['height']}, {report['steps']} NFEs, "
-            f"schedule {report['schedule']}, {report['seconds']['total']:.1f} s, "
-            f"peak {size(report['peak_device_bytes'])}>"
+            f"<Result {len(self.pictures)} of {report['width']}x{report['height']}, "
+            f"{report['steps']} NFEs, schedule {report['schedule']}, "
+            f"{report['seconds']['total']:.1f} s, peak {size(report['peak_device_bytes'])}>"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One batch of pictures of one size: what `generate` was asked for, checked and with its seeds drawn."""
+    """One batch of pictures of one size: the checked arguments of `generate`."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -154,7 +154,7 @@ class Job:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """A text per context: the prompts, then with guidance the negative prompt for each."""
+        """One text per context: the prompts, then with guidance the negative prompt for each."""
         negatives = (self.negative_prompt,) * len(self.prompts) if self.guidance else ()
         return self.prompts + negatives
 
@@ -174,16 +174,21 @@ class Job:
         kv: object = None,
         attention: object = "auto",
     ) -> "Job":
-        """What a user asks for, each value checked for its type and its bounds; None is the model's own. Raises
-        UsageError."""
+        """Check the type and the bounds of each value; None is replaced by the model's default.
+
+        Raises UsageError.
+        """
         prompts = _several("prompt", prompt, str)
         seeds = _several("seed", seed, int)
         count = max(len(prompts), len(seeds))
         if not prompts or not seeds or any(len(of) not in (1, count) for of in (prompts, seeds)):
             raise UsageError(
-                f"{len(prompts)} prompts and {len(seeds)} seeds: expected as many of one as of the other, or one"
+                f"{len(prompts)} prompts and {len(seeds)} seeds: expected as many of one as of the "
+                "other, or one"
             )
         side, defaults = config.vae.sample_size, config.defaults
+        if guidance is None:
+            guidance = defaults.guidance
         job = cls(
             prompts=tuple(_prompt(text) for text in (prompts * count)[:count]),
             seeds=tuple(_seed(number) for number in (seeds * count)[:count]),
@@ -191,9 +196,7 @@ class Job:
             width=side if width is None else checks.whole("width", width),
             height=side if height is None else checks.whole("height", height),
             steps=defaults.steps if steps is None else checks.whole("steps", steps, 1, 1000),
-            guidance=defaults.guidance
-            if guidance is None
-            else checks.real("guidance", guidance, 0, 100),
+            guidance=checks.real("guidance", guidance, 0, 100),
             noise=checks.one_of("noise", noise, tuple(sampling.NOISE)),
             kv=KVPolicy() if kv is None else checks.instance("kv", kv, KVPolicy),
             attention=checks.one_of("attention", attention, CHOICES),
@@ -203,13 +206,14 @@ class Job:
 
     @property
     def remarks(self) -> list[str]:
-        """What of the request has no effect, a sentence each."""
+        """One sentence for each part of the request that has no effect."""
         found = []
         if self.negative_prompt and not self.guidance:
             found.append("the negative prompt has no effect while guidance is 0")
         if self.noise == "torch":
             found += [
-                f"seed {s} draws the same noise as {s & 0xFFFFFFFF}: PyTorch uses 32 bits (--noise jax: all)"
+                f"seed {s} draws the same noise as {s & 0xFFFFFFFF}: PyTorch uses 32 bits "
+                "(--noise jax: all)"
                 for s in self.seeds
                 if s >> 32
             ]
@@ -224,8 +228,10 @@ def _several(name: str, value: object, kind: type) -> list:
         with contextlib.suppress(TypeError):
             return [operator.index(value)]  # type: ignore[arg-type]
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        what = "text, or a list of texts" if kind is str else "a whole number, or a list of them"
-        checks.refuse(name, what, value)
+        expected = "text, or a list of texts"
+        if kind is int:
+            expected = "a whole number, or a list of them"
+        checks.refuse(name, expected, value)
     return list(value)
 
 
@@ -237,12 +243,13 @@ def _prompt(value: object) -> str:
 
 
 def _seed(value: object) -> int:
-    """A seed; -1 draws one below 2^32, where every noise and every other program takes it."""
+    """A seed; -1 draws one below 2^32, which all noise generators and other programs accept."""
     seed = checks.whole("seed", value)
     if seed == -1:
         return secrets.randbits(32)
     if not 0 <= seed <= checks.LARGEST_SEED:
         raise UsageError(
-            f"seed {checks.shown(seed)} is out of range: 0 to {checks.LARGEST_SEED}, or -1 for a random one"
+            f"seed {checks.shown(seed)} is out of range: "
+            f"0 to {checks.LARGEST_SEED}, or -1 for a random one"
         )
     return seed

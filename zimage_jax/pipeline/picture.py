@@ -1,8 +1,9 @@
-"""PNG in and out, with its metadata.
+"""Writes PNGs with metadata, and reads the metadata.
 
-A picture carries three chunks: `parameters` as AUTOMATIC1111 writes it (other tools read it),
-`zimage_jax` with our own JSON (we read it back), and XMP with the mark that the picture was made by
-a model (IPTC DigitalSourceType)."""
+A picture has three text chunks: `parameters` as AUTOMATIC1111 writes it, for other tools;
+`zimage_jax` with our own JSON, which `read_metadata` reads; and XMP that marks the picture as made
+by a model (IPTC DigitalSourceType).
+"""
 
 import io
 import json
@@ -27,16 +28,16 @@ _XMP = (
     'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType='
     '"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
 )
-_LARGEST_FILE = 256 << 20
+_LARGEST_FILE = 256 << 20  # bytes
 
 
 def to_uint8(picture: Float[np.ndarray, "*b H W 3"]) -> UInt8[np.ndarray, "*b H W 3"]:
-    """[-1, 1] to 0..255, rounded, as diffusers' `VaeImageProcessor` does."""
+    """Map [-1, 1] to 0..255, clipped and rounded as by diffusers' `VaeImageProcessor`."""
     return np.round((np.clip(picture, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def encode_png(picture: UInt8[np.ndarray, "H W 3"], metadata: dict | None = None) -> bytes:
-    """The bytes of a PNG; `metadata` is what `read_metadata` gives back."""
+    """The bytes of a PNG. `read_metadata` returns its `metadata`."""
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
         info.add_itxt("parameters", parameters(metadata))
@@ -48,8 +49,7 @@ def encode_png(picture: UInt8[np.ndarray, "H W 3"], metadata: dict | None = None
 
 
 def parameters(metadata: dict) -> str:
-    """The text AUTOMATIC1111 and the tools around it read: prompt, negative prompt, one line of
-    settings."""
+    """The text chunk of AUTOMATIC1111: prompt, negative prompt, one line of settings."""
 
     def quoted(v):
         return json.dumps(v, ensure_ascii=False) if re.search(r'[,:\n"]', str(v)) else str(v)
@@ -73,7 +73,7 @@ def parameters(metadata: dict) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What a picture of ours says of its making, checked by FIELDS. Raises UsageError for any other file."""
+    """The metadata of one of our pictures, checked by FIELDS. Raises UsageError."""
     where = printable(path)
     with open_regular(path) as file:
         nbytes = path.stat().st_size
@@ -81,7 +81,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             raise UsageError(f"{where}: {nbytes >> 20} MiB is too large for a picture of ours")
         try:
             with Image.open(file, formats=["PNG"]) as image:
-                image.load()  # text may stand behind the pixels
+                image.load()  # text chunks may come after the pixels
                 text = image.info.get(KEY)
         except UnidentifiedImageError:
             raise UsageError(f"{where}: cannot be read as a PNG (not a PNG)") from None
@@ -89,7 +89,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
             raise UsageError(f"{where}: a damaged PNG ({printable(fault)})") from None
     if not isinstance(text, str):
         raise UsageError(
-            f"{where}: no zimage_jax metadata in this picture (made elsewhere, or with --no-metadata)"
+            f"{where}: no zimage_jax metadata in this picture "
+            "(made elsewhere, or with --no-metadata)"
         )
     metadata = parse_json(text, f"{where}: metadata")
     check_metadata(f"{where}: metadata", metadata, FIELDS)
@@ -103,7 +104,7 @@ _KV_FIELDS: dict[str, Callable] = {
     "group?": checks.text,
     "reuse?": partial(checks.whole, low=1, high=1000),
 }
-# a "?" marks what an older picture may lack; keys that are not here are passed over
+# a "?" marks a key that older pictures lack; unknown keys are ignored
 FIELDS: dict[str, Callable] = {
     "prompt": checks.text,
     "negative_prompt": checks.text,
@@ -123,7 +124,10 @@ FIELDS: dict[str, Callable] = {
 def check_metadata(
     name: str, found: object, fields: dict[str, Callable], *, only_these: bool = False
 ) -> None:
-    """Raises UsageError for a value that is missing, of another type or out of bounds."""
+    """Raises UsageError for a value that is missing, of another type or out of bounds.
+
+    `only_these`: also for a key that is not in `fields`.
+    """
     if not isinstance(found, dict):
         checks.refuse(name, "an object", found)
     for field, check in fields.items():

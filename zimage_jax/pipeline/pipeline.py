@@ -52,9 +52,9 @@ TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
 
 class ZImage:
-    """A model ready to draw. Threads may share one: their jobs run one after the other.
+    """An opened model. Threads may share one: their jobs run one after the other.
 
-    Parameters are read when first needed.
+    Parameters are read when they are first needed.
     """
 
     def __init__(
@@ -84,14 +84,15 @@ class ZImage:
         memory: Memory | None = None,
         device: jax.Device | None = None,
     ) -> "ZImage":
-        """Open a native checkpoint, or the tiny model inside the package when none is named.
+        """Open a native checkpoint; without a `path`, the tiny model inside the package.
 
-        `dtype` is what is computed in: bfloat16, float16 or float32. By default it is bfloat16 on a GPU, float16 on one
-        that has no bfloat16 (before compute capability 8.0), and float32 on a CPU; with float16 the VAE computes in
-        float32. `memory` says where parameters are and how they move; without it everything stays on the device if it
-        fits. `device` is the first by default.
+        `dtype`: of the computation, bfloat16, float16 or float32. The default is bfloat16 on a GPU,
+        float16 on a GPU without bfloat16 (before compute capability 8.0), and float32 on a CPU.
+        With float16 the VAE computes in float32. `memory`: where parameters are and how they move;
+        by default everything stays on the device if it fits. `device`: by default the process's
+        first.
 
-        Raises CheckpointError when the folder is missing, foreign or damaged.
+        Raises CheckpointError if the folder is missing, foreign or damaged.
         """
         if dtype is not None:
             checks.one_of("dtype", dtype, COMPUTE)
@@ -118,7 +119,7 @@ class ZImage:
         return f"<ZImage {self.name}: {self.describe()}>"
 
     def describe(self) -> str:
-        """One line for a person: what the model is and where it computes."""
+        """One line for a person: the model's sizes, its compute dtype and its device."""
 
         def count(component: str) -> str:
             number = self._checkpoint.parameters(component)
@@ -129,7 +130,7 @@ class ZImage:
         )
         return f"{held}; computing in {self.dtype} on {self._placement.device.device_kind}"
 
-    # -- the job ------------------------------------------------------------------------------------------------------
+    # -- the job -----------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -148,24 +149,26 @@ class ZImage:
         on_plan: Callable[[Plan, int], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> Result:
-        """Pictures of one size, one per prompt or per seed (one of either serves all of the other).
+        """Draw pictures of one size: one per prompt and seed; a single prompt or seed serves all.
 
-        `steps` counts evaluations of the DiT (NFEs); `guidance` is diffusers' (0 is off; it is
-        ComfyUI's cfg minus one); None takes the checkpoint's own. `kv` says how the DiT holds K and
-        V, which changes the picture: precision, groups, reuse. `attention` is the kernel
-        (model.attention.Attend lists them), which changes its last bits. `memory` replaces, for this
-        job, the one that the model was loaded with. `on_plan` gets the plan and the budget in bytes
-        before anything runs, and again when the device ran out of memory and another plan is tried.
-        `on_step` is called after every NFE and may raise to stop the job; `scan` cannot be stopped
-        and raises that at its end.
+        `width`, `height`: pixels; None is the model's own. `steps`: evaluations of the DiT (NFEs).
+        `guidance`: as in diffusers, 0 is off; ComfyUI's cfg is one more. For both, None is the
+        checkpoint's default. `kv`: how the DiT stores K and V (precision, groups, reuse), which
+        changes the picture. `attention`: the kernel (model.attention.Attend lists them), which
+        changes last bits. `memory`: replaces, for this job, the one given to `load`.
 
-        Raises UsageError for a job that cannot be drawn, or when called from a callback of this model's job;
-        OutOfMemoryError when no plan fits; NonFiniteError when the latents leave the finite numbers.
+        `on_plan(plan, budget)`, budget in bytes, is called before anything runs, and again if the
+        device ran out of memory and another plan is tried. `on_step(step)` is called after every
+        NFE. It may raise to stop the job; the schedule `scan` runs to its end first.
+
+        Raises UsageError for a job that cannot be drawn, or if called from a callback of this
+        model's own job; OutOfMemoryError if no plan fits; NonFiniteError if the latents are not
+        finite.
         """
         with self._turn.of_job(), jax.default_device(self._placement.device):
-            said: list[str] = []
+            warned: list[str] = []
             job = self._job(
-                said,
+                warned,
                 prompt,
                 seed=seed,
                 negative_prompt=negative_prompt,
@@ -177,22 +180,21 @@ class ZImage:
                 kv=kv,
                 attention=attention,
             )
-            return self._generate(job, self._memory(memory), said, on_plan, on_step)
+            encoded, memory = self._tokens(job.texts, warned), self._memory(memory)
+            return self._generate(job, encoded, memory, warned, on_plan, on_step)
 
     def _generate(
         self,
         job: Job,
+        encoded: dict[str, prompts_of.Encoded],
         memory: Memory,
-        said: list[str],
+        warned: list[str],
         on_plan: Callable[[Plan, int], None] | None,
         on_step: Callable[[Step], None] | None,
     ) -> Result:
-        encoded = self._tokens(job.texts, said)
         work = self._work(job, encoded)
-        budget, ahead = (
-            memory.max_vram_bytes or self._store.free_device_bytes(),
-            self._placement.runs_ahead,
-        )
+        budget = memory.max_vram_bytes or self._store.free_device_bytes()
+        ahead = self._placement.runs_ahead
         ledger = Ledger(ahead)
         self._store.read_ahead(budget, memory.host_bytes, ledger)
         while True:
@@ -202,17 +204,17 @@ class ZImage:
                     on_plan(plan, budget)
             try:
                 attempt = self._attempt(job, encoded, work, plan, memory, ledger, on_step)
-                return self._draw(attempt, said)
+                return self._draw(attempt, warned)
             except jax.errors.JaxRuntimeError as fault:
                 if not is_exhausted(fault):
                     raise
                 self._store.clear()
-            if ahead:  # two programs at once may hold what each of them takes
+            if ahead:  # two programs in flight may take the scratch of both
                 ahead, then = 0, "trying a program at a time"
-            else:
-                budget, then = plan.peak_bytes - 1, "trying a smaller one"  # until there is none
+            else:  # the planner raises OutOfMemoryError when no plan is smaller
+                budget, then = plan.peak_bytes - 1, "trying a smaller one"
             ledger = Ledger(ahead)
-            _warn(said, f"out of device memory with a plan of {size(plan.peak_bytes)}; {then}")
+            _warn(warned, f"out of device memory with a plan of {size(plan.peak_bytes)}; {then}")
 
     def _attempt(
         self,
@@ -229,8 +231,9 @@ class ZImage:
         def observe(index: int, latents: np.ndarray) -> None:
             if not np.isfinite(latents).all():
                 raise NonFiniteError(
-                    f"the latents are not finite after NFE {index + 1} of {job.steps} in {self.dtype}; the weights are "
-                    "damaged or the dtype is too narrow (--dtype float32)"
+                    f"the latents are not finite after NFE {index + 1} of {job.steps} in "
+                    f"{self.dtype}; the weights are damaged or the dtype is too narrow "
+                    "(--dtype float32)"
                 )
             if on_step is not None:
                 step = Step(
@@ -251,7 +254,7 @@ class ZImage:
             observe=observe,
         )
 
-    def _draw(self, attempt: Attempt, said: list[str]) -> Result:
+    def _draw(self, attempt: Attempt, warned: list[str]) -> Result:
         ledger, began = attempt.ledger, time.perf_counter()
         try:
             for stage in STAGES:
@@ -260,11 +263,11 @@ class ZImage:
         finally:
             attempt.loan.release()
         ledger.seconds["total"] = time.perf_counter() - began
-        return self._result(attempt, said)
+        return self._result(attempt, warned)
 
     @staticmethod
     def _run(stage, attempt: Attempt) -> Any:
-        """A stage of the job. What it had on the device is given back, but for parameters that the plan keeps."""
+        """Run a stage, then drop its arrays from the device, except kept parameters."""
         with attempt.ledger.stage(stage.name):
             attempt.results[stage.name] = stage.run(attempt)
             attempt.ledger.drop("activations")
@@ -274,45 +277,46 @@ class ZImage:
     def encode(
         self, texts: Sequence[str], memory: Memory | None = None
     ) -> list[Float[np.ndarray, "T E"]]:
-        """Text features of each text, without padding: Qwen3's hidden_states[-2]. Raises as `generate` does."""
+        """Features of each text: Qwen3's hidden_states[-2]. Raises like `generate`."""
         with self._turn.of_job(), jax.default_device(self._placement.device):
-            said: list[str] = []
-            job = self._job(said, texts, seed=0, steps=1, guidance=0.0)
-            memory, encoded = self._memory(memory), self._tokens(job.texts, said)
+            warned: list[str] = []
+            job = self._job(warned, texts, seed=0, steps=1, guidance=0.0)
+            memory, encoded = self._memory(memory), self._tokens(job.texts, warned)
             work = self._work(job, encoded)
-            plan = self._plan(
+            text_stage = next(stage for stage in STAGES if stage.name == "text")
+            planner = self._planner.of([text_stage])
+            plan = planner.plan(
                 work, memory, memory.max_vram_bytes or self._store.free_device_bytes()
             )
             attempt = self._attempt(
                 job, encoded, work, plan, memory, Ledger(self._placement.runs_ahead), None
             )
             try:
-                features = self._run(
-                    next(stage for stage in STAGES if stage.name == "text"), attempt
-                )
+                features = self._run(text_stage, attempt)
             finally:
                 attempt.loan.release()
             return [features[text] for text in job.prompts]
 
-    # -- before it ----------------------------------------------------------------------------------------------------
+    # -- before the stages -------------------------------------------------------------------------
 
-    def _job(self, said: list[str], prompt, **options) -> Job:
+    def _job(self, warned: list[str], prompt, **options) -> Job:
         job = Job.of(self.config, prompt, **options)
         for remark in job.remarks:
-            _warn(said, remark)
+            _warn(warned, remark)
         return job
 
     def _memory(self, memory: Memory | None) -> Memory:
         return self.memory if memory is None else checks.instance("memory", memory, Memory)
 
-    def _tokens(self, texts: Sequence[str], said: list[str]) -> dict[str, prompts_of.Encoded]:
-        """Distinct texts as tokens, with a warning for one that is cut."""
+    def _tokens(self, texts: Sequence[str], warned: list[str]) -> dict[str, prompts_of.Encoded]:
+        """The tokens of each distinct text, with a warning for one that is cut."""
         encoded = {text: self._prompts.encode(text) for text in texts}
         for e in encoded.values():
             if e.cut:
                 _warn(
-                    said,
-                    f"the prompt is longer than {prompts_of.MAX_TOKENS} tokens; cut off: {printable(e.cut)!r}",
+                    warned,
+                    f"the prompt is longer than {prompts_of.MAX_TOKENS} tokens; "
+                    f"cut off: {printable(e.cut)!r}",
                 )
         return encoded
 
@@ -345,8 +349,11 @@ class ZImage:
             raise OutOfMemoryError(f"{fault}; raise --max-vram; {advice}", fault.needed) from None
 
     def _seconds(self, plan: Plan, work: Work, memory: Memory) -> dict[str, float] | None:
-        """Predicted for a picture whose parameters are in host memory: None where the rates of the device, of the host's
-        text encoder or of the disk would have to be known and are not."""
+        """Predicted seconds by stage, with parameters in host memory; None if a rate is unknown.
+
+        Rates are known for cards of the table computing in 16 bits; the CPU's (text encoder on the
+        host) and the disk's (a host window) are not.
+        """
         card = cards.of_device(self._placement.device.device_kind)
         on_host = plan.choices["text"].stream is None
         if card is None or self.dtype.itemsize != 2 or on_host or memory.host_bytes:
@@ -354,8 +361,11 @@ class ZImage:
         return seconds(STAGES, plan, work, self._sizes, card.rates)
 
     def _largest_side(self, work: Work, memory: Memory, budget: int) -> int:
-        """Pixels of the largest square that would fit, of 2048, 1536, 1024 and so on; 0 when none would. By stored figures
-        where there are some: a GPU's compiler takes minutes for all these sizes."""
+        """The largest square that fits: its side in pixels, from 2048 down to 64; 0 if none fits.
+
+        It uses stored figures where a card has them, because a GPU's compiler takes minutes for all
+        these sizes.
+        """
         planner, card = self._planner, cards.of_device(self._placement.device.device_kind)
         if card is not None and has_published_widths(self.config):
             storage = self._checkpoint.storage
@@ -370,9 +380,9 @@ class ZImage:
                     continue
         return 0
 
-    # -- after it -----------------------------------------------------------------------------------------------------
+    # -- after the stages --------------------------------------------------------------------------
 
-    def _result(self, attempt: Attempt, said: list[str]) -> Result:
+    def _result(self, attempt: Attempt, warned: list[str]) -> Result:
         job, latents = attempt.job, attempt.results["denoise"]
         common = reports.metadata(attempt, self.name)
         each = [
@@ -387,22 +397,23 @@ class ZImage:
             Picture(pixels, {**own, **common})
             for pixels, own in zip(attempt.results[STAGES[-1].name], each, strict=True)
         ]
-        told = reports.report(attempt, common, each, said, self._store.host_bytes)
-        return Result(pictures, told, latents, attempt.work, attempt.plan, attempt.ledger)
+        report = reports.report(attempt, common, each, warned, self._store.host_bytes)
+        return Result(pictures, report, latents, attempt.work, attempt.plan, attempt.ledger)
 
 
 class _Turn:
-    """Jobs take turns; a job asked for from within a job's callback could never have one."""
+    """Runs one job at a time. A job that a callback of a running job starts could never run."""
 
     def __init__(self) -> None:
         self._lock, self._here = threading.Lock(), threading.local()
 
     @contextmanager
     def of_job(self) -> Iterator[None]:
-        """Raises UsageError in a callback of a job that runs now."""
+        """Raises UsageError inside a callback of the running job."""
         if getattr(self._here, "in_callback", False):
             raise UsageError(
-                "a callback asked its own model for another picture: call generate after the first one has returned"
+                "a callback asked its own model for another picture: "
+                "call generate after the first one has returned"
             )
         with self._lock:
             yield
@@ -416,6 +427,6 @@ class _Turn:
             self._here.in_callback = False
 
 
-def _warn(said: list[str], message: str) -> None:
-    said.append(message)
-    warnings.warn(message, ZImageWarning, stacklevel=5)
+def _warn(warned: list[str], message: str) -> None:
+    warned.append(message)
+    warnings.warn(message, ZImageWarning, stacklevel=4)

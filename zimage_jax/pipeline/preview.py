@@ -17,9 +17,9 @@ from . import picture
 
 
 class Preview:
-    """Linear in the latents, with the VAE's own answer to each channel: what it decodes from constant latents.
+    """A linear map from latents to colours, fitted to the VAE's decodes of constant latents.
 
-    Asked once, on the CPU: no plan has room for a decode between two NFEs.
+    It is fitted once, on the CPU, because no plan has device memory for a decode between NFEs.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -34,7 +34,7 @@ class Preview:
         return picture.to_uint8(latents @ slopes + zero)
 
     def _measure(self, channels: int) -> tuple[Float[np.ndarray, "C 3"], Float[np.ndarray, "3"]]:
-        """The colour that each channel adds, and the colour of zeros."""
+        """The colour that one unit of each channel adds, and the colour of zeros."""
         cpu = Placement.on_host()
         probes = np.concatenate([np.zeros((1, channels)), np.eye(channels), -np.eye(channels)])
         flat = np.tile(probes.astype(np.float32)[:, None, None], (1, 4, 4, 1))

@@ -1,4 +1,4 @@
-"""What a job did and cost, as JSON."""
+"""The report of a job and the metadata of its pictures, as JSON."""
 
 import importlib.metadata
 import platform
@@ -9,9 +9,9 @@ from .job import Report
 
 
 def metadata(attempt: Attempt, model: str) -> dict[str, Any]:
-    """What all pictures of a job say of their making."""
+    """The settings that all pictures of a job share. `model`: the checkpoint's name."""
     job = attempt.job
-    said = {
+    common = {
         "width": job.width,
         "height": job.height,
         "steps": job.steps,
@@ -24,8 +24,8 @@ def metadata(attempt: Attempt, model: str) -> dict[str, Any]:
         "versions": versions(),
     }
     if job.attention != "auto":
-        said["attention"] = job.attention
-    return said
+        common["attention"] = job.attention
+    return common
 
 
 def report(
@@ -35,15 +35,16 @@ def report(
     warnings: list[str],
     host_bytes: int,
 ) -> Report:
-    """`common` to all pictures, and `each` picture's own prompt, seed and checksum."""
+    """The report: `common` from `metadata`, and `each` picture's own prompt, seed and checksum."""
     plan, ledger, work, programs = attempt.plan, attempt.ledger, attempt.work, attempt.programs
     config, placement = attempt.config.transformer, attempt.placement
-    # reading parameters goes on while the device computes, so "load" is part of the others
+    # summed over reading threads, which run while the device computes: overlaps the stages
     load = sum(event.end - event.begin for event in ledger.events if event.lane == "tier")
     seconds = {**ledger.seconds, "load": load, "compile": programs.compile_seconds}
     measured = placement.allocator_peak()
-    told = {
-        **{key: each[0][key] if len(each) == 1 else [own[key] for own in each] for key in each[0]},
+    own = each[0] if len(each) == 1 else {key: [of[key] for of in each] for key in each[0]}
+    found = {
+        **own,
         **common,
         "schedule": plan.schedule,
         "chunks": len(plan.denoise.main_sizes),
@@ -69,10 +70,12 @@ def report(
         "kv_bytes_of_a_block_by_nfe": work.kv_bytes_by_nfe(config),
         "host_bytes": host_bytes,
     }
-    return cast(Report, told)
+    return cast(Report, found)
 
 
 def versions() -> dict[str, str]:
+    """Versions of this package, of JAX and Flax, and of Python."""
+
     def of(name: str) -> str:
         try:
             return importlib.metadata.version(name)

@@ -1,4 +1,4 @@
-"""Sizes of pictures: from words, and within what a model draws."""
+"""Sizes of pictures: parsed from text, and checked against the model's limits."""
 
 import math
 import re
@@ -8,8 +8,11 @@ from ..model.config import ModelConfig
 
 
 def parse_size(text: str, side: int, multiple: int) -> tuple[int, int]:
-    """Width and height of "1280x720", or of a ratio such as "16:9": the largest size of that exact ratio within side x
-    side pixels, or, where multiples of `multiple` have none, the nearest. Raises UsageError for other words."""
+    """Width and height from "1280x720", or from a ratio such as "16:9".
+
+    A ratio gives the largest size of exactly that ratio with at most `side` x `side` pixels, in
+    multiples of `multiple`; if there is none, the nearest size. Raises UsageError for other text.
+    """
     if match := re.fullmatch(r"([0-9]{1,5})[xX×]([0-9]{1,5})", text):
         return int(match[1]), int(match[2])
     match = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", text)

@@ -1,9 +1,12 @@
-"""Cards by name, each by its public data sheet, and cards that were measured: what each holds, how
-fast it is, and what CUDA itself takes of it.
+"""Cards: a table from public data sheets, and JSON files of measured cards.
+
+A card has its memory, its rates, and the bytes that CUDA's own context takes.
 
 Sources of the table: NVIDIA's data sheets, architecture white papers and comparison pages of
-laptops. A laptop's clock follows the power its maker allows: taken is the middle of the published
-range, of the RTX 3060 the clock at 80 W. PCIe lanes are those of the chip; a maker may wire fewer."""
+laptops. A laptop's clock depends on the power limit that its maker sets: the table has the middle
+of the published range, and for the RTX 3060 the clock at 80 W. PCIe lanes are the chip's; a maker
+may wire fewer.
+"""
 
 import json
 import math
@@ -17,15 +20,18 @@ from ..units import GIB
 from .seconds import Rates
 
 # Assumed, not measured: large bf16 matrix products reach 60 % of the data sheet's dense tensor
-# FLOP/s, copies from pinned memory 80 % of the link's; and JAX gives a process three quarters of
-# the memory (XLA_CLIENT_MEM_FRACTION)
+# FLOP/s, copies from page-locked memory 80 % of the link's; and JAX gives a process three quarters
+# of the memory (XLA_CLIENT_MEM_FRACTION)
 ACHIEVED_FLOPS, ACHIEVED_LINK, ALLOWED = 0.6, 0.8, 0.75
-ASSUMED = f"assumed, not measured: {ACHIEVED_FLOPS:.0%} of the data sheet's FLOP/s, {ACHIEVED_LINK:.0%} of the link's"
-ASSUMED_DISK, DISK_ASSUMED = 3.0e9, "assumed: an NVMe drive"  # bytes/s, of files not yet cached
+ASSUMED = (
+    f"assumed, not measured: {ACHIEVED_FLOPS:.0%} of the data sheet's FLOP/s, "
+    f"{ACHIEVED_LINK:.0%} of the link's"
+)
+ASSUMED_DISK, DISK_ASSUMED = 3.0e9, "assumed: an NVMe drive"  # bytes/s, files not cached
 
-# MiB by capability, assumed: a process's CUDA context, the kernels it loads and the handles of
-# cuBLAS and cuDNN, outside JAX's allocator. PyTorch's users report 300 and more; larger chips
-# reserve more local memory
+# MiB by capability, assumed: a process's CUDA context, its kernels, and the handles of cuBLAS and
+# cuDNN, all outside JAX's allocator. PyTorch's users report 300 and more; larger chips reserve more
+# local memory
 _CONTEXT: dict[tuple[int, ...], int] = {
     (7, 5): 300,
     (8, 0): 450,
@@ -44,12 +50,12 @@ def context_bytes(capability: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Card:
-    """An NVIDIA card by its public data sheet."""
+    """An NVIDIA card, from its public data sheet."""
 
     name: str
-    devices: tuple[str, ...]  # its names in JAX's device_kind, which are the driver's
+    devices: tuple[str, ...]  # its names in JAX's device_kind; the driver chooses them
     capability: tuple[int, int]
-    cycle_flops: int  # of a multiprocessor in a cycle: dense 16-bit products summed in float32
+    cycle_flops: int  # per multiprocessor and cycle: dense 16-bit products summed in float32
     multiprocessors: int
     clock: float  # GHz, boost
     l2_bytes: int
@@ -57,7 +63,7 @@ class Card:
     memory: int  # bytes
     pcie: float  # bytes/s, one way
 
-    # where its rates and the other figures come from
+    # the sources of its rates and other figures, as the plan command prints them
     source, context_source, disk_source = ASSUMED, "assumed", DISK_ASSUMED
 
     @property
@@ -79,8 +85,8 @@ class Card:
         return context_bytes(self.capability)
 
 
-# Capability, and FLOPs of a multiprocessor in a cycle. GeForce cards halve products that are summed
-# in float32. Turing's tensor cores multiply float16 alone, which is what is computed in there
+# Capability, and FLOPs per multiprocessor and cycle. GeForce cards sum products in float32 at half
+# the rate. Turing's tensor cores have no bfloat16: jobs compute in float16 there
 _CHIPS = {
     "Turing": ((7, 5), 512),
     "Turing-pro": ((7, 5), 1024),
@@ -92,7 +98,7 @@ _CHIPS = {
     "Hopper": ((9, 0), 4096),
     "Blackwell": ((12, 0), 512),
 }
-_LANE = {3: 63e9 / 64, 4: 63e9 / 32, 5: 63e9 / 16}  # bytes/s of one, one way, by generation
+_LANE = {3: 63e9 / 64, 4: 63e9 / 32, 5: 63e9 / 16}  # bytes/s of one lane, one way, by generation
 
 # SMs: multiprocessors; GiB: as the driver reports it, with ECC where that is the default
 _SHEETS = """
@@ -148,15 +154,14 @@ CARDS = {card.name: card for card in map(_card, _SHEETS.strip().splitlines()[1:]
 
 
 def of_device(kind: str) -> Card | None:
-    """The card of a JAX device by its `device_kind`; None for one that is not in the table, however
-    alike its name."""
+    """The card of the device kind `kind` (JAX's `device_kind`), matched exactly, or None."""
     return next((card for card in CARDS.values() if kind in card.devices), None)
 
 
 def sheet(name: str) -> Card:
-    """The card of that name in the table.
+    """The card called `name` in the table.
 
-    Raises UsageError for a name that is not there.
+    Raises UsageError for a name that is not in the table.
     """
     if name not in CARDS:
         raise UsageError(f"card {name!r}: expected one of {', '.join(CARDS)}")
@@ -164,10 +169,9 @@ def sheet(name: str) -> Card:
 
 
 def find(name: str) -> "Card | MeasuredCard":
-    """The card of that name in the table, or of a JSON file with that path.
+    """The card called `name` in the table, or the measured card in the file `name` (*.json).
 
-    Raises UsageError for a name that is not in the table, and for a file that is not a measured
-    card.
+    Raises UsageError for a name that is not in the table, or a file that is not a measured card.
     """
     return load_card(Path(name)) if name.endswith(".json") else sheet(name)
 
@@ -179,22 +183,22 @@ FORMAT, _LARGEST = "zimage_jax card 1", 2**16  # bytes of a file
 
 @dataclass(frozen=True)
 class MeasuredCard:
-    """A card by what was measured on it, and a machine by its disk. `as_json` gives the object that
-    `load_card` reads:
+    """A measured card, and the disk of its machine. Its file is a JSON object:
 
     format         "zimage_jax card 1"
     name           what plans call it
     device         its name in JAX's device_kind
     capability     [major, minor]
-    memory_bytes   all its memory
-    context_bytes  device memory that CUDA's context took beside JAX's allocator
+    memory_bytes   the card's whole memory
+    context_bytes  device memory that CUDA's context took, outside JAX's allocator
     rates          flops: FLOP/s of large bf16 products, summed in float32;
-                   link: bytes/s from pinned host memory to the card;
+                   link: bytes/s from page-locked host memory to the card;
                    disk: bytes/s of reading files that are not cached, or null;
-                   host_read: bytes/s of reading cached files into pinned memory, or null;
-                   dispatch_seconds: of starting and awaiting a chunk's program
+                   host_read: bytes/s of reading cached files into page-locked memory, or null;
+                   dispatch_seconds: seconds to start and await a chunk's program
     date, by       when it was measured, as 2026-11-25, and by which command
-    versions       of jax, of the driver and others, by name"""
+    versions       of jax, of the driver and others, by name
+    """
 
     name: str
     device: str
@@ -214,7 +218,7 @@ class MeasuredCard:
 
     @property
     def source(self) -> str:
-        """Where its rates come from."""
+        """The source of its rates."""
         return f"measured on {self.device}, {self.date}, by {self.by}"
 
     @property
@@ -228,7 +232,7 @@ class MeasuredCard:
 
     @property
     def rates(self) -> Rates:
-        """A block from disk passes through host memory: the slower of both counts."""
+        """A block from disk passes through host memory: `disk` is the slower of the two rates."""
         disk = min(self.disk or ASSUMED_DISK, self.host_read or math.inf)
         return Rates(self.flops, self.link, dispatch=self.dispatch_seconds, disk=disk)
 
@@ -244,7 +248,7 @@ _LINE = "a line of text", lambda v: isinstance(v, str) and 0 < len(v) <= 200 and
 _WHOLE = "a whole number from 1", lambda v: type(v) is int and 0 < v < 2**63
 _SPEED = "a number above 0", lambda v: type(v) in (int, float) and 0 < v < 1e30  # no NaN
 _SPEED_OR_NULL = "a number above 0, or null", lambda v: v is None or _SPEED[1](v)
-# what each field holds, in words and as a test
+# field -> what it must be, as an error says it, and the check
 _RATES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "flops": _SPEED,
     "link": _SPEED,
@@ -269,28 +273,28 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def load_card(path: Path) -> MeasuredCard:
-    """Raises UsageError for a file that is not exactly `MeasuredCard.as_json`."""
+    """Read a measured card. Raises UsageError unless the file is exactly `MeasuredCard.as_json`."""
     if not path.is_file() or path.stat().st_size > _LARGEST:
         raise UsageError(f"card {path}: expected a file of at most 64 KiB")
     try:
-        told = json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as fault:
         raise UsageError(f"card {path}: cannot be read as JSON ({fault})") from None
-    _check(path, "", told, _FIELDS)
-    _check(path, "rates.", told["rates"], _RATES)
-    told |= {name: rate and float(rate) for name, rate in told.pop("rates").items()}
-    del told["format"]
+    _check(path, "", found, _FIELDS)
+    _check(path, "rates.", found["rates"], _RATES)
+    found |= {name: rate and float(rate) for name, rate in found.pop("rates").items()}
+    del found["format"]
     return MeasuredCard(
-        memory=told.pop("memory_bytes"), **told | {"capability": tuple(told["capability"])}
+        memory=found.pop("memory_bytes"), **found | {"capability": tuple(found["capability"])}
     )
 
 
-def _check(path: Path, where: str, told: Any, fields: dict) -> None:
-    """Raises UsageError unless `told` has exactly these fields, and each holds what it should."""
-    if not isinstance(told, dict) or told.keys() != fields.keys():
-        found = ", ".join(map(str, told)) if isinstance(told, dict) else "no object"
-        raise UsageError(f"card {path}: expected the keys {', '.join(fields)}, got {found[:200]!r}")
-    for name, (expected, holds) in fields.items():
-        if not holds(told[name]):
-            got = json.dumps(told[name])[:60]
+def _check(path: Path, where: str, found: Any, fields: dict) -> None:
+    """Raises UsageError unless `found` has exactly these fields, each with a valid value."""
+    if not isinstance(found, dict) or found.keys() != fields.keys():
+        keys = ", ".join(map(str, found)) if isinstance(found, dict) else "no object"
+        raise UsageError(f"card {path}: expected the keys {', '.join(fields)}, got {keys[:200]!r}")
+    for name, (expected, is_valid) in fields.items():
+        if not is_valid(found[name]):
+            got = json.dumps(found[name])[:60]
             raise UsageError(f"card {path}: {where}{name}: expected {expected}, got {got}")

@@ -1,6 +1,7 @@
-"""What the user says of memory, and a plan: how every stage of a job uses the device. Pure.
+"""Memory options, stages with their options, and the plan made of them. Pure.
 
-A stage offers options; the planner takes one of each. An option's choice is a value of the stage's own class.
+A stage offers options; the planner takes one option of each stage. `Option.choice` is an instance
+of the stage's own subclass of Choice.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -13,17 +14,21 @@ from ..model.config import ModelConfig
 from ..model.kv import Nfe
 from ..weights.formats import Storage
 from . import schedule
-from .schedule import Kinds, Schedule
+from .schedule import Kinds, Row, Schedule
 from .work import Work
 
-MAIN = "layers."  # the units of the transformer's blocks that a schedule cuts into chunks
+SMALLEST_TILE = 64  # pixels of a VAE tile: 8 latents
+MAIN = "layers."  # prefix of the main blocks' units
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What the user says of memory. None leaves it to the planner.
+    """The user's options about memory. None lets the planner choose.
 
-    `pins` overrules single chunks: (number of a chunk or name of a block, "resident" or "streamed").
+    `pins` overrules the schedule for single chunks: pairs of a chunk's number or a block's name,
+    and "resident" or "streamed".
+
+    Raises UsageError for a value that is out of range, and for options that contradict each other.
     """
 
     schedule: str = "auto"
@@ -32,67 +37,69 @@ class Memory:
     prefetch: int | None = None  # chunks copied ahead of use
     max_chunk_bytes: int | None = None
     max_vram_bytes: int | None = None
-    low_vram: bool = False  # the least that works, whatever is free
+    low_vram: bool = False  # the smallest plan, however much memory is free
     text_encoder: str = "auto"  # device, staged or host
-    host_bytes: int | None = (
-        None  # a window on the checkpoint; None: streamed blocks stay in host memory
-    )
-    vae_tile: int | None = None  # pixels; inexact
+    # bytes of a window through which blocks are read from disk; None: they stay in host memory
+    host_bytes: int | None = None
+    vae_tile: int | None = None  # side in pixels; tiles change the picture
     pins: tuple[tuple[int | str, str], ...] = ()
 
     def __post_init__(self):
-        if self.schedule != "auto":
-            schedule.row(self.schedule)
         if self.text_encoder not in ("auto", "device", "staged", "host"):
             raise UsageError(
                 f"text encoder {self.text_encoder!r}: expected one of auto, device, staged, host"
             )
-        for name in ("chunks", "max_chunk_bytes", "max_vram_bytes", "host_bytes"):
+        least = dict.fromkeys(("chunks", "max_chunk_bytes", "max_vram_bytes", "host_bytes"), 1)
+        least |= {"resident_chunks": 0, "prefetch": 0, "vae_tile": SMALLEST_TILE}
+        for name, smallest in least.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and value < smallest:
                 raise UsageError(
-                    f"{name.replace('_', ' ')}: expected a positive number, got {value}"
-                )
-        if self.prefetch is not None and self.prefetch < 0:
-            raise UsageError(f"prefetch: expected 0 chunks or more, got {self.prefetch}")
-        if self.schedule != "auto":
-            row = schedule.row(self.schedule)
-            if self.resident_chunks is not None and len(row.resident(8)) == 1:
-                raise UsageError(
-                    f"--resident-chunks: schedule {row.name} leaves no choice; hybrid does"
-                )
-            if self.prefetch is not None and row.ahead not in (None, self.prefetch):
-                raise UsageError(
-                    f"--prefetch {self.prefetch}: schedule {row.name} copies {row.ahead} chunks ahead"
+                    f"{name.replace('_', ' ')}: expected {smallest} or more, got {value}"
                 )
         if self.chunks and self.max_chunk_bytes:
             raise UsageError(
                 "--chunks and --max-chunk-memory both set the size of a chunk: give one of them"
             )
+        if self.schedule != "auto":
+            self._check_row(schedule.row(self.schedule))
+
+    def _check_row(self, row: Row) -> None:
+        """Raises UsageError for an option that the schedule named leaves without effect."""
+        if self.resident_chunks is not None and len(row.resident(8)) == 1:
+            raise UsageError(
+                f"--resident-chunks: schedule {row.name} leaves no choice; hybrid does"
+            )
+        if self.prefetch is not None and row.ahead not in (None, self.prefetch):
+            raise UsageError(
+                f"--prefetch {self.prefetch}: schedule {row.name} copies {row.ahead} chunks ahead"
+            )
+        if row.is_one_program and any(how == "streamed" for _, how in self.pins):
+            raise UsageError(f"--chunk: schedule {row.name} keeps every chunk on the device")
 
 
-# -- how blocks come to the device ------------------------------------------------------------------------------------
+# -- streams of blocks -----------------------------------------------------------------------------
 
 
 class VisitKind(NamedTuple):
-    """A kind of visit to a chunk: each is a program of its own."""
+    """What distinguishes the programs of visits: each kind of visit is compiled once."""
 
     blocks: int
-    copied: int  # blocks copied meanwhile
-    without_kv: bool = False  # what is copied lacks the parameters that make K and V
-    nfe: Nfe | None = None  # how the DiT's main blocks hold K and V
+    copied: int  # blocks of another chunk that are copied during the visit
+    without_kv: bool = False  # the copy leaves out the parameters that make K and V
+    nfe: Nfe | None = None  # how main blocks store K and V; None for other blocks
     kind: Hashable = 0  # of the chunk, in StreamPlan.kinds
     copied_kind: Hashable = 0
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """How the blocks of one stage come to the device: their chunks (units each), and the schedule over those."""
+    """How the blocks of one stage reach the device: their chunks, and a schedule of these."""
 
     component: str
-    chunks: tuple[tuple[str, ...], ...]
+    chunks: tuple[tuple[str, ...], ...]  # the units of each chunk
     schedule: Schedule
-    kinds: Kinds  # of each chunk: chunks of one kind may use the same slot
+    kinds: Kinds  # the kind of each chunk: chunks of one kind may use the same slot
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -104,7 +111,7 @@ class StreamPlan:
 
     @property
     def streamed(self) -> list[int]:
-        """The chunks that take turns in slots."""
+        """The chunks that are copied into slots."""
         return [chunk for chunk in range(len(self.chunks)) if chunk not in self.schedule.resident]
 
     @property
@@ -126,17 +133,17 @@ class StreamPlan:
 
     @property
     def copied_blocks(self) -> int:
-        """Blocks copied in every sweep but the first: all that are streamed, unless the slots hold them all."""
-        streamed = self.streamed
-        return sum(self.sizes[c] for c in streamed) if len(streamed) > len(self.slots) else 0
+        """Blocks copied per sweep after the first: the streamed ones, unless all are in slots."""
+        streamed = [len(self.chunks[chunk]) for chunk in self.streamed]
+        return sum(streamed) if len(streamed) > len(self.schedule.slot_kinds(self.kinds)) else 0
 
     @property
     def waits(self) -> bool:
-        """Whether those copies are waited for: with one slot nothing overlaps."""
+        """Whether compute waits for those copies: with one slot nothing overlaps."""
         return self.copied_blocks > 0 and self.schedule.slots == 1
 
     def device_bytes(self, storage: Storage) -> int:
-        """Bytes of the resident chunks and the slots."""
+        """Device bytes of the resident chunks and the slots."""
         resident = [self.chunks[chunk] for chunk in self.schedule.resident]
         return sum(storage.nbytes(self.component, *units) for units in (*resident, *self.slots))
 
@@ -144,31 +151,34 @@ class StreamPlan:
         return self.chunks[chunk][0].startswith(MAIN)
 
     def without_kv(self, chunk: int, nfe: Nfe | None) -> bool:
-        """Whether a chunk is copied for an NFE without the parameters that make K and V."""
+        """Whether the copy of a chunk for `nfe` leaves out the parameters that make K and V."""
         return nfe is not None and nfe.reuses and self.is_main(chunk)
 
     def visits(self, nfes: Sequence[Nfe | None] = (None,)) -> Iterator[tuple[int, int, VisitKind]]:
-        """(sweep, chunk, kind of visit) for a sweep per NFE: of all sweeps, or of as many as differ."""
+        """(sweep, chunk, kind of visit) of each visit, one sweep per NFE.
+
+        Where all NFEs are alike, later sweeps repeat the first ones and are left out.
+        """
         if len(set(nfes)) == 1:
             nfes = nfes[: self.schedule.slots + 1 if self.schedule.slots else 1]
         found = schedule.actions(self.schedule, self.kinds, len(nfes))
         visits = (action for action in found if isinstance(action, schedule.Visit))
         for index, (chunk, _, then) in enumerate(visits):
             sweep = index // len(self.chunks)
-            copied = self.sizes[then.chunk] if then else 0
+            copied = len(self.chunks[then.chunk]) if then else 0
             without_kv = then is not None and self.without_kv(then.chunk, nfes[then.sweep])
             nfe = nfes[sweep] if self.is_main(chunk) else None
             kinds = self.kinds[chunk], self.kinds[then.chunk] if then else 0
-            yield sweep, chunk, VisitKind(self.sizes[chunk], copied, without_kv, nfe, *kinds)
+            yield sweep, chunk, VisitKind(len(self.chunks[chunk]), copied, without_kv, nfe, *kinds)
 
     @property
     def visit_kinds(self) -> frozenset[VisitKind]:
-        """The kinds of visit of a single sweep over blocks that hold no K and V."""
+        """The kinds of visit in one sweep of blocks that store no K and V."""
         return frozenset(visit for *_, visit in self.visits())
 
 
 def cut(units: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
-    """Successive units in runs of these sizes."""
+    """`units` in order, as chunks of the given `sizes`."""
     ends = list(accumulate(sizes))
     return tuple(units[end - length : end] for length, end in zip(sizes, ends, strict=True))
 
@@ -176,56 +186,58 @@ def cut(units: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[tuple[str, ...]
 def stream_plan(
     storage: Storage, component: str, chunks: tuple[tuple[str, ...], ...], of: Schedule
 ) -> StreamPlan:
-    """Chunks whose blocks all have the same stored leaves are of one kind, however long they are. A chunk whose blocks
-    differ is of one kind with those that differ in the same way."""
+    """A stream of `chunks`.
 
-    def shape(chunk: tuple[str, ...]) -> tuple:
-        of_blocks = tuple(storage.specs(component, unit) for unit in chunk)
-        return of_blocks if len(set(of_blocks)) > 1 else of_blocks[0]
-
-    shapes = [shape(chunk) for chunk in chunks]
+    Chunks whose blocks all have the same stored leaves are of one kind, however long they are. A
+    chunk whose blocks differ is of one kind with those that differ in the same way.
+    """
+    blocks = [storage.alike(component, chunk) for chunk in chunks]
+    shapes = [of_chunk if len(set(of_chunk)) > 1 else of_chunk[:1] for of_chunk in blocks]
     kinds = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
     return StreamPlan(component, chunks, of, tuple(kinds[shape] for shape in shapes))
 
 
-# -- stages and plans -------------------------------------------------------------------------------------------------
+# -- stages and plans ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's bytes: of its stored units, and of arrays in the dtype that is computed in."""
+    """Bytes of a model's stored units, and of arrays in the compute dtype."""
 
     storage: Storage
-    compute_bytes: int  # of one number
+    compute_bytes: int  # per number in the compute dtype
 
     @property
     def config(self) -> ModelConfig:
         return self.storage.config
 
     def units(self, component: str, *groups: str) -> tuple[str, ...]:
-        """The blocks of these groups in order: "layers" has "layers.0", "layers.1" and so on."""
+        """The blocks of `groups` in order: group "layers" has "layers.0", "layers.1" and so on."""
         units = self.storage.units(component)
         return tuple(unit for group in groups for unit in units if unit.startswith(group + "."))
 
     def inputs(self, work: Work, tokens: int, lengths: int) -> int:
-        """Rotations of `tokens` tokens of each context in float32, and int32 lengths."""
+        """Bytes of float32 rotations of `tokens` tokens, and of `lengths` int32s, per context."""
         return work.contexts * (tokens * self.config.transformer.head_dim * 4 + lengths * 4)
 
     def tokens(self, work: Work, tokens: int, width: int) -> int:
+        """Bytes of `tokens` tokens of `width` channels, per context."""
         return work.contexts * tokens * width * self.compute_bytes
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a stage is done. `stream` is None where no blocks come to the device one after the other."""
+    """How a stage is run. `stream` is None where the stage moves no blocks to the device."""
 
     stream: StreamPlan | None = None
 
 
 class Option(NamedTuple):
-    """One way to do a stage: bytes of parameters on the device, and of other arrays between programs.
+    """One way to run a stage, with its device bytes.
 
-    `stays` names the parameters (component, unit) that may stay for the next picture; None where some are streamed.
+    `weights`: bytes of parameters. `activations`: bytes of other arrays between programs. `stays`:
+    the (component, unit) of all its parameters, which may stay for the next picture; None where
+    some are streamed.
     """
 
     choice: Any
@@ -236,49 +248,48 @@ class Option(NamedTuple):
 
 @runtime_checkable
 class Stage(Protocol):
-    """A part of a job. Stages are listed in pipeline/stages, in the order they run."""
+    """A part of a job. pipeline/stages lists them in the order they run."""
 
     name: str
 
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
-        """The ways to do it that the user's words allow, the fastest first."""
+        """The options that `memory` allows, the fastest first."""
 
     def compiled(self, programs: Any, work: Work, choice: Any) -> int:
-        """Scratch: device bytes that its programs take beside their arguments, by the compiler."""
+        """Scratch bytes of its `programs` (runtime.programs.Programs), from the compiler."""
 
     def stored(self, figures: Any, work: Work, choice: Any) -> int:
-        """The same by stored figures of a card."""
+        """Scratch bytes of its programs, from a card's stored figures (stored.Figures)."""
 
     def seconds(self, timing: Any, choice: Any) -> float | None:
-        """Predicted seconds (timing: seconds.Timing); None where they cannot be predicted."""
+        """Predicted seconds (timing: seconds.Timing); None if a rate is unknown."""
 
     def run(self, attempt: Any) -> Any:
-        """Do it. The result is in `attempt.results` under the stage's name."""
+        """Run the stage. The pipeline puts the result into `attempt.results` under `name`."""
 
 
 @runtime_checkable
 class Costs(Protocol):
-    """Where scratch bytes come from: the compiler, or stored figures."""
+    """The source of scratch bytes: the compiler, or stored figures."""
 
     def scratch(self, stage: Stage, work: Work, choice: Any) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a job uses the device: a choice for every stage, by the stage's name."""
+    """How a job uses the device: a choice for every stage, with the predicted bytes and seconds."""
 
     nfes: int
-    choices: Mapping[str, Any]
+    choices: Mapping[str, Any]  # by the stage's name
     kept: bool  # every parameter stays on the device between pictures
-    host_window: int | None = (
-        None  # bytes through which blocks are read from disk; None: they stay in host memory
-    )
+    # bytes of the window through which blocks are read from disk; None: they stay in host memory
+    host_window: int | None = None
     peak_bytes_by_stage: Mapping[str, int]
-    seconds_by_stage: Mapping[str, float] | None = None  # where the device's rates are known
+    seconds_by_stage: Mapping[str, float] | None = None  # None if a rate is unknown
 
     @property
     def denoise(self) -> Any:
-        """The choice that the schedule is about."""
+        """The denoise stage's choice: its stream has the job's schedule."""
         return self.choices["denoise"]
 
     @property
@@ -295,9 +306,12 @@ class Plan:
 
 
 def host_bytes(plan: Plan, storage: Storage, *, shares_memory: bool = False) -> int:
-    """Bytes of parameters that a plan keeps in host memory: the embedding table, and all streamed blocks or the window
-    they are read through. Where no parameter stays on the device, also those that the device holds for one stage and
-    gives back, unless device memory is the host's (`shares_memory`)."""
+    """Bytes of parameters that a plan keeps in host memory.
+
+    These are the embedding table, and all streamed blocks or the window through which they are
+    read. Parameters that are on the device for one stage only are kept as well, unless the device's
+    memory is the host's (`shares_memory`).
+    """
     resident = storage.nbytes("transformer", "stem") + storage.nbytes("vae", "decoder")
     streamed = 0
     for stream in (choice.stream for choice in plan.choices.values() if choice.stream is not None):

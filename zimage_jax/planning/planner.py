@@ -1,7 +1,8 @@
-"""Job, budget and costs to a plan, its peak of device bytes included. Pure.
+"""Chooses the plan of a job: the fastest whose predicted peak is within the budget. Pure.
 
-Levers that leave the picture as it is are used freely: which chunks are resident, the size of chunks, the text encoder
-staged, the VAE in strips of rows. Nothing that changes the picture is touched.
+The planner chooses only among options that give the same picture: resident chunks, the size of
+chunks, a staged text encoder, the VAE in strips of rows. It never chooses one that changes the
+picture (K and V, `vae_tile`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +18,22 @@ from .work import Work
 
 
 class Planner:
-    """Plans for one model. `compute_bytes` is the size of a number in the dtype that is computed in."""
+    """Makes plans for one model. `compute_bytes`: bytes per number in the compute dtype."""
 
     def __init__(self, stages: Sequence[Stage], storage: Storage, compute_bytes: int, costs: Costs):
         self._stages, self._costs = stages, costs
         self._sizes = Sizes(storage, compute_bytes)
 
-    def plan(self, work: Work, memory: Memory, budget: int) -> Plan:
-        """The fastest plan whose predicted peak is within `budget` bytes; with `low_vram` the smallest.
+    def of(self, stages: Sequence[Stage]) -> "Planner":
+        """A planner of these stages alone, for the same model."""
+        return Planner(stages, self._sizes.storage, self._sizes.compute_bytes, self._costs)
 
-        Raises OutOfMemoryError with the smallest budget that would do when none is.
+    def plan(self, work: Work, memory: Memory, budget: int) -> Plan:
+        """The fastest plan whose predicted peak is within `budget` bytes; with `low_vram` the
+        smallest.
+
+        Raises OutOfMemoryError, with the bytes of the smallest plan, if that is over the budget
+        too.
         """
         candidates = {
             stage.name: [
@@ -38,9 +45,8 @@ class Planner:
         if not memory.low_vram and (kept := self._kept(candidates, budget)):
             first = {name: found[0] for name, found in candidates.items()}
             return self._filled(work, memory, first, kept, kept=True)
-        with ThreadPoolExecutor(
-            len(candidates)
-        ) as pool:  # a GPU's compiler takes seconds for each stage
+        # a GPU's compiler takes seconds per stage: one thread each
+        with ThreadPoolExecutor(len(candidates)) as pool:
             fits = {
                 name: pool.submit(_first_that_fits, found, budget, memory.low_vram)
                 for name, found in candidates.items()
@@ -50,8 +56,8 @@ class Planner:
         worst = max(peaks, key=peaks.__getitem__)
         if peaks[worst] > budget:
             raise OutOfMemoryError(
-                f"the smallest plan needs {size(peaks[worst])} of device memory (stage {worst}), the budget is "
-                f"{size(budget)}",
+                f"the smallest plan needs {size(peaks[worst])} of device memory (stage {worst}), "
+                f"the budget is {size(budget)}",
                 peaks[worst],
             )
         return self._filled(work, memory, chosen, peaks, kept=False)
@@ -62,7 +68,7 @@ class Planner:
     def _kept(
         self, candidates: dict[str, list["_Candidate"]], budget: int
     ) -> dict[str, int] | None:
-        """Peaks by stage where every parameter stays on the device; None where that does not fit."""
+        """Peaks by stage if every parameter stays on the device; None if that does not fit."""
         largest = {name: found[0] for name, found in candidates.items()}
         stays = [candidate.option.stays for candidate in largest.values()]
         units = frozenset[tuple[str, str]]().union(*(names for names in stays if names is not None))
@@ -95,7 +101,7 @@ class Planner:
 
 class _Candidate(NamedTuple):
     option: Option
-    scratch: Callable[[], int]  # asks the compiler: called for options that may fit, and no others
+    scratch: Callable[[], int]  # may compile for seconds: called only if `held` is in the budget
 
     @property
     def held(self) -> int:
@@ -107,7 +113,10 @@ class _Candidate(NamedTuple):
 
 
 def _first_that_fits(candidates: list[_Candidate], budget: int, smallest: bool) -> _Candidate:
-    """The first candidate within the budget, or else the one that holds least."""
+    """The first candidate whose peak is within the budget, else the one with the smallest `held`.
+
+    `smallest`: take the one with the smallest `held` at once.
+    """
     if not smallest:
         for candidate in candidates:
             if candidate.held <= budget and candidate.peak <= budget:
@@ -115,17 +124,19 @@ def _first_that_fits(candidates: list[_Candidate], budget: int, smallest: bool) 
     return min(reversed(candidates), key=lambda candidate: candidate.held)
 
 
-# -- the ways to stream blocks ----------------------------------------------------------------------------------------
+# -- streams of blocks -----------------------------------------------------------------------------
 
 
 def streams(
     sizes: Sizes, component: str, early: tuple[str, ...], main: tuple[str, ...], memory: Memory
 ) -> Iterator[StreamPlan]:
-    """Partitions and schedules that `memory` allows, the fastest first: those that wait for no copy, and of these the
-    ones that copy least.
+    """Partitions and schedules that `memory` allows, the fastest first.
 
-    `early` blocks are chunks of their own, before the `main` ones and no longer than they are. Raises UsageError for
-    numbers of chunks, resident chunks or pins that the blocks do not have.
+    Streams that never wait for a copy come first; among equals, those that copy the fewest blocks.
+    `early` blocks form chunks of their own before the `main` chunks, and no longer than these.
+
+    Raises UsageError for a number of chunks, a number of resident chunks, or a pin that does not
+    exist.
     """
     found: dict[tuple, StreamPlan] = {}
     counts = _chunk_counts(sizes, component, main, memory)
@@ -143,9 +154,10 @@ def streams(
             found.setdefault((chunks, made.slots, made.resident), plan)
     if not found or (memory.resident_chunks or 0) > counts[-1]:
         raise UsageError(
-            f"--resident-chunks {memory.resident_chunks}: expected 0 to {counts[-1] - 1}, fewer than the chunks"
+            f"--resident-chunks {memory.resident_chunks}: expected 0 to {counts[-1] - 1}, "
+            "fewer than the chunks"
         )
-    # of two that copy the same, the one with fewer chunks
+    # where two copy the same number of blocks, the one with fewer chunks is faster
     return iter(sorted(found.values(), key=lambda s: (s.waits, s.copied_blocks, len(s.chunks))))
 
 
@@ -160,7 +172,7 @@ def _chunk_counts(sizes: Sizes, component: str, main: tuple[str, ...], memory: M
     if memory.max_chunk_bytes:
         block = max(sizes.storage.nbytes(component, unit) for unit in main)
         return [schedule.chunks_under(blocks, block, memory.max_chunk_bytes)]
-    # the default, and finer ones down to a chunk per block, each half as long or so
+    # the default number, then each about half as many again, up to one chunk per block
     counts = [min(schedule.CHUNKS, blocks)]
     while counts[-1] < blocks:
         counts.append(min(blocks, counts[-1] * 3 // 2 + 1))
@@ -170,21 +182,21 @@ def _chunk_counts(sizes: Sizes, component: str, main: tuple[str, ...], memory: M
 def _rows(memory: Memory, count: int) -> Iterator[tuple[schedule.Row, int]]:
     """(schedule, resident chunks) that `memory` allows for a partition of `count` chunks."""
     for row in schedule.ROWS:
-        named = row.name == memory.schedule
-        if not (
-            named
-            or (memory.schedule == "auto" and row.is_automatic and row.admits(memory.prefetch))
-        ):
+        is_tried = memory.schedule == "auto" and row.is_automatic and row.admits(memory.prefetch)
+        if row.name != memory.schedule and not is_tried:
             continue
         allowed = row.resident(count)
-        if memory.resident_chunks is None or len(allowed) == 1:
+        if memory.resident_chunks is None:
             yield from ((row, resident) for resident in allowed)
-        elif memory.resident_chunks in allowed:
+        elif len(allowed) > 1 and memory.resident_chunks in allowed:
             yield row, memory.resident_chunks
 
 
 def _pins(memory: Memory, chunks: tuple[tuple[str, ...], ...], first: int) -> dict[int, str]:
-    """Pins by the number of a main chunk."""
+    """`memory.pins` by the number of a main chunk; `first` is the index of the first main chunk.
+
+    Raises UsageError for a block that is in no chunk.
+    """
     found = {}
     for which, how in memory.pins:
         if isinstance(which, str):

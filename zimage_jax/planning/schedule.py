@@ -1,9 +1,10 @@
-"""Memory schedules as data: which chunk is on the device when. Pure arithmetic; nothing here touches a device.
+"""Memory schedules as data: which chunk is on the device when. Pure arithmetic; no device is used.
 
-A component's blocks are cut into chunks. A sweep visits every chunk in order; a job makes one sweep per NFE, or one in
-all for a text encoder. A schedule keeps some chunks resident, and the others take turns in its slots.
+A component's blocks are cut into chunks. A sweep visits every chunk once, in order. The denoise
+stage makes one sweep per NFE, the text stage one per job. A schedule keeps some chunks resident and
+streams the others through its slots.
 
-Chunks are of kinds: those of one kind have blocks of the same shapes and may use the same slot.
+Chunks whose blocks have the same shapes are of one kind and may use the same slot.
 """
 
 from collections import Counter
@@ -16,17 +17,17 @@ from ..units import size
 
 CHUNKS = 4
 
-Kinds = Sequence[Hashable]  # of each chunk, in order
+Kinds = Sequence[Hashable]  # the kind of each chunk, in order
 
 
 class Pin(NamedTuple):
-    """Copy a chunk to the device, where it stays."""
+    """Copy a resident chunk to the device, once per job."""
 
     chunk: int
 
 
 class Load(NamedTuple):
-    """Copy a chunk into a slot; `sweep` is the first that uses it."""
+    """Copy a streamed chunk into a slot; `sweep` is the first that uses it."""
 
     chunk: int
     slot: int
@@ -34,7 +35,7 @@ class Load(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """Compute a chunk, resident (slot None) or in a slot, while `then` is copied."""
+    """Run a chunk, resident (slot None) or in a slot, and copy `then` at the same time."""
 
     chunk: int
     slot: int | None
@@ -42,7 +43,7 @@ class Visit(NamedTuple):
 
 
 class Free(NamedTuple):
-    """A loaded chunk is no longer needed; a slot keeps its memory for the next chunk."""
+    """A chunk is no longer needed. Its slot keeps the memory for the next chunk."""
 
     chunk: int
     slot: int | None
@@ -53,7 +54,10 @@ Action = Pin | Load | Visit | Free
 
 @dataclass(frozen=True)
 class Schedule:
-    """`resident` chunks are copied once and stay; the others take turns in `slots`, `slots` - 1 of them copied ahead."""
+    """The `resident` chunks are copied once; the others stream through `slots` slots.
+
+    `slots` - 1 chunks are copied ahead of use.
+    """
 
     name: str
     slots: int
@@ -64,11 +68,13 @@ class Schedule:
             raise UsageError(f"a schedule has 0 slots or more, got {self.slots}")
 
     def after(self, others: int) -> "Schedule":
-        """The same schedule for these chunks when `others` are streamed before them."""
+        """The same schedule with `others` streamed chunks before its own."""
         return replace(self, resident=frozenset(chunk + others for chunk in self.resident))
 
     def with_pins(self, pins: Mapping[int, str], first: int, chunks: int) -> "Schedule":
-        """Single chunks overruled: index, counted from chunk `first` of all `chunks`, -> "resident" or "streamed".
+        """The schedule with single chunks made "resident" or "streamed".
+
+        `pins` counts chunks from `first`; `chunks` is the number of all chunks.
 
         Raises UsageError for a chunk that does not exist.
         """
@@ -88,7 +94,10 @@ class Schedule:
         return replace(self, resident=frozenset(resident), slots=slots)
 
     def slot_kinds(self, kinds: Kinds) -> tuple[Hashable, ...]:
-        """The kind of chunk that each slot takes: as many of a kind as any `slots` successive streamed chunks have."""
+        """The kind of chunk that each slot takes.
+
+        Each kind gets the largest number of its chunks among any `slots` successive streamed ones.
+        """
         streamed = [kind for chunk, kind in enumerate(kinds) if chunk not in self.resident]
         if len(streamed) <= self.slots:
             return tuple(streamed)
@@ -98,32 +107,31 @@ class Schedule:
         return tuple(most.elements())
 
 
-# -- the schedules by name --------------------------------------------------------------------------------------------
+# -- the schedules by name -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Row:
-    """A schedule by name. To add one, add a Row to ROWS: planner, driver, commands and reports read it from there.
+    """A schedule by name. To add one, add a Row to ROWS, which all other code reads.
 
-    `resident(n)` gives the numbers of resident chunks, of n, that the planner may choose, the fastest first. `ahead` is
-    how many chunks are copied ahead, or None where --prefetch says. `words` describe it after the number of chunks.
+    `resident(n)`: how many of n chunks the planner may make resident, the fastest number first.
+    `ahead`: chunks copied ahead, or None where --prefetch sets it. `summary`: text for the start
+    line, after the number of chunks.
     """
 
     name: str
     resident: Callable[[int], Sequence[int]]
     ahead: int | None
-    words: str
+    summary: str
     is_automatic: bool = True  # `auto` tries it
-    is_one_program: bool = (
-        False  # the whole sampler is one compiled program: nothing moves while it runs
-    )
+    is_one_program: bool = False  # the whole sampler is one program, and nothing is copied
 
     def slots(self, prefetch: int | None) -> int:
         ahead = self.ahead if self.ahead is not None else 1 if prefetch is None else prefetch
         return ahead + 1
 
     def admits(self, prefetch: int | None) -> bool:
-        """Whether it copies as many chunks ahead as --prefetch asks for, or copies none at all."""
+        """Whether the schedule copies `prefetch` chunks ahead, or has nothing to copy."""
         return prefetch is None or self.ahead is None or self.ahead == prefetch or self.keeps_all
 
     @property
@@ -154,7 +162,7 @@ def names() -> tuple[str, ...]:
 
 
 def row(name: str) -> Row:
-    """Raises UsageError for a name that is not in ROWS."""
+    """The Row called `name`. Raises UsageError if ROWS has none."""
     found = next((row for row in ROWS if row.name == name), None)
     if found is None:
         raise UsageError(f"schedule {name!r}: expected one of auto, {', '.join(names())}")
@@ -162,20 +170,20 @@ def row(name: str) -> Row:
 
 
 def make(name: str, chunks: int, resident_chunks: int = 0, prefetch: int | None = None) -> Schedule:
-    """A schedule by name for `chunks` chunks, of which `resident_chunks` stay where the schedule leaves that open.
+    """The schedule `name` for `chunks` chunks; `resident_chunks` counts unless all are resident.
 
-    Raises UsageError for an unknown name or a number that is out of range.
+    Raises UsageError for an unknown name, or for a number that is out of range.
     """
-    of = row(name)
-    if of.keeps_all:
+    found = row(name)
+    if found.keeps_all:
         return Schedule(name, 0, frozenset(range(chunks)))
     if not 0 <= resident_chunks <= chunks:
         raise UsageError(f"{resident_chunks} resident chunks of {chunks}: expected 0 to {chunks}")
-    return Schedule(name, of.slots(prefetch), frozenset(spread(resident_chunks, chunks)))
+    return Schedule(name, found.slots(prefetch), frozenset(spread(resident_chunks, chunks)))
 
 
 def for_chunks_on_device(count: int, chunks: int) -> tuple[str, int]:
-    """The schedule that has at most `count` of `chunks` chunks on the device, and its number of resident chunks."""
+    """The schedule with at most `count` chunks on the device, and its resident chunks."""
     if count >= chunks:
         return "resident", chunks
     if count > 2:
@@ -184,11 +192,11 @@ def for_chunks_on_device(count: int, chunks: int) -> tuple[str, int]:
 
 
 def spread(count: int, total: int) -> list[int]:
-    """`count` indices of `total`, evenly apart, so that copies lie evenly under compute."""
+    """`count` of `total` indices, evenly spaced, so that copies are spread evenly over compute."""
     return [i * total // count for i in range(count)]
 
 
-# -- partitions -------------------------------------------------------------------------------------------------------
+# -- partitions ------------------------------------------------------------------------------------
 
 
 def partition(blocks: int, chunks: int) -> tuple[int, ...]:
@@ -203,25 +211,27 @@ def partition(blocks: int, chunks: int) -> tuple[int, ...]:
 
 
 def chunks_under(blocks: int, block_bytes: int, largest_chunk: int) -> int:
-    """The fewest chunks of which none is over `largest_chunk` bytes.
+    """The smallest number of chunks of at most `largest_chunk` bytes each.
 
-    Raises UsageError when a single block is.
+    Raises UsageError if one block is larger.
     """
     if block_bytes > largest_chunk:
         raise UsageError(
-            f"a chunk is at least one block, {size(block_bytes)}; --max-chunk-memory allows {size(largest_chunk)}"
+            f"a chunk is at least one block, {size(block_bytes)}; "
+            f"--max-chunk-memory allows {size(largest_chunk)}"
         )
     return -(-blocks // (largest_chunk // block_bytes))
 
 
-# -- the actions ------------------------------------------------------------------------------------------------------
+# -- the actions -----------------------------------------------------------------------------------
 
 
 def actions(schedule: Schedule, kinds: Kinds, sweeps: int) -> Iterator[Action]:
-    """Everything the driver does, in order. Each load is freed once; a chunk on the device is not loaded again.
+    """All actions of `sweeps` sweeps, in order. Each load is freed exactly once.
 
-    With two slots or more, each visit copies the next chunk that is not on the device into a slot that is not needed
-    before it, across the end of a sweep too. `slots` - 1 chunks are loaded before the first visit that needs one.
+    A chunk on the device is not loaded again. With two slots or more, each visit also copies the
+    next chunk that is not on the device, if a slot's chunk is not needed earlier; this continues
+    into the next sweep. Before the first visit of a streamed chunk, `slots` - 1 chunks are loaded.
     """
     for chunk in sorted(schedule.resident):
         yield Pin(chunk)
@@ -230,9 +240,8 @@ def actions(schedule: Schedule, kinds: Kinds, sweeps: int) -> Iterator[Action]:
     slots = schedule.slot_kinds(kinds)
     held: dict[int, int] = {}  # slot -> chunk
     for i, chunk in enumerate(visits):
-        if (
-            chunk not in schedule.resident and chunk not in held.values()
-        ):  # nothing could be copied ahead
+        # no earlier visit could copy this chunk ahead
+        if chunk not in schedule.resident and chunk not in held.values():
             for _ in range(max(1, schedule.slots - 1)):
                 load = _next_load(schedule, slots, kinds, held, visits, i)
                 if load is not None:
@@ -256,7 +265,7 @@ def actions(schedule: Schedule, kinds: Kinds, sweeps: int) -> Iterator[Action]:
 
 
 def _freed(held: dict[int, int], load: Load) -> Iterator[Free]:
-    """Gives the slot of a load to its chunk."""
+    """Assign the load's slot to its chunk; free the chunk that was in it."""
     if load.slot in held:
         yield Free(held[load.slot], load.slot)
     held[load.slot] = load.chunk
@@ -274,7 +283,10 @@ def _next_load(
     visits: list[int],
     now: int,
 ) -> Load | None:
-    """The next chunk that is not on the device, from visit `now` on, where a slot is free of earlier needs."""
+    """The load of the next chunk that is not on the device, from visit `now` on.
+
+    None if every slot it fits has a chunk that is needed earlier.
+    """
     needed: set[int] = set()
     for index in range(now, len(visits)):
         chunk = visits[index]
@@ -289,7 +301,7 @@ def _next_load(
 
 
 def loads(schedule: Schedule, kinds: Kinds, sweeps: int) -> Iterator[Load]:
-    """The copies into slots in order: what a reader reads ahead."""
+    """All loads in order: the order in which a reader reads chunks."""
     for action in actions(schedule, kinds, sweeps):
         if isinstance(action, Load):
             yield action

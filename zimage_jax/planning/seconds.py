@@ -1,12 +1,11 @@
-"""How long a plan takes, and what bounds it: from the rates that a device, its link and the disk achieve. Pure."""
+"""Predicts the seconds of a plan, and what bounds it, from the rates of the device, its link and
+the disk. Pure."""
 
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
-
-import numpy as np
 
 from ..errors import UsageError
 from ..model.kv import UNUSED_WHEN_REUSED, Nfe
@@ -18,37 +17,36 @@ from .work import Work
 
 
 class Rates(NamedTuple):
-    """What a device achieves: FLOP/s, bytes/s from host to device, whether it copies beside
-    computing (a CPU, whose cores do both, does not), and the seconds that starting and awaiting a
-    chunk's program takes, where they are not hidden. `disk`: bytes/s from file to host memory, for
-    plans with a window on the checkpoint."""
+    """The rates that a device, its link and the disk achieve."""
 
-    flops: float
-    link: float
-    overlaps: bool = True
-    dispatch: float = 0.0
-    disk: float = math.inf
+    flops: float  # FLOP/s
+    link: float  # bytes/s from host to device
+    overlaps: bool = True  # whether it copies while it computes; a CPU's cores do both in turn
+    dispatch: float = 0.0  # seconds to start and await a chunk's program, where they are not hidden
+    disk: float = math.inf  # bytes/s from file to host memory, for plans with a host window
 
 
 def read_ahead(window: int, chunk: int) -> int:
-    """Chunks of at most `chunk` bytes that a host window of `window` bytes holds: the one in use
-    and those read ahead.
+    """How many chunks of at most `chunk` bytes fit into a host window of `window` bytes.
 
-    Raises UsageError when it holds none."""
+    One of them is in use, the others are read ahead. Raises UsageError if none fits.
+    """
     if window < chunk:
         raise UsageError(
-            f"--host-memory {size(window)} is smaller than a chunk of {size(chunk)}: use more chunks or a larger window"
+            f"--host-memory {size(window)} is smaller than a chunk of {size(chunk)}: "
+            "use more chunks or a larger window"
         )
     return window // max(chunk, 1)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What a stage needs to say how long it takes: the plan of the first picture, with programs compiled.
+    """Predicts the seconds of a stage, for the first picture with all programs compiled.
 
-    Parameters are in host memory, or, where the plan has a host window, read from disk at every visit; nothing is
-    assumed to be in the page cache. The driver waits after every program. A copy beside a run therefore costs what it
-    takes longer than the run over the first micro-batch, and every other copy all it takes.
+    Parameters are in host memory; with a host window they are read from disk at every visit, and
+    nothing is in the page cache. The model of time: the stream waits after every program. A copy
+    during a visit costs only the time by which it exceeds the run over the first micro-batch; every
+    other copy costs all its time.
     """
 
     plan: Plan
@@ -57,13 +55,13 @@ class Timing:
     rates: Rates
 
     def read(self, component: str, *units: str) -> float:
-        """From disk to host memory."""
+        """Seconds to read units from disk to host memory."""
         if self.plan.host_window is None:
             return 0.0
         return self.sizes.storage.nbytes(component, *units) / self.rates.disk
 
     def copy(self, component: str, *units: str, without_kv: bool = False) -> float:
-        """From host memory to the device."""
+        """Seconds to copy units from host memory to the device."""
         storage = self.sizes.storage
         leaves = [storage.specs(component, unit) for unit in units]
         if without_kv:
@@ -73,7 +71,7 @@ class Timing:
         return tree_bytes(leaves) / self.rates.link
 
     def unit(self, component: str, unit: str) -> float:
-        """A unit that is no block: read whole, then copied."""
+        """Seconds for a unit that is not a block: it is read, then copied."""
         return self.read(component, unit) + self.copy(component, unit)
 
     def block(
@@ -86,22 +84,26 @@ class Timing:
         keys: int | None = None,
         reuses: bool = False,
     ) -> float:
-        """One block over batch x tokens: two operations per parameter and token, four per pair of token and key and
-        channel of `width`."""
+        """Seconds of one block over `batch` x `tokens`.
+
+        It takes two operations per parameter and token, and four per token, key and channel of
+        `width` (attention). `keys` is by default `tokens`; `reuses`: K and V are reused.
+        """
         leaves = components.units(self.sizes.config, component)["layers.0"]
-        # modulation runs once per picture, not per token
-        without = ("modulation.kernel", "modulation.bias", *(UNUSED_WHEN_REUSED if reuses else ()))
-        parameters = sum(leaf.size for path, leaf in leaves.items() if not path.endswith(without))
+        without = ["modulation.kernel", "modulation.bias"]  # once per picture, not per token
+        if reuses:
+            without += UNUSED_WHEN_REUSED
+        parameters = sum(
+            leaf.size for path, leaf in leaves.items() if not path.endswith(tuple(without))
+        )
         return batch * tokens * (2 * parameters + 4 * (keys or tokens) * width) / self.rates.flops
 
     def kv_cache(self) -> float:
-        """K and V that are kept on the host, on their way there and back: nothing computes meanwhile."""
-        config, moves = (
-            self.sizes.config.transformer,
-            [nfe.keeps or nfe.reuses for nfe in self.work.nfes],
-        )
-        of_block = self.work.kv_bytes_by_nfe(config)
-        return config.n_layers * sum(np.multiply(moves, of_block)) / self.rates.link
+        """Seconds to copy K and V to the host and back, as if nothing computed at the same time."""
+        config, nfes = self.sizes.config.transformer, self.work.nfes
+        of_block = zip(nfes, self.work.kv_bytes_by_nfe(config), strict=True)
+        moved = sum(nbytes for nfe, nbytes in of_block if nfe.keeps or nfe.reuses)
+        return config.n_layers * moved / self.rates.link
 
     def stream(
         self,
@@ -110,27 +112,20 @@ class Timing:
         nfes: Sequence[Nfe | None] = (None,),
         groups: int = 1,
     ) -> float:
-        """The visits of a stage. `run(unit, nfe)` is the seconds of one block; every chunk serves `groups` micro-batches.
+        """Seconds of all visits of a stage.
 
-        What is resident is read and copied in the order of use while others compute, and gives way to what is streamed.
+        `run(unit, nfe)`: seconds of one block. `groups`: micro-batches that each visit computes.
+        Resident chunks are read and copied in the order of use while others compute; streamed
+        chunks use the link first.
         """
         now, runs, rates = 0.0, 0, self.rates
-        component, chunks, of = (
-            stream.component,
-            stream.chunks,
-            (stream.schedule, stream.kinds, len(nfes)),
-        )
-        ahead = None
-        if self.plan.host_window is not None and stream.streamed:
-            nbytes = self.sizes.storage.nbytes
-            largest = max(nbytes(component, *chunks[chunk]) for chunk in stream.streamed)
-            ahead = read_ahead(self.plan.host_window, largest)
-        reads = [self.read(component, *chunks[load.chunk]) for load in loads(*of)]
-        reader = _Reader(reads, len(reads) if ahead is None else ahead)
-        # seconds of the link: of what is resident, and of what is streamed; of a resident chunk, those until it is copied,
-        # and when it is read
-        resident, streamed, arrives = 0.0, 0.0, dict[int, tuple[float, float]]()
-        for action in actions(*of):
+        component, chunks = stream.component, stream.chunks
+        reader = self._reader(stream, len(nfes))
+        # seconds that the link copies resident chunks, and streamed ones
+        resident, streamed = 0.0, 0.0
+        # resident chunk -> seconds of resident copies up to its own, and when it is read
+        arrives: dict[int, tuple[float, float]] = {}
+        for action in actions(stream.schedule, stream.kinds, len(nfes)):
             if isinstance(action, Free):
                 continue
             load = action.then if isinstance(action, Visit) else action
@@ -151,7 +146,7 @@ class Timing:
             if isinstance(action, Visit) and action.chunk in arrives:
                 is_copied, is_read = arrives.pop(action.chunk)
                 now = max(now, is_copied + streamed, is_read)
-            if load is not None:  # neither its program nor its copy starts before it is read
+            if load is not None:  # neither the program nor the copy starts before it is read
                 now = max(now, reader.arrival())
             if isinstance(action, Visit):
                 nfe = nfes[runs // len(chunks)]
@@ -167,11 +162,23 @@ class Timing:
             streamed += copied
         return now
 
+    def _reader(self, stream: StreamPlan, sweeps: int) -> "_Reader":
+        """The disk for a stream's loads: all read ahead, or as many as the host window holds."""
+        component, chunks = stream.component, stream.chunks
+        order = loads(stream.schedule, stream.kinds, sweeps)
+        reads = [self.read(component, *chunks[load.chunk]) for load in order]
+        ahead = len(reads)
+        if self.plan.host_window is not None and stream.streamed:
+            nbytes = self.sizes.storage.nbytes
+            largest = max(nbytes(component, *chunks[chunk]) for chunk in stream.streamed)
+            ahead = read_ahead(self.plan.host_window, largest)
+        return _Reader(reads, ahead)
+
 
 def seconds(
     stages: Sequence[Stage], plan: Plan, work: Work, sizes: Sizes, rates: Rates
 ) -> dict[str, float]:
-    """Seconds by stage of the first picture; a stage that cannot be predicted is left out.
+    """Predicted seconds of the first picture by stage, without stages whose rates are unknown.
 
     Raises UsageError for a host window that is smaller than a chunk.
     """
@@ -183,7 +190,7 @@ def seconds(
 
 
 def bound_by(stages: Sequence[Stage], plan: Plan, work: Work, sizes: Sizes, rates: Rates) -> str:
-    """ "compute", "link" or "disk": which of them, were it twice as fast, would make the picture fastest."""
+    """What bounds the picture: doubling the rate of "compute", "link" or "disk" helps most."""
     faster = {
         "compute": rates._replace(flops=2 * rates.flops),
         "link": rates._replace(link=2 * rates.link),
@@ -195,26 +202,25 @@ def bound_by(stages: Sequence[Stage], plan: Plan, work: Work, sizes: Sizes, rate
 
 
 class _Reader:
-    """The disk, which reads one thing after the other: when chunks read through a window are in
-    host memory."""
+    """When chunks are in host memory: a disk that reads one chunk at a time, through a window."""
 
     def __init__(self, reads: Iterable[float], ahead: int):
-        """`reads`: seconds of each chunk in order; `ahead` of them fit in the window."""
-        self._reads, self._disk_is_free, self._there = iter(reads), 0.0, deque[float]()
+        """`reads`: seconds to read each chunk, in order. `ahead`: chunks that fit in the window."""
+        self._reads, self._disk_is_free, self._arrivals = iter(reads), 0.0, deque[float]()
         for _ in range(ahead):
             self.read_next(0.0)
 
     def read_next(self, now: float) -> None:
-        """A place in the window is free from `now` on."""
+        """Read the next chunk: the window has room for it from `now` on."""
         chunk = next(self._reads, None)
         if chunk is not None:
-            self._there.append(self.read(chunk, now))
+            self._arrivals.append(self.read(chunk, now))
 
     def read(self, seconds: float, now: float = 0.0) -> float:
-        """When what takes `seconds` and is asked for `now` is read."""
+        """When a read that is requested at `now` and takes `seconds` is done."""
         self._disk_is_free = max(self._disk_is_free, now) + seconds
         return self._disk_is_free
 
     def arrival(self) -> float:
-        """Of the next chunk."""
-        return self._there.popleft()
+        """When the next chunk is in host memory."""
+        return self._arrivals.popleft()

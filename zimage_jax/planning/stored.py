@@ -1,6 +1,6 @@
-"""Scratch bytes of programs, stored: the compiler's own figures for the published widths.
+"""Stored scratch bytes of programs, as the compiler reports them for the published widths.
 
-scripts/measure/temporaries.py compiles the very programs for one card of each capability.
+scripts/measure/temporaries.py compiles the same programs for one card of each compute capability.
 """
 
 import json
@@ -22,23 +22,28 @@ TEMPORARIES = Path(__file__).parent.parent / "assets" / "temporaries.json"
 
 
 class Figures:
-    """The stored figures of the capability nearest to a card's.
+    """The stored figures of the compute capability that is nearest to a card's.
 
-    Between stored points a figure is linear in tokens or pixels, and in the blocks of a chunk, and never below that of
-    the next smaller point. Below the first point it is that one's, above the last it goes on as between the last two.
+    Between stored points a figure is linear in tokens or pixels, and in blocks per chunk, but never
+    below the next smaller point's. Below the first point it is that point's; above the last point
+    the last two are extrapolated.
     """
 
     def __init__(self, storage: Storage, card: Card | MeasuredCard):
-        """Raises UsageError for a model of other widths."""
+        """Raises UsageError for a model whose widths are not the published ones."""
         if not has_published_widths(storage.config):
             raise UsageError(
-                "figures are stored for Z-Image's published widths only; --compile asks the compiler for this model's"
+                "figures are stored for Z-Image's published widths only; "
+                "--compile asks the compiler for this model's"
             )
         self.storage = storage
         wanted, table = 10 * card.capability[0] + card.capability[1], _table()["capabilities"]
         nearest = min(table, key=lambda key: abs(int(key.replace(".", "")) - wanted))
-        self._figures = of = table[nearest]
-        self.source = f"stored, compiled for sm_{nearest.replace('.', '')} ({of['card']}, jax {of['jax']}, {of['date']})"
+        self._figures = found = table[nearest]
+        self.source = (
+            f"stored, compiled for sm_{nearest.replace('.', '')} "
+            f"({found['card']}, jax {found['jax']}, {found['date']})"
+        )
         if nearest != "{}.{}".format(*card.capability):
             self.source += ", the nearest stored to this card's capability"
 
@@ -47,21 +52,21 @@ class Figures:
         return self.storage.config
 
     def at(self, name: str, x: int) -> int:
-        """The figure of `name` at x tokens or pixels."""
+        """The figure `name` at `x` tokens or pixels."""
         return _at(self._figures[name], x)
 
     def strips(self, of_strip: int, of_picture: int) -> int:
-        """Decoding a picture of `of_picture` pixels in strips of `of_strip`."""
+        """The figure of decoding `of_picture` pixels in strips of `of_strip` pixels."""
         return _at(
             [(pixels, _at(points, of_strip)) for pixels, points in self._figures["strips"]],
             of_picture,
         )
 
     def blocks(self, stage: str, kinds: frozenset[VisitKind], tokens: int) -> int:
-        """The most of any of these visits over so many tokens.
+        """The largest figure of the visits `kinds` over `tokens` tokens.
 
-        Two cases are stored: copying as many blocks as run, or none. They are of K and V held whole; those in groups take
-        less.
+        Two cases are stored: a visit that copies as many blocks as it runs, and one that copies
+        none. Both are stored for K and V without groups; groups take less.
         """
         scratch = [0]
         for kind in kinds:
@@ -75,10 +80,10 @@ class Figures:
 
 
 class StoredCosts:
-    """Scratch bytes by stored figures. (planning.plan.Costs)"""
+    """Scratch bytes from stored figures: a planning.plan.Costs."""
 
     def __init__(self, storage: Storage, card: Card | MeasuredCard):
-        """Raises UsageError for a model of other widths than the published ones."""
+        """Raises UsageError for a model whose widths are not the published ones."""
         self._figures = Figures(storage, card)
 
     @property
@@ -95,7 +100,7 @@ def _table() -> dict:
 
 
 def has_published_widths(config: ModelConfig) -> bool:
-    """True if all widths are Turbo's; numbers of layers, positions and words may differ."""
+    """True if all widths are Turbo's; numbers of layers, positions and vocabulary may differ."""
     ours, theirs = config.transformer, TURBO.transformer
     counts = {
         name: getattr(ours, name)
@@ -114,7 +119,7 @@ def has_published_widths(config: ModelConfig) -> bool:
 
 
 def _at(points: Sequence[Sequence[int]], x: int) -> int:
-    """The figure at x of points (x, figure) in order."""
+    """The figure at `x`, interpolated between `points`: pairs (x, figure) in ascending order."""
     above = next((i for i, (at, _) in enumerate(points) if at >= x), len(points) - 1)
     if above == 0:
         return points[0][1]

@@ -1,4 +1,4 @@
-"""The shapes of one job, from which programs, bytes and seconds follow. Pure."""
+"""The shapes of one job, which determine its programs, bytes and seconds. Pure."""
 
 from dataclasses import dataclass, replace
 
@@ -6,7 +6,7 @@ from ..model import dit, kv, sampling
 from ..model.config import DiTConfig, ModelConfig
 from ..model.kv import KVPolicy, Nfe, Phase
 
-MICRO_TOKENS = 8192  # a micro-batch takes as many pictures as keep its tokens under this
+MICRO_TOKENS = 8192  # the most tokens of a micro-batch of several pictures
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,8 @@ class Work:
     """The shapes of one job.
 
     Axes: B pictures, G contexts (B, or 2 B with guidance), L caption tokens, I image tokens, T = I
-    + L, P distinct prompts, h, w latent rows and columns."""
+    + L, P distinct texts, h, w latent rows and columns.
+    """
 
     batch: int
     is_guided: bool
@@ -22,8 +23,8 @@ class Work:
     bucket: int  # L
     h: int
     w: int
-    phases: tuple[Phase, ...]  # of the K/V policy; their NFEs are the job's
-    attention: str = "auto"  # a word of model.attention.CHOICES
+    phases: tuple[Phase, ...]  # of the K/V policy; together they have all NFEs of the job
+    attention: str = "auto"  # one of model.attention.CHOICES
 
     @classmethod
     def of(
@@ -41,7 +42,7 @@ class Work:
         prompts: int = 1,
         attention: str = "auto",
     ) -> "Work":
-        """Pictures of a size in pixels, computed in a dtype."""
+        """The work of pictures of `width` x `height` pixels; `compute` is the compute dtype."""
         h, w = height // config.vae.scale, width // config.vae.scale
         times = 1000 * sampling.sigmas(steps, config.scheduler.shift)[:-1]
         phases = policy.phases(times, compute, h // 2, w // 2)
@@ -68,17 +69,16 @@ class Work:
         return self.image_tokens + self.bucket
 
     def without_policy(self, compute) -> "Work":
-        """The same with K and V whole, in the compute dtype, of every NFE its own."""
+        """This work without a K/V policy: every NFE makes K and V, whole and in `compute`."""
         return replace(self, phases=(Phase(kv.plain(compute), self.steps),))
 
     def kv_bytes_by_nfe(self, config: DiTConfig) -> list[int]:
-        """Of the K and V of one main block, in every NFE, for all contexts."""
+        """Bytes of one main block's K and V for all contexts, one number per NFE."""
         shape = self.contexts, self.tokens, config.n_heads, config.head_dim
         return [phase.kv_format.nbytes(*shape) for phase in self.phases for _ in range(phase.steps)]
 
     def kv_bytes(self, config: DiTConfig) -> int:
-        """The most K and V held at once: those of every main block where they are reused, else of
-        the one that runs."""
+        """The most bytes of K and V at once: all main blocks' if reused, else one block's."""
         shape = self.tokens, config.n_heads, config.head_dim
         running = self.contexts * self.micro_batch // self.batch
         return max(
@@ -90,9 +90,10 @@ class Work:
 
     @property
     def micro_batch(self) -> int:
-        """Pictures computed at once: the largest divisor of B that keeps its tokens under
-        MICRO_TOKENS. It changes last bits, so it follows from the job alone, never from the
-        budget."""
+        """Pictures computed at once: the largest divisor of B with at most MICRO_TOKENS tokens.
+
+        It changes last bits. It therefore depends on the job alone, never on the budget.
+        """
         per_picture = self.tokens * (2 if self.is_guided else 1)
         fitting = (
             m

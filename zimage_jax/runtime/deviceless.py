@@ -1,11 +1,12 @@
-"""What our programs take of a card that is not there: the GPU compiler runs without a GPU.
+"""Compiles our programs for a card without having one: the GPU compiler needs no GPU.
 
-Needs the wheels jax-cuda12-plugin and jax-cuda12-pjrt, or those of 13 (with jax[cuda12] and
-jax[cuda13] they are there), no driver and no CUDA library. It leans on `jax._src` for the compile
-options; seen to work with jax 0.10.2 and 0.11.2.
+It needs the wheels jax-cuda12-plugin and jax-cuda12-pjrt, or those of CUDA 13 (jax[cuda12] and
+jax[cuda13] install them), but no driver and no CUDA library. The compile options come from
+`jax._src`; this works with jax 0.10.2 and 0.11.2.
 
-Attention is computed by what the card itself would choose: our kernel where it can, whose Triton
-code is compiled here as well."""
+Attention uses the kernel that the card itself would choose: our flash kernel where the card can run
+it. Its Triton code is compiled here too.
+"""
 
 import importlib
 import importlib.util
@@ -27,7 +28,7 @@ from .program import OPTIONS, scratch_bytes
 from .programs import Programs
 
 PLUGINS = "jax_cuda12_plugin", "jax_cuda13_plugin"
-# by capability: bytes of shared memory per multiprocessor and for one block, threads per
+# by capability: bytes of shared memory per multiprocessor and per thread block, and threads per
 # multiprocessor
 _MULTIPROCESSOR = {
     (7, 5): (65536, 65536, 1024),
@@ -38,16 +39,14 @@ _OTHERWISE = (102400, 101376, 1536)
 
 
 class CardPrograms(Programs):
-    """Programs for a named card: `compiled` gives the executable, which cannot run here, and the
-    bytes it takes."""
+    """Programs for a named card. `compiled` gives the executable, which cannot run here, and its
+    scratch bytes."""
 
     def __init__(self, storage: Storage, dtype, card: Card):
-        # the compiler first: JAX looks for its plugin once, when the first device is asked for
+        # the compiler first: JAX looks for its plugin once, when the first device is requested
         self._card, self._compile = card, compiler(card)
         super().__init__(storage, dtype, Placement.on_host())
-        self.observer = (
-            None  # a callback is a function of the process, and is not compiled without a device
-        )
+        self.observer = None  # a callback cannot be compiled without a device
 
     def _make(self, function: Callable, donate: tuple[int, ...], static: dict) -> Any:
         return CardProgram(self._card, self._compile, function, donate, static)
@@ -57,13 +56,15 @@ class CardPrograms(Programs):
         return Target("gpu", self._card.capability)
 
     def executables(self, function: Callable) -> list:
-        """What `function` was compiled to, for any arguments."""
-        made: Any = (program for (of, *_), program in self._programs.items() if of is function)
-        return [executable for program in made for executable in program.compiled_already]
+        """The executables of `function` that were compiled so far."""
+        programs: Any = (
+            program for (compiled, *_), program in self._programs.items() if compiled is function
+        )
+        return [executable for program in programs for executable in program.compiled_already]
 
 
 class CardProgram:
-    """program.Program without a run."""
+    """Like program.Program, but it only compiles."""
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class CardProgram:
         leaves, tree = jax.tree.flatten(args)
         key = (tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._compiled:
-            # a topology's devices have no memory kinds: lowered on the CPU, for CUDA
+            # lowered on the CPU for CUDA, because a topology's devices have no memory kinds
             with pallas_for(self._card):
                 lowered = self._jitted.trace(*args).lower(lowering_platforms=("cuda",))
             executable = self._compile(lowered)
@@ -96,8 +97,11 @@ class CardProgram:
 
 
 def order(executable) -> list[tuple[str, int]]:
-    """Runs of copies of matrices that start, of such that are awaited, and of kernels, as the
-    compiled program has them in order. Vectors, of some KiB at most, are left out."""
+    """The order in which a compiled program starts copies, awaits them and computes.
+
+    Each pair is a kind ("start", "done" or "compute") and how often it repeats. Copies of vectors,
+    at most some KiB, are left out.
+    """
     (module,) = executable.hlo_modules()
     text = module.to_string()
     kinds = []
@@ -113,8 +117,11 @@ def order(executable) -> list[tuple[str, int]]:
 
 @contextmanager
 def pallas_for(card: Card) -> Iterator[None]:
-    """JAX 0.11 lowers Pallas-Triton only for a device it knows: here a CPU's kind stands for the
-    card. JAX 0.10 does not ask."""
+    """Register the CPU's device kind as the card: JAX 0.11 lowers Pallas-Triton only for known
+    devices.
+
+    JAX 0.10 has no such list.
+    """
     try:
         gpu_info: Any = importlib.import_module("jax._src.pallas.triton.gpu_info")
     except ImportError:
@@ -134,10 +141,14 @@ def pallas_for(card: Card) -> Iterator[None]:
 
 
 def compiler(card: Card) -> Callable:
-    """lowered -> executable for the card. Raises UsageError where the compiler is not installed."""
+    """A function from a lowered program to its executable for the card.
+
+    Raises UsageError if the GPU compiler is not installed.
+    """
     if not any(map(importlib.util.find_spec, PLUGINS)):
         raise UsageError(
-            "compiling for a card needs the GPU compiler: pip install zimage_jax[cuda12] or [cuda13]"
+            "compiling for a card needs the GPU compiler: "
+            "pip install zimage_jax[cuda12] or [cuda13]"
         )
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from jax._src.compiler import get_compile_options
@@ -163,7 +174,7 @@ def compiler(card: Card) -> Callable:
 
 
 def target(card: Card) -> str:
-    """The card as XLA's GpuTargetConfigProto, in text."""
+    """The card as the text of XLA's GpuTargetConfigProto."""
     (major, minor), limit = card.capability, 2**31 - 1
     shared, shared_by_one, threads = _MULTIPROCESSOR.get(card.capability, _OTHERWISE)
     device = {

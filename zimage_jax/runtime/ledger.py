@@ -1,7 +1,8 @@
 """The account of a job: device bytes, copies and seconds, by stage.
 
-Programs may be told of while they still run: the ledger waits for them in order, and lets so many
-run at once as the device gains by."""
+Programs are recorded at launch. The ledger awaits them in order and lets at most `ahead` be in
+flight.
+"""
 
 import collections
 import json
@@ -26,29 +27,27 @@ class Event(NamedTuple):
 
 
 class _Running(NamedTuple):
-    result: object  # what to wait for
-    kinds: tuple[tuple[str, str, int], ...]  # lane, name and bytes of its events
+    result: object  # an array that is ready when the program or copy is done
+    kinds: tuple[tuple[str, str, int], ...]  # lane, name and bytes of each event to record
     stage: str
     begin: float
 
 
 @dataclass
 class Ledger:
-    """Device bytes held by name with their peak by stage, copies to the device, and the seconds
-    each stage took.
+    """Device bytes by name with their peak by stage, copies to the device, and seconds by stage.
 
-    `ahead` programs may run, or wait on the device to run, when the next is given to it.
+    `ahead`: programs that may be unfinished on the device when the next one is launched.
     """
 
     ahead: int = 0
-    held: dict[str, int] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)  # device bytes now, by name
     peak_by_stage: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
-    saved_bytes: int = 0  # not copied, since an NFE reused K and V
-    levels: list[tuple[float, str, int]] = field(
-        default_factory=list
-    )  # seconds, stage, bytes on the device at a mark
+    saved_bytes: int = 0  # not copied, because an NFE reused K and V
+    # seconds, stage and device bytes at each mark
+    levels: list[tuple[float, str, int]] = field(default_factory=list)
     _stage: str = "load"
     _began: float = field(default_factory=time.perf_counter)
     _running: collections.deque[_Running] = field(default_factory=collections.deque)
@@ -71,7 +70,7 @@ class Ledger:
         return sum(self.copied_by_stage.values())
 
     def hold(self, name: str, tree) -> None:
-        """`tree` lies on the device from now on; it takes the place of what had this name."""
+        """Count the bytes of `tree` as on the device, in place of the last tree of that `name`."""
         self.held[name] = tree_bytes(tree)
         self.mark()
 
@@ -79,14 +78,14 @@ class Ledger:
         self.held.pop(name, None)
 
     def mark(self, more: int = 0) -> None:
-        """Note the bytes held now, and `more` that a running program takes."""
+        """Record the device bytes now: those held, and `more` that a program takes."""
         now = sum(self.held.values()) + more
         self.peak_by_stage[self._stage] = max(self.peak_by_stage.get(self._stage, 0), now)
         self.levels.append((time.perf_counter() - self._began, self._stage, now))
 
     @contextmanager
     def event(self, lane: str, name: str, nbytes: int = 0) -> Iterator[None]:
-        """Reading threads note theirs too."""
+        """Record the time of a `with` block. Reading threads use this too."""
         stage, begin = self._stage, time.perf_counter() - self._began
         try:
             yield
@@ -96,26 +95,26 @@ class Ledger:
             )
 
     def launched(self, result, *kinds: tuple[str, str, int]) -> None:
-        """A program runs from now on and ends with `result`; `kinds` are lane, name and bytes of
-        the events it is."""
+        """Record a program that was just launched; it is done when `result` is ready.
+
+        `kinds`: lane, name and bytes of each of its events.
+        """
         self._running.append(
             _Running(result, kinds, self._stage, time.perf_counter() - self._began)
         )
         self.settle(self.ahead)
 
     def settle(self, left: int = 0) -> None:
-        """Wait until no more than so many programs run."""
+        """Wait until at most `left` programs are in flight."""
         while len(self._running) > left:
             run = self._running.popleft()
             jax.block_until_ready(run.result)
-            self._note(run)
-            if self._running:  # one after the other
-                self._running[0] = self._running[0]._replace(
-                    begin=max(self.events[-1].end, self._running[0].begin)
-                )
+            end = self._note(run)
+            if self._running:  # programs run one after the other
+                self._running[0] = self._running[0]._replace(begin=max(end, self._running[0].begin))
 
     def sent(self, tree, name: str, nbytes: int) -> None:
-        """`tree` is on its way to the device; `arrived` notes when it is there."""
+        """Record a copy of `tree` to the device that was just started; `arrived` awaits it."""
         self._sent.append(
             _Running(
                 tree, (("copy", name, nbytes),), self._stage, time.perf_counter() - self._began
@@ -123,17 +122,19 @@ class Ledger:
         )
 
     def arrived(self) -> None:
-        """Wait for what was sent."""
+        """Wait until every copy that was `sent` is on the device."""
         while self._sent:
             copy = self._sent.popleft()
             jax.block_until_ready(copy.result)
             self._note(copy)
 
-    def _note(self, run: _Running) -> None:
+    def _note(self, run: _Running) -> float:
+        """Record the events of a run that ended now, and return when that is."""
         end = time.perf_counter() - self._began
         self.events += [
             Event(lane, name, run.stage, run.begin, end, nbytes) for lane, name, nbytes in run.kinds
         ]
+        return end
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -148,8 +149,10 @@ class Ledger:
             self._stage = outer
 
     def trace(self) -> str:
-        """The events in Chrome's trace format, which Perfetto reads too: one lane each of compute,
-        copy and tier, and the bytes on the device as a counter."""
+        """The events in Chrome's trace format, which Perfetto reads too.
+
+        It has a lane each for compute, copy and tier, and the device bytes as a counter.
+        """
         lanes = {"compute": 1, "copy": 2, "tier": 3}
         rows: list[dict] = [
             {"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": {"name": lane}}

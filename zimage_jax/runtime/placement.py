@@ -1,4 +1,4 @@
-"""Where arrays are: one device, its kinds of memory, what it can still give, and what threads may do with it at once."""
+"""One device: its kinds of memory, its free bytes, and its lock for threads."""
 
 import os
 import re
@@ -15,23 +15,24 @@ from ..errors import OutOfMemoryError, UsageError
 from ..model.attention import Target
 from ..units import size, tree_bytes
 
-# XLA's allocator gives a free piece whole when less than this, and less than what was asked for, would be left of it
-# (bfc_allocator.cc). Under a cap of 1.5 GiB on an H100 its peak was 112 MiB over the ledger's
+# XLA's allocator does not split a free piece if the rest would be under 128 MiB and under the
+# requested size (bfc_allocator.cc). Under a cap of 1.5 GiB on an H100, its peak was 112 MiB over
+# the ledger's
 UNSPLIT_BYTES = 128 * 2**20
 
 DEVICE, HOST = "device", "pinned_host"
 
 
 class Gate:
-    """Many threads may be inside together, or one alone; whoever wants to be alone comes before those who wait."""
+    """A lock: many threads hold it together, or one alone. Those that wait for `alone` go first."""
 
     def __init__(self) -> None:
         self._changed, self._inside, self._wanted = threading.Condition(), 0, 0
-        self.in_flight: list[jax.Array] = []  # sent by the thread that runs programs
+        self.in_flight: list[jax.Array] = []  # arrays that `Placement.send` has not yet placed
 
     @property
     def is_wanted(self) -> bool:
-        """Whether someone waits to be alone, or is."""
+        """Whether a thread is inside alone, or waits to be."""
         return self._wanted > 0
 
     @contextmanager
@@ -61,11 +62,11 @@ class Gate:
 _GATES: dict[jax.Device, Gate] = {}
 
 
-EXHAUSTED = "RESOURCE_EXHAUSTED"  # XLA's word for it
+EXHAUSTED = "RESOURCE_EXHAUSTED"  # XLA's status when memory runs out
 
 
 def is_exhausted(fault: jax.errors.JaxRuntimeError) -> bool:
-    """Whether memory ran out."""
+    """Whether `fault` says that memory ran out."""
     return EXHAUSTED in str(fault)
 
 
@@ -73,10 +74,11 @@ def is_exhausted(fault: jax.errors.JaxRuntimeError) -> bool:
 class Placement:
     """One device and the host memory beside it.
 
-    `gate`: a program is first run alone and arrays are placed together, for all models on the device. cuDNN's warm-up at
-    a program's first run captures the compute stream, and a placement records its events on that stream: seen on an
-    H100 (jax 0.11.2) as "capturing stream has unjoined work". That placements of other threads were the cause is
-    inferred from the sources (xla cudnn_thunk.cc, local_device_state.cc), not proven on a GPU.
+    `gate`: a program's first run enters it alone, and threads that place arrays enter it together,
+    for all models on the device. cuDNN's warm-up at a program's first run captures the compute
+    stream, and placing an array records events on that stream. An H100 (jax 0.11.2) failed with
+    "capturing stream has unjoined work". That other threads' arrays were the cause is inferred from
+    XLA's sources (cudnn_thunk.cc, local_device_state.cc), not proven on a GPU.
     """
 
     device: jax.Device
@@ -84,18 +86,18 @@ class Placement:
 
     @classmethod
     def on(cls, device: jax.Device | None = None) -> "Placement":
-        """The placement of a device, by default the first of this process."""
+        """The placement of `device`, by default the process's first device."""
         device = device or jax.local_devices()[0]
         return cls(device, _GATES.setdefault(device, Gate()))
 
     @classmethod
     def on_host(cls) -> "Placement":
-        """The CPU as a device, for what must not use the other device's memory."""
+        """The placement of the CPU, for work that must not use the device's memory."""
         return cls.on(jax.local_devices(backend="cpu")[0])
 
     @property
     def target(self) -> Target:
-        """What programs are compiled for."""
+        """The platform and compute capability that programs are compiled for."""
         word = getattr(self.device, "compute_capability", "")  # "8.9"; AMD's is "gfx90a"
         capability = re.fullmatch(r"([0-9]+)\.([0-9]+)", word)
         return Target(
@@ -108,23 +110,27 @@ class Placement:
 
     @property
     def shares_memory(self) -> bool:
-        """Whether device memory is the host's."""
+        """Whether the device's memory is the host's."""
         return self.platform == "cpu"
 
     @property
     def runs_ahead(self) -> int:
-        """Programs given to the device before the last is done: one on a GPU, which otherwise idles between programs. A
-        CPU's programs run on the cores that would prepare the next."""
+        """Programs launched before the last one is done.
+
+        One on a GPU, which otherwise idles between programs. None on a CPU, whose cores would both
+        run a program and prepare the next.
+        """
         return 0 if self.shares_memory else 1
 
     def sharding(self, kind: str = DEVICE) -> SingleDeviceSharding:
         return SingleDeviceSharding(self.device, memory_kind=kind)
 
     def put(self, tree, kind: str = DEVICE):
-        """Arrays in DEVICE or HOST memory, there when this returns: none is on its way while a program is first run.
+        """Place arrays in DEVICE or HOST memory and wait: none may be copied during a first run.
 
-        Raises OutOfMemoryError where the host cannot pin that much."""
-        # not on a CPU: a preview is made there while the scan's program runs
+        Raises OutOfMemoryError if the host cannot page-lock that much memory.
+        """
+        # a CPU needs no gate, and a preview is made there while the scan's program runs
         try:
             with nullcontext() if self.shares_memory else self.gate.together():
                 return jax.block_until_ready(jax.device_put(tree, self.sharding(kind)))
@@ -134,19 +140,22 @@ class Placement:
             raise
 
     def send(self, tree, kind: str = DEVICE):
-        """Like `put`, but returns at once: for what is copied while programs run that have run before."""
+        """Like `put`, but returns at once: the arrays are copied while programs run.
+
+        `settled` awaits them before a program's first run.
+        """
         sent = jax.device_put(tree, self.sharding(kind))
-        flying = self.gate.in_flight
-        flying[:] = [
+        in_flight = self.gate.in_flight
+        in_flight[:] = [
             array
-            for array in flying
+            for array in in_flight
             if not (array.is_deleted() or array.is_ready())  # type: ignore[attr-defined]
         ]
-        flying += jax.tree.leaves(sent)
+        in_flight += jax.tree.leaves(sent)
         return sent
 
     def settled(self, args):
-        """Arguments of a program's first run: arrays of numpy placed, and every array there that was sent anywhere."""
+        """A first run's arguments: numpy arrays are placed, and all sent arrays are awaited."""
         jax.block_until_ready([array for array in self.gate.in_flight if not array.is_deleted()])
         self.gate.in_flight.clear()
 
@@ -156,35 +165,33 @@ class Placement:
         return jax.block_until_ready(jax.tree.map(place, args))
 
     def allocator_peak(self) -> int | None:
-        """The peak that the device's allocator saw in this process; None on a CPU, which keeps no such count."""
+        """The allocator's peak bytes in this process; None on a CPU, which does not count them."""
         stats = self.device.memory_stats()
         return None if stats is None else stats.get("peak_bytes_in_use")
 
     def free_bytes(self) -> int:
-        """Bytes that the device can still give; a CPU's device memory is the host's."""
+        """Bytes that can still be allocated on the device; on a CPU, the host's free bytes."""
         stats = self.device.memory_stats()
         if stats is None:
             return free_host_bytes()
         return max(0, stats["bytes_limit"] - stats["bytes_in_use"] - UNSPLIT_BYTES)
 
 
-FIRST_BFLOAT16 = (
-    8,
-    0,
-)  # compute capability of Ampere: the first NVIDIA cards with bfloat16 products
-# 9.10.2: the two before it compute some attentions wrongly, and JAX refuses them
+# compute capability of Ampere, the first NVIDIA cards with bfloat16 products
+FIRST_BFLOAT16 = (8, 0)
+# cuDNN 9.10.2: the two releases before it compute some attentions wrongly, and JAX refuses them
 CUDNN_FROM = 91002
 
 
 def default_dtype(target: Target) -> str:
-    """The dtype to compute in on a device, where the user does not say."""
+    """The compute dtype on `target` if the user names none."""
     if target.platform == "cpu":
         return "float32"
     return "float16" if target.capability and target.capability < FIRST_BFLOAT16 else "bfloat16"
 
 
 def require_cudnn() -> None:
-    """Raises UsageError where JAX finds no cuDNN, or one that is too old."""
+    """Raises UsageError if JAX finds no cuDNN, or one that is too old."""
     from jax._src.lib import cuda_versions
 
     try:
@@ -202,8 +209,7 @@ _KERNEL = Path("/proc/version")
 
 
 def pinned_limit_hint() -> str:
-    """What to do under WSL2 when pinned host memory runs out, as the end of an error's line; empty
-    elsewhere."""
+    """The end of an error's line: what to do under WSL2. Empty on other systems."""
     try:
         kernel = _KERNEL.read_text("utf-8", "replace")
     except OSError:  # not Linux
@@ -211,21 +217,21 @@ def pinned_limit_hint() -> str:
     if "microsoft" not in kernel.lower():
         return ""
     return (
-        "; WSL2 pins at most about half of its memory: read the model through a window with --host-memory GIB, "
-        "or give WSL2 more (memory= under [wsl2] in .wslconfig)"
+        "; WSL2 page-locks at most about half of its memory: read the model through a window with "
+        "--host-memory GIB, or give WSL2 more (memory= under [wsl2] in .wslconfig)"
     )
 
 
 def out_of_pinned_memory(nbytes: int) -> OutOfMemoryError:
-    """The error for `nbytes` of pinned host memory that could not be had."""
+    """The error for `nbytes` of page-locked host memory that could not be allocated."""
     return OutOfMemoryError(
-        f"the host could not pin {size(nbytes)} of memory for parameters{pinned_limit_hint()}",
+        f"the host could not page-lock {size(nbytes)} for parameters{pinned_limit_hint()}",
         nbytes,
     )
 
 
 def free_host_bytes() -> int:
-    """Host memory that is available without swapping."""
+    """Bytes of host memory that are available without swapping."""
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024

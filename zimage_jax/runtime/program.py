@@ -1,4 +1,4 @@
-"""A function compiled once per set of shapes, with the device memory that the compiler says it takes."""
+"""A function compiled once per set of shapes, with the scratch bytes that the compiler reports."""
 
 import threading
 import time
@@ -13,34 +13,42 @@ from .placement import EXHAUSTED, Placement, is_exhausted
 
 # How a GPU's programs are compiled
 OPTIONS = {
-    # without this scheduler a GPU copies after it computes; the limit must exceed the arrays of one step, or the first
-    # copies are awaited before compute starts
+    # without this scheduler a GPU copies only after it has computed. The limit must exceed the
+    # number of arrays that one visit copies, or the first copies are awaited before compute starts
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_experimental_parallel_async_compute_limit": 1024,
-    # the same kernels, so the same bits, in every process and under every schedule: autotuning chooses by measured time
-    # and varies (openxla/xla#15229), cuBLASLt's own choice does not. Without autotuning Triton's tiles are untuned
+    # the same kernels, and so the same bits, in every process and under every schedule: autotuning
+    # chooses by measured time and varies (openxla/xla#15229); cuBLASLt's own choice does not.
+    # Triton's matrix products would run with untuned tiles, so they are off
     "xla_gpu_autotune_level": 0,
     "xla_gpu_enable_triton_gemm": False,
-    # XLA joins matrices that multiply the same tokens into a copy: 28 MiB of a ring step at 512x512 (sm_89)
+    # off: XLA would copy the matrices that multiply the same tokens into one, which takes 28 MiB of
+    # a ring step at 512x512 (sm_89)
     "xla_gpu_dot_merger_threshold_mb": 0,
 }
 
-BEYOND = 1 << 50  # bytes that no device has
+BEYOND = 1 << 50  # scratch bytes that fit no device
 
 
 class Program:
     """A function compiled once per set of shapes for one device.
 
-    `static` arguments go to the function as keywords and belong to the program. `precision` is that of products of
-    float32: a GPU's own default is TF32.
+    `donate`: indices of arguments that the results may overwrite. `static`: keyword arguments of
+    the function, fixed for this program. `precision`: of float32 products; a GPU's default is TF32.
     """
 
     def __init__(
-        self, placement: Placement, function: Callable, *, donate: tuple[int, ...] = (), precision: str | None = None,
+        self,
+        placement: Placement,
+        function: Callable,
+        *,
+        donate: tuple[int, ...] = (),
+        precision: str | None = None,
         **static,
-    ):  # fmt: skip
+    ):
         def with_token(*args):
-            # what the ledger waits for: the next program may have been given the result itself
+            # the ledger awaits this token, because the result itself may be donated to the next
+            # program
             return function(*args, **static), jnp.zeros((), jnp.int8)
 
         self.name = function.__name__.strip("_")
@@ -59,13 +67,15 @@ class Program:
         return len(self._compiled)
 
     def compiled(self, *args) -> tuple[Any, int]:
-        """The executable for arguments of these shapes (arrays or ShapeDtypeStructs), and its scratch: the device bytes it
-        takes beside its arguments. None and BEYOND where the device had no memory to compile it in."""
+        """The executable for `args` (arrays or ShapeDtypeStructs), and its scratch bytes.
+
+        None and BEYOND if the device ran out of memory while compiling.
+        """
         leaves, tree = jax.tree.flatten(args)
         key = (tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         with self._lock:
             lock = self._locks.setdefault(key, threading.Lock())
-        with lock:  # several stages may ask at once
+        with lock:  # stages may compile concurrently
             if key not in self._compiled:
                 self._compiled[key] = self._compile(args)
         return self._compiled[key]
@@ -78,7 +88,7 @@ class Program:
                 jax.default_matmul_precision(self._precision),
             ):
                 executable = self._jitted.lower(*args).compile()
-        except jax.errors.JaxRuntimeError as fault:  # a GPU's compiler may load what it compiled
+        except jax.errors.JaxRuntimeError as fault:  # a GPU's compiler loads the program too
             if not is_exhausted(fault):
                 raise
             return None, BEYOND
@@ -90,11 +100,14 @@ class Program:
     def __call__(
         self, ledger: Ledger, *args, name: str = "", copied: tuple[str, int] | None = None
     ):
-        """`name`: what the ledger calls this run. `copied`: name and bytes of what is copied to the device meanwhile."""
+        """Run the program.
+
+        `name`: of the run in the ledger. `copied`: name and bytes of a copy that the program makes.
+        """
         executable, scratch = self.compiled(*args)
         if executable is None:
             raise jax.errors.JaxRuntimeError(
-                f"{EXHAUSTED}: {self.name} could not be compiled in the device's memory"
+                f"{EXHAUSTED}: the device ran out of memory while compiling {self.name}"
             )
         ledger.mark(scratch)
         kinds = [("compute", name or self.name, 0), *([("copy", *copied)] if copied else [])]
@@ -113,5 +126,5 @@ class Program:
 
 
 def scratch_bytes(memory) -> int:
-    """Device bytes that an executable takes beside its arguments: temporaries, and results in no donated buffer."""
+    """Scratch bytes of an executable: temporaries, and results outside donated arguments."""
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -25,7 +25,10 @@ from .stream import ring_step, run_chunk
 
 
 class Observer:
-    """What the scan's program calls after every NFE: one for all jobs, or each would be compiled anew."""
+    """The callback of the scan's program, called after every NFE.
+
+    All jobs share one, because a program with another callback would be compiled anew.
+    """
 
     def __init__(self) -> None:
         self._see: Callable[[int, np.ndarray], None] | None = None
@@ -40,8 +43,10 @@ class Observer:
 
     @contextmanager
     def shows(self, see: Callable[[int, np.ndarray], None]) -> Iterator[None]:
-        """While a program runs. What `see` raises is raised when the program has ended: it cannot be stopped from
-        within."""
+        """Call `see` after every NFE of a program that runs inside the `with` block.
+
+        A program cannot be stopped: an error in `see` is raised when the program has ended.
+        """
         self._see, self._fault = see, None
         try:
             yield
@@ -91,13 +96,14 @@ class Programs:
         return self.placement.target
 
     def attend(self, work: Work) -> Attend:
-        """How a job computes attention on this device. Raises UsageError where it asks for cuDNN's and there is none."""
+        """A job's attention on this device. Raises UsageError if it needs cuDNN and there is
+        none."""
         if work.attention == "cudnn":
             require_cudnn()
         return Attend(work.attention, self.target)
 
     def attention_names(self, work: Work) -> str:
-        """What the main blocks' attention is computed by, in the order of the phases."""
+        """The kernels that compute the main blocks' attention, in the order of the phases."""
         attend, width = self.attend(work), self.config.transformer.head_dim
         names = [
             attend.implementation(
@@ -117,17 +123,18 @@ class Programs:
             on_step=self.observer,
         )
 
-    # -- abstract arguments -------------------------------------------------------------------------------------------
+    # -- abstract arguments ------------------------------------------------------------------------
 
     def module(self, component: str, unit: str) -> Any:
-        """A unit's module of ShapeDtypeStructs."""
+        """A unit's module, with ShapeDtypeStructs for arrays."""
         return self.storage.module(component, unit)
 
     def like(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, self.dtype)
 
     def inputs(self, work: Work, contexts: int) -> dit.Inputs:
-        lengths = np.ones(contexts, np.int32)  # shapes count: a full bucket may be beyond axes_lens
+        # only shapes matter here; captions that fill the bucket could exceed axes_lens
+        lengths = np.ones(contexts, np.int32)
         return dit.inputs(self.config.transformer, work.h, work.w, lengths, work.bucket)
 
     def keys(self, work: Work, contexts: int, kv_format: KVFormat) -> dit.KeyTable | None:
@@ -139,7 +146,7 @@ class Programs:
     def most(
         self, plan: StreamPlan, kinds: Iterable[VisitKind], call: Callable[[VisitKind], tuple]
     ) -> int:
-        """The largest scratch of any of these visits. `call` gives x, inputs and static arguments of a kind."""
+        """The largest scratch of `kinds` of visit. `call(kind)`: x, inputs, static arguments."""
         storage, component, host = self.storage, plan.component, self.placement.sharding(HOST)
 
         def on_host(unit: str, without_kv: bool) -> tuple:
@@ -170,7 +177,7 @@ class Programs:
 
 
 class CompiledCosts:
-    """Scratch bytes by compiling the very programs that will run. (planning.plan.Costs)"""
+    """Scratch bytes from compiling the same programs that will run: a planning.plan.Costs."""
 
     def __init__(self, programs: Programs):
         self._programs = programs

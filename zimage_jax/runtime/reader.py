@@ -1,4 +1,4 @@
-"""Blocks from the checkpoint into host memory: a source shared by all jobs, and a reader of its own for each job."""
+"""Reads blocks into host memory: one source for all jobs, one reader per job."""
 
 import collections
 import itertools
@@ -16,14 +16,13 @@ from ..weights.checkpoint import Checkpoint
 from .ledger import Ledger
 from .placement import DEVICE, HOST, Placement
 
-Leaves = tuple[Array | None, ...]  # of one unit; None for a leaf that an NFE does without
+Leaves = tuple[Array | None, ...]  # of one unit; None for a leaf that an NFE does not need
 Chunk = tuple[Leaves, ...]
 Key = TypeVar("Key")
 
-WINDOW_CHUNKS = 3  # a window of no stated size: the chunk in use and two ahead
-READERS = min(
-    4, os.cpu_count() or 1
-)  # threads: one alone filled new pinned memory at 0.8 GB/s (host of an H100)
+WINDOW_CHUNKS = 3  # without --host-memory: the chunk in use and two ahead
+# threads: one alone filled new page-locked memory at 0.8 GB/s (host of an H100)
+READERS = min(4, os.cpu_count() or 1)
 
 
 def read_units(
@@ -32,8 +31,8 @@ def read_units(
     """Unit -> its leaves in the module's order, in DEVICE or HOST memory."""
 
     def read(unit: str) -> Leaves:
-        # on a CPU the arrays are the buffer; elsewhere they are copies of it, and memory that was written before is
-        # filled 1.6 times as fast as new memory
+        # on a CPU the arrays use the buffer itself, so each needs a new one. Elsewhere they are
+        # copies, and reading into a used buffer is 1.6 times as fast as into a new one
         buffer = (
             None
             if placement.platform == "cpu"
@@ -51,7 +50,7 @@ def read_units(
 def load(
     checkpoint: Checkpoint, component: str, placement: Placement | None = None, kind: str = DEVICE
 ):
-    """A whole component as its module, in DEVICE or HOST memory."""
+    """A whole component's module, in DEVICE or HOST memory."""
     leaves = read_units(
         checkpoint, component, checkpoint.units(component), placement or Placement.on(), kind
     )
@@ -62,7 +61,7 @@ _thread = threading.local()
 
 
 def _buffer(nbytes: int) -> np.ndarray:
-    """This thread's buffer, of `nbytes` at least."""
+    """This thread's buffer, of at least `nbytes`."""
     if getattr(_thread, "buffer", np.empty(0)).nbytes < nbytes:
         _thread.buffer = np.empty(nbytes, np.uint8)
     return _thread.buffer
@@ -70,20 +69,21 @@ def _buffer(nbytes: int) -> np.ndarray:
 
 @runtime_checkable
 class Reader(Protocol):
-    """One job's chunks in the order in which it wants them."""
+    """Gives one job its streamed chunks, in the order of its loads."""
 
     def take(self, *, without_kv: bool = False) -> Chunk:
-        """The next chunk of the order, in host memory; `without_kv` for an NFE that reuses K and V."""
+        """The next chunk, in host memory. `without_kv`: without the parameters that make K and
+        V."""
 
     def used(self) -> None:
-        """The chunk taken last has been given to a program: its place is free when that program is done."""
+        """The last chunk was given to a program; its memory is free when that program is done."""
 
     def close(self) -> None:
         """Stop reading."""
 
 
 class HostSource:
-    """A component's units in host memory, each read once and kept for all jobs."""
+    """Keeps a component's units in host memory for all jobs; each is read once."""
 
     def __init__(self, checkpoint: Checkpoint, component: str, placement: Placement):
         self._checkpoint, self._component, self._placement = checkpoint, component, placement
@@ -92,22 +92,21 @@ class HostSource:
 
     @property
     def host_bytes(self) -> int:
-        """What is kept in host memory between jobs."""
-        return self._checkpoint.storage.nbytes(self._component, *list(self._kept))
+        """Bytes that are kept in host memory between jobs."""
+        kept = [unit for unit, leaves in list(self._kept.items()) if _is_done(leaves)]
+        return self._checkpoint.storage.nbytes(self._component, *kept)
 
     def open(self, order: Sequence[tuple[str, ...]], ledger: Ledger) -> "HostReader":
-        """A reader of its own for a job. Units are read in the order given, while earlier ones compute."""
+        """A job's reader. It starts to read all units of `order`, in that order."""
         return HostReader(self, order, ledger)
 
     def unit(
         self, unit: str, ledger: Ledger, pool: ThreadPoolExecutor | None = None
     ) -> Future[Leaves]:
-        """A unit that is kept, or is read now, by `pool` or by the caller."""
+        """A unit's leaves. One that was not read yet is read by `pool`, or else by the caller."""
         with self._lock:
             future = self._kept.get(unit)
-            if future is not None and not (
-                future.cancelled() or (future.done() and future.exception())
-            ):
+            if future is not None and (not future.done() or _is_done(future)):
                 return future
             future = self._kept[unit] = Future()
         if pool is None:
@@ -120,14 +119,10 @@ class HostSource:
         if not future.set_running_or_notify_cancel():
             return
         try:
-            with ledger.event(
-                "tier", f"read {unit}", self._checkpoint.storage.nbytes(self._component, unit)
-            ):
-                future.set_result(
-                    read_units(self._checkpoint, self._component, [unit], self._placement, HOST)[
-                        unit
-                    ]
-                )
+            checkpoint, component = self._checkpoint, self._component
+            with ledger.event("tier", f"read {unit}", checkpoint.storage.nbytes(component, unit)):
+                leaves = read_units(checkpoint, component, [unit], self._placement, HOST)
+                future.set_result(leaves[unit])
         except BaseException as fault:
             future.set_exception(fault)
 
@@ -135,8 +130,13 @@ class HostSource:
         return self._checkpoint.storage.without_kv(self._component, unit, leaves)
 
 
+def _is_done(future: Future) -> bool:
+    """Whether a future has its result."""
+    return future.done() and not future.cancelled() and not future.exception()
+
+
 class HostReader:
-    """A job's chunks from host memory."""
+    """A job's reader of a HostSource."""
 
     def __init__(self, source: HostSource, order: Sequence[tuple[str, ...]], ledger: Ledger):
         self._source, self._order = source, iter(order)
@@ -160,9 +160,10 @@ class HostReader:
 
 
 class WindowSource:
-    """A component's units read anew for every use, through a window of host memory.
+    """Reads a component's units from disk for every use, through a window of host memory.
 
-    The window holds the chunk in use and as many of the coming ones as fit into `nbytes`, or two where that is None.
+    The window of `nbytes` holds the chunk in use and the next ones that fit; if `nbytes` is None,
+    the next two.
     """
 
     host_bytes = 0  # nothing is kept between jobs
@@ -170,15 +171,11 @@ class WindowSource:
     def __init__(
         self, checkpoint: Checkpoint, component: str, placement: Placement, nbytes: int | None
     ):
-        self.checkpoint, self.component, self.placement, self._nbytes = (
-            checkpoint,
-            component,
-            placement,
-            nbytes,
-        )
+        self.checkpoint, self.component, self.placement = checkpoint, component, placement
+        self._nbytes = nbytes
 
     def open(self, order: Sequence[tuple[str, ...]], ledger: Ledger) -> "WindowReader":
-        """A reader of its own for a job. Raises UsageError when the window is smaller than a chunk."""
+        """A job's reader. Raises UsageError if the window is smaller than a chunk."""
         bytes_of = self.checkpoint.storage.nbytes
         largest = max((bytes_of(self.component, *units) for units in order), default=1)
         depth = WINDOW_CHUNKS if self._nbytes is None else read_ahead(self._nbytes, largest)
@@ -186,7 +183,7 @@ class WindowSource:
 
 
 class WindowReader:
-    """A job's chunks through a window."""
+    """A job's reader of a WindowSource."""
 
     def __init__(
         self, source: WindowSource, order: Sequence[tuple[str, ...]], depth: int, ledger: Ledger
@@ -220,21 +217,18 @@ class WindowReader:
             self._ahead.append(self._pool.submit(self._read, units))
 
     def _read(self, units: tuple[str, ...]) -> dict[str, Leaves]:
-        of, component = self._source.checkpoint, self._source.component
-        with self._ledger.event("tier", f"read {units[0]}", of.storage.nbytes(component, *units)):
-            return read_units(of, component, units, self._source.placement, HOST)
+        checkpoint, component = self._source.checkpoint, self._source.component
+        nbytes = checkpoint.storage.nbytes(component, *units)
+        with self._ledger.event("tier", f"read {units[0]}", nbytes):
+            return read_units(checkpoint, component, units, self._source.placement, HOST)
 
 
 Source = HostSource | WindowSource
 
 
 def settled(futures: dict[Key, Future]) -> dict[Key, Future]:
-    """The futures that succeeded; the others are cancelled, or awaited, and left out."""
+    """Cancel futures that have not started, await the others, return those that succeeded."""
     for future in futures.values():
         future.cancel()
     wait(futures.values())
-    return {
-        key: future
-        for key, future in futures.items()
-        if not future.cancelled() and not future.exception()
-    }
+    return {key: future for key, future in futures.items() if _is_done(future)}

@@ -1,4 +1,4 @@
-"""Where the parameters of one model are: what stays on the device, what streams to it from host memory or disk."""
+"""The parameters of one model: on the device, in host memory, or on disk."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,9 +18,9 @@ Unit = tuple[str, str]  # component, unit
 
 
 class ParameterStore:
-    """A model's parameters on the device and in host memory, between jobs.
+    """A model's parameters on the device and in host memory, kept between jobs.
 
-    One job at a time uses it; what belongs to that job is in its `Loan`.
+    One job uses it at a time. That job's state is in its `Loan`.
     """
 
     def __init__(
@@ -33,8 +33,12 @@ class ParameterStore:
         self._sources: dict[tuple[str, int | None], Source] = {}
 
     def lend(self, ledger: Ledger, *, kept: bool, host_bytes: int | None) -> "Loan":
-        """The parameters for a job: those on the device stay there if its plan keeps them. `host_bytes`: a window on the
-        checkpoint in place of host memory."""
+        """The loan of a job.
+
+        `kept`: its plan keeps all parameters on the device; otherwise those there are dropped.
+        `host_bytes`: read blocks through a window of this size instead of keeping them in host
+        memory.
+        """
         loan = Loan(self, ledger, kept=kept, host_bytes=host_bytes)
         loan.release()
         ledger.held |= {
@@ -43,8 +47,10 @@ class ParameterStore:
         return loan
 
     def read_ahead(self, budget: int, host_bytes: int | None, ledger: Ledger) -> None:
-        """Start to read blocks into host memory, while programs compile, where no plan within `budget` bytes can keep
-        them on the device."""
+        """Start to read blocks into host memory, so that they are read while programs compile.
+
+        Only if the blocks exceed `budget` and must stream from host memory.
+        """
         components = ("text_encoder", "transformer")
         total = sum(self.checkpoint.nbytes(component) for component in components)
         if self.placement.shares_memory or host_bytes is not None or total <= budget:
@@ -57,19 +63,22 @@ class ParameterStore:
                         source.unit(unit, ledger, self.readers)
 
     def clear(self) -> None:
-        """Take everything from the device."""
+        """Drop all parameters from the device."""
         settled(self.device)
         self.device = {}
 
     def on_host(self, component: str, unit: str) -> tuple[np.ndarray, ...]:
-        """A unit that never reaches the device, read when first asked for."""
+        """A unit that is used on the host only; it is read once."""
         if (component, unit) not in self._host:
             self._host[component, unit] = tuple(self.checkpoint.read(component, unit).values())
         return self._host[component, unit]
 
     def source(self, component: str, host_bytes: int | None) -> Source:
-        """Blocks stay in host memory when the transformer's, and after them the text encoder's, take 80 % of it at most: a
-        sweep over the transformer is made for every NFE, one over the text encoder for every job."""
+        """The source of a component's streamed blocks.
+
+        Blocks are kept in host memory if they take at most 80 % of it. The transformer has
+        priority, because it is streamed once per NFE and the text encoder once per job.
+        """
         if (component, host_bytes) not in self._sources:
             first = ("transformer",) if component == "transformer" else ("transformer", component)
             nbytes = sum(self.checkpoint.nbytes(c) for c in first)
@@ -82,13 +91,13 @@ class ParameterStore:
 
     @property
     def host_bytes(self) -> int:
-        """What is kept in host memory between jobs."""
+        """Bytes that are kept in host memory between jobs."""
         return sum(source.host_bytes for source in self._sources.values()) + tree_bytes(
             list(self._host.values())
         )
 
     def free_device_bytes(self) -> int:
-        """Device bytes that a plan may use: what is free, and what is resident and could be given back."""
+        """Device bytes that a plan may use: the free ones, and those of parameters there."""
         return self.placement.free_bytes() + sum(map(self.nbytes, self.device))
 
     def nbytes(self, unit: Unit) -> int:
@@ -96,22 +105,22 @@ class ParameterStore:
 
 
 class Loan:
-    """The parameters as one job uses them, accounted in its ledger."""
+    """One job's use of the store's parameters, recorded in its ledger."""
 
     def __init__(
         self, store: ParameterStore, ledger: Ledger, *, kept: bool, host_bytes: int | None
     ):
         self.store, self._ledger, self._kept, self._host_bytes = store, ledger, kept, host_bytes
-        # What a job gives back stays in host memory, so that the next one need not read it again; not where device memory
-        # is the host's own
+        # units that are dropped from the device stay in host memory, so that the next job need not
+        # read them. Not if the device's memory is the host's
         self._pins_from_host = not kept and host_bytes is None and not store.placement.shares_memory
 
     def pin(self, component: str, units: Sequence[str]) -> tuple[Leaves, ...]:
-        """Units on the device, where they stay until `release`."""
+        """The leaves of units on the device, where they stay until `release`."""
         return tuple(leaves.result() for leaves in self.pin_ahead(component, units))
 
     def pin_ahead(self, component: str, units: Sequence[str]) -> list[Future[Leaves]]:
-        """Like `pin`, but returns futures at once; units are read in the order given. Their bytes count from now on."""
+        """Like `pin`, but returns futures at once. The ledger counts their bytes from now on."""
         store = self.store
         for unit in units:
             if (component, unit) not in store.device:
@@ -122,11 +131,8 @@ class Loan:
         return [store.device[component, unit] for unit in units]
 
     def _read(self, component: str, unit: str) -> Leaves:
-        store, name, nbytes = (
-            self.store,
-            f"{component} {unit}",
-            self.store.nbytes((component, unit)),
-        )
+        store, name = self.store, f"{component} {unit}"
+        nbytes = store.nbytes((component, unit))
         source = store.source(component, None) if self._pins_from_host else None
         if isinstance(source, HostSource):
             leaves = source.unit(unit, self._ledger).result()
@@ -136,7 +142,7 @@ class Loan:
             return read_units(store.checkpoint, component, [unit], store.placement, DEVICE)[unit]
 
     def module(self, component: str, unit: str):
-        """One unit on the device, as its module."""
+        """A unit's module, on the device until `release`."""
         (leaves,) = self.pin(component, [unit])
         import jax
 
@@ -152,7 +158,7 @@ class Loan:
         sweeps: int,
         without_kv: Callable[[int, int], bool] = lambda chunk, sweep: False,
     ) -> Stream:
-        """The blocks of a stage under its schedule."""
+        """A stream of a stage's blocks under its schedule."""
         store = self.store
         return Stream(
             store.source(plan.component, self._host_bytes),
@@ -166,7 +172,7 @@ class Loan:
         )
 
     def release(self, *, everything: bool = False) -> None:
-        """Give back what is on the device, but for parameters that the job's plan keeps."""
+        """Drop parameters from the device; a plan with `kept` keeps them unless `everything`."""
         done = settled(self.store.device)
         kept = done if self._kept and not everything else {}
         for component, unit in self.store.device.keys() - kept.keys():

@@ -1,8 +1,8 @@
-"""Runs chunks of blocks on the device as a schedule says.
+"""Runs chunks of blocks on the device by the actions of a schedule.
 
-It knows units, chunks and slots, not layers: the leaves of a block are a tuple of arrays, and the structure of its module
-turns them into what is called. Leaves cross program boundaries as plain tuples, for flattening a module in
-Python costs 0.1 ms each time.
+This file knows units, chunks and slots, not layers. A block's leaves are a tuple of arrays; the
+structure of its module turns them into the module. Programs take plain tuples because flattening a
+module in Python costs 0.1 ms each time.
 """
 
 from collections.abc import Callable
@@ -22,19 +22,23 @@ from .reader import Chunk, Leaves, Source
 
 
 def run_chunk(chunk: Chunk, x, *inputs, trees: tuple, apply: Callable, **static):
-    """A chunk over one micro-batch. `trees` has each block's structure; `apply` runs blocks over x, which may be any tree
-    of arrays."""
+    """Run a chunk over one micro-batch: `apply(blocks, x, *inputs)`; x is a tree of arrays.
+
+    `trees` has the structure of each block's module.
+    """
     return apply(list(map(jax.tree.unflatten, trees, chunk)), x, *inputs, **static)
 
 
 def ring_step(chunk: Chunk, spare: Chunk, following: Chunk, x, *inputs, **static):
-    """The same, while the chunk that follows is copied from the host into the donated spare slot."""
+    """Like `run_chunk`, and copy the host's chunk `following` into the donated slot `spare`."""
     return run_chunk(chunk, x, *inputs, **static), fill(spare, following)
 
 
 def fill(spare: Chunk, following: Chunk) -> Chunk:
-    """The slot with a chunk of the host copied into its first blocks. A leaf that is None, or a block that the chunk does
-    not have, leaves the slot's old arrays."""
+    """The slot `spare` with the chunk `following` copied into its first blocks.
+
+    Missing leaves (None) and missing blocks keep the slot's old arrays.
+    """
 
     def moved(old: Array | None, leaf: Array | None) -> Array | None:
         return old if leaf is None else jax.device_put(leaf, jax.memory.Space.Device)
@@ -44,11 +48,12 @@ def fill(spare: Chunk, following: Chunk) -> Chunk:
 
 
 class Stream:
-    """The blocks of one component on their way over the device, for one job.
+    """Streams the blocks of one component through the device, for one job.
 
-    `visit` runs the next chunk in order over every micro-batch. `pin(units)` brings resident chunks;
-    `without_kv(chunk, sweep)` says which copies lack the parameters that make K and V. Use as a context manager: it
-    leaves the device as it found it, but for resident chunks that the owner keeps.
+    `visit` runs the next chunk in order over every micro-batch. `pin(units)` copies a resident
+    chunk to the device. `without_kv(chunk, sweep)`: whether a copy leaves out the parameters that
+    make K and V. Use it as a context manager: on exit it frees its slots; the caller of `pin` frees
+    resident chunks.
     """
 
     def __init__(
@@ -91,7 +96,7 @@ class Stream:
                 self._pinned[action.chunk] = self._pin(self._plan.chunks[action.chunk])
             elif isinstance(action, Load):
                 self._load(action)
-        raise RuntimeError("more chunks were visited than the schedule has")
+        raise RuntimeError("visit was called more often than the schedule has visits")
 
     def _name(self, chunk: int) -> str:
         return f"{self._plan.component} chunk {chunk}"
@@ -116,15 +121,15 @@ class Stream:
         return chunk
 
     def _allocate(self) -> dict[int, Chunk]:
-        """The slots' arrays, each for the largest chunk that it holds: before any activation and the largest first, so
-        that an allocator which splits its memory leaves no gaps between them."""
-        slots: dict[int, Chunk] = {}
-        for slot in sorted(
-            range(len(self._plan.slots)), key=lambda slot: -len(self._plan.slots[slot])
-        ):
-            blocks = [
-                self._storage.specs(self._plan.component, unit) for unit in self._plan.slots[slot]
-            ]
+        """The slots' arrays, each as large as the largest chunk in it.
+
+        They are allocated before any activation and the largest first, so that the allocator leaves
+        no gaps between them.
+        """
+        plan, slots = self._plan, dict[int, Chunk]()
+        by_size = sorted(range(len(plan.slots)), key=lambda slot: -len(plan.slots[slot]))
+        for slot in by_size:
+            blocks = [self._storage.specs(plan.component, unit) for unit in plan.slots[slot]]
             slots[slot] = tuple(
                 tuple(jnp.zeros(a.shape, a.dtype) for a in block) for block in blocks
             )
@@ -151,6 +156,6 @@ class Stream:
             self._slots[visit.then.slot] = filled
             self._reader.used()
             done.append(x)
-        for x, of_x in list(zip(xs, inputs, strict=True))[len(done) :]:
-            done.append(plain(self._ledger, chunk, x, *of_x, name=name))
+        for x, own in list(zip(xs, inputs, strict=True))[len(done) :]:
+            done.append(plain(self._ledger, chunk, x, *own, name=name))
         return done

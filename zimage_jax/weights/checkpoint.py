@@ -1,26 +1,27 @@
-"""The native checkpoint: one safetensors file per unit (a block, or what is no block), and a
-manifest.
+"""The native checkpoint: one safetensors file per unit, and a manifest.
 
     model/
       manifest/                          written last, by orbax: the commit mark
-        manifest.json                    format, config, provenance; dtype, shape, place and checksum of every array;
-                                         a checksum of all that (since version 2)
+        manifest.json                    format, config, provenance; dtype, shape, offset and
+                                         checksum of every array; since version 2 a checksum of
+                                         the manifest itself
       transformer/stem.safetensors, layers.0.safetensors, …
       text_encoder/embed_tokens.safetensors, layers.0.safetensors, …
       vae/decoder.safetensors, encoder.safetensors
       tokenizer.json
 
-The arrays lie beside orbax's metadata and not in its own format because orbax restores at less than
-half of plain reading (scripts/bench/checkpoint.py; the README has the figures). The manifest knows
-where each array lies, so a unit is one read into one aligned buffer, whose checksums are verified
-on the way; on a CPU the arrays are that buffer."""
+The arrays are not in orbax's format, because orbax restores them at less than half the speed of
+plain reading (scripts/bench/checkpoint.py; figures in scripts/results/speed.md). The manifest has
+every array's offset, so that a unit is one read into one aligned buffer. Reading verifies the
+checksums. On a CPU, JAX uses the buffer itself, without a copy.
+"""
 
 import json
 import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -34,28 +35,29 @@ from .components import COMPONENTS
 from .formats import FORMATS, Storage
 
 FORMAT, VERSION = "zimage_jax checkpoint", 2
-_READ = (1, 2)  # 1: the manifest has no checksum of its own
-_LARGEST_MANIFEST = 16 << 20
-_ALIGNMENT = 64  # what XLA wants of a host buffer it can use as it is
+_READ = (1, 2)  # versions; in 1 the manifest has no checksum of itself
+_LARGEST_MANIFEST = 16 << 20  # bytes
+_ALIGNMENT = 64  # bytes; XLA uses a host buffer without a copy if it is aligned so
 
 
 @dataclass(frozen=True)
 class Record:
-    """One array in its unit's file. `offset` counts from the start of the file."""
+    """One array in its unit's file."""
 
-    dtype: str
+    dtype: str  # a name in units.DTYPES
     shape: tuple[int, ...]
-    offset: int
+    offset: int  # bytes from the start of the file
     checksum: str  # xxh3, 64 bits, hex
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the array."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def layout(storage: Storage, component: str, unit: str) -> tuple[bytes, dict[str, Record]]:
-    """The safetensors header of a unit, padded so that data starts aligned, and where each array
-    lies."""
+    """The bytes of a unit's safetensors header, padded so that the data is aligned, and path ->
+    record without a checksum."""
     header, end = {}, 0
     leaves = storage.leaves(component, unit)
     for path, leaf in leaves.items():
@@ -77,7 +79,7 @@ def layout(storage: Storage, component: str, unit: str) -> tuple[bytes, dict[str
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
-    """Of everything a manifest says, however its JSON is spaced and ordered."""
+    """xxh3 of the manifest without its own checksum; whitespace and order of keys do not count."""
     text = json.dumps(
         {key: value for key, value in manifest.items() if key != "checksum"},
         sort_keys=True,
@@ -87,7 +89,7 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 
 
 def formats_json(storage: Storage) -> dict[str, Any]:
-    """The storage's formats as the manifest has them."""
+    """The manifest's keys about formats: "dtype", and "formats" if some units are special."""
     special = {"formats": [[p, f.name] for p, f in storage.special]} if storage.special else {}
     return {"dtype": storage.format.name, **special}
 
@@ -98,7 +100,11 @@ def _storage(config: ModelConfig, manifest: dict) -> Storage:
 
 
 class Checkpoint:
-    """A checkpoint on disk: what it holds is known, nothing of it is loaded yet."""
+    """A native checkpoint on disk. Opening it reads and checks the manifest, but no arrays.
+
+    Raises ForeignError if `path` is not a native checkpoint, DamagedError if the manifest is not
+    what was written, CheckpointError for another version or an unsupported config.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -115,7 +121,8 @@ class Checkpoint:
             raise CheckpointError(str(fault)) from None
         except (LookupError, TypeError, ValueError, AttributeError) as fault:
             raise DamagedError(
-                f"{where}: the manifest is malformed ({printable(repr(fault))}); copy or convert again"
+                f"{where}: the manifest is malformed ({printable(repr(fault))}); "
+                "copy or convert again"
             ) from None
 
     def _read_manifest(self) -> dict:
@@ -129,7 +136,7 @@ class Checkpoint:
         if version not in _READ:
             raise CheckpointError(
                 f"{file}: format version {printable(repr(version))}, this zimage_jax reads "
-                f"{' and '.join(map(str, _READ))}; update zimage_jax, or convert again"
+                f"versions {' and '.join(map(str, _READ))}; update zimage_jax, or convert again"
             )
         if version != 1 and manifest.get("checksum") != manifest_checksum(manifest):
             raise DamagedError(
@@ -138,8 +145,10 @@ class Checkpoint:
         return manifest
 
     def _check_records(self, arrays: dict) -> dict[str, dict[str, dict[str, Record]]]:
-        """The manifest's arrays as records, each checked against the config's own list of
-        tensors."""
+        """Component -> unit -> path -> record, from the manifest's "arrays".
+
+        Raises DamagedError if a row differs from what config and formats imply.
+        """
         checked: dict[str, dict[str, dict[str, Record]]] = {}
         for component in COMPONENTS:
             checked[component] = {}
@@ -148,11 +157,12 @@ class Checkpoint:
                 rows = arrays[component][unit]
                 for path in sorted(records.keys() | rows.keys()):
                     r, row = records.get(path), rows.get(path)
-                    wanted = r and [r.dtype, list(r.shape), r.offset]
-                    if row is None or row[:3] != wanted:
+                    expected = [r.dtype, list(r.shape), r.offset] if r else "no such array"
+                    if row is None or row[:3] != expected:
+                        got = "none" if row is None else printable(row)
                         raise DamagedError(
                             f"{self.path}/manifest: {component} {printable(path)}: "
-                            f"expected {wanted}, got {printable(row)}; copy or convert again"
+                            f"expected {expected}, got {got}; copy or convert again"
                         )
                 checked[component][unit] = {
                     path: replace(r, checksum=rows[path][3]) for path, r in records.items()
@@ -162,7 +172,7 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer.json, after its checksum was verified."""
+        """Path of the tokenizer.json. Raises DamagedError if it is not what was written."""
         file = self.path / "tokenizer.json"
         data = read_regular(file, LARGEST_JSON, DamagedError)
         if xxhash.xxh3_64_hexdigest(data) != self._tokenizer_checksum:
@@ -172,36 +182,39 @@ class Checkpoint:
         return file
 
     def units(self, component: str) -> list[str]:
+        """A component's units, in the model's order."""
         return list(self._records[component])
 
     def records(self, component: str) -> dict[str, Record]:
+        """Path -> record of a component's arrays."""
         return {path: r for unit in self._records[component].values() for path, r in unit.items()}
 
     def nbytes(self, component: str, unit: str | None = None) -> int:
-        chosen = (
-            self._records[component] if unit is None else {unit: self._records[component][unit]}
-        )
-        return sum(r.nbytes for records in chosen.values() for r in records.values())
+        """Stored bytes of a unit, or of a whole component, without file headers."""
+        units = self.units(component) if unit is None else [unit]
+        return sum(r.nbytes for name in units for r in self._records[component][name].values())
 
     def parameters(self, component: str) -> int:
+        """Number of a component's parameters."""
         leaves = components.units(self.config, component).values()
         return sum(leaf.size for unit in leaves for leaf in unit.values())
 
     def buffer_bytes(self, component: str, unit: str) -> int:
-        """Size of a buffer that `read` can use for a unit."""
+        """Bytes of the smallest buffer that `read` takes for a unit."""
         records = self._records[component][unit].values()
         return max(r.offset + r.nbytes for r in records) + _ALIGNMENT
 
     def read(
         self, component: str, unit: str, buffer: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """One unit's arrays by path, views of one aligned buffer, every checksum verified.
+        """Path -> array of one unit, as views of one aligned buffer; every checksum is verified.
 
-        The buffer is new, or the `buffer` of bytes given if it is large enough (`buffer_bytes`):
-        the arrays are then overwritten when it is used again.
+        `buffer`: uint8, `buffer_bytes` or more, to read into; the arrays change when it is used
+        again. Without it the buffer is new.
 
-        Raises DamagedError when the file is missing, short, or any byte of it is not what was
-        written."""
+        Raises DamagedError if the file is missing, has another size, or differs in any byte from
+        what was written.
+        """
         records = self._records[component][unit]
         file = self.path / component / f"{unit}.safetensors"
         size = self.buffer_bytes(component, unit) - _ALIGNMENT
@@ -209,18 +222,17 @@ class Checkpoint:
             buffer = np.empty(size + _ALIGNMENT, np.uint8)
         buffer = buffer[-buffer.ctypes.data % _ALIGNMENT :][:size]
         with open_regular(file, DamagedError) as f:
-            actual, got = os.fstat(f.fileno()).st_size, 0
+            found = os.fstat(f.fileno()).st_size
             try:
-                # readinto: BinaryIO does not say that a file opened unbuffered has it
-                while actual == size and got < size and (count := f.readinto(buffer.data[got:])):  # type: ignore[attr-defined]
-                    got += count
+                if found == size:
+                    found = _fill(buffer, f)
             except OSError as fault:
                 raise DamagedError(
                     f"{file}: cannot be read ({fault.strerror}); copy or convert again"
                 ) from None
-        if got != size:
+        if found != size:
             raise DamagedError(
-                f"{file}: expected {size} bytes, found {actual}; copy or convert again"
+                f"{file}: expected {size} bytes, found {found}; copy or convert again"
             )
         header = self._headers[component, unit]
         if buffer[: len(header)].tobytes() != header:
@@ -230,13 +242,24 @@ class Checkpoint:
             data = buffer[record.offset : record.offset + record.nbytes]
             if xxhash.xxh3_64_hexdigest(data.data) != record.checksum:
                 raise DamagedError(
-                    f"{file}: {path} is not what was written (checksum differs); copy or convert again"
+                    f"{file}: {path} is not what was written (checksum differs); "
+                    "copy or convert again"
                 )
             arrays[path] = data.view(DTYPES[record.dtype]).reshape(record.shape)
         return arrays
 
 
+def _fill(buffer: np.ndarray, file: BinaryIO) -> int:
+    """Read until `buffer` is full or the file ends. Returns the bytes read."""
+    count = 0
+    # typeshed's BinaryIO lacks readinto, which every file opened in binary mode has
+    while run := file.readinto(buffer.data[count:]):  # type: ignore[attr-defined]
+        count += run
+    return count
+
+
 def _what_is_there(path: Path) -> str:
+    """Why `path` is not a checkpoint, and what to do."""
     convert = f"convert it first: python -m checkpoints_convert {path} DST"
     kind = kind_of(path, CheckpointError)
     if not kind:
@@ -249,4 +272,7 @@ def _what_is_there(path: Path) -> str:
         return (
             "an unfinished conversion; run the same checkpoints_convert command again to finish it"
         )
-    return "not a zimage_jax checkpoint (it has no manifest); give the folder that checkpoints_convert wrote"
+    return (
+        "not a zimage_jax checkpoint (it has no manifest); "
+        "give the folder that checkpoints_convert wrote"
+    )

@@ -1,4 +1,8 @@
-"""The three models by name, and the units that their parameters are stored and moved in: a block, or what is no block."""
+"""The three models by name, and their units.
+
+A unit is stored in one file and moved as one: a block, or a part that is no block (stem, embedding
+table, VAE decoder, VAE encoder).
+"""
 
 import functools
 from typing import Any, TypeVar
@@ -15,8 +19,8 @@ Leaf = TypeVar("Leaf")
 
 
 @functools.cache
-def spec(config: ModelConfig, component: str):
-    """The module of a component, with a ShapeDtypeStruct for every parameter."""
+def spec(config: ModelConfig, component: str) -> Any:
+    """A component's module, with a ShapeDtypeStruct for every parameter."""
     return COMPONENTS[component].spec(getattr(config, component))
 
 
@@ -27,7 +31,7 @@ def unit_of(path: str) -> str:
 
 
 def by_unit(leaves: dict[str, Leaf]) -> dict[str, dict[str, Leaf]]:
-    """Unit -> path -> leaf, in the order of the model, which is the order of a unit's leaves."""
+    """Unit -> path -> leaf, in the order of `leaves`."""
     grouped: dict[str, dict[str, Leaf]] = {}
     for path, leaf in leaves.items():
         grouped.setdefault(unit_of(path), {})[path] = leaf
@@ -36,12 +40,13 @@ def by_unit(leaves: dict[str, Leaf]) -> dict[str, dict[str, Leaf]]:
 
 @functools.cache
 def units(config: ModelConfig, component: str) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """Unit -> path -> parameter, as the model has them, whatever they are stored as."""
+    """Unit -> path -> parameter as the model declares it (float32), in the model's order. The
+    stored leaves are `Storage.leaves`."""
     return by_unit(named_arrays(spec(config, component)))
 
 
 def child(module: Any, unit: str) -> Any:
-    """The part of a component's module that is a unit, as "layers.3" or "stem"."""
+    """The submodule of a component's module that is the unit, for example "layers.3" or "stem"."""
     for name in unit.split("."):
         module = module[int(name)] if name.isdecimal() else getattr(module, name)
     return module

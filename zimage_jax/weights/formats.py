@@ -1,8 +1,8 @@
-"""Formats: how the parameters of a unit are stored, and how they become what a layer computes with.
+"""Formats: how the parameters of a unit are stored.
 
-A format turns a module of specs into the module whose leaves are the stored ones. A stored parameter is an array, or a
-registered pytree of arrays that the layers know how to use. The leaves of that module, in order, are what lies in files,
-in host memory and in slots; nothing that moves them knows what they mean.
+A format replaces each parameter of a spec by its stored form: an array, or a registered pytree of
+arrays that the layers can use. The leaves of the resulting module, in order, are the contents of
+files, host memory and slots. The code that moves leaves does not know what they mean.
 """
 
 import fnmatch
@@ -23,16 +23,17 @@ from . import components
 
 @dataclass(frozen=True)
 class Format:
-    """Every parameter as one array of `dtype`, a name of units.DTYPES."""
+    """Stores every parameter as one array of `dtype`, a name in units.DTYPES."""
 
     dtype: str
 
     @property
     def name(self) -> str:
+        """The name in FORMATS and in manifests."""
         return self.dtype
 
     def stored(self, path: str, leaf: jax.ShapeDtypeStruct) -> Any:
-        """What stands for a parameter: a ShapeDtypeStruct, or a pytree of them."""
+        """The stored form of the parameter `leaf`: a ShapeDtypeStruct, or a pytree of them."""
         return jax.ShapeDtypeStruct(leaf.shape, DTYPES[self.dtype])
 
 
@@ -40,7 +41,7 @@ FORMATS = {name: Format(name) for name in ("bfloat16", "float32")}
 
 
 def named(name: str) -> Format:
-    """Raises UsageError for a name that is not in FORMATS."""
+    """The format of this name. Raises UsageError if it is not in FORMATS."""
     if name not in FORMATS:
         raise UsageError(f"format {name!r}: expected one of {', '.join(FORMATS)}")
     return FORMATS[name]
@@ -48,10 +49,12 @@ def named(name: str) -> Format:
 
 @dataclass(frozen=True)
 class Storage:
-    """A model's parameters as stored: the format of every unit, and what follows from it.
+    """The format of every unit of a model, and the shapes, dtypes and bytes that follow from it.
 
-    `special` rows (pattern, format) stand for units whose name, as in "transformer.layers.3", matches the pattern; the
-    last match wins. Whatever needs shapes, dtypes or bytes of parameters asks here. Leaves come in the module's order.
+    A row (pattern, format) of `special` gives the format of units whose name matches the pattern
+    (fnmatch), for example "transformer.layers.3"; the last matching row wins. Other units have
+    `format`. Leaves are in the module's order. A component or unit that the model does not have
+    raises KeyError.
     """
 
     config: ModelConfig
@@ -60,13 +63,13 @@ class Storage:
 
     def of(self, component: str, unit: str) -> Format:
         """The format of a unit."""
-        name = f"{component}.{unit}"
-        return next(
-            (f for p, f in reversed(self.special) if fnmatch.fnmatchcase(name, p)), self.format
-        )
+        for pattern, special in reversed(self.special):
+            if fnmatch.fnmatchcase(f"{component}.{unit}", pattern):
+                return special
+        return self.format
 
     def units(self, component: str) -> list[str]:
-        """Units in the model's order."""
+        """A component's units, in the model's order."""
         return list(components.units(self.config, component))
 
     def module(self, component: str, unit: str) -> Any:
@@ -74,7 +77,7 @@ class Storage:
         return components.child(_stored(self, component), unit)
 
     def leaves(self, component: str, unit: str) -> dict[str, jax.ShapeDtypeStruct]:
-        """Path within the component -> stored leaf of a unit."""
+        """Path within the component -> stored leaf, of a unit."""
         return _leaves(self, component)[unit]
 
     def specs(self, component: str, unit: str) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -82,16 +85,26 @@ class Storage:
         return tuple(self.leaves(component, unit).values())
 
     def trees(self, component: str, units: Sequence[str]) -> tuple[jax.tree_util.PyTreeDef, ...]:
-        """The structures that turn these units' leaves into their modules; equal ones are one object."""
+        """The structures with which `jax.tree.unflatten` makes these units' modules from leaves.
+
+        Equal structures are one object.
+        """
         of = _trees(self, component)
         return tuple(of[unit] for unit in units)
 
     def nbytes(self, component: str, *units: str) -> int:
-        """Stored bytes of these units."""
-        return sum(tree_bytes(self.specs(component, unit)) for unit in units)
+        """Stored bytes of these units, without file headers."""
+        of = _nbytes(self, component)
+        return sum(of[unit] for unit in units)
+
+    def alike(self, component: str, units: Sequence[str]) -> tuple[int, ...]:
+        """A number for each unit: equal where the stored leaves have equal shapes and dtypes."""
+        of = _alike(self, component)
+        return tuple(of[unit] for unit in units)
 
     def assemble(self, component: str, arrays: Mapping[str, Sequence]) -> Any:
-        """A component's module from leaves by unit: of all units, or of one half of the VAE, the other being None."""
+        """A component's module from unit -> leaves. A unit missing in `arrays` becomes None (one
+        half of the VAE)."""
         structure, paths = _structure(self, component, frozenset(arrays))
         table = {
             path: leaf
@@ -101,7 +114,7 @@ class Storage:
         return jax.tree.unflatten(structure, [table[path] for path in paths])
 
     def without_kv(self, component: str, unit: str, leaves: Sequence) -> tuple:
-        """A DiT block's leaves for an NFE that reuses K and V: None in place of those that make them."""
+        """A DiT block's leaves for an NFE that reuses K and V: None for each unused leaf."""
         unused = tuple(f"{unit}.{name}" for name in UNUSED_WHEN_REUSED)
         paths = self.leaves(component, unit)
         return tuple(
@@ -111,7 +124,8 @@ class Storage:
 
 
 def uniform(config: ModelConfig, name: str) -> Storage:
-    """A model all of whose units have one format, by its name. Raises UsageError for an unknown name."""
+    """The storage of a model whose units all have the named format. Raises UsageError if the name
+    is not in FORMATS."""
     return Storage(config, named(name))
 
 
@@ -129,8 +143,22 @@ def _leaves(storage: Storage, component: str) -> dict[str, dict[str, jax.ShapeDt
 
 
 @functools.cache
+def _nbytes(storage: Storage, component: str) -> dict[str, int]:
+    """Unit -> stored bytes."""
+    return {unit: tree_bytes(storage.specs(component, unit)) for unit in storage.units(component)}
+
+
+@functools.cache
+def _alike(storage: Storage, component: str) -> dict[str, int]:
+    """Unit -> a number that units with the same stored shapes and dtypes share."""
+    numbers: dict[tuple, int] = {}
+    specs = {unit: storage.specs(component, unit) for unit in storage.units(component)}
+    return {unit: numbers.setdefault(of, len(numbers)) for unit, of in specs.items()}
+
+
+@functools.cache
 def _trees(storage: Storage, component: str) -> dict[str, jax.tree_util.PyTreeDef]:
-    """By unit. One object for all that are equal: to compare two takes 0.1 ms, which is asked for at every visit."""
+    """Unit -> tree structure. Equal structures are one object: comparing two takes 0.1 ms a visit."""
     made: dict[jax.tree_util.PyTreeDef, jax.tree_util.PyTreeDef] = {}
     trees = {u: jax.tree.structure(storage.module(component, u)) for u in storage.units(component)}
     return {unit: made.setdefault(tree, tree) for unit, tree in trees.items()}
@@ -140,13 +168,11 @@ def _trees(storage: Storage, component: str) -> dict[str, jax.tree_util.PyTreeDe
 def _structure(
     storage: Storage, component: str, held: frozenset[str]
 ) -> tuple[Any, tuple[str, ...]]:
-    """The structure of a component of which only the units `held` are there, and the paths of its leaves in order.
+    """The tree structure of a component with only the units `held`, and the paths of its leaves.
 
-    Cached: to build the VAE's module takes 10 ms, and a picture asks three times.
+    Cached: building the VAE's module takes 10 ms, and each picture needs it three times.
     """
-    module = jax.tree.map(
-        lambda leaf: leaf, _stored(storage, component)
-    )  # a copy, to take units from
+    module = jax.tree.map(lambda leaf: leaf, _stored(storage, component))  # a copy
     for unit in set(storage.units(component)) - held:
         setattr(module, unit, None)
     return jax.tree.structure(module), tuple(named_arrays(module))

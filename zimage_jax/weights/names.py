@@ -1,14 +1,14 @@
-"""One table per component and layout: source tensor name -> path in our model, and the transform on
-the way.
+"""One table per component and layout: source tensor name -> path in our model, and a transform.
 
-A row is (source template, target template or templates, transform). `{i}`, `{j}` and `{n}` stand
-for a number, the names in _CHOICES for one of theirs; everything else matches itself, and a
-template matches a whole name or nothing. A row with several targets takes a fused tensor apart
-along its first axis. Read with `expected`, a table and a model's spec give the exact names and
-shapes a source must have.
+A row is (source template, target template or templates, transform). A placeholder like `{i}` or
+`{j}` matches a number, a placeholder in _CHOICES one of its alternatives; other text matches
+itself. A template must match the whole name. A row with several targets splits a fused tensor along
+its first axis. `expected` gives the exact names and shapes a source must have, from a table and a
+model's spec.
 
-Layouts: "diffusers" is the published folder's; "comfy" that of ComfyUI's single files; "flux" the
-VAE as Flux's own `ae.safetensors` names it."""
+Layouts: "diffusers" (the published folder), "comfy" (ComfyUI's single files) and "flux" (the VAE
+file `ae.safetensors` of Flux).
+"""
 
 import re
 from dataclasses import dataclass
@@ -29,14 +29,17 @@ _CHOICES = {
     "side": "encoder|decoder",
 }
 
-# -- transforms: what a source tensor is in PyTorch, and how it becomes ours -----------------------
-# each: (source axes of our array, extra trailing 1s of the source)
+# -- transforms: from PyTorch's order of axes to ours ----------------------------------------------
+
 SAME, LINEAR, CONV, POINTWISE = "same", "linear", "conv", "pointwise"
 
 
 def to_native(tensor: np.ndarray, transform: str) -> np.ndarray:
-    """A PyTorch tensor in our axis order: (out, in) -> (in, out), (O, I, h, w) -> (h, w, I, O). A
-    view."""
+    """A view of a PyTorch tensor in our order of axes.
+
+    LINEAR: (out, in) -> (in, out). CONV: (O, I, h, w) -> (h, w, I, O). POINTWISE: (O, I, 1, 1) ->
+    (I, O).
+    """
     if transform == LINEAR:
         return tensor.T
     if transform == CONV:
@@ -47,7 +50,7 @@ def to_native(tensor: np.ndarray, transform: str) -> np.ndarray:
 
 
 def source_shape(shape: tuple[int, ...], transform: str, parts: int = 1) -> tuple[int, ...]:
-    """The PyTorch shape of `parts` fused arrays of native `shape`."""
+    """The PyTorch shape of `parts` arrays of native `shape`, fused along PyTorch's first axis."""
     if transform == LINEAR:
         shape = shape[::-1]
     elif transform == CONV:
@@ -60,8 +63,8 @@ def source_shape(shape: tuple[int, ...], transform: str, parts: int = 1) -> tupl
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def _bias(source: str, target: str, has_one: bool) -> list:
-    return [(f"{source}.bias", f"{target}.bias", SAME)] if has_one else []
+def _bias(source: str, target: str, has_bias: bool) -> list:
+    return [(f"{source}.bias", f"{target}.bias", SAME)] if has_bias else []
 
 
 def _linear(source: str, target: str, *, bias: bool = False) -> list:
@@ -163,8 +166,10 @@ VAE_DIFFUSERS = [
 
 
 def vae_flux(levels: int) -> list:
-    """Flux numbers the decoder's levels from the picture inwards, we (and diffusers) from the
-    latents outwards."""
+    """The "flux" table of a VAE with this many levels.
+
+    Flux counts the decoder's levels from the picture, we (and diffusers) from the latents.
+    """
     rows = [
         *_VAE_ENDS,
         *_norm("{side}.norm_out", "{side}.norm_out", bias=True),
@@ -195,7 +200,7 @@ def vae_flux(levels: int) -> list:
 
 @dataclass(frozen=True)
 class Entry:
-    """One source tensor: where its parts go and the shape it must have."""
+    """One source tensor: the paths of its parts in our model, and the shape it must have."""
 
     paths: tuple[str, ...]
     transform: str
@@ -203,7 +208,7 @@ class Entry:
 
 
 def expected(table: list, model) -> dict[str, Entry]:
-    """Every source tensor a table derives from a model's spec, by its source name."""
+    """Source name -> Entry, for every source tensor that a model's spec needs."""
     patterns = []
     for source, targets, transform in table:
         targets = (targets,) if isinstance(targets, str) else targets
@@ -216,10 +221,9 @@ def expected(table: list, model) -> dict[str, Entry]:
     for path, shape in shapes.items():
         rows = [(m, *row) for pattern, *row in patterns if (m := pattern.fullmatch(path))]
         if not rows and any(p.fullmatch(path) for p in follower_patterns):
-            continue  # a later part of a fused tensor: its first part stands for it
-        ((match, source, targets, transform),) = (
-            rows  # a path that no row or two rows name is a fault of the table
-        )
+            continue  # a later part of a fused tensor: the entry of its first part has it
+        # a path with no row, or with two, is a fault of the table: this raises ValueError
+        ((match, source, targets, transform),) = rows
         paths = tuple(_fill(t, match) for t in targets)
         name = _fill(source, match)
         entries[name] = Entry(paths, transform, source_shape(shape, transform, len(paths)))
@@ -227,13 +231,14 @@ def expected(table: list, model) -> dict[str, Entry]:
 
 
 def _pattern(template: str) -> re.Pattern:
-    parts = re.split(r"\{(\w+)\}", template)
-    return re.compile(
-        "".join(
-            re.escape(p) if k % 2 == 0 else f"(?P<{p}>{_CHOICES.get(p, '[0-9]+')})"
-            for k, p in enumerate(parts)
-        )
-    )
+    """A regular expression with a named group for each placeholder."""
+
+    def group(placeholder: re.Match) -> str:
+        name = placeholder[1]
+        return f"(?P<{name}>{_CHOICES.get(name, '[0-9]+')})"
+
+    # re.escape writes { and } as \{ and \}
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", group, re.escape(template)))
 
 
 def _fill(template: str, match: re.Match) -> str:

@@ -1,13 +1,13 @@
-"""Writing a native checkpoint: unit by unit, resumable, and named only when it is whole.
+"""Writing a native checkpoint: unit by unit, resumable, renamed to DST only when it is complete.
 
-    DST.partial.lock            held while a writer lives
+    DST.partial.lock            locked while a writer is open
     DST.partial/
-      plan.json                 the mark: this folder is ours, and what is to become of it
-      finished.jsonl            a line per finished unit, with the checksums of its arrays
-      …                         the checkpoint as far as it is
+      plan.json                 the mark of an unfinished conversion: config, formats, source
+      finished.jsonl            one line per finished unit, with the checksums of its arrays
+      …                         the files of the checkpoint written so far
 
-The bytes that a line of finished.jsonl states are on disk before the line is written; whether they have their name yet
-is seen when they are read.
+A line of finished.jsonl is written after the unit's bytes are on disk. The rename of the unit's
+file may still be lost in a crash, so a resumed writer reads the file again (`Writer.done`).
 """
 
 import errno
@@ -37,19 +37,21 @@ _MARK, _JOURNAL = "plan.json", "finished.jsonl"
 
 
 def partial_folder(dst: Path) -> Path:
-    """Where a checkpoint lies until it is whole."""
+    """The folder of a checkpoint that is not complete yet."""
     return dst.with_name(dst.name + ".partial")
 
 
 class Writer:
     """Writes a checkpoint unit by unit into `DST.partial`, which `finish` renames to DST.
 
-    A unit's file appears whole or not at all, so an interrupted writer resumes: ask `done` before
-    writing a unit. `source` is what the result depends on beside the storage; a partial folder of
-    another source is started over. A folder without a writer's mark is never touched. One writer
-    at a time: close it, or use it in a `with`.
+    An interrupted writer can be resumed: `resumed` is then True; call `done` before writing a unit.
+    `source` is JSON that identifies the input. If an existing DST.partial has another source,
+    config or format, it is emptied; if it has no mark of a writer, it is not changed. Only one
+    writer at a time can have DST: close it, or use it in a `with`.
 
-    Raises OutputError when DST exists, another writer has it, or the disk refuses."""
+    Raises OutputError if DST exists, if another writer has it, if DST.partial is not a writer's, or
+    if the disk is full or cannot be written.
+    """
 
     def __init__(self, dst: Path, storage: Storage, source: dict | None = None):
         self.storage = storage
@@ -62,7 +64,7 @@ class Writer:
             dst.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _Lock(dst)
         try:
-            self._refuse_existing()  # the writer that had the lock may just have finished
+            self._refuse_existing()  # the previous holder of the lock may have finished just now
             self._begin(source)
         except BaseException:
             self.close()
@@ -75,7 +77,7 @@ class Writer:
         self.close()
 
     def close(self) -> None:
-        """Let another writer have DST."""
+        """Release DST for another writer. What was written remains."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -85,7 +87,7 @@ class Writer:
             raise OutputError(f"{self._dst}: already exists; remove it or choose another name")
 
     def _begin(self, source: dict | None) -> None:
-        """Take up what an earlier writer left, if it wrote the same thing, or start over."""
+        """Resume an earlier writer of the same plan, or start over. Checks the free disk space."""
         plan = {
             "format": FORMAT,
             "version": VERSION,
@@ -94,7 +96,7 @@ class Writer:
             "plan": source,
         }
         mark = json.dumps(plan, sort_keys=True)
-        with self._kept():
+        with self._resumable_errors():
             found = self._mark_found()
             self.resumed = found == json.loads(mark)
             self._folder.mkdir(exist_ok=True)
@@ -110,11 +112,14 @@ class Writer:
             raise OutputError(f"{self._dst}: needs {size(need)} of disk, {size(free)} are free")
 
     def _mark_found(self) -> dict | None:
-        """The mark in the partial folder; None where there is no folder, or an empty one."""
+        """The plan in DST.partial; None if there is no folder or an empty one.
+
+        Raises OutputError if the folder is not a writer's of this version.
+        """
         kind, mark = kind_of(self._folder, OutputError), self._folder / _MARK
-        if not kind or (
-            kind == "folder" and set(os.listdir(self._folder)) <= {_temporary(mark).name}
-        ):
+        if not kind:
+            return None
+        if kind == "folder" and set(os.listdir(self._folder)) <= {_temporary(mark).name}:
             return None
         try:
             found = read_json(mark, fault=OutputError)
@@ -128,7 +133,7 @@ class Writer:
         return found
 
     def _empty(self) -> None:
-        """Remove everything but the mark: cut off here, the folder is still known as ours."""
+        """Remove everything but the mark: after an interruption the folder is still a writer's."""
         for path in self._folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -136,7 +141,7 @@ class Writer:
                 path.unlink()
 
     def _read_journal(self) -> dict[str, Any]:
-        """Unit -> checksums, of every line that is whole."""
+        """Unit -> path -> checksum, from every complete line."""
         finished = {}
         journal = self._folder / _JOURNAL
         if kind_of(journal, OutputError):
@@ -145,10 +150,11 @@ class Writer:
                     entry = parse_json(line, str(journal), OutputError)
                     finished[str(entry["unit"])] = entry["checksums"]
                 except (ZImageError, KeyError):
-                    continue  # cut off: that unit counts as unfinished
+                    continue  # an incomplete line: the unit is not finished
         return finished
 
     def bytes_missing(self) -> int:
+        """Stored bytes of the units that have no file yet."""
         return sum(
             self.storage.nbytes(component, unit)
             for component in COMPONENTS
@@ -160,13 +166,13 @@ class Writer:
         return self._folder / component / f"{unit}.safetensors"
 
     def done(self, component: str, unit: str) -> bool:
-        """Whether an earlier run finished this unit, and every byte of it is as it was then."""
+        """Whether an earlier writer finished this unit, and no byte of its file has changed."""
         file, checksums = self._file(component, unit), self._finished.get(f"{component}/{unit}")
         if checksums is None or kind_of(file, OutputError) != "file":
             return False
         header, records = layout(self.storage, component, unit)
         end = max(r.offset + r.nbytes for r in records.values())
-        with self._kept(), open_regular(file, OutputError, buffering=-1) as f:
+        with self._resumable_errors(), open_regular(file, OutputError, buffering=-1) as f:
             if os.fstat(f.fileno()).st_size != end or f.read(len(header)) != header:
                 return False
             for path, record in records.items():
@@ -182,11 +188,14 @@ class Writer:
     def write(
         self, component: str, unit: str, pieces: Iterable[tuple[str, Iterator[np.ndarray]]]
     ) -> None:
-        """`pieces`: for every array of the unit, in the unit's order, its path and its bytes in
-        runs of any size."""
+        """Write one unit's file. It appears complete or not at all.
+
+        `pieces`: (path, runs) for every array, in the unit's order; the runs are consecutive parts
+        of the array, of any size. Raises OutputError if the disk is full or cannot be written.
+        """
         header, records = layout(self.storage, component, unit)
         file = self._file(component, unit)
-        with self._kept():
+        with self._resumable_errors():
             with _temporary(file).open("wb") as f:
                 f.write(header)
                 for (path, runs), (expected, record) in zip(
@@ -205,13 +214,17 @@ class Writer:
             checksums = {path: r.checksum for path, r in records.items()}
             line = json.dumps({"unit": f"{component}/{unit}", "checksums": checksums})
             with self._journal_lock, (self._folder / _JOURNAL).open("ab") as f:
-                f.write(f"\n{line}\n".encode())  # the first \n ends a line that was cut off
+                f.write(f"\n{line}\n".encode())  # the first \n ends an incomplete line
                 f.flush()
                 os.fsync(f.fileno())
         self._records[component][unit] = records
 
     def finish(self, tokenizer: bytes, provenance: dict) -> Path:
-        """Write what is left, the manifest last, and give the folder its name."""
+        """Write tokenizer.json and the manifest, rename DST.partial to DST, and return DST.
+
+        Every unit must be written or `done`. `tokenizer`: the bytes of a tokenizer.json.
+        `provenance`: JSON about the source. Raises OutputError.
+        """
         arrays = {
             component: {
                 unit: {
@@ -231,7 +244,7 @@ class Writer:
             "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer),
             "arrays": arrays,
         }
-        with self._kept():
+        with self._resumable_errors():
             _put(self._folder / "tokenizer.json", tokenizer)
             save_manifest(self._folder, manifest)
             for folder in (*COMPONENTS, "manifest", "."):
@@ -243,18 +256,21 @@ class Writer:
         self.close()
         return self._dst
 
-    def _kept(self):
-        """Turns the operating system's refusals on the way into one line."""
+    def _resumable_errors(self):
+        """Turns an OSError into an OutputError that says how to resume."""
         return _disk_errors(
             f"{self._dst}: cannot be written",
-            f"what is finished stays in {self._folder.name} and the same command goes on from there",
+            f"finished units remain in {self._folder.name}; run the same command again to resume",
         )
 
 
 def save(
     dst: Path, storage: Storage, models: dict[str, Any], tokenizer: bytes, provenance: dict
 ) -> Path:
-    """Write a checkpoint of modules that are in memory, each as `storage` stores it."""
+    """Write a checkpoint from `models`, component -> module of arrays, in the formats of `storage`.
+
+    Returns `dst`. `tokenizer` and `provenance`: see Writer.finish. Raises OutputError.
+    """
     with Writer(dst, storage) as writer:
         for component in COMPONENTS:
             arrays = named_arrays(models[component])
@@ -266,22 +282,25 @@ def save(
 
 
 def save_manifest(folder: Path, manifest: dict) -> None:
-    """Write manifest/ into a checkpoint's folder, with the checksum of what it says."""
-    import orbax.checkpoint as ocp  # 0.3 s of import that reading does not need
+    """Write manifest/ into a checkpoint's folder, with the manifest's own checksum added."""
+    import orbax.checkpoint as ocp  # here: the import takes 0.3 s, and reading does not need it
 
     shutil.rmtree(folder / "manifest", ignore_errors=True)
     signed = manifest | {"checksum": manifest_checksum(manifest)}
     with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename="manifest.json")) as checkpointer:
         checkpointer.save((folder / "manifest").absolute(), args=ocp.args.JsonSave(signed))
-    # orbax restores without them; one names this machine's folders, the other has the time, and
-    # the same source shall give the same bytes
+    # One has this machine's paths, the other the time: without them the same source gives the same
+    # bytes. Orbax can restore without them
     for name in ("commit_success.txt", "_CHECKPOINT_METADATA"):
         (folder / "manifest" / name).unlink(missing_ok=True)
     _sync(folder / "manifest" / "manifest.json")
 
 
 class _Lock:
-    """DST.partial.lock, an empty file that one process has locked. It goes when it is released."""
+    """DST.partial.lock, an empty file locked by one process. `release` removes it.
+
+    Raises OutputError if another process has the lock, or if the file is not a writer's.
+    """
 
     def __init__(self, dst: Path):
         self._path = dst.with_name(dst.name + ".partial.lock")
@@ -296,30 +315,34 @@ class _Lock:
             except BaseException:
                 os.close(self._handle)
                 raise
-            os.close(self._handle)  # removed by the one before, between our open and our lock
+            os.close(self._handle)  # the previous holder removed it between our open and our lock
 
     def _acquire(self, dst: Path) -> None:
         found = os.fstat(self._handle)
         if not stat.S_ISREG(found.st_mode) or found.st_size:
-            raise OutputError(f"{self._path}: is in the way; move it or choose another name")
+            raise OutputError(
+                f"{self._path}: is in the way of the lock file; move it or choose another name"
+            )
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(
-                f"{dst}: another conversion is writing it; wait for that or choose another name"
+                f"{dst}: another conversion is writing it; wait for it or choose another name"
             ) from None
         except OSError as error:
-            # some network filesystems have no locks: there the user must not start two
+            # some network filesystems have no locks: there two writers are the user's risk
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
 
     def _is_ours(self) -> bool:
+        """Whether the path still names the file we locked."""
         try:
             return os.path.samestat(os.stat(self._path), os.fstat(self._handle))
         except FileNotFoundError:
             return False
 
     def release(self) -> None:
+        """Remove the file and unlock it."""
         self._path.unlink(missing_ok=True)
         os.close(self._handle)
 
@@ -333,20 +356,21 @@ def _temporary(file: Path) -> Path:
 
 
 def _put(file: Path, data: bytes) -> None:
-    """A file, whole or not at all."""
+    """Write a file that appears complete or not at all."""
     with _temporary(file).open("wb") as f:
         f.write(data)
         _place(f, file)
 
 
 def _place(f, file: Path) -> None:
-    """Give an open temporary file its name, once its bytes are on disk."""
+    """Flush an open temporary file to disk, then rename it to `file`."""
     f.flush()
     os.fsync(f.fileno())
     os.replace(f.name, file)
 
 
 def _sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
@@ -356,6 +380,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _disk_errors(what: str, then: str) -> Iterator[None]:
+    """Turns an OSError into an OutputError "`what` (the reason); `then`"."""
     try:
         yield
     except OSError as fault:

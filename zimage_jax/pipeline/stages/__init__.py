@@ -1,5 +1,7 @@
-"""The stages of a job, in the order they run; the last one's result is the pictures. To add one, write its file and put it
-into STAGES."""
+"""The stages of a job, in the order they run; the last one gives the pictures.
+
+To add one, write its file and add it to STAGES.
+"""
 
 from ...planning.plan import Stage
 from .context import ContextStage

@@ -1,4 +1,4 @@
-"""The refined contexts, once per prompt: they do not depend on time.
+"""Text features to refined contexts, once per job: they do not depend on time.
 
 Axes: G contexts (B, or 2 B with guidance), L caption tokens (a bucket), D width, E feature width.
 """
@@ -22,7 +22,7 @@ COMPONENT = "transformer"
 
 
 class Context(NamedTuple):
-    """What every NFE reads, on the host: the contexts, the rotations and masks of every run of tokens, caption lengths."""
+    """Every NFE's inputs, on the host: contexts, rotations and masks, caption lengths."""
 
     context: Float[np.ndarray, "G L D"]
     inputs: dit.Inputs

@@ -1,4 +1,4 @@
-"""Latents to pictures by the VAE: whole, in exact strips of rows, or in blended tiles.
+"""Latents to pictures with the VAE: whole, in strips of rows, or in blended tiles.
 
 Axes: B pictures, h, w latent rows and columns, C latent channels, H, W pixels.
 """
@@ -25,7 +25,7 @@ from ..attempt import Attempt
 
 @dataclass(frozen=True)
 class DecodeChoice(Choice):
-    """`rows` of pixels in a strip, or the side of a `tile` in pixels; neither: the whole picture at once."""
+    """`rows`: pixel rows of a strip. `tile`: side of a tile in pixels. Neither: decode whole."""
 
     rows: int | None = None
     tile: int | None = None
@@ -36,10 +36,8 @@ class Decode:
 
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
         config = sizes.config.vae
-        weights, latents = (
-            sizes.storage.nbytes("vae", "decoder"),
-            work.h * work.w * config.latent_channels * 4,
-        )
+        weights = sizes.storage.nbytes("vae", "decoder")
+        latents = work.h * work.w * config.latent_channels * 4
         stays = frozenset({("vae", "decoder")})
         if memory.vae_tile:
             yield Option(DecodeChoice(tile=memory.vae_tile), weights, latents, stays)
@@ -47,7 +45,7 @@ class Decode:
         yield Option(DecodeChoice(), weights, latents, stays)
         rows = work.h * config.scale // 2
         while rows >= config.scale:
-            # feature maps are on the host, and latents with them
+            # in strips the latents and the feature maps are on the host
             yield Option(DecodeChoice(rows=rows), weights, 0, stays)
             rows //= 2
 

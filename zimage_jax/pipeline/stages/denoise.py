@@ -1,6 +1,7 @@
-"""Noise to latents: a sweep over the transformer's chunks for every NFE, or the one program of `scan`.
+"""Noise to latents: one sweep over the transformer's chunks per NFE, or the one program of `scan`.
 
-Axes: B pictures, G contexts (B, or 2 B with guidance), h, w latent rows and columns, C latent channels, L caption tokens.
+Axes: B pictures, G contexts (B, or 2 B with guidance), h, w latent rows and columns, C latent
+channels, L caption tokens.
 """
 
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ COMPONENT = "transformer"
 
 @dataclass(frozen=True)
 class DenoiseChoice(Choice):
-    kv_on_host: bool = False  # K and V that later NFEs reuse are there between visits
+    kv_on_host: bool = False  # K and V that later NFEs reuse are on the host between visits
 
     @property
     def blocks(self) -> StreamPlan:
@@ -52,7 +53,7 @@ class DenoiseChoice(Choice):
 
     @property
     def resident_chunks(self) -> int:
-        """Main chunks that stay on the device."""
+        """How many main chunks are resident."""
         return sum(self.blocks.is_main(chunk) for chunk in self.blocks.schedule.resident)
 
     def __str__(self) -> str:
@@ -63,7 +64,7 @@ class DenoiseChoice(Choice):
             if least == most
             else f"{least} or {most} blocks"
         )
-        words = schedule.row(of.name).words.format(
+        words = schedule.row(of.name).summary.format(
             resident=self.resident_chunks, ahead=max(0, of.slots - 1)
         )
         return f"{of.name}, {len(sizes)} chunk{'s' if len(sizes) > 1 else ''} of {blocks}, {words}"
@@ -72,7 +73,7 @@ class DenoiseChoice(Choice):
 class Denoise:
     name = "denoise"
 
-    # -- bytes --------------------------------------------------------------------------------------------------------
+    # -- bytes -------------------------------------------------------------------------------------
 
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
         config, storage = sizes.config.transformer, sizes.storage
@@ -82,17 +83,14 @@ class Denoise:
         inputs = sizes.inputs(work, work.image_tokens + work.tokens, 1)
         tokens = sizes.tokens(work, work.tokens, config.dim) + work.contexts * config.adaln_dim * 4
         caches = any(phase.caches for phase in work.phases)
-        found = streams(sizes, COMPONENT, refiner, main, memory)
-        choices = [
-            DenoiseChoice(stream, on_host)
-            for stream in found
-            for on_host in (
-                (False, True) if caches and not DenoiseChoice(stream).is_one_program else (False,)
-            )
-        ]
-        # K and V on the host rather than a schedule that waits for its copies
+        choices = []
+        for stream in streams(sizes, COMPONENT, refiner, main, memory):
+            choices.append(DenoiseChoice(stream))
+            if caches and not choices[-1].is_one_program:
+                choices.append(DenoiseChoice(stream, kv_on_host=True))
+        # K and V on the host are faster than a schedule that waits for its copies
         for choice in sorted(choices, key=lambda c: (c.blocks.waits, c.kv_on_host)):
-            if choice.is_one_program:  # its tokens are temporaries, its arguments hold all inputs
+            if choice.is_one_program:  # its tokens are scratch, its arguments have all inputs
                 keys = sum(_keys_bytes(sizes, work, phase) for phase in work.phases)
                 activations = latents + context + inputs + keys + sizes.inputs(work, work.bucket, 1)
             else:
@@ -114,11 +112,8 @@ class Denoise:
         latents = jax.ShapeDtypeStruct(
             (work.micro_batch, work.h, work.w, config.in_channels), jnp.float32
         )
-        context, number, stem = (
-            programs.like(contexts, work.bucket, config.dim),
-            np.float32(0),
-            programs.module(COMPONENT, "stem"),
-        )
+        context = programs.like(contexts, work.bucket, config.dim)
+        number, stem = np.float32(0), programs.module(COMPONENT, "stem")
         ends = _Ends(programs, work)
         scratch = [
             ends.enter.compiled(stem, latents, number)[1],
@@ -133,7 +128,7 @@ class Denoise:
         )
 
     def _visit(self, programs: Programs, work: Work, contexts: int, kind: VisitKind) -> tuple:
-        """x, inputs and static arguments of a kind of visit."""
+        """x, inputs and static arguments of a visit of `kind`."""
         config, inputs = programs.config.transformer, programs.inputs(work, contexts)
         time = jax.ShapeDtypeStruct((contexts, config.adaln_dim), jnp.float32)
         if kind.nfe is None:
@@ -194,7 +189,7 @@ class Denoise:
 
         return max(held + most(kinds) for held, kinds in _by_phase(sizes, work, choice))
 
-    # -- seconds ------------------------------------------------------------------------------------------------------
+    # -- seconds -----------------------------------------------------------------------------------
 
     def seconds(self, timing: Timing, choice: DenoiseChoice) -> float:
         work, width = timing.work, timing.sizes.config.transformer.dim
@@ -211,7 +206,7 @@ class Denoise:
         cached = timing.kv_cache() if choice.kv_on_host else 0.0
         return stem + timing.stream(choice.blocks, run, nfes=work.nfes, groups=groups) + cached
 
-    # -- the run ------------------------------------------------------------------------------------------------------
+    # -- the run -----------------------------------------------------------------------------------
 
     def run(self, attempt: Attempt) -> Float[np.ndarray, "B h w C"]:
         job, work, config = attempt.job, attempt.work, attempt.config
@@ -233,7 +228,7 @@ class _Ends:
         self.leave = programs(sampling.after_blocks, donate=(3,), is_guided=work.is_guided)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sampler:
     attempt: Attempt
     context: Context
@@ -253,7 +248,7 @@ class _Scan(_Sampler):
     """One compiled program for all NFEs."""
 
     def draw(self, noise: Float[np.ndarray, "B h w C"]) -> Float[np.ndarray, "B h w C"]:
-        """What the job's `observe` raises is raised when the program has ended."""
+        """An error in the attempt's `observe` is raised when the program has ended."""
         attempt, programs = self.attempt, self.attempt.programs
         units = programs.storage.units(COMPONENT)
         leaves = dict(zip(units, attempt.loan.pin(COMPONENT, units), strict=True))
@@ -270,17 +265,17 @@ class _Scan(_Sampler):
 
 
 class _Sweep(_Sampler):
-    """A sweep per NFE; its parts are those of sampling.sample. Every chunk serves all micro-batches while it is there."""
+    """One sweep per NFE, with the parts of sampling.sample. A visit runs all micro-batches."""
 
     @cached_property
     def groups(self) -> list[np.ndarray]:
-        """Rows of the contexts that each micro-batch computes: its prompts', then with guidance their negatives'."""
+        """Each micro-batch's rows of contexts: its prompts', then with guidance its negatives'."""
         work = self.attempt.work
         rows = np.arange(work.batch).reshape(-1, work.micro_batch)
         return [np.concatenate([r, r + work.batch]) if work.is_guided else r for r in rows]
 
     def _rows(self, tree, rows):
-        """These rows of every array, on the device."""
+        """The given rows of every array in `tree`, on the device."""
         return self.attempt.placement.put(jax.tree.map(lambda a: a[rows], tree))
 
     def draw(self, noise: Float[np.ndarray, "B h w C"]) -> Float[np.ndarray, "B h w C"]:
@@ -288,15 +283,15 @@ class _Sweep(_Sampler):
         latents = [self._rows(noise, g[: work.micro_batch]) for g in groups]
         self._contexts = [self._rows(self.context.context, g) for g in groups]
         inputs = self.context.inputs
-        self._image, self._joint = (
-            [self._rows(of, g) for g in groups] for of in (inputs.image, inputs.joint)
-        )
-        self._stem, self._ends = (
-            attempt.loan.module(COMPONENT, "stem"),
-            _Ends(attempt.programs, work),
-        )
+        self._image = [self._rows(inputs.image, g) for g in groups]
+        self._joint = [self._rows(inputs.joint, g) for g in groups]
+        self._stem = attempt.loan.module(COMPONENT, "stem")
+        self._ends = _Ends(attempt.programs, work)
         choice, nfes, index = attempt.plan.denoise, work.nfes, 0
-        without_kv = lambda chunk, sweep: choice.blocks.without_kv(chunk, nfes[sweep])  # noqa: E731
+
+        def without_kv(chunk: int, sweep: int) -> bool:
+            return choice.blocks.without_kv(chunk, nfes[sweep])
+
         with attempt.stream(choice.blocks, work.steps, without_kv=without_kv) as stream:
             for phase in work.phases:
                 keys = [self._rows(self.keys(phase.kv_format, g), slice(None)) for g in groups]
@@ -311,11 +306,8 @@ class _Sweep(_Sampler):
         self, stream: Stream, index: int, nfe: Nfe, cache: KVCache | None, keys: list, latents: list
     ) -> list:
         attempt, ledger, ends = self.attempt, self.attempt.ledger, self._ends
-        t, sigma, sigma_next = (
-            sampling.times(self.sigmas)[index],
-            self.sigmas[index],
-            self.sigmas[index + 1],
-        )
+        t = sampling.times(self.sigmas)[index]
+        sigma, sigma_next = self.sigmas[index : index + 2]
         entered = [ends.enter(ledger, self._stem, x, t) for x in latents]
         xs, times = (list(column) for column in zip(*entered, strict=True))
         of_image = [
@@ -361,17 +353,18 @@ class _Sweep(_Sampler):
 
 
 def _keys_bytes(sizes: Sizes, work: Work, phase: Phase) -> int:
-    """Rotations and masks of keys that are not the tokens' own."""
-    return (
-        0
-        if phase.kv_format.grid is None
-        else sizes.inputs(work, phase.kv_format.keys(work.tokens), 1)
-    )
+    """Bytes of the key table of a phase, if its keys are groups of tokens."""
+    if phase.kv_format.grid is None:
+        return 0
+    return sizes.inputs(work, phase.kv_format.keys(work.tokens), 1)
 
 
 def _cache_bytes(sizes: Sizes, work: Work, phase: Phase, choice: DenoiseChoice) -> int:
-    """K and V on the device between programs: of every main block; or, kept on the host, of the chunk that computes
-    and of its neighbour on its way."""
+    """Bytes of K and V on the device between programs, if the phase reuses them.
+
+    All main blocks'; with K and V on the host, those of two successive chunks: one runs, one is
+    copied.
+    """
     if not phase.caches:
         return 0
     config, chunks = sizes.config.transformer, choice.main_sizes
@@ -383,7 +376,7 @@ def _cache_bytes(sizes: Sizes, work: Work, phase: Phase, choice: DenoiseChoice) 
 def _by_phase(
     sizes: Sizes, work: Work, choice: DenoiseChoice
 ) -> Iterator[tuple[int, frozenset[VisitKind]]]:
-    """Of each phase of the K/V policy: bytes of its key tables and its cache, and its kinds of visit."""
+    """For each phase: bytes of its key table and K/V cache, and its kinds of visit."""
     visits, first = list(choice.blocks.visits(work.nfes)), 0
     for phase in work.phases:
         sweeps = range(first, first + phase.steps)

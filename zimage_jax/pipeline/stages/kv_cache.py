@@ -1,4 +1,4 @@
-"""K and V that later NFEs reuse, by chunk: on the device, or on the host between visits."""
+"""Keeps K and V that later NFEs reuse, by chunk: on the device, or on the host between visits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from ...runtime.placement import HOST, Placement
 from ...units import tree_bytes
 from ..attempt import Attempt
 
-Held = list[tuple[KV, ...]]  # of a chunk: for each micro-batch the K and V of its blocks
+Held = list[tuple[KV, ...]]  # a chunk's K and V: for each micro-batch, one KV per block
 
 NAME = "kv cache"
 
@@ -28,12 +28,16 @@ class KVCache:
         on_host: bool,
         ledger: Ledger,
     ):
-        """`shape`: contexts of a micro-batch, tokens, heads, head width. `sizes`: blocks of each chunk."""
-        self._hold, self._shape, self._groups, self._sizes = kv_format, shape, groups, sizes
+        """`shape`: contexts of a micro-batch, tokens, heads, head width.
+
+        `groups`: number of micro-batches. `sizes`: blocks of each chunk.
+        """
+        self._kv_format, self._shape, self._groups, self._sizes = kv_format, shape, groups, sizes
         self._placement, self._on_host, self._ledger = placement, on_host, ledger
         self._held: dict[int, Held] = {}
         self._coming: dict[int, Held] = {}
-        self._leaving: tuple[Held, Held] | None = None  # on the device, and on its way to the host
+        # the K and V that are being copied to the host: the device's arrays, and the host's
+        self._leaving: tuple[Held, Held] | None = None
         if not on_host:
             self._held = {chunk: self._room(chunk) for chunk in range(len(sizes))}
         ledger.hold(NAME, self._held)
@@ -41,19 +45,20 @@ class KVCache:
     def _room(self, chunk: int) -> Held:
         blocks = range(self._sizes[chunk])
         return [
-            tuple(kv.empty(self._hold, *self._shape) for _ in blocks) for _ in range(self._groups)
+            tuple(kv.empty(self._kv_format, *self._shape) for _ in blocks)
+            for _ in range(self._groups)
         ]
 
     def take(self, chunk: int, *, reads: bool) -> Held:
-        """What is held for a chunk, or where the NFE does not read it, room for it; the caller may donate it.
+        """A chunk's K and V, or empty arrays if the NFE does not read them; both may be donated.
 
-        On the host: the next chunk's is sent for, to be copied while this one computes.
+        If K and V are on the host, the next chunk's are copied while this one computes.
         """
         if not self._on_host:
             return self._held.pop(chunk)
         if chunk == 0:
             self._leave()
-        self._ledger.arrived()  # it was copied while the chunk before ran; the caller may donate it
+        self._ledger.arrived()  # copied during the last visit; the caller may donate it
         held = self._coming.pop(chunk, None)
         if held is None and reads:
             held = self._bring(chunk)
@@ -66,7 +71,10 @@ class KVCache:
         return held
 
     def put(self, chunk: int, held: Held, *, made: bool) -> None:
-        """`held` after the chunk ran, `made` anew or as it was taken. On the host: it leaves while the next computes."""
+        """Keep a chunk's K and V after its visit. `made`: the visit made them anew.
+
+        If K and V are on the host, new ones are copied there while the next chunk computes.
+        """
         if not self._on_host:
             self._held[chunk] = held
             return
@@ -82,7 +90,7 @@ class KVCache:
         return held
 
     def _leave(self) -> None:
-        """Wait for the chunk that is on its way to the host."""
+        """Wait until the last chunk's K and V are on the host."""
         if self._leaving is not None:
             jax.block_until_ready(self._leaving[1])
             self._leaving = None
@@ -101,7 +109,7 @@ class KVCache:
 
 @contextmanager
 def kv_cache(attempt: Attempt, phase: Phase, groups: int) -> Iterator[KVCache | None]:
-    """Room for the K and V of a phase that reuses them; None for one that does not."""
+    """The cache of a phase that reuses K and V; None for other phases."""
     if not phase.caches:
         yield None
         return

@@ -27,7 +27,7 @@ COMPONENT = "text_encoder"
 
 @dataclass(frozen=True)
 class TextChoice(Choice):
-    """`stream` None: the text encoder runs on the host."""
+    """`stream` is None if the text encoder runs on the host."""
 
 
 class Text:
@@ -59,7 +59,7 @@ class Text:
         return figures.blocks(self.name, choice.stream.visit_kinds, work.prompts * work.bucket)
 
     def seconds(self, timing: Timing, choice: TextChoice) -> float | None:
-        if choice.stream is None:  # the host's rates are not known
+        if choice.stream is None:  # the CPU's rates are unknown
             return None
         config, work = timing.sizes.config.text_encoder, timing.work
         width = config.num_attention_heads * config.head_dim
@@ -67,7 +67,7 @@ class Text:
         return timing.stream(choice.stream, lambda unit, nfe: layer)
 
     def run(self, attempt: Attempt) -> dict[str, Float[np.ndarray, "T E"]]:
-        """Features by text, without padding. The embedding table is gathered where it is, on the host."""
+        """Features by text, without padding. The embedding table stays on the host."""
         ids, lengths = prompt.batch_ids(list(attempt.encoded.values()))
         (table,) = attempt.loan.on_host(COMPONENT, "embed_tokens")
         x = ops.to_tokens(np.asarray(text_encoder.embed(table, ids)), attempt.programs.dtype)
@@ -91,9 +91,12 @@ class Text:
 
 
 def _of_text(memory: Memory, blocks: int) -> Memory:
-    """`memory` as it applies to the text encoder: --chunks, --resident-chunks and --chunk count the transformer's."""
+    """`memory` for the text encoder, which has `blocks` blocks.
+
+    --resident-chunks and --chunk are about the transformer only; --chunks counts up to `blocks`.
+    """
     name = memory.schedule
-    if memory.text_encoder == "device":  # whatever the transformer's schedule
+    if memory.text_encoder == "device":  # overrides --schedule
         name = "resident"
     elif name != "auto" and schedule.row(name).keeps_all:
         name = "ring" if memory.text_encoder == "staged" else "resident"
@@ -109,7 +112,7 @@ def _of_text(memory: Memory, blocks: int) -> Memory:
 
 
 def _on_host(attempt: Attempt, x: Float[np.ndarray, "P L E"]) -> Float[np.ndarray, "P L E"]:
-    """The text encoder on the CPU, block by block from the checkpoint: no byte of the device is used."""
+    """Run the text encoder on the CPU, block by block from the checkpoint, without the device."""
     cpu, store = Placement.on_host(), attempt.loan.store
     with jax.default_device(cpu.device):
         apply = jax.jit(
