@@ -124,7 +124,9 @@ def test_the_context_does_not_depend_on_garbage_behind_the_caption():
         jax.jit(dit.context)(model, f, lengths, sides.caption) for f in (given["features"], spoilt)
     )
     for row, n in enumerate(lengths):
-        np.testing.assert_array_equal(clean[row, : dit.padded(n)], dirty[row, : dit.padded(n)])
+        np.testing.assert_array_equal(
+            clean[row, : dit.padded(int(n))], dirty[row, : dit.padded(int(n))]
+        )
 
 
 def test_positions():

@@ -188,7 +188,9 @@ def _rows(memory: Memory, count: int) -> Iterator[tuple[schedule.Row, int]]:
         allowed = row.resident(count)
         if memory.resident_chunks is None:
             yield from ((row, resident) for resident in allowed)
-        elif len(allowed) > 1 and memory.resident_chunks in allowed:
+        elif row.keeps_all:
+            continue
+        elif memory.resident_chunks in allowed:
             yield row, memory.resident_chunks
 
 

@@ -71,14 +71,14 @@ class Programs:
     def config(self) -> ModelConfig:
         return self.storage.config
 
-    def __call__(self, function: Callable, *, donate: tuple[int, ...] = (), **static) -> Program:
+    def __call__(self, function: Callable, *, donate: tuple[int, ...] = (), **static) -> Any:
         key = (function, donate, *sorted(static.items()))
         with self._lock:
             if key not in self._programs:
                 self._programs[key] = self._make(function, donate, static)
             return self._programs[key]
 
-    def _make(self, function: Callable, donate: tuple[int, ...], static: dict) -> Program:
+    def _make(self, function: Callable, donate: tuple[int, ...], static: dict) -> Any:
         precision = "float32" if self.dtype == jnp.float32 else None
         return Program(self.placement, function, donate=donate, precision=precision, **static)
 
