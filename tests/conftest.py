@@ -10,6 +10,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # nearly all the time goes into compiling programs that run for milliseconds: unoptimised, 10 take 3.1 s and not 5.9
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
+import beartype
 import beartype.claw
 import jax
 import jaxtyping
@@ -27,7 +28,10 @@ PARTS = {p.stem for p in (Path(__file__).parent.parent / "zimage_jax").iterdir()
 jaxtyping.install_import_hook(
     [*(f"zimage_jax.{part}" for part in PARTS), "checkpoints_convert"], "beartype.beartype"
 )
-beartype.claw.beartype_package("zimage_jax.planning")
+beartype.claw.beartype_package(
+    "zimage_jax.planning",
+    conf=beartype.BeartypeConf(is_pep484_tower=True),  # an int is a float
+)
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402

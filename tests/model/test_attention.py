@@ -5,6 +5,7 @@ import itertools
 import sys
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from zimage_jax.errors import UsageError
 from zimage_jax.model.attention import CUDNN_BY_DEFAULT, Attend, Target, attention, flash, in_chunks
 from zimage_jax.planning import cards
 from zimage_jax.runtime import deviceless, placement
+from zimage_jax.runtime.placement import Gate, Placement
 
 F32, BF16, FP16 = jnp.float32, jnp.bfloat16, jnp.float16
 
@@ -202,11 +204,10 @@ def test_cudnn_must_be_there_and_new_enough(monkeypatch, version, found):
         ("gpu", "gfx90a", None),
     ],
 )
-def test_the_target_is_the_device(monkeypatch, platform, word, expected):
-    device = SimpleNamespace(**({} if word is None else {"compute_capability": word}))
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    assert placement.target() == Target(platform, expected)
+def test_the_target_is_the_device(platform, word, expected):
+    device = Mock(spec=jax.Device, platform=platform)
+    device.compute_capability = word or ""
+    assert Placement(device, Gate()).target == Target(platform, expected)
 
 
 # -- the kernel ------------------------------------------------------------------------------------
