@@ -8,12 +8,14 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # nearly all the time goes into compiling programs that run for milliseconds: unoptimised, 10 take 3.1 s and not 5.9
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+LEVEL = "--xla_backend_optimization_level"
+if LEVEL not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LEVEL}=0"
 
-import beartype
-import beartype.claw
-import jax
-import jaxtyping
+import beartype  # noqa: E402
+import beartype.claw  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -29,8 +31,7 @@ jaxtyping.install_import_hook(
     [*(f"zimage_jax.{part}" for part in PARTS), "checkpoints_convert"], "beartype.beartype"
 )
 beartype.claw.beartype_package(
-    "zimage_jax.planning",
-    conf=beartype.BeartypeConf(is_pep484_tower=True),  # an int is a float
+    "zimage_jax.planning", conf=beartype.BeartypeConf(is_pep484_tower=True)
 )
 
 import hypothesis  # noqa: E402

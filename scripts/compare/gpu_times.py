@@ -1,5 +1,5 @@
 """What a GPU does during a picture, by its profiler: how long kernels ran, how long copies, and how
-much of these under those. For scripts/compare/cell.py."""
+much of these under those. For scripts/compare/measured.py."""
 
 import collections
 import tempfile

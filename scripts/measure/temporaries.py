@@ -37,10 +37,9 @@ from zimage_jax.weights.formats import uniform
 
 CARDS = "rtx-4090", "rtx-3060", "h100", "rtx-5090", "t4", "a100-40gb"
 SIDES, BUCKETS = (512, 1024, 2048), (64, 512)
-ENDS = (1, 8)  # blocks of a chunk
-# Blocks of a chunk beside which as many are copied. Scores stored in chunks make a chunk's figure
-# rise with its blocks, and not evenly; with the flash kernel those of 1 and of 8 differ by 0.2 MiB
-COPIED = {"flash": ENDS, "cudnn": ENDS, "chunks": (1, 2, 4, 8)}
+# Blocks of a chunk, and of what is copied meanwhile. One is enough: chunks of 4 and 8 blocks take 0.1
+# and 0.2 MiB more, with the flash kernel (sm_89) and with scores in chunks (sm_75)
+KINDS = {"1,1": (1, 1), "1,0": (1, 0)}
 NOTE = "beside their arguments, bytes; published widths, stored in bfloat16; attention as the card computes it"
 STORAGE = uniform(TURBO, "bfloat16")
 
@@ -48,13 +47,11 @@ STORAGE = uniform(TURBO, "bfloat16")
 class Measure:
     """The figures of one card."""
 
-    def __init__(self, card: cards.Card, *, quick: bool = False):
+    def __init__(self, card: cards.Card):
         self.dtype = default_dtype(Target("gpu", card.capability))
         self.programs = CardPrograms(STORAGE, self.dtype, card)
         self._stages: dict[str, Any] = {stage.name: stage for stage in STAGES}
         self._sizes = Sizes(STORAGE, 2)
-        kernel = self.programs.attention_names(self.work(512))
-        self._copied, self._alone = ((1,), (1,)) if quick else (COPIED[kernel], ENDS)
 
     def work(self, side: int, bucket: int = 64) -> Work:
         return Work.of(TURBO, side, side, 8, KVPolicy(), self.dtype, bucket=bucket)
@@ -68,11 +65,10 @@ class Measure:
 
     def figures(self, stages: Iterable[str]) -> dict[str, Any]:
         """Stage -> kind of program -> points."""
-        kinds = {f"{n},{n}": (n, n) for n in self._copied} | {f"{n},0": (n, 0) for n in self._alone}
         ways: dict[str, Callable[[], Any]] = {
-            "text": lambda: self._text(kinds),
+            "text": self._text,
             "context": self._context,
-            "denoise": lambda: self._denoise(kinds),
+            "denoise": self._denoise,
             "decode": lambda: self._points("decode", self._pixels(), lambda _: DecodeChoice()),
             "strips": self._strips,
             "scan": self._scan,
@@ -98,34 +94,26 @@ class Measure:
     def _tokens(self) -> list[tuple[int, Work]]:
         return [(self.work(side).tokens, self.work(side)) for side in SIDES]
 
-    def _text(self, kinds: dict[str, tuple[int, int]]) -> dict:
-        choices = {
-            key: TextChoice(self.stream("text_encoder", "layers", *kind))
-            for key, kind in kinds.items()
-        }
+    def _text(self) -> dict:
         return {
-            key: self._points("text", self._captions(), lambda _, choice=choice: choice)
-            for key, choice in choices.items()
+            key: self._points("text", self._captions(), self._choice(TextChoice, *kind))
+            for key, kind in KINDS.items()
         }
 
     def _context(self) -> dict:
-        choices = {
-            f"{n},0": Choice(self.stream("transformer", "context_refiner", n, 0)) for n in (1, 2)
-        }
+        stream = self.stream("transformer", "context_refiner", 1, 0)
+        return {"1,0": self._points("context", self._captions(), lambda _: Choice(stream))}
+
+    def _denoise(self) -> dict:
         return {
-            key: self._points("context", self._captions(), lambda _, choice=choice: choice)
-            for key, choice in choices.items()
+            key: self._points("denoise", self._tokens(), self._choice(DenoiseChoice, *kind))
+            for key, kind in KINDS.items()
         }
 
-    def _denoise(self, kinds: dict[str, tuple[int, int]]) -> dict:
-        choices = {
-            key: DenoiseChoice(self.stream("transformer", "layers", *kind))
-            for key, kind in kinds.items()
-        }
-        return {
-            key: self._points("denoise", self._tokens(), lambda _, choice=choice: choice)
-            for key, choice in choices.items()
-        }
+    def _choice(self, of: type[Choice], blocks: int, copied: int) -> Callable[[int], Choice]:
+        component = "text_encoder" if of is TextChoice else "transformer"
+        choice = of(self.stream(component, "layers", blocks, copied))
+        return lambda _: choice
 
     def _strips(self) -> list:
         return [
@@ -170,14 +158,11 @@ PARTS = "text", "context", "denoise", "decode", "strips", "scan"
 @click.command(help=__doc__)
 @click.argument("names", nargs=-1)
 @click.option("--stage", "parts", multiple=True, type=click.Choice(PARTS), help="[default: all]")
-@click.option(
-    "--quick", is_flag=True, help="Chunks of one block alone, whose figure serves longer ones."
-)
-def main(names: tuple[str, ...], parts: tuple[str, ...], quick: bool) -> None:
+def main(names: tuple[str, ...], parts: tuple[str, ...]) -> None:
     for name in names or CARDS:
         card = cards.sheet(name)
         click.echo(name, err=True)
-        measure = Measure(card, quick=quick)
+        measure = Measure(card)
         made = {
             "card": name,
             "dtype": measure.dtype,

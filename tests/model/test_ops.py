@@ -86,3 +86,19 @@ def test_a_product_of_16_bits_is_summed_in_float32_and_rounded_once(platform, su
     assert line.rstrip().endswith(f"-> tensor<5x7x{sums}>")
     exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
     np.testing.assert_array_equal(np.asarray(product(x, kernel)), exact.astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("tokens", [31, 64, 100])
+def test_tokens_in_runs_are_what_they_are_at_once(monkeypatch, tokens):
+    monkeypatch.setattr(ops, "RUN_TOKENS", 32)
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.standard_normal((2, tokens, n)), jnp.float32) for n in (3, 5))
+    x = x.at[0, 0, 0].set(jnp.nan)  # is of its own token alone
+
+    def function(x, y):
+        return x * 2, (y.sum(-1, keepdims=True) > 0).astype(jnp.int32)
+
+    found = jax.jit(lambda x, y: ops.in_runs(function, x, y))(x, y)
+    for made, expected in zip(found, function(x, y), strict=True):
+        assert made.dtype == expected.dtype
+        np.testing.assert_array_equal(made, expected)

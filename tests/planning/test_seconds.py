@@ -138,7 +138,7 @@ def test_operations_are_those_the_compiler_counts():
     run = jax.jit(lambda b, x, t: dit.apply_blocks([b], x, side._replace(time=t), Attend()))
     counted = run.lower(block, x, time).cost_analysis()
     plan = Plan(nfes=1, choices={}, kept=False, peak_bytes_by_stage={})
-    timing = Timing(plan, work, Sizes(uniform(config, "float32"), 4), Rates(1.0, 1.0))
+    timing = Timing(plan, work, Sizes(uniform(config, "float32"), 4), Rates(1, 1))
     ours = timing.block("transformer", 1, work.tokens, width=config.transformer.dim)
     assert ours == pytest.approx(counted["flops"], rel=0.25)  # ours count products alone
     latents = jax.ShapeDtypeStruct((1, work.h, work.w, 16), jnp.float32)

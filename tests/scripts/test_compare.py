@@ -150,7 +150,7 @@ def test_a_cell_end_to_end(results):
 
 def test_a_second_run_adds_what_is_missing(results, monkeypatch, capsys):
     monkeypatch.setattr(
-        compare_schedules, "_worker", lambda *_, **__: pytest.fail("a cell was run again")
+        compare_schedules, "answers", lambda *_, **__: pytest.fail("a cell was run again")
     )
     words = [str(results.parent / "sweep.toml"), "-o", str(results)]
     before = results.read_text()
@@ -162,7 +162,7 @@ def test_a_second_run_adds_what_is_missing(results, monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(
         compare_schedules,
-        "_worker",
+        "answers",
         lambda script, cells, **_: ran.append(cells) or [{"error": "none"}],
     )
     compare_schedules.main.main(

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from ..errors import UsageError
-from .ops import last_axis
+from .ops import last_axis, mapped
 
 CHOICES = ("auto", "flash", "cudnn", "chunks")
 
@@ -175,8 +175,8 @@ def in_chunks(
     q = jnp.pad(q, ((0, 0), (0, count * chunk - queries), (0, 0), (0, 0)))
     q = jnp.moveaxis(q.reshape(q.shape[0], count, chunk, *q.shape[2:]), 1, 0)
     starts = jnp.arange(count) * chunk
-    out = lax.map(
-        lambda c: _attend_chunk(c[0], k, v, lengths, bias, c[1] if causal else None), (q, starts)
+    out = mapped(
+        lambda q, start: _attend_chunk(q, k, v, lengths, bias, start if causal else None), q, starts
     )
     return jnp.moveaxis(out, 0, 1).reshape(k.shape[0], count * chunk, *q.shape[3:])[:, :queries]
 

@@ -79,6 +79,9 @@ def main(output: Path, minutes: float, earlier: Path | None, folder: Path, dry: 
         file = str(schedules.SWEEPS / name)
         command = [sys.executable, "-m", "scripts.compare.schedules", file, *words]
         subprocess.run(command, check=True)
+    if not importlib.util.find_spec("matplotlib"):
+        click.echo(f"{results}: no report, for matplotlib is not installed", err=True)
+        return
     report = [sys.executable, "-m", "scripts.report.report", str(results), "-o", str(output)]
     subprocess.run(report, check=True)
 
