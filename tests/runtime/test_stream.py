@@ -34,10 +34,10 @@ def test_the_first_chunk_computes_while_others_are_read(name, native, monkeypatc
     """The last block is not to be had before a chunk has run."""
     read, call, has_run, waited = Checkpoint.read, Program.__call__, threading.Event(), []
 
-    def reluctantly(self, component, unit):
+    def reluctantly(self, component, unit, buffer=None):
         if (component, unit) == ("transformer", "layers.4"):
             waited.append(has_run.wait(300))
-        return read(self, component, unit)
+        return read(self, component, unit, buffer)
 
     def noted(self, ledger, *args, name="", **words):
         result = call(self, ledger, *args, name=name, **words)
