@@ -42,8 +42,8 @@ def attention_in_float64(q, k, v, lengths=None, causal=False):
 
 @given(
     batch=st.integers(1, 2),
-    tokens=st.integers(1, 70),
-    groups=st.integers(1, 3),
+    tokens=st.sampled_from([1, 2, 33, 70]),  # few shapes: each is compiled
+    groups=st.sampled_from([1, 3]),
     key_heads=st.integers(1, 2),
     chunk=st.sampled_from([1, 7, 32, None]),
     masked=st.booleans(),

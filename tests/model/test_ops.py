@@ -23,7 +23,8 @@ def test_group_norm_is_the_definition(groups):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-@given(rows=st.integers(1, 5), columns=st.integers(1, 5), channels=st.integers(1, 4))
+# few shapes: each is compiled
+@given(rows=st.sampled_from([1, 5]), columns=st.sampled_from([1, 4]), channels=st.integers(1, 2))
 def test_patches_come_back(rows, columns, channels):
     x = jnp.arange(2 * rows * 2 * columns * 2 * channels, dtype=jnp.float32).reshape(
         2, 2 * rows, 2 * columns, channels

@@ -114,7 +114,7 @@ def test_the_error_names_the_largest_size_that_fits(under):
     with pytest.raises(OutOfMemoryError, match="the largest square picture that fits is 64 x 64"):
         pipe.generate(
             "a",
-            **JOB | {"width": 256, "height": 256},
+            **JOB | {"width": 128, "height": 128},
             memory=Memory(max_vram_bytes=small_job["predicted_peak_bytes"] + 1000),
         )
 

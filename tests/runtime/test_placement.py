@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.schedules import every
 from zimage_jax import ZImage, ZImageWarning
 from zimage_jax.runtime import placement
 from zimage_jax.runtime.placement import Gate, Placement
@@ -110,7 +111,7 @@ from zimage_jax import Memory, ZImage
 
 first, second = jax.local_devices()
 job = {"seed": 3, "width": 32, "height": 32, "steps": 2}
-for schedule in ("ring", "scan"):
+for schedule in SCHEDULES:
     memory = Memory(schedule=schedule)
     here, there = (ZImage.load(PATH, memory=memory, device=d) for d in (first, second))
     expected = here.generate("a", **job).report["latents_sha256"]
@@ -128,11 +129,14 @@ print("done")
 """
 
 
-def test_a_model_lies_on_the_device_it_was_given(native):
+@pytest.mark.parametrize("schedules", every([("ring",), ("resident", "scan")], [("ring",)]))
+def test_a_model_lies_on_the_device_it_was_given(schedules, native):
     """Of two, which only another process can have. Bits are the first one's."""
-    program = ANOTHER.replace("PATH", repr(str(native("plain"))))
+    program = ANOTHER.replace("PATH", repr(str(native("plain")))).replace(
+        "SCHEDULES", repr(schedules)
+    )
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2",
         "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
