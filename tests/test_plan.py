@@ -211,7 +211,7 @@ def test_a_measured_card_that_is_in_no_table_is_not_compiled_for(run, tmp_path):
         (("--card", "voodoo-2"), "card 'voodoo-2': expected one of rtx-2060, "),
         (
             ("--model", "turbo-9000", "--card", "h100"),
-            "--model turbo-9000: neither a folder nor one of turbo, turbo-24",
+            "--model turbo-9000: neither a folder nor one of turbo, base, turbo-24",
         ),
         (("--card", "h100", "--size", "huge"), "--size huge: expected WIDTHxHEIGHT"),
         (

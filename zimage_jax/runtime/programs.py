@@ -3,6 +3,7 @@
 Axes: B pictures, G contexts (B, or 2 B with guidance), L caption tokens, I image tokens, T = I + L.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -133,9 +134,7 @@ class Programs:
         return jax.ShapeDtypeStruct(shape, self.dtype)
 
     def inputs(self, work: Work, contexts: int) -> dit.Inputs:
-        # only shapes matter here; captions that fill the bucket could exceed axes_lens
-        lengths = np.ones(contexts, np.int32)
-        return dit.inputs(self.config.transformer, work.h, work.w, lengths, work.bucket)
+        return _inputs(self.config, work.h, work.w, contexts, work.bucket)
 
     def keys(self, work: Work, contexts: int, kv_format: KVFormat) -> dit.KeyTable | None:
         lengths = np.full(contexts, work.bucket, np.int32)
@@ -184,3 +183,10 @@ class CompiledCosts:
 
     def scratch(self, stage: Stage, work: Work, choice: Any) -> int:
         return stage.compiled(self._programs, work, choice)
+
+
+@functools.lru_cache(maxsize=4)
+def _inputs(config: ModelConfig, h: int, w: int, contexts: int, bucket: int) -> dit.Inputs:
+    """Cached: a plan asks once per kind of visit, and a table of rotations takes milliseconds."""
+    # only shapes matter here; captions that fill the bucket could exceed axes_lens
+    return dit.inputs(config.transformer, h, w, np.ones(contexts, np.int32), bucket)
