@@ -26,8 +26,10 @@ import jaxtyping  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # every test loads its own model, and most of their programs are the same
+CACHE = Path(__file__).parent.parent / ".pytest_cache"
+# one per process of pytest-xdist: JAX writes an entry in place, and another would read half of it
 jax.config.update(
-    "jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "xla")
+    "jax_compilation_cache_dir", str(CACHE / f"xla-{os.environ.get('PYTEST_XDIST_WORKER', '0')}")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # from here on every function of ours checks its annotations. Planning has no arrays, and jaxtyping, which binds the

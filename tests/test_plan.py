@@ -63,6 +63,7 @@ def test_every_card_has_a_row_per_size(run, card):
     assert result["recommended_size"] == "1024x1024"
 
 
+@pytest.mark.exhaustive
 def test_the_table_says_the_same(run):
     result = told(run, "--card", "rtx-4090", "--max-vram", 4)
     assert result["budget_bytes"] == 4 * GIB

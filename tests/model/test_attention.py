@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zimage_jax.errors import UsageError
@@ -42,13 +42,14 @@ def attention_in_float64(q, k, v, lengths=None, causal=False):
 
 @given(
     batch=st.integers(1, 2),
-    tokens=st.sampled_from([1, 2, 33, 70]),  # few shapes: each is compiled
+    tokens=st.sampled_from([1, 33, 70]),  # few shapes: each is compiled
     groups=st.sampled_from([1, 3]),
-    key_heads=st.integers(1, 2),
+    key_heads=st.sampled_from([2]),
     chunk=st.sampled_from([1, 7, 32, None]),
     masked=st.booleans(),
     causal=st.booleans(),
 )
+@settings(max_examples=30)
 def test_attention_in_any_chunk_is_the_definition(
     batch, tokens, groups, key_heads, chunk, masked, causal
 ):

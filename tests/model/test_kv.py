@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import small
@@ -96,6 +96,7 @@ def test_each_nfe_keeps_for_a_later_one_or_reuses_an_earlier_one(steps, reuse):
 # -- groups ----------------------------------------------------------------------------------------
 
 
+@settings(max_examples=15)  # each compiles
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([2, 4]))
 def test_groups_have_their_true_count_and_centre(rows, columns, group):
     how = KVFormat("float32", group, (rows, columns))
@@ -221,6 +222,7 @@ def test_the_rounding_survives_compilation():
     assert relative(attend(q, k, v), expected) < relative(exact, expected) / 10
 
 
+@pytest.mark.exhaustive
 def test_the_switch_is_static_in_the_sampler():
     """Two loops, one whose products are of bfloat16 operands and one of float16; with reuse a
     branch, not both ways."""
@@ -362,6 +364,7 @@ def test_the_report_counts_k_and_v(results):
     )
 
 
+@pytest.mark.exhaustive
 def test_cached_k_and_v_lie_on_the_host_when_the_device_is_short(native):
     """The same bits, and never more than the plan said."""
     pipe, job = ZImage.load(native(MODEL)), JOB | STEPS | {"width": 256, "height": 256}
@@ -378,6 +381,7 @@ def test_cached_k_and_v_lie_on_the_host_when_the_device_is_short(native):
     np.testing.assert_array_equal(host.latents, device.latents)
 
 
+@pytest.mark.exhaustive
 def test_a_batch_gives_what_single_runs_give(native, monkeypatch):
     monkeypatch.setattr("zimage_jax.planning.work.MICRO_TOKENS", 4 * 64)
     pipe = ZImage.load(native(MODEL), memory=SCHEDULES["ring"])

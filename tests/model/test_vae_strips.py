@@ -64,6 +64,7 @@ def test_strips_equal_the_whole_in_float32(half, name, latents, rows):
 
 
 @pytest.mark.parametrize("half", WHOLE)
+@pytest.mark.exhaustive
 def test_strips_err_no_more_than_the_whole_in_bfloat16(half):
     _, latents, rows = CASES[1]
     errors = []

@@ -68,6 +68,7 @@ def test_a_batch_copies_what_one_picture_copies(name, under):
     assert sixteen["copied_bytes"] == one["copied_bytes"]
 
 
+@pytest.mark.exhaustive
 def test_micro_batches_give_what_single_runs_give(native, monkeypatch):
     """Four pictures two at a time, different captions, guidance on: a batch may differ in last bits
     alone."""
@@ -119,6 +120,7 @@ def test_the_error_names_the_largest_size_that_fits(under):
         )
 
 
+@pytest.mark.exhaustive
 def test_a_known_card_advises_without_its_compiler(under, monkeypatch):
     pipe, asked = under("low_vram"), []
     budget = pipe.generate("a", **JOB).report["predicted_peak_bytes"] + 1000

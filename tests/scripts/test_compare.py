@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import click
+import jax
 import pytest
 
 from scripts.bench import convert as bench_convert
@@ -107,7 +108,7 @@ def results(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     changed = {
         "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changed.items():
@@ -118,6 +119,7 @@ def results(tmp_path_factory) -> Path:
     return folder / "r.jsonl"
 
 
+@pytest.mark.exhaustive
 def test_a_cell_end_to_end(results):
     rows = sweep.rows(results)
     ring, too_small, *simulated = rows
@@ -148,6 +150,7 @@ def test_a_cell_end_to_end(results):
     assert not any("seconds" in row or "peak_device_bytes" in row for row in simulated)
 
 
+@pytest.mark.exhaustive
 def test_a_second_run_adds_what_is_missing(results, monkeypatch, capsys):
     monkeypatch.setattr(
         compare_schedules, "answers", lambda *_, **__: pytest.fail("a cell was run again")
@@ -171,6 +174,7 @@ def test_a_second_run_adds_what_is_missing(results, monkeypatch, capsys):
     assert [cells[0]["schedule"] for cells in ran] == ["ring"]
 
 
+@pytest.mark.exhaustive
 def test_the_report_is_one_page_that_asks_for_nothing(results, tmp_path):
     text = report.write(sweep.rows(results), tmp_path / "report").read_text("utf-8")
     assert not re.search(r"<script|<link|(src|href)=\"(?!data:)", text)
@@ -298,6 +302,7 @@ def test_the_front():
     assert [report_data.peak(row) for row in report_data.front(rows)] == [1, 2, 3]
 
 
+@pytest.mark.exhaustive
 def test_where_the_ring_is_free(results):
     found = report_data.crossovers(report_data.of_kind(sweep.rows(results), "simulate"))
     side, slower = found["rtx-4090"]
@@ -305,6 +310,7 @@ def test_where_the_ring_is_free(results):
     assert slower > 5
 
 
+@pytest.mark.exhaustive
 def test_a_gpu_cell_has_its_floor_and_the_resident_picture(monkeypatch):
     """On a CPU, with a profile of two copies and two kernels in two NFEs in place of a GPU's."""
     events = [
@@ -331,6 +337,7 @@ def test_a_gpu_cell_has_its_floor_and_the_resident_picture(monkeypatch):
     assert ring["copied_bytes_per_nfe"] > whole, "the noise refiner's blocks are copied too"
 
 
+@pytest.mark.exhaustive
 def test_an_allocators_peak_is_of_the_cell_that_raised_it(monkeypatch):
     monkeypatch.setattr(gpu_times, "_events", lambda profile: iter([("gemm", (0.0, 1.0))]))
     peaks = iter([0, 2**30, 2**30, 2**30])  # before and after each cell

@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from click.testing import CliRunner
 
@@ -65,12 +66,13 @@ def dry(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dry")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
         words = [str(folder), "--dry", "--card-out", str(folder / "mine.json")]
         rows.main.main(words, standalone_mode=False)
     return folder
 
 
+@pytest.mark.exhaustive
 def test_a_dry_run_answers_every_question(dry):
     found = {row["row"]: row for row in rows.read(dry / "ROWS.jsonl")}
     kinds = {name.partition("/")[0] for name in found}
@@ -102,6 +104,7 @@ def test_a_dry_run_answers_every_question(dry):
         assert {"machine", "versions", "commit", "command", "date"} <= row.keys()
 
 
+@pytest.mark.exhaustive
 def test_a_card_made_of_its_rows_is_read(dry):
     card, device = load_card(dry / "mine.json"), _row(dry, "rates/device")
     assert (card.flops, card.link) == (device["flops"], device["link"])
@@ -115,6 +118,7 @@ def _row(folder: Path, name: str) -> dict:
     return next(row for row in rows.read(folder / "ROWS.jsonl") if row["row"] == name)
 
 
+@pytest.mark.exhaustive
 def test_a_later_run_goes_on_from_the_rows_of_an_earlier_one(dry, tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(rows, "answers", lambda module, cells, **_: iter(asked.append(cells) or []))
@@ -162,10 +166,11 @@ def test_questions_have_names_of_their_own_and_an_order():
 
 
 @pytest.mark.parametrize("rival", ["", pytest.param("diffusers", marks=pytest.mark.live)])
+@pytest.mark.exhaustive
 def test_the_second_command_dry(rival, tmp_path, monkeypatch):
     """The sweep, and whole programs: ours, and diffusers."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
     own, cut, theirs = (schedules.SWEEPS / "gpu_dry.toml").read_text().rpartition("[[program]]")
     (tmp_path / "gpu_dry.toml").write_text(own + (cut + theirs if rival else ""))
     monkeypatch.setattr(schedules, "SWEEPS", tmp_path)
