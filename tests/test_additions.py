@@ -93,7 +93,7 @@ def test_prefetch_is_as_many_slots_and_one_more(prefetch, native, under):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"chunks": 31}, "--chunks 31: expected 1 to 5, the number of blocks"),
+        ({"chunks": 31}, "--chunks 31: expected 1 to 10, two to a block"),
         ({"chunks": 4, "resident_chunks": 9}, "--resident-chunks 9: expected 0 to 3"),
         (
             {"chunks": 4, "resident_chunks": 9, "schedule": "hybrid"},
@@ -195,7 +195,7 @@ def test_units_of_two_formats_are_planned_by_their_own_bytes(mixed):
     single = stream_plan(storage, "transformer", tuple((b,) for b in blocks), ring)
     assert single.kinds == (0, 1, 0, 0, 0)
     assert single.slots == (("layers.0",), ("layers.0",), ("layers.1",)), "of unequal size"
-    assert single.device_bytes(storage) == 2 * wide + narrow
+    assert single.device_bytes == 2 * wide + narrow
     pairs: StreamPlan = stream_plan(
         storage, "transformer", (blocks[:2], blocks[2:4], blocks[4:]), schedule.make("ring", 3)
     )

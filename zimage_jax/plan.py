@@ -321,7 +321,7 @@ def _rows(
         by_stage = seconds(STAGES, plan, work, sizes, device.rates)
         yield row | {
             "schedule": plan.schedule,
-            "chunks": len(plan.denoise.main_sizes),
+            "chunks": len(plan.denoise.main_chunks),
             "resident_chunks": plan.denoise.resident_chunks,
             "vae_rows": plan.choices["decode"].rows,
             "predicted_peak_bytes": plan.peak_bytes,

@@ -96,13 +96,10 @@ def _allocator_peak() -> int:
 def _floor(cell: dict, result: "Result", row: dict) -> dict:
     """The least seconds an NFE can take: its kernels', or its bytes' over the link, both as
     measured in this process."""
-    from zimage_jax.pipeline.pipeline import TINY
-    from zimage_jax.weights.checkpoint import Checkpoint
 
     if "kernel_seconds_per_nfe" not in row:
         return {}
-    blocks, storage = result.plan.denoise.stream, Checkpoint(path_of(cell) or TINY).storage
-    nbytes = blocks.copied_blocks * storage.nbytes("transformer", "layers.0")
+    nbytes = result.plan.denoise.stream.copied_bytes
     link = nbytes / row["chunk_copy_bytes_per_sec"] if nbytes else 0.0
     floor = max(row["kernel_seconds_per_nfe"], link)
     return {

@@ -141,9 +141,8 @@ def chunk_speed(checkpoint: "Checkpoint", plan: "Plan", placement: "Placement") 
     from zimage_jax.units import tree_bytes
 
     blocks = plan.denoise.stream
-    size = max(blocks.sizes)
-    largest = [chunk for chunk in blocks.chunks if len(chunk) == size]
-    nbytes = checkpoint.storage.nbytes("transformer", *largest[0])
+    nbytes = max(blocks.nbytes)
+    largest = [c for c, of in zip(blocks.chunks, blocks.nbytes, strict=True) if of == nbytes]
     host = [
         tuple(read_units(checkpoint, "transformer", units, placement, HOST).values())
         for units in largest[: max(1, CYCLED_BYTES // nbytes)]

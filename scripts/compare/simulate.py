@@ -51,7 +51,7 @@ def simulate(cell: dict) -> dict:
     alone = seconds(STAGES, plan, work, sizes, computing)
     return {
         "schedule": plan.schedule,
-        "chunks": len(plan.denoise.main_sizes),
+        "chunks": len(plan.denoise.main_chunks),
         "resident_chunks": plan.denoise.resident_chunks,
         "vae_rows": plan.choices["decode"].rows,
         "budget_bytes": budget,

@@ -270,7 +270,7 @@ POLICIES = {
     "all": KVPolicy.parse("bf16:fp16", switch_t=600.0, group="2:4", reuse=3),
 }
 STEPS = {"steps": 6}
-UNDER = ["swap", "ring", "hybrid", "a chunk per block", "disk", "one chunk"]
+UNDER = ["swap", "ring", "hybrid", "a chunk per block", "half a block", "disk", "one chunk"]
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +291,7 @@ def results(native):
     return get
 
 
-QUICK = [*((policy, "ring") for policy in POLICIES), ("all", "hybrid"), ("all", "disk")]
+QUICK = [*((policy, "ring") for policy in POLICIES), ("all", "hybrid"), ("all", "half a block")]
 
 
 @pytest.mark.parametrize("case", every(itertools.product(POLICIES, UNDER), QUICK), ids=str)

@@ -17,10 +17,13 @@ from zimage_jax.runtime.ledger import Ledger
 EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"
 
 
-FLOAT32 = {"swap", "ring", "hybrid", "low_vram", "one chunk streamed", "disk", "text on the host"}
+FLOAT32 = {
+    *("swap", "ring", "hybrid", "low_vram", "one chunk streamed", "disk", "text on the host"),
+    *("half a block", "half a block, swapped", "half a block from disk"),
+}
 CASES = every(
     itertools.product(SCHEDULES, ["float32", "bfloat16"]),
-    {*((name, "float32") for name in FLOAT32), ("ring", "bfloat16"), ("low_vram", "bfloat16")},
+    {*((name, "float32") for name in FLOAT32), ("ring", "bfloat16"), ("half a block", "bfloat16")},
 )
 
 

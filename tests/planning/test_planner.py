@@ -38,14 +38,8 @@ class LinearCosts:
         }[stage.name]
         nfes = work.nfes if stage.name == "denoise" else (None,)
         kinds = [] if choice.stream is None else [kind for *_, kind in choice.stream.visits(nfes)]
-        blocks = max((kind.blocks + kind.copied for kind in kinds), default=0)
-        return tokens * self.token + blocks * self.block
-
-
-def blocks_on_device(stream: StreamPlan) -> int:
-    """That stay there, and that the slots have room for."""
-    resident = sum(stream.sizes[chunk] for chunk in stream.schedule.resident)
-    return resident + sum(len(slot) for slot in stream.slots)
+        units = max((kind.units + kind.copied for kind in kinds), default=0)
+        return tokens * self.token + units * self.block
 
 
 def allowed(schedule: str, chunks: int | None, resident_chunks: int | None, **_) -> int | None:
@@ -59,7 +53,7 @@ def allowed(schedule: str, chunks: int | None, resident_chunks: int | None, **_)
 WORDS = st.fixed_dictionaries(
     {
         "schedule": st.sampled_from(["auto", *schedule.names()]),
-        "chunks": st.none() | st.integers(1, BLOCKS),
+        "chunks": st.none() | st.integers(1, 2 * BLOCKS),
         "resident_chunks": st.none() | st.integers(0, BLOCKS - 1),
         "text_encoder": st.sampled_from(["auto", "device", "staged", "host"]),
     }
@@ -114,7 +108,7 @@ def test_a_larger_budget_never_copies_more_nor_waits_for_it(job):
         for stage, choice in less.choices.items():
             if choice.stream is not None:
                 slow, fast = choice.stream, more.choices[stage].stream
-                assert (fast.waits, fast.copied_blocks) <= (slow.waits, slow.copied_blocks)
+                assert (fast.waits, fast.copied_bytes) <= (slow.waits, slow.copied_bytes)
         rows = [plan.choices["decode"].rows or math.inf for plan in (less, more)]
         assert rows == sorted(rows)
 
@@ -125,5 +119,5 @@ def test_the_smallest_plan_holds_no_more_than_any(job):
     found, least = (planned(costs, words, low, shape, budget) for low in (low_vram, True))
     if not isinstance(found, int):
         assert not isinstance(least, int)
-        smallest, other = (blocks_on_device(plan.denoise.blocks) for plan in (least, found))
+        smallest, other = (plan.denoise.blocks.device_bytes for plan in (least, found))
         assert smallest <= other

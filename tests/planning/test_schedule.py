@@ -42,7 +42,7 @@ def test_every_chunk_is_on_the_device_when_it_runs(name, kinds, resident, prefet
             case Load(chunk, slot):
                 assert slot not in slots, "a load overwrites nothing that is still there"
                 assert chunk not in slots.values(), "no load of what is already there"
-                assert layout[slot] == kinds[chunk], "a slot takes chunks of its kind alone"
+                assert layout[slot] in (schedule.ANY, kinds[chunk]), "a slot takes its kind alone"
                 slots[slot] = chunk
             case Visit(chunk, slot, then):
                 assert chunk in pinned if slot is None else slots[slot] == chunk
@@ -124,6 +124,19 @@ def test_halves_of_blocks_take_a_slot_each_and_hide_every_copy(blocks, sweeps):
     assert len(waits) == 1
 
 
+@given(st.integers(2, 8), st.integers(1, 3))
+def test_a_slot_that_is_alone_takes_each_half_in_turn(blocks, sweeps):
+    kinds = ("attention", "feed forward") * blocks
+    swap = schedule.make("swap", len(kinds))
+    assert swap.slot_kinds(kinds) == (schedule.ANY,)
+    assert len(list(schedule.loads(swap, kinds, sweeps))) == len(kinds) * sweeps
+
+
+def test_a_bound_below_a_block_is_met_by_halves():
+    assert schedule.chunks_under(30, 100, 60, 99) == 60
+    assert schedule.chunks_under(30, 100, 60, 100) == 30
+
+
 @given(st.integers(3, 12), st.data(), st.integers(2, 4))
 def test_hybrid_copies_what_does_not_stay(chunks, data, sweeps):
     staying = data.draw(st.integers(0, chunks - 3))
@@ -154,7 +167,7 @@ def test_the_published_partitions():
 @given(st.integers(1, 60), st.integers(1, 10**9), st.floats(1, 70))
 def test_a_bound_on_chunks_holds_and_is_not_overdone(blocks, block_bytes, factor):
     bound = int(block_bytes * factor)
-    count = schedule.chunks_under(blocks, block_bytes, bound)
+    count = schedule.chunks_under(blocks, block_bytes, None, bound)
     assert max(schedule.partition(blocks, count)) * block_bytes <= bound
     if count > 1:
         assert max(schedule.partition(blocks, count - 1)) * block_bytes > bound
@@ -170,7 +183,8 @@ def test_a_bound_on_chunks_holds_and_is_not_overdone(blocks, block_bytes, factor
         (lambda: schedule.make("hybrid", 4, 5), "5 resident chunks of 4"),
         (lambda: schedule.partition(30, 31), "31 chunks of 30 blocks: expected 1 to 30"),
         (lambda: schedule.partition(30, 0), "0 chunks of 30 blocks"),
-        (lambda: schedule.chunks_under(30, 100, 99), "a chunk is at least one block"),
+        (lambda: schedule.chunks_under(30, 100, None, 99), "a chunk is at least one block"),
+        (lambda: schedule.chunks_under(30, 100, 60, 59), "a chunk is at least half a block"),
         (
             lambda: schedule.make("ring", 4).with_pins({4: "resident"}, 0, 4),
             "chunk 4 does not exist: expected 0 to 3",

@@ -41,6 +41,12 @@ from .layers import Linear, RMSNorm, gated, parameter
 # the reference pads image and caption to a multiple of this with learned tokens, which are attended
 TOKEN_MULTIPLE = 32
 TIME_WIDTH, TIME_HIDDEN = 256, 1024
+# A block's halves in the order they run, with the attributes that each uses. A half is a Block whose
+# other attributes are None
+HALVES = {
+    "attention": ("attention", "attention_norm1", "attention_norm2", "modulation"),
+    "feed_forward": ("feed_forward", "ffn_norm1", "ffn_norm2"),
+}
 Count = TypeVar("Count", int, np.ndarray)
 
 
@@ -62,6 +68,26 @@ class BlockInputs(NamedTuple):
     time: Float[Array, "B A"] | None  # None in the context refiner, which is not modulated
     keys: KeyTable | None = None  # None: every token is a key, with its own rotation
 
+
+class Halfway(NamedTuple):
+    """Tokens that may be between the halves of a block.
+
+    `scale` and `gate` are of the feed-forward that follows; before a whole block they are not used.
+    They are None where blocks are not modulated.
+    """
+
+    x: Float[Array, "B T D"]
+    scale: Float[Array, "B 1 D"] | None
+    gate: Float[Array, "B 1 D"] | None
+
+    @classmethod
+    def before(cls, x: Float[Array, "B T D"], *, modulated: bool = True) -> "Halfway":
+        """Tokens before a whole block."""
+        nothing = jnp.zeros((x.shape[0], 1, x.shape[2]), jnp.float32) if modulated else None
+        return cls(x, nothing, nothing)
+
+
+Tokens = TypeVar("Tokens", Array, Halfway)
 
 # -- modules ---------------------------------------------------------------------------------------
 
@@ -153,16 +179,32 @@ class Block(nnx.Module):
         held: KV | None = None,
     ) -> tuple[Float[Array, "B T D"], KV]:
         """The tokens after the block, and the K and V it used: `held`, if given, else new ones."""
-        dtype = x.dtype
-        scale1, gate1, scale2, gate2 = self._modulate(inputs.time, dtype)
-        y = self.attention_norm1(ops.from_tokens(x), scale1, dtype)
+        halfway, held = self.attention_half(x, inputs, attend, kv_format, held)
+        return self.feed_forward_half(halfway), held
+
+    # Without a barrier XLA fuses across halves and skips a rounding in bf16 (1e-2 apart). With it, a
+    # half gives the same bits in a chunk of any size
+
+    def attention_half(
+        self,
+        x: Float[Array, "B T D"],
+        inputs: BlockInputs,
+        attend: Attend,
+        kv_format: KVFormat,
+        held: KV | None = None,
+    ) -> tuple[Halfway, KV]:
+        """The first half. Returns what the second takes, and the K and V that were used."""
+        scale1, gate1, scale2, gate2 = self._modulate(inputs.time, x.dtype)
+        y = self.attention_norm1(ops.from_tokens(x), scale1, x.dtype)
         y, held = self.attention(y, inputs, attend, kv_format, held)
         x = ops.add_to_tokens(x, self.attention_norm2(y, gate1))
-        y = self.feed_forward(self.ffn_norm1(ops.from_tokens(x), scale2, dtype))
-        x = ops.add_to_tokens(x, self.ffn_norm2(y, gate2))
-        # Without a barrier XLA fuses across blocks and skips a rounding in bf16 (1e-2 apart). With
-        # it, a block gives the same bits in a chunk of any size
-        return lax.optimization_barrier(x), held
+        return lax.optimization_barrier(Halfway(x, scale2, gate2)), held
+
+    def feed_forward_half(self, halfway: Halfway) -> Float[Array, "B T D"]:
+        """The second half."""
+        x, scale, gate = halfway
+        y = self.feed_forward(self.ffn_norm1(ops.from_tokens(x), scale, x.dtype))
+        return lax.optimization_barrier(ops.add_to_tokens(x, self.ffn_norm2(y, gate)))
 
     def _modulate(
         self, time: Float[Array, "B A"] | None, dtype
@@ -352,34 +394,55 @@ def velocity(
 
 def apply_blocks(
     blocks,
-    x: Float[Array, "B T D"],
+    x: Tokens,
     inputs: BlockInputs,
     attend: Attend,
     kv_format: KVFormat | None = None,
-) -> Float[Array, "B T D"]:
+) -> Tokens:
     """Apply consecutive blocks, for example those of a chunk. Without a `kv_format`, K and V are
-    ungrouped and in x's dtype."""
-    for block in blocks:
-        x, _ = block(x, inputs, attend, kv_format or kv.plain(x.dtype))
-    return x
+    ungrouped and in x's dtype.
+
+    Blocks may be halves if `x` is a Halfway; else it has axes B T D.
+    """
+    return _applied(blocks, x, inputs, attend, kv_format, None)[0]
 
 
 def apply_blocks_cached(
     blocks,
-    carry: tuple[Float[Array, "B T D"], tuple[KV, ...]],
+    carry: tuple[Tokens, tuple[KV, ...]],
     inputs: BlockInputs,
     attend: Attend,
     kv_format: KVFormat,
     reuses: bool,
-) -> tuple[Float[Array, "B T D"], tuple[KV, ...]]:
-    """Like `apply_blocks`, with the K and V of every block in the carry: used if `reuses`, else
+) -> tuple[Tokens, tuple[KV, ...]]:
+    """Like `apply_blocks`, with the K and V of every attention in the carry: used if `reuses`, else
     replaced by new ones."""
     x, cache = carry
-    used = []
-    for block, held in zip(blocks, cache, strict=True):
-        x, held = block(x, inputs, attend, kv_format, held if reuses else None)
-        used.append(held)
-    return x, tuple(used)
+    if reuses:
+        return _applied(blocks, x, inputs, attend, kv_format, cache)
+    return _applied(blocks, x, inputs, attend, kv_format, None)
+
+
+def _applied(
+    blocks,
+    x: Tokens,
+    inputs: BlockInputs,
+    attend: Attend,
+    kv_format: KVFormat | None,
+    held: tuple[KV, ...] | None,
+) -> tuple[Tokens, tuple[KV, ...]]:
+    """The tokens after blocks or halves, and the K and V of their attentions."""
+    at = x if isinstance(x, Halfway) else Halfway.before(x, modulated=inputs.time is not None)
+    kv_format = kv_format or kv.plain(at.x.dtype)
+    used: list[KV] = []
+    for block in blocks:
+        if block.attention is not None:
+            own = held[len(used)] if held is not None else None
+            at, kept = block.attention_half(at.x, inputs, attend, kv_format, own)
+            used.append(kept)
+        if block.feed_forward is not None:
+            at = at._replace(x=block.feed_forward_half(at))
+    return (at if isinstance(x, Halfway) else at.x), tuple(used)
 
 
 # -- the model as a whole --------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def report(
         **own,
         **common,
         "schedule": plan.schedule,
-        "chunks": len(plan.denoise.main_sizes),
+        "chunks": len(plan.denoise.main_chunks),
         "resident_chunks": plan.denoise.resident_chunks,
         "attention": programs.attention_names(work),
         "device": placement.device.device_kind,

@@ -6,12 +6,13 @@ of the stage's own subclass of Choice.
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ..errors import UsageError
 from ..model.config import ModelConfig
 from ..model.kv import Nfe
+from ..weights import components
 from ..weights.formats import Storage
 from . import schedule
 from .schedule import Kinds, Row, Schedule
@@ -84,12 +85,14 @@ class Memory:
 class VisitKind(NamedTuple):
     """What distinguishes the programs of visits: each kind of visit is compiled once."""
 
-    blocks: int
-    copied: int  # blocks of another chunk that are copied during the visit
+    units: int  # blocks or halves of the chunk
+    copied: int  # blocks or halves of another chunk that are copied during the visit
     without_kv: bool = False  # the copy leaves out the parameters that make K and V
     nfe: Nfe | None = None  # how main blocks store K and V; None for other blocks
     kind: Hashable = 0  # of the chunk, in StreamPlan.kinds
     copied_kind: Hashable = 0
+    half: str | None = None  # of the chunk, if it is half a block
+    unused: int = 0  # bytes that the chunk leaves free in a slot of every kind
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,10 @@ class StreamPlan:
     """How the blocks of one stage reach the device: their chunks, and a schedule of these."""
 
     component: str
-    chunks: tuple[tuple[str, ...], ...]  # the units of each chunk
+    chunks: tuple[tuple[str, ...], ...]  # the units of each chunk, or halves of blocks
     schedule: Schedule
     kinds: Kinds  # the kind of each chunk: chunks of one kind may use the same slot
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(len(chunk) for chunk in self.chunks)
+    nbytes: tuple[int, ...]  # of each chunk
 
     @property
     def is_resident(self) -> bool:
@@ -117,35 +117,48 @@ class StreamPlan:
     @property
     def slots(self) -> tuple[tuple[str, ...], ...]:
         """The largest chunk that each slot holds."""
-        return tuple(self.slot_of(kind) for kind in self.schedule.slot_kinds(self.kinds))
+        return tuple(map(self.slot_of, self.schedule.slot_kinds(self.kinds)))
 
     def slot_of(self, kind: Hashable) -> tuple[str, ...]:
-        """The largest streamed chunk of a kind, for which its slots have room."""
-        return max((self.chunks[c] for c in self.streamed if self.kinds[c] == kind), key=len)
+        """The largest streamed chunk of a kind, whose arrays a slot has while it holds any of them."""
+        return self.chunks[self._largest(kind)]
 
-    def like(self, kind: Hashable, blocks: int) -> tuple[str, ...]:
-        """A chunk of a kind with so many blocks: all of these have the same shapes."""
+    def _largest(self, kind: Hashable) -> int:
+        fitting = (c for c in self.streamed if kind in (schedule.ANY, self.kinds[c]))
+        return max(fitting, key=self.nbytes.__getitem__)
+
+    def like(self, kind: Hashable, units: int) -> tuple[str, ...]:
+        """A chunk of a kind with so many units: all of these have the same shapes."""
         return next(
             chunk
             for chunk, of in zip(self.chunks, self.kinds, strict=True)
-            if of == kind and len(chunk) == blocks
+            if of == kind and len(chunk) == units
         )
 
     @property
-    def copied_blocks(self) -> int:
-        """Blocks copied per sweep after the first: the streamed ones, unless all are in slots."""
-        streamed = [len(self.chunks[chunk]) for chunk in self.streamed]
-        return sum(streamed) if len(streamed) > len(self.schedule.slot_kinds(self.kinds)) else 0
+    def copied_bytes(self) -> int:
+        """Bytes copied per sweep after the first: the streamed chunks, unless all are in slots."""
+        streamed = self.streamed
+        slots = self.schedule.slot_kinds(self.kinds)
+        return sum(self.nbytes[c] for c in streamed) if len(streamed) > len(slots) else 0
 
     @property
     def waits(self) -> bool:
         """Whether compute waits for those copies: with one slot nothing overlaps."""
-        return self.copied_blocks > 0 and self.schedule.slots == 1
+        return self.copied_bytes > 0 and self.schedule.slots == 1
 
-    def device_bytes(self, storage: Storage) -> int:
+    @property
+    def device_bytes(self) -> int:
         """Device bytes of the resident chunks and the slots."""
-        resident = [self.chunks[chunk] for chunk in self.schedule.resident]
-        return sum(storage.nbytes(self.component, *units) for units in (*resident, *self.slots))
+        slots = [self._largest(kind) for kind in self.schedule.slot_kinds(self.kinds)]
+        return sum(self.nbytes[c] for c in (*self.schedule.resident, *slots))
+
+    def unused(self, chunk: int) -> int:
+        """Bytes of a slot of every kind that are free while it holds a chunk."""
+        if self.schedule.slots != 1 or chunk in self.schedule.resident:
+            return 0
+        largest, own = (self._largest(kind) for kind in (schedule.ANY, self.kinds[chunk]))
+        return self.nbytes[largest] - self.nbytes[own]
 
     def is_main(self, chunk: int) -> bool:
         return self.chunks[chunk][0].startswith(MAIN)
@@ -169,7 +182,10 @@ class StreamPlan:
             without_kv = then is not None and self.without_kv(then.chunk, nfes[then.sweep])
             nfe = nfes[sweep] if self.is_main(chunk) else None
             kinds = self.kinds[chunk], self.kinds[then.chunk] if then else 0
-            yield sweep, chunk, VisitKind(len(self.chunks[chunk]), copied, without_kv, nfe, *kinds)
+            units = self.chunks[chunk]
+            half = components.half_of(units[0]) if len(units) == 1 else None
+            kind = VisitKind(len(units), copied, without_kv, nfe, *kinds, half, self.unused(chunk))
+            yield sweep, chunk, kind
 
     @property
     def visit_kinds(self) -> frozenset[VisitKind]:
@@ -183,6 +199,19 @@ def cut(units: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[tuple[str, ...]
     return tuple(units[end - length : end] for length, end in zip(sizes, ends, strict=True))
 
 
+def chunked(component: str, units: tuple[str, ...], chunks: int) -> tuple[tuple[str, ...], ...]:
+    """`units` in order, as so many chunks; of halves where there are more chunks than units.
+
+    Raises UsageError for a number that is out of range.
+    """
+    if chunks <= len(units):
+        return cut(units, schedule.partition(len(units), chunks))
+    halves = [components.halves(component, unit) for unit in units]
+    parts = cut(tuple(chain(*halves)), schedule.partition(2 * len(units), chunks))
+    whole = dict(zip(halves, units, strict=True))
+    return tuple((whole[part],) if part in whole else part for part in parts)
+
+
 def stream_plan(
     storage: Storage, component: str, chunks: tuple[tuple[str, ...], ...], of: Schedule
 ) -> StreamPlan:
@@ -191,11 +220,12 @@ def stream_plan(
     Chunks whose blocks all have the same stored leaves are of one kind, however long they are. A
     chunk whose blocks differ is of one kind with those that differ in the same way.
     """
+    nbytes = tuple(storage.nbytes(component, *chunk) for chunk in chunks)
     numbers = iter(storage.alike(component, [unit for chunk in chunks for unit in chunk]))
     blocks = [tuple(islice(numbers, len(chunk))) for chunk in chunks]
     shapes = [of_chunk if len(set(of_chunk)) > 1 else of_chunk[:1] for of_chunk in blocks]
     kinds = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
-    return StreamPlan(component, chunks, of, tuple(kinds[shape] for shape in shapes))
+    return StreamPlan(component, chunks, of, tuple(kinds[shape] for shape in shapes), nbytes)
 
 
 # -- stages and plans ------------------------------------------------------------------------------
@@ -316,8 +346,7 @@ def host_bytes(plan: Plan, storage: Storage, *, shares_memory: bool = False) -> 
     resident = storage.nbytes("transformer", "stem") + storage.nbytes("vae", "decoder")
     streamed = 0
     for stream in (choice.stream for choice in plan.choices.values() if choice.stream is not None):
-        for index, chunk in enumerate(stream.chunks):
-            nbytes = storage.nbytes(stream.component, *chunk)
+        for index, nbytes in enumerate(stream.nbytes):
             if index in stream.schedule.resident:
                 resident += nbytes
             else:

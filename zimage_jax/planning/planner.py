@@ -11,9 +11,21 @@ from typing import NamedTuple
 
 from ..errors import OutOfMemoryError, UsageError
 from ..units import size
+from ..weights import components
 from ..weights.formats import Storage
 from . import schedule
-from .plan import Choice, Costs, Memory, Option, Plan, Sizes, Stage, StreamPlan, cut, stream_plan
+from .plan import (
+    Choice,
+    Costs,
+    Memory,
+    Option,
+    Plan,
+    Sizes,
+    Stage,
+    StreamPlan,
+    chunked,
+    stream_plan,
+)
 from .work import Work
 
 
@@ -133,7 +145,7 @@ def streams(
     """Partitions and schedules that `memory` allows, the fastest first.
 
     Streams that never wait for a copy come first; among equals, those that copy the fewest blocks.
-    `early` blocks form chunks of their own before the `main` chunks, and no longer than these.
+    `early` blocks form chunks of their own before the `main` chunks, and no larger than these.
 
     Raises UsageError for a number of chunks, a number of resident chunks, or a pin that does not
     exist.
@@ -141,10 +153,11 @@ def streams(
     found: dict[tuple, StreamPlan] = {}
     counts = _chunk_counts(sizes, component, main, memory)
     for count in counts:
-        lengths = schedule.partition(len(main), count)
-        before = schedule.partition(len(early), -(-len(early) // lengths[0])) if early else ()
-        chunks = cut(early, before) + cut(main, lengths)
         for row, resident in _rows(memory, count):
+            # what stays on the device is not halved: the next job may keep it, whatever its chunks
+            of_main = chunked(component, main, min(count, len(main)) if row.keeps_all else count)
+            before = _early(component, early, of_main)
+            chunks = before + of_main
             made = schedule.make(
                 row.name, len(chunks) if row.keeps_all else count, resident, memory.prefetch
             )
@@ -157,26 +170,39 @@ def streams(
             f"--resident-chunks {memory.resident_chunks}: expected 0 to {counts[-1] - 1}, "
             "fewer than the chunks"
         )
-    # where two copy the same number of blocks, the one with fewer chunks is faster
-    return iter(sorted(found.values(), key=lambda s: (s.waits, s.copied_blocks, len(s.chunks))))
+    # where two copy the same bytes, the one with fewer chunks is faster
+    return iter(sorted(found.values(), key=lambda s: (s.waits, s.copied_bytes, len(s.chunks))))
+
+
+def _early(
+    component: str, early: tuple[str, ...], main: tuple[tuple[str, ...], ...]
+) -> tuple[tuple[str, ...], ...]:
+    """`early` blocks in chunks no larger than the largest of `main`."""
+    if not early:
+        return ()
+    if all(len(units) == 1 and components.half_of(units[0]) for units in main):
+        return chunked(component, early, 2 * len(early))
+    return chunked(component, early, -(-len(early) // max(map(len, main))))
 
 
 def _chunk_counts(sizes: Sizes, component: str, main: tuple[str, ...], memory: Memory) -> list[int]:
-    blocks = len(main)
+    blocks, nbytes = len(main), sizes.storage.nbytes
+    halves = [half for unit in main for half in components.halves(component, unit)]
     if memory.chunks:
-        if memory.chunks > blocks:
-            raise UsageError(
-                f"--chunks {memory.chunks}: expected 1 to {blocks}, the number of blocks"
-            )
+        most = len(halves) or blocks
+        if memory.chunks > most:
+            what = "two to a block" if halves else "the number of blocks"
+            raise UsageError(f"--chunks {memory.chunks}: expected 1 to {most}, {what}")
         return [memory.chunks]
     if memory.max_chunk_bytes:
-        block = max(sizes.storage.nbytes(component, unit) for unit in main)
-        return [schedule.chunks_under(blocks, block, memory.max_chunk_bytes)]
-    # the default number, then each about half as many again, up to one chunk per block
+        block = max(nbytes(component, unit) for unit in main)
+        half = max((nbytes(component, half) for half in halves), default=None)
+        return [schedule.chunks_under(blocks, block, half, memory.max_chunk_bytes)]
+    # the default number, then each about half as many again, up to one chunk per block; then halves
     counts = [min(schedule.CHUNKS, blocks)]
     while counts[-1] < blocks:
         counts.append(min(blocks, counts[-1] * 3 // 2 + 1))
-    return counts
+    return [*counts, len(halves)] if halves else counts
 
 
 def _rows(memory: Memory, count: int) -> Iterator[tuple[schedule.Row, int]]:
@@ -199,15 +225,16 @@ def _pins(memory: Memory, chunks: tuple[tuple[str, ...], ...], first: int) -> di
 
     Raises UsageError for a block that is in no chunk.
     """
-    found = {}
+    found: dict[int, str] = {}
+    blocks = [[components.unit_of(name) for name in chunk] for chunk in chunks[first:]]
     for which, how in memory.pins:
         if isinstance(which, str):
-            number = next((c for c, units in enumerate(chunks[first:]) if which in units), None)
-            if number is None:
+            numbers = [c for c, units in enumerate(blocks) if which in units]
+            if not numbers:
                 raise UsageError(
-                    f"{which}: no such block; expected {chunks[first][0]} to {chunks[-1][-1]}"
+                    f"{which}: no such block; expected {blocks[0][0]} to {blocks[-1][-1]}"
                 )
-            found[number] = how
+            found |= dict.fromkeys(numbers, how)
         else:
             found[which] = how
     return found

@@ -4,7 +4,8 @@ A component's blocks are cut into chunks. A sweep visits every chunk once, in or
 stage makes one sweep per NFE, the text stage one per job. A schedule keeps some chunks resident and
 streams the others through its slots.
 
-Chunks whose blocks have the same shapes are of one kind and may use the same slot.
+Chunks whose blocks have the same shapes are of one kind and may use the same slot. A slot that is
+alone takes chunks of every kind in turn.
 """
 
 from collections import Counter
@@ -16,6 +17,7 @@ from ..errors import UsageError
 from ..units import size
 
 CHUNKS = 4
+ANY = None  # the kind of a slot that is alone
 
 Kinds = Sequence[Hashable]  # the kind of each chunk, in order
 
@@ -99,6 +101,8 @@ class Schedule:
         Each kind gets the largest number of its chunks among any `slots` successive streamed ones.
         """
         streamed = [kind for chunk, kind in enumerate(kinds) if chunk not in self.resident]
+        if self.slots == 1 and streamed:
+            return (ANY,)
         if len(streamed) <= self.slots:
             return tuple(streamed)
         most: Counter[Hashable] = Counter()
@@ -210,17 +214,21 @@ def partition(blocks: int, chunks: int) -> tuple[int, ...]:
     return (length + 1,) * longer + (length,) * (chunks - longer)
 
 
-def chunks_under(blocks: int, block_bytes: int, largest_chunk: int) -> int:
+def chunks_under(blocks: int, block_bytes: int, half_bytes: int | None, largest_chunk: int) -> int:
     """The smallest number of chunks of at most `largest_chunk` bytes each.
 
-    Raises UsageError if one block is larger.
+    `half_bytes`: of the larger half of a block; None if blocks are not halved.
+
+    Raises UsageError if the smallest chunk is larger.
     """
-    if block_bytes > largest_chunk:
-        raise UsageError(
-            f"a chunk is at least one block, {size(block_bytes)}; "
-            f"--max-chunk-memory allows {size(largest_chunk)}"
-        )
-    return -(-blocks // (largest_chunk // block_bytes))
+    if block_bytes <= largest_chunk:
+        return -(-blocks // (largest_chunk // block_bytes))
+    if half_bytes is not None and half_bytes <= largest_chunk:
+        return 2 * blocks
+    least = f"half a block, {size(half_bytes)}" if half_bytes else f"one block, {size(block_bytes)}"
+    raise UsageError(
+        f"a chunk is at least {least}; --max-chunk-memory allows {size(largest_chunk)}"
+    )
 
 
 # -- the actions -----------------------------------------------------------------------------------
@@ -293,7 +301,7 @@ def _next_load(
         if chunk in schedule.resident or chunk in held.values():
             needed.add(chunk)
             continue
-        fitting = [slot for slot, kind in enumerate(slots) if kind == kinds[chunk]]
+        fitting = [slot for slot, kind in enumerate(slots) if kind in (ANY, kinds[chunk])]
         free = [slot for slot in fitting if held.get(slot) not in needed]
         empty = [slot for slot in free if slot not in held]
         return Load(chunk, (empty or free)[0], index // len(kinds)) if free else None

@@ -77,6 +77,7 @@ class Timing:
     def block(
         self,
         component: str,
+        unit: str,
         batch: int,
         tokens: int,
         *,
@@ -84,19 +85,21 @@ class Timing:
         keys: int | None = None,
         reuses: bool = False,
     ) -> float:
-        """Seconds of one block over `batch` x `tokens`.
+        """Seconds of a block, or of half a block, over `batch` x `tokens`.
 
         It takes two operations per parameter and token, and four per token, key and channel of
         `width` (attention). `keys` is by default `tokens`; `reuses`: K and V are reused.
         """
-        leaves = components.units(self.sizes.config, component)["layers.0"]
+        of_block = components.units(self.sizes.config, component)[components.unit_of(unit)]
+        leaves = components.of_half(unit, of_block)
         without = ["modulation.kernel", "modulation.bias"]  # once per picture, not per token
         if reuses:
             without += UNUSED_WHEN_REUSED
         parameters = sum(
             leaf.size for path, leaf in leaves.items() if not path.endswith(tuple(without))
         )
-        return batch * tokens * (2 * parameters + 4 * (keys or tokens) * width) / self.rates.flops
+        scores = 4 * (keys or tokens) * width if components.has_attention(unit) else 0
+        return batch * tokens * (2 * parameters + scores) / self.rates.flops
 
     def kv_cache(self) -> float:
         """Seconds to copy K and V to the host and back, as if nothing computed at the same time."""

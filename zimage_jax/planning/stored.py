@@ -65,17 +65,18 @@ class Figures:
     def blocks(self, stage: str, kinds: frozenset[VisitKind], tokens: int) -> int:
         """The largest figure of the visits `kinds` over `tokens` tokens.
 
-        Two cases are stored: a visit that copies as many blocks as it runs, and one that copies
-        none. Both are stored for K and V without groups; groups take less.
+        Two cases are stored for a block and for each half: a visit that copies as much as it runs,
+        and one that copies nothing. They are stored for K and V without groups; groups take less.
         """
         scratch = [0]
         for kind in kinds:
+            of_stage = self._figures[f"{stage} {kind.half}" if kind.half else stage]
             points = [
                 (int(key.split(",")[0]), _at(of_tokens, tokens))
-                for key, of_tokens in self._figures[stage].items()
+                for key, of_tokens in of_stage.items()
                 if (int(key.split(",")[1]) > 0) == (kind.copied > 0)
             ]
-            scratch.append(_at(sorted(points), max(kind.blocks, kind.copied)))
+            scratch.append(_at(sorted(points), max(kind.units, kind.copied)) - kind.unused)
         return max(scratch)
 
 

@@ -133,6 +133,11 @@ class Programs:
     def like(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, self.dtype)
 
+    def tokens(self, contexts: int, tokens: int, *, modulated: bool = True) -> dit.Halfway:
+        """The transformer's tokens between programs."""
+        x = self.like(contexts, tokens, self.config.transformer.dim)
+        return jax.eval_shape(functools.partial(dit.Halfway.before, modulated=modulated), x)
+
     def inputs(self, work: Work, contexts: int) -> dit.Inputs:
         return _inputs(self.config, work.h, work.w, contexts, work.bucket)
 
@@ -143,9 +148,13 @@ class Programs:
         )
 
     def most(
-        self, plan: StreamPlan, kinds: Iterable[VisitKind], call: Callable[[VisitKind], tuple]
+        self,
+        plan: StreamPlan,
+        kinds: Iterable[VisitKind],
+        call: Callable[[VisitKind, tuple[str, ...]], tuple],
     ) -> int:
-        """The largest scratch of `kinds` of visit. `call(kind)`: x, inputs, static arguments."""
+        """The largest scratch of `kinds` of visit. `call(kind, units)`: x, inputs, static
+        arguments."""
         storage, component, host = self.storage, plan.component, self.placement.sharding(HOST)
 
         def on_host(unit: str, without_kv: bool) -> tuple:
@@ -158,8 +167,8 @@ class Programs:
 
         scratch = [0]
         for kind in kinds:
-            x, inputs, static = call(kind)
-            units = plan.like(kind.kind, kind.blocks)
+            units = plan.like(kind.kind, kind.units)
+            x, inputs, static = call(kind, units)
             chunk, static = on_device(units), static | {"trees": storage.trees(component, units)}
             if kind.copied:
                 ring, spare = (
@@ -168,10 +177,11 @@ class Programs:
                 )
                 copied = plan.like(kind.copied_kind, kind.copied)
                 following = tuple(on_host(unit, kind.without_kv) for unit in copied)
-                scratch.append(ring.compiled(chunk, spare, following, x, *inputs)[1])
+                compiled = ring.compiled(chunk, spare, following, x, *inputs)
             else:
                 plain = self(run_chunk, donate=(1,), **static)
-                scratch.append(plain.compiled(chunk, x, *inputs)[1])
+                compiled = plain.compiled(chunk, x, *inputs)
+            scratch.append(compiled[1] - kind.unused)
         return max(scratch)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from ..planning.seconds import read_ahead
+from ..weights import components
 from ..weights.checkpoint import Checkpoint
 from .ledger import Ledger
 from .placement import DEVICE, HOST, Placement
@@ -83,7 +84,7 @@ class Reader(Protocol):
 
 
 class HostSource:
-    """Keeps a component's units in host memory for all jobs; each is read once."""
+    """Keeps a component's units in host memory for all jobs; each is read once, as a whole."""
 
     def __init__(self, checkpoint: Checkpoint, component: str, placement: Placement):
         self._checkpoint, self._component, self._placement = checkpoint, component, placement
@@ -115,6 +116,12 @@ class HostSource:
             pool.submit(self._fill, future, unit, ledger)
         return future
 
+    def of_half(self, name: str, leaves: Leaves) -> Leaves:
+        """The leaves of a half, or of a unit, out of those of its unit."""
+        if components.half_of(name) is None:
+            return leaves
+        return self._checkpoint.storage.of_half(self._component, name, leaves)
+
     def _fill(self, future: Future[Leaves], unit: str, ledger: Ledger) -> None:
         if not future.set_running_or_notify_cancel():
             return
@@ -141,11 +148,14 @@ class HostReader:
     def __init__(self, source: HostSource, order: Sequence[tuple[str, ...]], ledger: Ledger):
         self._source, self._order = source, iter(order)
         self._pool = ThreadPoolExecutor(READERS)
-        units = dict.fromkeys(itertools.chain.from_iterable(order))
+        units = dict.fromkeys(map(components.unit_of, itertools.chain.from_iterable(order)))
         self._units = {unit: source.unit(unit, ledger, self._pool) for unit in units}
 
     def take(self, *, without_kv: bool = False) -> Chunk:
-        blocks = {unit: self._units[unit].result() for unit in next(self._order)}
+        blocks = {
+            name: self._source.of_half(name, self._units[components.unit_of(name)].result())
+            for name in next(self._order)
+        }
         if without_kv:
             return tuple(self._source.without_kv(unit, leaves) for unit, leaves in blocks.items())
         return tuple(blocks.values())

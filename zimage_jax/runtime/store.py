@@ -7,6 +7,7 @@ import numpy as np
 
 from ..planning.plan import StreamPlan
 from ..units import tree_bytes
+from ..weights import components
 from ..weights.checkpoint import Checkpoint
 from .ledger import Ledger
 from .placement import DEVICE, Placement, free_host_bytes
@@ -135,7 +136,8 @@ class Loan:
         nbytes = store.nbytes((component, unit))
         source = store.source(component, None) if self._pins_from_host else None
         if isinstance(source, HostSource):
-            leaves = source.unit(unit, self._ledger).result()
+            of_unit = source.unit(components.unit_of(unit), self._ledger).result()
+            leaves = source.of_half(unit, of_unit)
             with self._ledger.event("copy", name, nbytes):
                 return store.placement.put(leaves)
         with self._ledger.event("tier", name, nbytes), self._ledger.event("copy", name, nbytes):

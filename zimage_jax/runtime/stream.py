@@ -5,7 +5,7 @@ structure of its module turns them into the module. Programs take plain tuples b
 module in Python costs 0.1 ms each time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 
 import jax
@@ -73,7 +73,8 @@ class Stream:
         self._actions = actions(plan.schedule, plan.kinds, sweeps)
         self._trees = [storage.trees(plan.component, chunk) for chunk in plan.chunks]
         self._pinned: dict[int, list[Future[Leaves]]] = {}
-        self._slots = self._allocate()
+        self._slots, self._kinds = dict[int, Chunk](), dict[int, Hashable]()
+        self._allocate()
         order = [plan.chunks[load.chunk] for load in loads(plan.schedule, plan.kinds, sweeps)]
         self._reader = source.open(order, ledger)
 
@@ -106,7 +107,7 @@ class Stream:
 
     def _load(self, load: Load) -> None:
         following = self._take(load)
-        spare, copied = self._slots[load.slot], (self._name(load.chunk), tree_bytes(following))
+        spare, copied = self._spare(load), (self._name(load.chunk), tree_bytes(following))
         self._slots[load.slot] = self._program(fill, donate=(0,))(
             self._ledger, spare, following, copied=copied
         )
@@ -120,21 +121,37 @@ class Stream:
             self._ledger.saved_bytes += whole - tree_bytes(chunk)
         return chunk
 
-    def _allocate(self) -> dict[int, Chunk]:
-        """The slots' arrays, each as large as the largest chunk in it.
+    def _allocate(self) -> None:
+        """Give every slot arrays for the largest chunk in it.
 
         They are allocated before any activation and the largest first, so that the allocator leaves
         no gaps between them.
         """
-        plan, slots = self._plan, dict[int, Chunk]()
-        by_size = sorted(range(len(plan.slots)), key=lambda slot: -len(plan.slots[slot]))
-        for slot in by_size:
-            blocks = [self._storage.specs(plan.component, unit) for unit in plan.slots[slot]]
-            slots[slot] = tuple(
-                tuple(jnp.zeros(a.shape, a.dtype) for a in block) for block in blocks
-            )
-            self._ledger.hold(self._slot_name(slot), slots[slot])
-        return slots
+        plan = self._plan
+        kinds = plan.schedule.slot_kinds(plan.kinds)
+        sizes = [self._storage.nbytes(plan.component, *units) for units in plan.slots]
+        for slot in sorted(range(len(kinds)), key=lambda slot: -sizes[slot]):
+            self._fill_with_zeros(slot, kinds[slot])
+
+    def _fill_with_zeros(self, slot: int, kind: Hashable) -> None:
+        blocks = [
+            self._storage.specs(self._plan.component, unit) for unit in self._plan.slot_of(kind)
+        ]
+        self._kinds[slot] = kind
+        self._slots[slot] = tuple(
+            tuple(jnp.zeros(a.shape, a.dtype) for a in block) for block in blocks
+        )
+        self._ledger.hold(self._slot_name(slot), self._slots[slot])
+
+    def _spare(self, load: Load) -> Chunk:
+        """The arrays of the slot of a load. A slot of every kind gets those of the chunk's kind, in
+        place of its own."""
+        kind = self._plan.kinds[load.chunk]
+        if self._kinds[load.slot] != kind:
+            self._ledger.settle()  # the last program has used the old ones
+            del self._slots[load.slot]
+            self._fill_with_zeros(load.slot, kind)
+        return self._slots[load.slot]
 
     def _visit(self, visit: Visit, xs: list, inputs: list[tuple], static: dict) -> list:
         size, name = len(self._plan.chunks[visit.chunk]), self._name(visit.chunk)
@@ -148,7 +165,7 @@ class Stream:
         if visit.then is not None:
             ring = self._program(ring_step, donate=(1, 3), **static)
             following = self._take(visit.then)
-            spare = self._slots[visit.then.slot]
+            spare = self._spare(visit.then)
             copied = self._name(visit.then.chunk), tree_bytes(following)
             x, filled = ring(
                 self._ledger, chunk, spare, following, xs[0], *inputs[0], name=name, copied=copied

@@ -21,7 +21,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
@@ -53,6 +53,18 @@ class Record:
     def nbytes(self) -> int:
         """Bytes of the array."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class _Run(NamedTuple):
+    """Bytes of a file that are read at once."""
+
+    offset: int  # in the file
+    nbytes: int
+    place: int  # in the buffer
+
+    @property
+    def end(self) -> int:
+        return self.place + self.nbytes
 
 
 def layout(storage: Storage, component: str, unit: str) -> tuple[bytes, dict[str, Record]]:
@@ -200,14 +212,28 @@ class Checkpoint:
         return sum(leaf.size for unit in leaves for leaf in unit.values())
 
     def buffer_bytes(self, component: str, unit: str) -> int:
-        """Bytes of the smallest buffer that `read` takes for a unit."""
-        records = self._records[component][unit].values()
-        return max(r.offset + r.nbytes for r in records) + _ALIGNMENT
+        """Bytes of the smallest buffer that `read` takes for a unit or a half."""
+        return self._runs(component, unit)[-1].end + _ALIGNMENT
+
+    def _runs(self, component: str, name: str) -> list["_Run"]:
+        """What is read of a unit's file for a unit or a half: the header, and its arrays."""
+        unit = components.unit_of(name)
+        records = components.of_half(name, self._records[component][unit]).values()
+        runs = [_Run(0, len(self._headers[component, unit]), 0)]
+        for r in sorted(records, key=lambda r: r.offset):
+            last = runs[-1]
+            if r.offset == last.offset + last.nbytes:
+                runs[-1] = last._replace(nbytes=last.nbytes + r.nbytes)
+            else:  # as far from an aligned address as in the file
+                place = last.end + (r.offset - last.end) % _ALIGNMENT
+                runs.append(_Run(r.offset, r.nbytes, place))
+        return runs
 
     def read(
         self, component: str, unit: str, buffer: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """Path -> array of one unit, as views of one aligned buffer; every checksum is verified.
+        """Path -> array of a unit, or of half a block, as views of one aligned buffer; every checksum
+        is verified.
 
         `buffer`: uint8, `buffer_bytes` or more, to read into; the arrays change when it is used
         again. Without it the buffer is new.
@@ -215,17 +241,23 @@ class Checkpoint:
         Raises DamagedError if the file is missing, has another size, or differs in any byte from
         what was written.
         """
-        records = self._records[component][unit]
+        name, unit = unit, components.unit_of(unit)
+        of_unit = self._records[component][unit]
         file = self.path / component / f"{unit}.safetensors"
-        size = self.buffer_bytes(component, unit) - _ALIGNMENT
+        size = max(r.offset + r.nbytes for r in of_unit.values())
+        runs = self._runs(component, name)
         if buffer is None:
-            buffer = np.empty(size + _ALIGNMENT, np.uint8)
-        buffer = buffer[-buffer.ctypes.data % _ALIGNMENT :][:size]
+            buffer = np.empty(self.buffer_bytes(component, name), np.uint8)
+        buffer = buffer[-buffer.ctypes.data % _ALIGNMENT :]
         with open_regular(file, DamagedError) as f:
             found = os.fstat(f.fileno()).st_size
             try:
-                if found == size:
-                    found = _fill(buffer, f)
+                for run in runs if found == size else ():
+                    f.seek(run.offset)
+                    read = _fill(buffer[run.place : run.end], f)
+                    if read != run.nbytes:  # cut while it was read
+                        found = run.offset + read
+                        break
             except OSError as fault:
                 raise DamagedError(
                     f"{file}: cannot be read ({fault.strerror}); copy or convert again"
@@ -238,8 +270,10 @@ class Checkpoint:
         if buffer[: len(header)].tobytes() != header:
             raise DamagedError(f"{file}: its header is not what was written; copy or convert again")
         arrays = {}
-        for path, record in records.items():
-            data = buffer[record.offset : record.offset + record.nbytes]
+        for path, record in components.of_half(name, of_unit).items():
+            run = next(r for r in runs if r.offset <= record.offset < r.offset + r.nbytes)
+            start = run.place + record.offset - run.offset
+            data = buffer[start : start + record.nbytes]
             if xxhash.xxh3_64_hexdigest(data.data) != record.checksum:
                 raise DamagedError(
                     f"{file}: {path} is not what was written (checksum differs); "

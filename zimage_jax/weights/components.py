@@ -1,7 +1,8 @@
 """The three models by name, and their units.
 
-A unit is stored in one file and moved as one: a block, or a part that is no block (stem, embedding
-table, VAE decoder, VAE encoder).
+A unit is stored in one file: a block, or a part that is no block (stem, embedding table, VAE
+decoder, VAE encoder). A unit is moved as one, or a block of the transformer in two halves, which
+have names of their own: "layers.3.attention" and "layers.3.feed_forward".
 """
 
 import functools
@@ -25,7 +26,7 @@ def spec(config: ModelConfig, component: str) -> Any:
 
 
 def unit_of(path: str) -> str:
-    """The unit of a parameter: "layers.3" of "layers.3.attention.to_q.kernel"."""
+    """The unit of a parameter or a half: "layers.3" of "layers.3.attention.to_q.kernel"."""
     first, *rest = path.split(".")
     return f"{first}.{rest[0]}" if rest and rest[0].isdecimal() else first
 
@@ -50,3 +51,30 @@ def child(module: Any, unit: str) -> Any:
     for name in unit.split("."):
         module = module[int(name)] if name.isdecimal() else getattr(module, name)
     return module
+
+
+def halves(component: str, unit: str) -> tuple[str, ...]:
+    """The names of a unit's halves in the order they run; none where it is moved as one."""
+    is_halved = "." in unit and COMPONENTS[component] is dit
+    return tuple(f"{unit}.{half}" for half in dit.HALVES) if is_halved else ()
+
+
+def half_of(name: str) -> str | None:
+    """A name in dit.HALVES; None for the name of a unit."""
+    half = name.removeprefix(unit_of(name)).removeprefix(".")
+    return half or None
+
+
+def has_attention(name: str) -> bool:
+    """Whether a block, or a half, has the attention."""
+    return half_of(name) != "feed_forward"
+
+
+def of_half(name: str, leaves: dict[str, Leaf]) -> dict[str, Leaf]:
+    """The leaves, by path, of a half or a unit, out of those of its unit."""
+    half = half_of(name)
+    if half is None:
+        return leaves
+    unit = unit_of(name) + "."
+    parts = dit.HALVES[half]
+    return {p: leaf for p, leaf in leaves.items() if p.removeprefix(unit).split(".")[0] in parts}

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from ..errors import UsageError
+from ..model import dit
 from ..model.config import ModelConfig
 from ..model.kv import UNUSED_WHEN_REUSED
 from ..model.layers import named_arrays, with_arrays
@@ -53,8 +54,8 @@ class Storage:
 
     A row (pattern, format) of `special` gives the format of units whose name matches the pattern
     (fnmatch), for example "transformer.layers.3"; the last matching row wins. Other units have
-    `format`. Leaves are in the module's order. A component or unit that the model does not have
-    raises KeyError.
+    `format`. Leaves are in the module's order. Where a method takes units, it takes halves of blocks
+    too (components.halves). A component or unit that the model does not have raises KeyError.
     """
 
     config: ModelConfig
@@ -73,8 +74,15 @@ class Storage:
         return list(components.units(self.config, component))
 
     def module(self, component: str, unit: str) -> Any:
-        """A unit's module, with a ShapeDtypeStruct for every stored leaf."""
-        return components.child(_stored(self, component), unit)
+        """A unit's module, with a ShapeDtypeStruct for every stored leaf. Of a half: its block's,
+        without the other half's parameters."""
+        module = components.child(_stored(self, component), components.unit_of(unit))
+        if half := components.half_of(unit):
+            module = jax.tree.map(lambda leaf: leaf, module)  # a copy
+            for other in dit.HALVES.keys() - {half}:
+                for name in dit.HALVES[other]:
+                    setattr(module, name, None)
+        return module
 
     def leaves(self, component: str, unit: str) -> dict[str, jax.ShapeDtypeStruct]:
         """Path within the component -> stored leaf, of a unit."""
@@ -113,9 +121,15 @@ class Storage:
         }
         return jax.tree.unflatten(structure, [table[path] for path in paths])
 
+    def of_half(self, component: str, half: str, leaves: Sequence) -> tuple:
+        """The leaves of a half, out of all leaves of its block."""
+        paths = self.leaves(component, components.unit_of(half))
+        of_block = dict(zip(paths, leaves, strict=True))
+        return tuple(components.of_half(half, of_block).values())
+
     def without_kv(self, component: str, unit: str, leaves: Sequence) -> tuple:
         """A DiT block's leaves for an NFE that reuses K and V: None for each unused leaf."""
-        unused = tuple(f"{unit}.{name}" for name in UNUSED_WHEN_REUSED)
+        unused = tuple(f"{components.unit_of(unit)}.{name}" for name in UNUSED_WHEN_REUSED)
         paths = self.leaves(component, unit)
         return tuple(
             None if path.startswith(unused) else leaf
@@ -139,29 +153,39 @@ def _stored(storage: Storage, component: str) -> Any:
 
 @functools.cache
 def _leaves(storage: Storage, component: str) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    return components.by_unit(named_arrays(_stored(storage, component)))
+    """Unit or half -> path -> stored leaf."""
+    units = components.by_unit(named_arrays(_stored(storage, component)))
+    return units | {
+        half: components.of_half(half, leaves)
+        for unit, leaves in units.items()
+        for half in components.halves(component, unit)
+    }
 
 
 @functools.cache
 def _nbytes(storage: Storage, component: str) -> dict[str, int]:
-    """Unit -> stored bytes."""
-    return {unit: tree_bytes(storage.specs(component, unit)) for unit in storage.units(component)}
+    """Unit or half -> stored bytes."""
+    return {
+        name: tree_bytes(storage.specs(component, name)) for name in _leaves(storage, component)
+    }
 
 
 @functools.cache
 def _alike(storage: Storage, component: str) -> dict[str, int]:
-    """Unit -> a number that units with the same stored shapes and dtypes share."""
+    """Unit or half -> a number that those with the same stored shapes and dtypes share."""
     numbers: dict[tuple, int] = {}
-    specs = {unit: storage.specs(component, unit) for unit in storage.units(component)}
-    return {unit: numbers.setdefault(of, len(numbers)) for unit, of in specs.items()}
+    specs = {name: storage.specs(component, name) for name in _leaves(storage, component)}
+    return {name: numbers.setdefault(of, len(numbers)) for name, of in specs.items()}
 
 
 @functools.cache
 def _trees(storage: Storage, component: str) -> dict[str, jax.tree_util.PyTreeDef]:
-    """Unit -> tree structure. Equal structures are one object: comparing two takes 0.1 ms a visit."""
+    """Unit or half -> tree structure. Equal structures are one object: comparing two takes 0.1 ms a
+    visit."""
     made: dict[jax.tree_util.PyTreeDef, jax.tree_util.PyTreeDef] = {}
-    trees = {u: jax.tree.structure(storage.module(component, u)) for u in storage.units(component)}
-    return {unit: made.setdefault(tree, tree) for unit, tree in trees.items()}
+    names = _leaves(storage, component)
+    trees = {name: jax.tree.structure(storage.module(component, name)) for name in names}
+    return {name: made.setdefault(tree, tree) for name, tree in trees.items()}
 
 
 @functools.cache

@@ -79,8 +79,7 @@ def floor(cell: dict) -> dict:
     link. Computing is the same job's resident; a card that does not hold the model has no such."""
     _, *runs = _draws(cell, memory_of(cell))
     plan, checkpoint = runs[-1].result.plan, Checkpoint(FOLDERS[cell["model"]](cell))
-    blocks = plan.denoise.stream
-    nbytes = blocks.copied_blocks * checkpoint.storage.nbytes("transformer", "layers.0")
+    nbytes = plan.denoise.stream.copied_bytes
     speed = chunk_speed(checkpoint, plan, Placement.on()).wall
     try:
         _, *resident = _draws(cell, Memory(schedule="resident"))

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ...model import dit, ops
+from ...model.kv import Nfe
 from ...planning import schedule
-from ...planning.plan import Choice, Memory, Option, Sizes, stream_plan
+from ...planning.plan import Choice, Memory, Option, Sizes, chunked, stream_plan
 from ...planning.seconds import Timing
 from ...planning.stored import Figures
 from ...planning.work import Work
@@ -37,22 +38,21 @@ class ContextStage:
         width = sizes.config.transformer.dim + sizes.config.text_encoder.hidden_size
         activations = sizes.inputs(work, work.bucket, 1) + sizes.tokens(work, work.bucket, width)
         stem = sizes.storage.nbytes(COMPONENT, "stem")
-        single = tuple((block,) for block in blocks)
-        for chunks, name in (((blocks,), "resident"), (single, "swap")):
+        ways = [("resident", 1), ("swap", len(blocks)), ("swap", 2 * len(blocks))]
+        for name, count in ways:
+            chunks = chunked(COMPONENT, blocks, count)
             stream = stream_plan(sizes.storage, COMPONENT, chunks, schedule.make(name, len(chunks)))
             stays = (
                 frozenset((COMPONENT, u) for u in ("stem", *blocks)) if stream.is_resident else None
             )
-            yield Option(
-                Choice(stream), stem + stream.device_bytes(sizes.storage), activations, stays
-            )
+            yield Option(Choice(stream), stem + stream.device_bytes, activations, stays)
 
     def compiled(self, programs: Programs, work: Work, choice: Choice) -> int:
         assert choice.stream is not None
         features = programs.like(
             work.contexts, work.bucket, programs.config.text_encoder.hidden_size
         )
-        x = programs.like(work.contexts, work.bucket, programs.config.transformer.dim)
+        x = programs.tokens(work.contexts, work.bucket, modulated=False)
         lengths = np.zeros(work.contexts, np.int32)
         inputs = programs.inputs(work, work.contexts).caption
         static = {"apply": dit.apply_blocks, "attend": programs.attend(work)}
@@ -62,7 +62,7 @@ class ContextStage:
         return max(
             embed,
             programs.most(
-                choice.stream, choice.stream.visit_kinds, lambda _: (x, (inputs,), static)
+                choice.stream, choice.stream.visit_kinds, lambda *_: (x, (inputs,), static)
             ),
         )
 
@@ -73,10 +73,11 @@ class ContextStage:
     def seconds(self, timing: Timing, choice: Choice) -> float:
         work, width = timing.work, timing.sizes.config.transformer.dim
         assert choice.stream is not None
-        block = timing.block(COMPONENT, work.contexts, work.bucket, width=width)
-        return timing.unit(COMPONENT, "stem") + timing.stream(
-            choice.stream, lambda unit, nfe: block
-        )
+
+        def run(unit: str, nfe: Nfe | None) -> float:
+            return timing.block(COMPONENT, unit, work.contexts, work.bucket, width=width)
+
+        return timing.unit(COMPONENT, "stem") + timing.stream(choice.stream, run)
 
     def run(self, attempt: Attempt) -> Context:
         work, config, programs = attempt.work, attempt.config, attempt.programs
@@ -96,7 +97,8 @@ class ContextStage:
             "apply": dit.apply_blocks,
             "attend": programs.attend(work),
         }
+        xs = [dit.Halfway(x, None, None)]
         with attempt.stream(stream_plan) as stream:
             for _ in stream_plan.chunks:
-                (x,) = stream.visit([x], [(inputs.caption,)], **static)
-        return Context(np.asarray(x), inputs, lengths)
+                xs = stream.visit(xs, [(inputs.caption,)], **static)
+        return Context(np.asarray(xs[0].x), inputs, lengths)

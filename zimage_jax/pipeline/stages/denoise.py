@@ -11,6 +11,7 @@ from functools import cached_property, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jaxtyping import Float
 
 from ...model import dit, kv, sampling
@@ -23,6 +24,7 @@ from ...planning.stored import Figures
 from ...planning.work import Work
 from ...runtime.programs import Programs
 from ...runtime.stream import Stream
+from ...weights import components
 from ..attempt import Attempt
 from .context import Context
 from .kv_cache import KVCache, kv_cache
@@ -48,8 +50,13 @@ class DenoiseChoice(Choice):
         return sum(not self.blocks.is_main(chunk) for chunk in range(len(self.blocks.chunks)))
 
     @property
-    def main_sizes(self) -> tuple[int, ...]:
-        return self.blocks.sizes[self.refiner_chunks :]
+    def main_chunks(self) -> tuple[tuple[str, ...], ...]:
+        return self.blocks.chunks[self.refiner_chunks :]
+
+    @property
+    def attentions(self) -> tuple[int, ...]:
+        """How many attentions each main chunk has: as many K and V."""
+        return tuple(sum(map(components.has_attention, units)) for units in self.main_chunks)
 
     @property
     def resident_chunks(self) -> int:
@@ -57,17 +64,23 @@ class DenoiseChoice(Choice):
         return sum(self.blocks.is_main(chunk) for chunk in self.blocks.schedule.resident)
 
     def __str__(self) -> str:
-        sizes, of = self.main_sizes, self.blocks.schedule
-        least, most = min(sizes), max(sizes)
-        blocks = (
-            f"{most} block{'s' if most > 1 else ''}"
-            if least == most
-            else f"{least} or {most} blocks"
-        )
+        chunks, of = self.main_chunks, self.blocks.schedule
         words = schedule.row(of.name).summary.format(
             resident=self.resident_chunks, ahead=max(0, of.slots - 1)
         )
-        return f"{of.name}, {len(sizes)} chunk{'s' if len(sizes) > 1 else ''} of {blocks}, {words}"
+        plural = "s" if len(chunks) > 1 else ""
+        return f"{of.name}, {len(chunks)} chunk{plural} of {_length(chunks)}, {words}"
+
+
+def _length(chunks: tuple[tuple[str, ...], ...]) -> str:
+    """How long chunks are, in words."""
+    halves = [any(map(components.half_of, units)) for units in chunks]
+    if any(halves):
+        return "half a block" if all(halves) else "half a block or a block"
+    least, most = min(map(len, chunks)), max(map(len, chunks))
+    if least == most:
+        return f"{most} block{'s' if most > 1 else ''}"
+    return f"{least} or {most} blocks"
 
 
 class Denoise:
@@ -81,7 +94,7 @@ class Denoise:
         latents = work.batch * work.h * work.w * config.in_channels * 4
         context = sizes.tokens(work, work.bucket, config.dim)
         inputs = sizes.inputs(work, work.image_tokens + work.tokens, 1)
-        tokens = sizes.tokens(work, work.tokens, config.dim) + work.contexts * config.adaln_dim * 4
+        tokens = _tokens_bytes(sizes, work)
         caches = any(phase.caches for phase in work.phases)
         choices = []
         for stream in streams(sizes, COMPONENT, refiner, main, memory):
@@ -95,7 +108,7 @@ class Denoise:
                 activations = latents + context + inputs + keys + sizes.inputs(work, work.bucket, 1)
             else:
                 activations = latents + context + inputs + tokens
-            weights = storage.nbytes(COMPONENT, "stem") + choice.blocks.device_bytes(storage)
+            weights = storage.nbytes(COMPONENT, "stem") + choice.blocks.device_bytes
             units = ("stem", *refiner, *main)
             stays = frozenset((COMPONENT, u) for u in units) if choice.blocks.is_resident else None
             yield Option(choice, weights, activations, stays)
@@ -105,9 +118,7 @@ class Denoise:
             return self._sampler(programs, work)
         config = programs.config.transformer
         contexts = work.micro_batch * work.contexts // work.batch
-        image, joint = (
-            programs.like(contexts, n, config.dim) for n in (work.image_tokens, work.tokens)
-        )
+        image, joint = (programs.tokens(contexts, n) for n in (work.image_tokens, work.tokens))
         time = jax.ShapeDtypeStruct((contexts, config.adaln_dim), jnp.float32)
         latents = jax.ShapeDtypeStruct(
             (work.micro_batch, work.h, work.w, config.in_channels), jnp.float32
@@ -115,20 +126,29 @@ class Denoise:
         context = programs.like(contexts, work.bucket, config.dim)
         number, stem = np.float32(0), programs.module(COMPONENT, "stem")
         ends = _Ends(programs, work)
-        scratch = [
-            ends.enter.compiled(stem, latents, number)[1],
-            ends.join.compiled(image, context)[1],
-            ends.leave.compiled(stem, joint, time, latents, number, number, number)[1],
-        ]
         sizes = Sizes(programs.storage, programs.dtype.itemsize)
+        # these run beside the last chunk; only the first `enter` beside a whole slot, without tokens
+        unused = choice.blocks.unused(len(choice.blocks.chunks) - 1)
+        scratch = [
+            ends.enter.compiled(stem, latents, number)[1] - min(unused, _tokens_bytes(sizes, work)),
+            ends.join.compiled(image, context)[1] - unused,
+            ends.leave.compiled(stem, joint, time, latents, number, number, number)[1] - unused,
+        ]
         visit = partial(self._visit, programs, work, contexts)
         return max(
             held + max(*scratch, programs.most(choice.blocks, kinds, visit))
             for held, kinds in _by_phase(sizes, work, choice)
         )
 
-    def _visit(self, programs: Programs, work: Work, contexts: int, kind: VisitKind) -> tuple:
-        """x, inputs and static arguments of a visit of `kind`."""
+    def _visit(
+        self,
+        programs: Programs,
+        work: Work,
+        contexts: int,
+        kind: VisitKind,
+        units: tuple[str, ...],
+    ) -> tuple:
+        """x, inputs and static arguments of a visit of `kind` to `units`."""
         config, inputs = programs.config.transformer, programs.inputs(work, contexts)
         time = jax.ShapeDtypeStruct((contexts, config.adaln_dim), jnp.float32)
         if kind.nfe is None:
@@ -136,23 +156,22 @@ class Denoise:
                 "apply": dit.apply_blocks,
                 "attend": programs.attend(work),
             }
-            x = programs.like(contexts, work.image_tokens, config.dim)
+            x = programs.tokens(contexts, work.image_tokens)
             return x, (inputs.image._replace(time=time),), static  # type: ignore[arg-type]
         kv_format, keeps, reuses = kind.nfe
-        static = {
-            "apply": dit.apply_blocks,
-            "attend": programs.attend(work),
-            "kv_format": kv_format,
-        }
+        attentions = sum(map(components.has_attention, units))
+        static = {"apply": dit.apply_blocks, "attend": programs.attend(work)}
+        if attentions:
+            static["kv_format"] = kv_format
         keys = programs.keys(work, contexts, kv_format)
         of_joint = inputs.joint._replace(time=time, keys=keys)  # type: ignore[arg-type]
-        x = programs.like(contexts, work.tokens, config.dim)
-        if not (keeps or reuses):
+        x = programs.tokens(contexts, work.tokens)
+        if not attentions or not (keeps or reuses):
             return x, (of_joint,), static
         shape = contexts, work.tokens, config.n_heads, config.head_dim
         room = jax.eval_shape(lambda: kv.empty(kv_format, *shape))
         static |= {"apply": dit.apply_blocks_cached, "reuses": reuses}
-        return (x, (room,) * kind.blocks), (of_joint,), static
+        return (x, (room,) * attentions), (of_joint,), static
 
     def _sampler(self, programs: Programs, work: Work) -> int:
         config, storage = programs.config.transformer, programs.storage
@@ -194,13 +213,16 @@ class Denoise:
     def seconds(self, timing: Timing, choice: DenoiseChoice) -> float:
         work, width = timing.work, timing.sizes.config.transformer.dim
         groups = work.batch // work.micro_batch
-        block = partial(timing.block, COMPONENT, work.contexts // groups, width=width)
+        block = partial(timing.block, COMPONENT, width=width)
+
+        contexts = work.contexts // groups
 
         def run(unit: str, nfe: Nfe | None) -> float:
             if not unit.startswith(MAIN):
-                return block(work.image_tokens)
+                return block(unit, contexts, work.image_tokens)
             keys = nfe.kv_format.keys(work.tokens) if nfe else work.tokens
-            return block(work.tokens, keys=keys, reuses=nfe is not None and nfe.reuses)
+            reuses = nfe is not None and nfe.reuses
+            return block(unit, contexts, work.tokens, keys=keys, reuses=reuses)
 
         stem = 0.0 if timing.plan.kept else timing.unit(COMPONENT, "stem")
         cached = timing.kv_cache() if choice.kv_on_host else 0.0
@@ -221,11 +243,25 @@ class _Ends:
     """The programs before and after the blocks of an NFE."""
 
     def __init__(self, programs: Programs, work: Work):
-        self.enter = programs(
-            sampling.before_blocks, is_guided=work.is_guided, dtype=programs.dtype
-        )
-        self.join = programs(dit.join)
-        self.leave = programs(sampling.after_blocks, donate=(3,), is_guided=work.is_guided)
+        self.enter = programs(enter, is_guided=work.is_guided, dtype=programs.dtype)
+        self.join = programs(join)
+        self.leave = programs(leave, donate=(3,), is_guided=work.is_guided)
+
+
+# Between programs tokens are a dit.Halfway: a chunk may end inside a block
+
+
+def enter(stem: dit.Stem, latents: Array, t: Array, **static) -> tuple[dit.Halfway, Array]:
+    x, time = sampling.before_blocks(stem, latents, t, **static)
+    return dit.Halfway.before(x), time
+
+
+def join(image: dit.Halfway, context: Float[Array, "G L D"]) -> dit.Halfway:
+    return dit.Halfway.before(dit.join(image.x, context))
+
+
+def leave(stem: dit.Stem, tokens: dit.Halfway, *rest: Array, **static) -> Float[Array, "B h w C"]:
+    return sampling.after_blocks(stem, tokens.x, *rest, **static)
 
 
 @dataclass
@@ -332,24 +368,35 @@ class _Sweep(_Sampler):
     def _main_chunks(
         self, stream: Stream, nfe: Nfe, cache: KVCache | None, xs: list, inputs: list[tuple]
     ) -> list:
-        attempt = self.attempt
-        attend = attempt.programs.attend(attempt.work)
-        static = self._static(attend=attend, kv_format=nfe.kv_format)
-        for chunk in range(len(attempt.plan.denoise.main_sizes)):
-            if cache is None or not (nfe.keeps or nfe.reuses):
+        attempt, taken = self.attempt, 0
+        static = self._static(attend=attempt.programs.attend(attempt.work))
+        for attentions in attempt.plan.denoise.attentions:
+            if not attentions:
                 xs = stream.visit(xs, inputs, **static)
                 continue
-            carried = list(zip(xs, cache.take(chunk, reads=nfe.reuses), strict=True))
-            cached = static | {"apply": dit.apply_blocks_cached, "reuses": nfe.reuses}
+            attending = static | {"kv_format": nfe.kv_format}
+            if cache is None or not (nfe.keeps or nfe.reuses):
+                xs = stream.visit(xs, inputs, **attending)
+                continue
+            carried = list(zip(xs, cache.take(taken, reads=nfe.reuses), strict=True))
+            cached = attending | {"apply": dit.apply_blocks_cached, "reuses": nfe.reuses}
             xs, held = (
                 list(column)
                 for column in zip(*stream.visit(carried, inputs, **cached), strict=True)
             )
-            cache.put(chunk, held, made=nfe.keeps)
+            cache.put(taken, held, made=nfe.keeps)
+            taken += 1
         return xs
 
     def _static(self, **static) -> dict:
         return {"apply": dit.apply_blocks, **static}
+
+
+def _tokens_bytes(sizes: Sizes, work: Work) -> int:
+    """Bytes of all tokens between programs (dit.Halfway), and of the time embeddings."""
+    config = sizes.config.transformer
+    per_context = (2 * config.dim + config.adaln_dim) * 4
+    return sizes.tokens(work, work.tokens, config.dim) + work.contexts * per_context
 
 
 def _keys_bytes(sizes: Sizes, work: Work, phase: Phase) -> int:
@@ -367,7 +414,7 @@ def _cache_bytes(sizes: Sizes, work: Work, phase: Phase, choice: DenoiseChoice) 
     """
     if not phase.caches:
         return 0
-    config, chunks = sizes.config.transformer, choice.main_sizes
+    config, chunks = sizes.config.transformer, [n for n in choice.attentions if n]
     of_block = phase.kv_format.nbytes(work.contexts, work.tokens, config.n_heads, config.head_dim)
     pairs = [sum(chunks[i : i + 2]) for i in range(max(1, len(chunks) - 1))]
     return of_block * (max(pairs) if choice.kv_on_host else sum(chunks))

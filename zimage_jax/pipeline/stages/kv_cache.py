@@ -30,7 +30,8 @@ class KVCache:
     ):
         """`shape`: contexts of a micro-batch, tokens, heads, head width.
 
-        `groups`: number of micro-batches. `sizes`: blocks of each chunk.
+        `groups`: number of micro-batches. `sizes`: attentions of each chunk that has any; chunks
+        without are not counted.
         """
         self._kv_format, self._shape, self._groups, self._sizes = kv_format, shape, groups, sizes
         self._placement, self._on_host, self._ledger = placement, on_host, ledger
@@ -119,7 +120,7 @@ def kv_cache(attempt: Attempt, phase: Phase, groups: int) -> Iterator[KVCache | 
         phase.kv_format,
         shape,
         groups,
-        choice.main_sizes,
+        tuple(n for n in choice.attentions if n),
         attempt.placement,
         choice.kv_on_host,
         attempt.ledger,

@@ -44,14 +44,14 @@ class Text:
             if stream.is_resident and memory.text_encoder == "staged":
                 continue
             stays = frozenset((COMPONENT, unit) for unit in blocks) if stream.is_resident else None
-            yield Option(TextChoice(stream), stream.device_bytes(sizes.storage), activations, stays)
+            yield Option(TextChoice(stream), stream.device_bytes, activations, stays)
 
     def compiled(self, programs: Programs, work: Work, choice: TextChoice) -> int:
         if choice.stream is None:
             return 0
         x = programs.like(work.prompts, work.bucket, programs.config.text_encoder.hidden_size)
         static = {"apply": text_encoder.apply_blocks, "attend": programs.attend(work)}
-        return programs.most(choice.stream, choice.stream.visit_kinds, lambda _: (x, (), static))
+        return programs.most(choice.stream, choice.stream.visit_kinds, lambda *_: (x, (), static))
 
     def stored(self, figures: Figures, work: Work, choice: TextChoice) -> int:
         if choice.stream is None:
@@ -63,7 +63,7 @@ class Text:
             return None
         config, work = timing.sizes.config.text_encoder, timing.work
         width = config.num_attention_heads * config.head_dim
-        layer = timing.block(COMPONENT, work.prompts, work.bucket, width=width)
+        layer = timing.block(COMPONENT, "layers.0", work.prompts, work.bucket, width=width)
         return timing.stream(choice.stream, lambda unit, nfe: layer)
 
     def run(self, attempt: Attempt) -> dict[str, Float[np.ndarray, "T E"]]:
