@@ -14,11 +14,13 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from datetime import date
+from functools import partial
 from typing import Any
 
 import click
 import jax
 
+from zimage_jax.model import dit
 from zimage_jax.model.attention import Target
 from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import KVPolicy
@@ -56,10 +58,16 @@ class Measure:
     def work(self, side: int, bucket: int = 64) -> Work:
         return Work.of(TURBO, side, side, 8, KVPolicy(), self.dtype, bucket=bucket)
 
-    def stream(self, component: str, group: str, blocks: int, copied: int) -> StreamPlan:
-        """A single chunk that stays, or a ring of three: two slots would hold two for good."""
+    def stream(
+        self, component: str, group: str, blocks: int, copied: int, half: str = ""
+    ) -> StreamPlan:
+        """A single chunk that stays, or a ring of three: two slots would hold two for good.
+
+        `half`: of blocks; a half takes the same whichever half is copied meanwhile.
+        """
         chunks = 3 if copied else 1
         units = self._sizes.units(component, group)[: chunks * blocks]
+        units = tuple(f"{unit}.{half}" for unit in units) if half else units
         made = schedule.make("ring" if copied else "resident", chunks)
         return stream_plan(STORAGE, component, cut(units, (blocks,) * chunks), made)
 
@@ -67,8 +75,8 @@ class Measure:
         """Stage -> kind of program -> points."""
         ways: dict[str, Callable[[], Any]] = {
             "text": self._text,
-            "context": self._context,
-            "denoise": self._denoise,
+            **{name: partial(self._context, half) for name, half in _named("context")},
+            **{name: partial(self._denoise, half) for name, half in _named("denoise")},
             "decode": lambda: self._points("decode", self._pixels(), lambda _: DecodeChoice()),
             "strips": self._strips,
             "scan": self._scan,
@@ -100,19 +108,21 @@ class Measure:
             for key, kind in KINDS.items()
         }
 
-    def _context(self) -> dict:
-        stream = self.stream("transformer", "context_refiner", 1, 0)
+    def _context(self, half: str) -> dict:
+        stream = self.stream("transformer", "context_refiner", 1, 0, half)
         return {"1,0": self._points("context", self._captions(), lambda _: Choice(stream))}
 
-    def _denoise(self) -> dict:
+    def _denoise(self, half: str) -> dict:
         return {
-            key: self._points("denoise", self._tokens(), self._choice(DenoiseChoice, *kind))
+            key: self._points("denoise", self._tokens(), self._choice(DenoiseChoice, *kind, half))
             for key, kind in KINDS.items()
         }
 
-    def _choice(self, of: type[Choice], blocks: int, copied: int) -> Callable[[int], Choice]:
+    def _choice(
+        self, of: type[Choice], blocks: int, copied: int, half: str = ""
+    ) -> Callable[[int], Choice]:
         component = "text_encoder" if of is TextChoice else "transformer"
-        choice = of(self.stream(component, "layers", blocks, copied))
+        choice = of(self.stream(component, "layers", blocks, copied, half))
         return lambda _: choice
 
     def _strips(self) -> list:
@@ -152,7 +162,16 @@ def text_of(table: dict) -> str:
     )
 
 
-PARTS = "text", "context", "denoise", "decode", "strips", "scan"
+def _named(stage: str) -> list[tuple[str, str]]:
+    """Names of a stage's figures, and the half that they are of; "" for whole blocks."""
+    return [(stage, ""), *((f"{stage} {half}", half) for half in dit.HALVES)]
+
+
+PARTS = (
+    "text",
+    *(name for stage in ("context", "denoise") for name, _ in _named(stage)),
+    *("decode", "strips", "scan"),
+)
 
 
 @click.command(help=__doc__)

@@ -11,7 +11,7 @@ from tests.planning.jobs import one_phase
 from zimage_jax.errors import OutOfMemoryError
 from zimage_jax.pipeline.stages import STAGES
 from zimage_jax.planning import schedule
-from zimage_jax.planning.plan import Memory, Stage, StreamPlan
+from zimage_jax.planning.plan import Memory, Stage
 from zimage_jax.planning.planner import Planner
 from zimage_jax.planning.work import Work
 from zimage_jax.weights.formats import uniform
