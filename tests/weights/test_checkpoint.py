@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from tests import small
 from zimage_jax.errors import CheckpointError, DamagedError, ForeignError, OutputError
+from zimage_jax.model import dit
 from zimage_jax.model.layers import named_arrays
 from zimage_jax.runtime.reader import load
 from zimage_jax.weights import checkpoint, components
@@ -49,6 +50,35 @@ def test_one_run_of_blocks(native):
     found = Checkpoint(native(NAME)).read("transformer", "layers.1")
     assert found
     assert all(path.startswith("layers.1.") for path in found)
+
+
+def test_half_a_block_is_read_alone(folder):
+    """Without the bytes of the other half, of which one is wrong here."""
+    checkpoint = Checkpoint(folder)
+    attention, feed_forward = components.halves("transformer", "layers.0")
+    whole = checkpoint.read("transformer", "layers.0")
+    found = checkpoint.read("transformer", attention)
+    assert list(found) == list(checkpoint.storage.leaves("transformer", attention))
+    for path, array in found.items():
+        np.testing.assert_array_equal(array, whole[path])
+    taken = checkpoint.buffer_bytes("transformer", attention)
+    assert taken < checkpoint.buffer_bytes("transformer", "layers.0")
+    buffer = np.empty(taken, np.uint8)
+    again = checkpoint.read("transformer", attention, buffer)
+    assert all(np.shares_memory(array, buffer) for array in again.values())
+    flip(folder / "transformer" / "layers.0.safetensors", -1)
+    spoilt = {name for name in (attention, feed_forward) if is_damaged(checkpoint, name)}
+    (last,) = {components.half_of(name) for name in spoilt}
+    path = max(checkpoint._records["transformer"]["layers.0"].items(), key=lambda r: r[1].offset)
+    assert path[0].split(".")[2] in dit.HALVES[last]
+
+
+def is_damaged(checkpoint: Checkpoint, name: str) -> bool:
+    try:
+        checkpoint.read("transformer", name)
+    except DamagedError:
+        return True
+    return False
 
 
 def test_any_tool_reads_a_unit(native):
