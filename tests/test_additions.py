@@ -124,7 +124,7 @@ class Doubled:
 
     def options(self, sizes, work, memory):
         scale = sizes.config.vae.scale
-        yield Option(Choice(), 0, work.h * work.w * scale**2 * 3, frozenset())
+        yield Option(Choice(), {}, {"pixels": work.h * work.w * scale**2 * 3}, frozenset())
 
     def compiled(self, programs, work, choice) -> int:
         scale = programs.config.vae.scale

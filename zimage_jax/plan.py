@@ -12,7 +12,7 @@ import click
 
 from . import cli, options
 from .errors import OutOfMemoryError, UsageError
-from .units import GIB
+from .units import GIB, MIB
 
 if TYPE_CHECKING:
     from .model.config import ModelConfig
@@ -84,6 +84,7 @@ class Device:
 )
 @options.kv_options
 @options.memory_options
+@click.option("--explain", is_flag=True, help="Print what takes the device memory, array by array.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model,
@@ -93,6 +94,7 @@ def command(
     more_sizes,
     steps,
     disk_gbps,
+    explain,
     as_json,
     kv_dtype,
     kv_switch_t,
@@ -146,6 +148,8 @@ def command(
         click.echo(json.dumps(result))
     else:
         _print(result)
+        if explain:
+            _explain(result)
 
 
 # -- model and device ------------------------------------------------------------------------------
@@ -325,7 +329,8 @@ def _rows(
             "resident_chunks": plan.denoise.resident_chunks,
             "vae_rows": plan.choices["decode"].rows,
             "predicted_peak_bytes": plan.peak_bytes,
-            "predicted_peak_bytes_by_stage": dict(plan.peak_bytes_by_stage),
+            "predicted_peak_bytes_by_stage": plan.peak_bytes_by_stage,
+            "predicted_arrays_by_stage": {s: dict(of) for s, of in plan.arrays_by_stage.items()},
             "predicted_seconds": round(sum(by_stage.values()), 3),
             "predicted_seconds_by_stage": {
                 stage: round(value, 3) for stage, value in by_stage.items()
@@ -388,6 +393,17 @@ def _print(result: dict) -> None:
     click.echo(
         f"rates: {result['rates']}; the first picture, parameters {source}, programs compiled"
     )
+
+
+def _explain(result: dict) -> None:
+    """For each size, the arrays of every stage when it takes most, the largest first."""
+    for row in result["sizes"]:
+        for stage, arrays in row.get("predicted_arrays_by_stage", {}).items():
+            total = sum(arrays.values())
+            most = " (the peak)" if total == row["predicted_peak_bytes"] else ""
+            click.echo(f"\n{row['size']} {stage}: {total / MIB:,.1f} MiB{most}")
+            for name, nbytes in sorted(arrays.items(), key=lambda item: -item[1]):
+                click.echo(f"{nbytes / MIB:11,.1f}  {name}")
 
 
 def _gib(size: int) -> str:

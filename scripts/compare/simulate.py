@@ -56,7 +56,7 @@ def simulate(cell: dict) -> dict:
         "vae_rows": plan.choices["decode"].rows,
         "budget_bytes": budget,
         "predicted_peak_bytes": plan.peak_bytes,
-        "predicted_peak_bytes_by_stage": dict(plan.peak_bytes_by_stage),
+        "predicted_peak_bytes_by_stage": plan.peak_bytes_by_stage,
         "predicted_seconds": round(sum(by_stage.values()), 4),
         "predicted_seconds_by_stage": {stage: round(value, 4) for stage, value in by_stage.items()},
         "predicted_compute_seconds_by_stage": {

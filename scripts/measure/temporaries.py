@@ -29,7 +29,7 @@ from zimage_jax.pipeline.stages.decode import DecodeChoice
 from zimage_jax.pipeline.stages.denoise import DenoiseChoice
 from zimage_jax.pipeline.stages.text import TextChoice
 from zimage_jax.planning import cards, schedule
-from zimage_jax.planning.plan import Choice, Sizes, StreamPlan, cut, stream_plan
+from zimage_jax.planning.plan import Choice, Sizes, StreamPlan, chunked, cut, stream_plan
 from zimage_jax.planning.stored import TEMPORARIES
 from zimage_jax.planning.work import Work
 from zimage_jax.runtime.deviceless import CardPrograms, order
@@ -80,6 +80,8 @@ class Measure:
             "decode": lambda: self._points("decode", self._pixels(), lambda _: DecodeChoice()),
             "strips": self._strips,
             "scan": self._scan,
+            "ring_order": self._ring_order,
+            "half_orders": self._half_orders,
         }
         return {stage: ways[stage]() for stage in stages}
 
@@ -143,11 +145,20 @@ class Measure:
         whole = stream_plan(STORAGE, "transformer", (blocks,), schedule.make("scan", 1))
         return self._points("denoise", self._tokens(), lambda _: DenoiseChoice(whole))
 
-    def ring_order(self) -> list[tuple[str, int]]:
+    def _ring_order(self) -> list[tuple[str, int]]:
         """Copies and kernels of a ring step over one block of the transformer, in the order they run."""
-        choice = DenoiseChoice(self.stream("transformer", "layers", 1, 1))
+        return self._orders(DenoiseChoice(self.stream("transformer", "layers", 1, 1)))[0]
+
+    def _half_orders(self) -> list[list[tuple[str, int]]]:
+        """The same of the ring steps over halves: each runs while the other is copied."""
+        chunks = chunked("transformer", self._sizes.units("transformer", "layers")[:2], 4)
+        ring = stream_plan(STORAGE, "transformer", chunks, schedule.make("ring", len(chunks)))
+        return self._orders(DenoiseChoice(ring))
+
+    def _orders(self, choice: DenoiseChoice) -> list[list[tuple[str, int]]]:
+        before = self.programs.executables(ring_step)
         self._scratch("denoise", self.work(512), choice)
-        return order(self.programs.executables(ring_step)[0])
+        return [order(step) for step in self.programs.executables(ring_step)[len(before) :]]
 
 
 def rows_of(side: int) -> tuple[int, ...]:
@@ -170,7 +181,7 @@ def _named(stage: str) -> list[tuple[str, str]]:
 PARTS = (
     "text",
     *(name for stage in ("context", "denoise") for name, _ in _named(stage)),
-    *("decode", "strips", "scan"),
+    *("decode", "strips", "scan", "ring_order", "half_orders"),
 )
 
 
@@ -187,7 +198,6 @@ def main(names: tuple[str, ...], parts: tuple[str, ...]) -> None:
             "dtype": measure.dtype,
             "jax": jax.__version__,
             "date": f"{date.today()}",
-            "ring_order": measure.ring_order(),
             **measure.figures(parts or PARTS),
         }
         # read now: another process may have written another card meanwhile

@@ -100,7 +100,7 @@ def timeline(
         def copy(self, component, *units, without_kv=False) -> float:
             return copy
 
-    plan = Plan(nfes=3, choices={}, kept=False, host_window=window, peak_bytes_by_stage={})
+    plan = Plan(nfes=3, choices={}, kept=False, host_window=window, arrays_by_stage={})
     timing = Given(plan, square(512), SIZES, rates)
     return timing.stream(stream, lambda unit, nfe: run, (None,) * 3, groups)
 
@@ -138,7 +138,7 @@ def test_operations_are_those_the_compiler_counts():
     time = jax.ShapeDtypeStruct((1, config.transformer.adaln_dim), jnp.float32)
     run = jax.jit(lambda b, x, t: dit.apply_blocks([b], x, side._replace(time=t), Attend()))
     counted = run.lower(block, x, time).cost_analysis()
-    plan = Plan(nfes=1, choices={}, kept=False, peak_bytes_by_stage={})
+    plan = Plan(nfes=1, choices={}, kept=False, arrays_by_stage={})
     timing = Timing(plan, work, Sizes(uniform(config, "float32"), 4), Rates(1, 1))
     ours = timing.block("transformer", 1, work.tokens, width=config.transformer.dim)
     assert ours == pytest.approx(counted["flops"], rel=0.25)  # ours count products alone

@@ -50,9 +50,23 @@ def assert_overlaps(order) -> None:
     assert after_last_start > kernels / 4
 
 
+def assert_halves_overlap(orders) -> None:
+    """All copies of a half are awaited after the other's last kernel. Those of an attention are all
+    queued before the first kernel of the feed-forward; of the feed-forward's three matrices one at
+    least, and the others while q, k and v are computed."""
+    assert sorted(order[-1] for order in orders) == [("done", 3), ("done", 3), ("done", 5)]
+    for order in orders:
+        copied = order[-1][1]
+        assert [kind for kind, _ in order].count("done") == 1
+        assert order[0] == ("start", copied) or (copied == 3 and order[0][0] == "start")
+        kernels = sum(count for kind, count in order if kind == "compute")
+        assert next(count for kind, count in reversed(order) if kind == "compute") > kernels / 2
+
+
 def test_stored_ring_steps_copy_while_they_compute():
     for figures in json.loads(stored.TEMPORARIES.read_text())["capabilities"].values():
         assert_overlaps(figures["ring_order"])
+        assert_halves_overlap(figures["half_orders"])
 
 
 def test_a_ring_step_compiled_for_a_card_copies_while_it_computes(gpu_compiler):

@@ -105,6 +105,7 @@ class Report(TypedDict):
     predicted_seconds: float | None
     predicted_peak_bytes: int
     predicted_peak_bytes_by_stage: dict[str, int]
+    predicted_arrays_by_stage: dict[str, dict[str, int]]
     peak_device_bytes: int
     peak_device_bytes_from: str  # "allocator", or "ledger" if the device counts no bytes
     ledger_peak_bytes: int

@@ -110,6 +110,11 @@ class StreamPlan:
         return len(self.schedule.resident) == len(self.chunks)
 
     @property
+    def is_halved(self) -> bool:
+        """Whether blocks are in halves."""
+        return any(components.half_of(units[0]) for units in self.chunks)
+
+    @property
     def streamed(self) -> list[int]:
         """The chunks that are copied into slots."""
         return [chunk for chunk in range(len(self.chunks)) if chunk not in self.schedule.resident]
@@ -148,10 +153,21 @@ class StreamPlan:
         return self.copied_bytes > 0 and self.schedule.slots == 1
 
     @property
+    def device_arrays(self) -> dict[str, int]:
+        """Device bytes of the resident chunks and of each slot, by name."""
+        resident = self.schedule.resident
+        found = {"resident chunks": sum(self.nbytes[c] for c in resident)} if resident else {}
+        for slot, kind in enumerate(self.schedule.slot_kinds(self.kinds)):
+            largest = self._largest(kind)
+            first, *rest = self.chunks[largest]
+            units = f"{first} and {len(rest)} more" if rest else first
+            found[f"slot {slot} (as large as {units})"] = self.nbytes[largest]
+        return found
+
+    @property
     def device_bytes(self) -> int:
         """Device bytes of the resident chunks and the slots."""
-        slots = [self._largest(kind) for kind in self.schedule.slot_kinds(self.kinds)]
-        return sum(self.nbytes[c] for c in (*self.schedule.resident, *slots))
+        return sum(self.device_arrays.values())
 
     def unused(self, chunk: int) -> int:
         """Bytes of a slot of every kind that are free while it holds a chunk."""
@@ -264,16 +280,16 @@ class Choice:
 
 
 class Option(NamedTuple):
-    """One way to run a stage, with its device bytes.
+    """One way to run a stage, with its device bytes by name.
 
-    `weights`: bytes of parameters. `activations`: bytes of other arrays between programs. `stays`:
-    the (component, unit) of all its parameters, which may stay for the next picture; None where
-    some are streamed.
+    `weights`: of parameters. `activations`: of other arrays between programs. `stays`: the
+    (component, unit) of all its parameters, which may stay for the next picture; None where some
+    are streamed.
     """
 
     choice: Any
-    weights: int
-    activations: int
+    weights: Mapping[str, int]
+    activations: Mapping[str, int]
     stays: frozenset[tuple[str, str]] | None = None
 
 
@@ -315,7 +331,8 @@ class Plan:
     kept: bool  # every parameter stays on the device between pictures
     # bytes of the window through which blocks are read from disk; None: they stay in host memory
     host_window: int | None = None
-    peak_bytes_by_stage: Mapping[str, int]
+    # stage -> array -> its device bytes when the stage takes most
+    arrays_by_stage: Mapping[str, Mapping[str, int]]
     seconds_by_stage: Mapping[str, float] | None = None  # None if a rate is unknown
 
     @property
@@ -330,6 +347,10 @@ class Plan:
     @property
     def seconds(self) -> float | None:
         return None if self.seconds_by_stage is None else sum(self.seconds_by_stage.values())
+
+    @property
+    def peak_bytes_by_stage(self) -> dict[str, int]:
+        return {stage: sum(arrays.values()) for stage, arrays in self.arrays_by_stage.items()}
 
     @property
     def peak_bytes(self) -> int:

@@ -5,7 +5,8 @@ chunks, a staged text encoder, the VAE in strips of rows. It never chooses one t
 picture (K and V, `vae_tile`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -54,9 +55,9 @@ class Planner:
             for stage in self._stages
             if (options := list(stage.options(self._sizes, work, memory)))
         }
-        if not memory.low_vram and (kept := self._kept(candidates, budget)):
+        if not memory.low_vram and (arrays := self._kept(candidates, budget)):
             first = {name: found[0] for name, found in candidates.items()}
-            return self._filled(work, memory, first, kept, kept=True)
+            return self._filled(work, memory, first, arrays, kept=True)
         # a GPU's compiler takes seconds per stage: one thread each
         with ThreadPoolExecutor(len(candidates)) as pool:
             fits = {
@@ -72,30 +73,33 @@ class Planner:
                 f"the budget is {size(budget)}",
                 peaks[worst],
             )
-        return self._filled(work, memory, chosen, peaks, kept=False)
+        arrays = {name: candidate.arrays for name, candidate in chosen.items()}
+        return self._filled(work, memory, chosen, arrays, kept=False)
 
     def _scratch(self, stage: Stage, work: Work, option: Option) -> Callable[[], int]:
         return lambda: self._costs.scratch(stage, work, option.choice)
 
     def _kept(
         self, candidates: dict[str, list["_Candidate"]], budget: int
-    ) -> dict[str, int] | None:
-        """Peaks by stage if every parameter stays on the device; None if that does not fit."""
+    ) -> dict[str, dict[str, int]] | None:
+        """Arrays by stage if every parameter stays on the device; None if that does not fit."""
         largest = {name: found[0] for name, found in candidates.items()}
         stays = [candidate.option.stays for candidate in largest.values()]
         units = frozenset[tuple[str, str]]().union(*(names for names in stays if names is not None))
-        together = sum(self._sizes.storage.nbytes(component, unit) for component, unit in units)
-        if None in stays or together > budget:
+        weights: Counter[str] = Counter()
+        for component, unit in units:
+            weights[f"{component}, resident"] += self._sizes.storage.nbytes(component, unit)
+        if None in stays or weights.total() > budget:
             return None
-        peaks = {name: together + c.option.activations + c.scratch() for name, c in largest.items()}
-        return peaks if max(peaks.values()) <= budget else None
+        arrays = {name: c.with_weights(weights) for name, c in largest.items()}
+        return arrays if max(sum(of.values()) for of in arrays.values()) <= budget else None
 
     def _filled(
         self,
         work: Work,
         memory: Memory,
         chosen: dict[str, "_Candidate"],
-        peaks: dict[str, int],
+        arrays: dict[str, dict[str, int]],
         *,
         kept: bool,
     ) -> Plan:
@@ -107,7 +111,7 @@ class Planner:
             choices=choices,
             kept=kept,
             host_window=memory.host_bytes,
-            peak_bytes_by_stage=peaks,
+            arrays_by_stage=arrays,
         )
 
 
@@ -117,11 +121,18 @@ class _Candidate(NamedTuple):
 
     @property
     def held(self) -> int:
-        return self.option.weights + self.option.activations
+        return sum(self.option.weights.values()) + sum(self.option.activations.values())
 
     @property
     def peak(self) -> int:
         return self.held + self.scratch()
+
+    @property
+    def arrays(self) -> dict[str, int]:
+        return self.with_weights(self.option.weights)
+
+    def with_weights(self, weights: Mapping[str, int]) -> dict[str, int]:
+        return {**weights, **self.option.activations, "temporaries": self.scratch()}
 
 
 def _first_that_fits(candidates: list[_Candidate], budget: int, smallest: bool) -> _Candidate:
@@ -170,8 +181,13 @@ def streams(
             f"--resident-chunks {memory.resident_chunks}: expected 0 to {counts[-1] - 1}, "
             "fewer than the chunks"
         )
-    # where two copy the same bytes, the one with fewer chunks is faster
-    return iter(sorted(found.values(), key=lambda s: (s.waits, s.copied_bytes, len(s.chunks))))
+
+    # Halves come last: where the link is the slower for one half alone, they take longer than their
+    # blocks. Where two copy the same bytes, the one with fewer chunks is faster
+    def rank(stream: StreamPlan) -> tuple:
+        return stream.waits, stream.is_halved, stream.copied_bytes, len(stream.chunks)
+
+    return iter(sorted(found.values(), key=rank))
 
 
 def _early(

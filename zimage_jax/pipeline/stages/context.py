@@ -35,9 +35,13 @@ class ContextStage:
 
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
         blocks = sizes.units(COMPONENT, "context_refiner")
-        width = sizes.config.transformer.dim + sizes.config.text_encoder.hidden_size
-        activations = sizes.inputs(work, work.bucket, 1) + sizes.tokens(work, work.bucket, width)
-        stem = sizes.storage.nbytes(COMPONENT, "stem")
+        config = sizes.config
+        activations = {
+            "rotations": sizes.inputs(work, work.bucket, 1),
+            "text features": sizes.tokens(work, work.bucket, config.text_encoder.hidden_size),
+            "tokens": sizes.tokens(work, work.bucket, config.transformer.dim),
+        }
+        stem = {"stem": sizes.storage.nbytes(COMPONENT, "stem")}
         ways = [("resident", 1), ("swap", len(blocks)), ("swap", 2 * len(blocks))]
         for name, count in ways:
             chunks = chunked(COMPONENT, blocks, count)
@@ -45,7 +49,7 @@ class ContextStage:
             stays = (
                 frozenset((COMPONENT, u) for u in ("stem", *blocks)) if stream.is_resident else None
             )
-            yield Option(Choice(stream), stem + stream.device_bytes, activations, stays)
+            yield Option(Choice(stream), stem | stream.device_arrays, activations, stays)
 
     def compiled(self, programs: Programs, work: Work, choice: Choice) -> int:
         assert choice.stream is not None

@@ -36,8 +36,8 @@ class Decode:
 
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
         config = sizes.config.vae
-        weights = sizes.storage.nbytes("vae", "decoder")
-        latents = work.h * work.w * config.latent_channels * 4
+        weights = {"VAE decoder": sizes.storage.nbytes("vae", "decoder")}
+        latents = {"latents": work.h * work.w * config.latent_channels * 4}
         stays = frozenset({("vae", "decoder")})
         if memory.vae_tile:
             yield Option(DecodeChoice(tile=memory.vae_tile), weights, latents, stays)
@@ -46,7 +46,7 @@ class Decode:
         rows = work.h * config.scale // 2
         while rows >= config.scale:
             # in strips the latents and the feature maps are on the host
-            yield Option(DecodeChoice(rows=rows), weights, 0, stays)
+            yield Option(DecodeChoice(rows=rows), weights, {}, stays)
             rows //= 2
 
     def compiled(self, programs: Programs, work: Work, choice: DecodeChoice) -> int:

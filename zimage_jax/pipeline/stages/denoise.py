@@ -91,10 +91,12 @@ class Denoise:
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
         config, storage = sizes.config.transformer, sizes.storage
         refiner, main = (sizes.units(COMPONENT, group) for group in ("noise_refiner", "layers"))
-        latents = work.batch * work.h * work.w * config.in_channels * 4
-        context = sizes.tokens(work, work.bucket, config.dim)
-        inputs = sizes.inputs(work, work.image_tokens + work.tokens, 1)
-        tokens = _tokens_bytes(sizes, work)
+        between = {
+            "latents": work.batch * work.h * work.w * config.in_channels * 4,
+            "context": sizes.tokens(work, work.bucket, config.dim),
+            "rotations": sizes.inputs(work, work.image_tokens + work.tokens, 1),
+        }
+        stem = {"stem": storage.nbytes(COMPONENT, "stem")}
         caches = any(phase.caches for phase in work.phases)
         choices = []
         for stream in streams(sizes, COMPONENT, refiner, main, memory):
@@ -105,10 +107,11 @@ class Denoise:
         for choice in sorted(choices, key=lambda c: (c.blocks.waits, c.kv_on_host)):
             if choice.is_one_program:  # its tokens are scratch, its arguments have all inputs
                 keys = sum(_keys_bytes(sizes, work, phase) for phase in work.phases)
-                activations = latents + context + inputs + keys + sizes.inputs(work, work.bucket, 1)
+                of_caption = keys + sizes.inputs(work, work.bucket, 1)
+                activations = between | {"rotations": between["rotations"] + of_caption}
             else:
-                activations = latents + context + inputs + tokens
-            weights = storage.nbytes(COMPONENT, "stem") + choice.blocks.device_bytes
+                activations = between | {"tokens": _tokens_bytes(sizes, work)}
+            weights = stem | choice.blocks.device_arrays
             units = ("stem", *refiner, *main)
             stays = frozenset((COMPONENT, u) for u in units) if choice.blocks.is_resident else None
             yield Option(choice, weights, activations, stays)

@@ -35,16 +35,16 @@ class Text:
 
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
         if memory.text_encoder == "host":
-            yield Option(TextChoice(), 0, 0, frozenset())
+            yield Option(TextChoice(), {}, {}, frozenset())
             return
         blocks = sizes.units(COMPONENT, "layers")
         width = sizes.config.text_encoder.hidden_size
-        activations = work.prompts * work.bucket * width * sizes.compute_bytes
+        activations = {"tokens": work.prompts * work.bucket * width * sizes.compute_bytes}
         for stream in streams(sizes, COMPONENT, (), blocks, _of_text(memory, len(blocks))):
             if stream.is_resident and memory.text_encoder == "staged":
                 continue
             stays = frozenset((COMPONENT, unit) for unit in blocks) if stream.is_resident else None
-            yield Option(TextChoice(stream), stream.device_bytes, activations, stays)
+            yield Option(TextChoice(stream), stream.device_arrays, activations, stays)
 
     def compiled(self, programs: Programs, work: Work, choice: TextChoice) -> int:
         if choice.stream is None:
