@@ -18,7 +18,7 @@ class Scale:
     tiny_size: str = "128x128"
     steps: int = 8
     blocks: int = 30
-    caps: tuple[int, ...] = (1024, 1536, 4096, 8192)  # MiB
+    caps: tuple[int, ...] = (768, 1024, 1536, 4096, 8192)  # MiB
     kernels: tuple[str, ...] = ("cudnn", "flash", "chunks")
     heads: dict[str, int] = field(default_factory=lambda: {"heads": 30, "width": 128})
     tokens: tuple[int, ...] = (1152, 4224, 16512)
@@ -135,18 +135,17 @@ def _tiny(scale: Scale) -> Iterator[Group]:
 
 
 def _full(scale: Scale) -> Iterator[Group]:
+    ways: dict[str, dict] = {
+        "resident": {"schedule": "resident"},
+        "ring": {"schedule": "ring", "chunks": scale.blocks},
+        "ring of halves": {"schedule": "ring", "chunks": 2 * scale.blocks},
+    }
     cells = [
         _picture(
-            f"full/{schedule} {size}",
-            scale,
-            scale.full,
-            size,
-            schedule=schedule,
-            like=f"full/resident {size}",
-            **({"chunks": scale.blocks} if schedule == "ring" else {}),
+            f"full/{name} {size}", scale, scale.full, size, like=f"full/resident {size}", **words
         )
         for size in scale.sizes
-        for schedule in ("resident", "ring")
+        for name, words in ways.items()
     ]
     yield Group(cells, 180, model=scale.full)
 
