@@ -124,7 +124,8 @@ def inspect(path: Path, as_json: bool) -> None:
         click.echo(
             f"  {name:13s} {part['layout']:10s} {part['tensors']:5d} tensors  "
             f"{part['parameters'] / 1e9:8.4f} B parameters  "
-            f"{size(part['bytes']):>10s}  {printable(', '.join(part['dtypes']))}"
+            f"{size(part['bytes']):>10s}  "
+            f"{printable(', '.join(part.get('formats', part['dtypes'])))}"
         )
     for key, value in parts.get("notes", {}).items():
         click.echo(f"  {key}: {value}")

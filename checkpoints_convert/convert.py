@@ -41,7 +41,7 @@ class Unit(Protocol):
     def runs(self, path: str, dtype: np.dtype) -> Iterator[np.ndarray]:
         """Consecutive rows of the native array, cast to `dtype`.
 
-        Raises ConversionError for NaN and infinity, and if the source has less than the array.
+        Raises ConversionError for NaN and infinity in a PyTorch source.
         """
 
     def encoded(self, path: str, encoding: Encoding) -> Any | None:
@@ -95,7 +95,9 @@ def reencode(source: Checkpoint, dst: Path, form: str, *, quiet: bool = False) -
     def unit(component: str, name: str) -> "_Stored":
         return _Stored(source, component, name)
 
-    storage = _fitted(formats.parse(source.config, form), unit, quiet)
+    wanted = formats.parse(source.config, form)
+    _refuse_widening(source, wanted)
+    storage = _fitted(wanted, unit, quiet)
     with Writer(dst, storage, {"manifest": fingerprint}) as writer:
         _write_units(writer, unit, quiet)
         return writer.finish(tokenizer, provenance)
@@ -110,6 +112,20 @@ def _refuse_inside(partial: Path, files: list[Path]) -> None:
                     f"{file}: the source is inside {partial}, where the conversion writes; "
                     "choose another DST"
                 )
+
+
+def _refuse_widening(source: Checkpoint, wanted: Storage) -> None:
+    """Raises ConversionError if a parameter in int8 is wanted in another format."""
+    for component in COMPONENTS:
+        for unit in wanted.units(component):
+            encodings = wanted.parameters(component, unit)
+            for path, own in source.storage.parameters(component, unit).items():
+                if own is not None and not own.is_exact and own != encodings[path]:
+                    name = source.storage.of(component, path).name
+                    raise ConversionError(
+                        f"{source.path}: {component} {path} is stored in {name}, which has lost "
+                        "bits that another format would need; convert from the original files"
+                    )
 
 
 def _fitted(storage: Storage, unit_of_source: Callable[[str, str], Unit], quiet: bool) -> Storage:
@@ -216,7 +232,6 @@ class _Stored:
     def __init__(self, checkpoint: Checkpoint, component: str, unit: str):
         self._arrays = checkpoint.read(component, unit)
         self._encoded = checkpoint.storage.encoded(component, unit, self._arrays)
-        self._where = f"{checkpoint.path}: {component} "
 
     def encoded(self, path: str, encoding: Encoding) -> Any | None:
         own, tree = self._encoded.get(path, (None, None))
@@ -227,11 +242,6 @@ class _Stored:
         if array is None:
             encoding, tree = self._encoded[path]
             array = encoding.decode(tree)
-        if array is None:
-            raise ConversionError(
-                f"{self._where}{path} is stored in int8, which has too few bits for another "
-                "format; convert from the original files"
-            )
         yield array.astype(dtype, copy=False)
 
 

@@ -20,7 +20,7 @@ UNDER = {
     "a chunk per block": Memory(schedule="ring", chunks=5),
     "two chunks, swapped": Memory(schedule="swap", chunks=2),
     "hybrid": Memory(schedule="hybrid", chunks=5, resident_chunks=2),
-    "disk": Memory(schedule="ring", chunks=5, host_bytes=200_000),
+    "disk": Memory(schedule="ring", chunks=5, host_bytes=500_000),
     "text on the host": Memory(schedule="ring", text_encoder="host"),
     "scan": Memory(schedule="scan"),
 }
@@ -59,7 +59,7 @@ def latents(stored):
     return draw
 
 
-QUICK = {("ring", "float32"), ("ring", "bfloat16"), ("disk", "float32")}
+QUICK = {("ring", "float32"), ("ring", "bfloat16")}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_lossless_model_draws_the_bits_of_a_bfloat16_one(case, latents):
     "case",
     every(
         itertools.product(["int8", "int8-hadamard", MIX], UNDER, DTYPES),
-        {("int8", "ring", "float32"), (MIX, "ring", "float32"), (MIX, "disk", "float32")},
+        {(MIX, "ring", "float32"), (MIX, "disk", "float32")},
     ),
     ids=" in ".join,
 )
@@ -89,7 +89,7 @@ def test_every_schedule_gives_the_same_bits_of_a_format(case, latents):
         np.testing.assert_array_equal(found, resident)
 
 
-@pytest.mark.parametrize("text", ["int8", every(["int8-hadamard"], [])[0]])
+@pytest.mark.parametrize("text", every(["int8", "int8-hadamard"], []))
 def test_int8_changes_the_picture_and_keeps_it_near(text, latents):
     error = relative(
         latents(text, "resident", "float32"), latents("bfloat16", "resident", "float32")

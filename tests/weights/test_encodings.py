@@ -189,3 +189,13 @@ def test_a_column_of_zeros_stays_zero():
     made = Int8().encode(matrix)
     assert not made.values[:, 1].any()
     assert Int8().fault(made) is None
+
+
+@pytest.mark.parametrize("rotates", [False, True])
+def test_int8_decodes_to_what_its_product_multiplies_by(rotates):
+    encoding, matrix = Int8(rotates), normal(48, 30).astype(np.float32)
+    made = encoding.encode(matrix)
+    decoded = encoding.decode(made)
+    assert error(decoded, matrix) < 0.01
+    found = encoded.product(jnp.eye(48), on_device(made), jnp.float32)
+    np.testing.assert_allclose(found, decoded, atol=1e-6)

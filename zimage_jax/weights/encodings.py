@@ -37,8 +37,12 @@ class Encoding(Protocol):
     def encode(self, matrix: np.ndarray) -> Any:
         """The tree that stores `matrix`, of the dtype `takes`."""
 
-    def decode(self, stored: Any) -> np.ndarray | None:
-        """The matrix, in the dtype `takes`, that was stored; None if that cannot be had exactly."""
+    @property
+    def is_exact(self) -> bool:
+        """Whether `decode` gives every bit of what was encoded."""
+
+    def decode(self, stored: Any) -> np.ndarray:
+        """The matrix that a tree stores, in the dtype `takes`."""
 
     def fault(self, stored: Any) -> str | None:
         """What is wrong with a tree of numpy arrays that was read; None if nothing is."""
@@ -68,7 +72,7 @@ def room_of(size: int) -> int:
 class Lossless:
     """bfloat16 in 12 bits (model.encoded.Packed): every bit of a picture stays."""
 
-    tree, takes = Packed, BFLOAT16
+    tree, takes, is_exact = Packed, BFLOAT16, True
 
     def admits(self, path: str, leaf: jax.ShapeDtypeStruct) -> bool:
         if not is_matrix(path, leaf) or leaf.shape[1] % 2:
@@ -181,7 +185,7 @@ class Int8:
     """
 
     rotates: bool = False
-    takes = np.dtype(np.float32)
+    takes, is_exact = np.dtype(np.float32), False
 
     @property
     def tree(self) -> type[Scaled] | type[Rotated]:
@@ -198,15 +202,20 @@ class Int8:
         return self.tree(*made)
 
     def encode(self, matrix: Float[np.ndarray, "i o"]) -> Scaled | Rotated:
-        if self.rotates:
-            turn = rotation(group_of(len(matrix)))
-            groups = matrix.reshape(-1, len(turn), matrix.shape[1])
-            matrix = np.matmul(turn, groups).reshape(matrix.shape)
+        matrix = self._turned(matrix)
         scale = np.maximum(np.abs(matrix).max(0), np.finfo(np.float32).tiny * 128) / np.float32(127)
         return self.tree(np.rint(matrix / scale[None]).astype(np.int8), scale)
 
-    def decode(self, stored: Any) -> None:
-        return None
+    def decode(self, stored: Any) -> Float[np.ndarray, "i o"]:
+        return self._turned(np.asarray(stored.values) * np.asarray(stored.scale)[None])
+
+    def _turned(self, matrix: Float[np.ndarray, "i o"]) -> Float[np.ndarray, "i o"]:
+        """The matrix with its inputs rotated, or rotated back."""
+        if not self.rotates:
+            return matrix
+        turn = rotation(group_of(len(matrix)))
+        groups = matrix.reshape(-1, len(turn), matrix.shape[1])
+        return np.matmul(turn, groups).reshape(matrix.shape)
 
     def fault(self, stored: Any) -> str | None:
         if not bool((np.isfinite(stored.scale) & (np.asarray(stored.scale) > 0)).all()):
