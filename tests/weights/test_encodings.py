@@ -12,7 +12,7 @@ from zimage_jax.weights import encodings
 from zimage_jax.weights.encodings import BFLOAT16, Int8, Lossless, room_of
 
 LOSSLESS = Lossless()
-DECODE = jax.jit(lambda packed: packed.decoded())
+DECODE = jax.jit(lambda packed: packed.decoded(jnp.bfloat16))
 
 
 def on_device(tree):

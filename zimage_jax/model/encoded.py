@@ -1,7 +1,8 @@
 """Matrices in fewer bits than the dtype they are computed in, and their products.
 
 A Linear's kernel is an array or one of these trees of arrays, which weights/encodings.py makes on
-the host. Each is decoded inside the program that uses it, just before its product.
+the host. Each is decoded inside the program that uses it, just before its product. cuBLAS, which
+computes the products on a GPU, needs the decoded matrix in memory; one at a time is there.
 
 Axes: n rows of x, i and o a matrix's inputs and outputs, E exceptions.
 """
@@ -35,8 +36,8 @@ class Packed(NamedTuple):
     places: Int32[Array | np.ndarray, "E"]
     exact: UInt16[Array | np.ndarray, "E"]  # the bits of the weights there
 
-    def decoded(self) -> Float[Array, "i o"]:
-        """The matrix in bfloat16. XLA makes one elementwise kernel and one scatter in place.
+    def decoded(self, dtype) -> Float[Array, "i o"]:
+        """The matrix in `dtype`. XLA makes one elementwise kernel and one scatter in place.
 
         The shift over a trailing axis of 2 is the form that fuses: `stack` makes a concatenation,
         and `repeat` ten kernels.
@@ -56,10 +57,10 @@ class Packed(NamedTuple):
         bits = bits.at[self.places].set(
             self.exact, mode="drop", unique_indices=True, indices_are_sorted=True
         )
-        return lax.bitcast_convert_type(bits.reshape(rows, columns), jnp.bfloat16)
+        return lax.bitcast_convert_type(bits.reshape(rows, columns), jnp.bfloat16).astype(dtype)
 
     def product(self, x: Float[Array, "n i"], dtype) -> Float[Array, "n o"]:
-        return ops.product(x, self.decoded().astype(x.dtype), dtype)
+        return ops.product(x, self.decoded(x.dtype), dtype)
 
 
 class Scaled(NamedTuple):
@@ -68,12 +69,15 @@ class Scaled(NamedTuple):
     values: Int8[Array | np.ndarray, "i o"]
     scale: Float32[Array | np.ndarray, "o"]
 
+    def decoded(self, dtype) -> Float[Array, "i o"]:
+        """The matrix in `dtype`. The scale could also come after the product: Triton's products
+        would then convert int8 as they read it. Those are off (runtime/program.py), and before
+        cuBLAS's a scaled product would be in float32: 135 MiB instead of 54 (sm_89, 1024x1024)."""
+        scale = ops.last_axis(jnp.asarray(self.scale), 2)
+        return (jnp.asarray(self.values, jnp.float32) * scale).astype(dtype)
+
     def product(self, x: Float[Array, "n i"], dtype) -> Float[Array, "n o"]:
-        """The scale comes after the product: then int8 is converted as the product reads it, and
-        no converted matrix is in memory (Triton's products; cuBLAS's need one). The product is in
-        float32, because float16 would overflow before it is scaled."""
-        y = ops.product(x, jnp.asarray(self.values, x.dtype), jnp.float32)
-        return (y * ops.last_axis(jnp.asarray(self.scale), 2)).astype(dtype)
+        return ops.product(x, self.decoded(x.dtype), dtype)
 
 
 class Rotated(NamedTuple):
@@ -105,12 +109,20 @@ def product(x: Float[Array, "n i"], kernel: Any, dtype) -> Float[Array, "n o"]:
     return ops.product(x, kernel.astype(x.dtype), dtype)
 
 
-def decoded_after(x: Shaped[Array, "*b i"], kernel: Any) -> tuple[Shaped[Array, "*b i"], Any]:
-    """x and the kernel, such that a packed kernel is decoded only when x is there.
+# Without these barriers XLA decodes several matrices of a feed-forward at once (75 MiB each).
 
-    Without this XLA decodes several matrices of a feed-forward at once (75 MiB each).
-    """
-    return lax.optimization_barrier((x, kernel)) if isinstance(kernel, Packed) else (x, kernel)
+
+def decoded_after(x: Shaped[Array, "*b i"], kernel: Any) -> tuple[Shaped[Array, "*b i"], Any]:
+    """x and the kernel, such that an encoded kernel is decoded only when x is there."""
+    return lax.optimization_barrier((x, kernel)) if isinstance(kernel, ENCODED) else (x, kernel)
+
+
+def computed_after(
+    first: Shaped[Array, "*b o"], x: Shaped[Array, "*b i"], kernel: Any
+) -> tuple[Shaped[Array, "*b o"], Shaped[Array, "*b i"]]:
+    """`first` and x, such that what uses x waits for `first`; unless the kernel that x is
+    multiplied by is an array."""
+    return lax.optimization_barrier((first, x)) if isinstance(kernel, ENCODED) else (first, x)
 
 
 # -- rotation --------------------------------------------------------------------------------------

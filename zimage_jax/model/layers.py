@@ -46,7 +46,7 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "*b i"], out_dtype=None, *, in_turn: bool = False
     ) -> Float[Array, "*b o"]:
-        """`in_turn`: a packed kernel is decoded when x is there, not before."""
+        """`in_turn`: an encoded kernel is decoded when x is there, not before."""
         kernel = self.kernel.get_value()
         if in_turn:
             x, kernel = encoded.decoded_after(x, kernel)
@@ -80,7 +80,9 @@ def gated(x: Float[Array, "*b D"], gate: Linear, up: Linear, down: Linear) -> Fl
     (stable-diffusion.cpp divides its input by 128). Each token's product is therefore divided by a
     power of two, and the output multiplied by it.
     """
-    opened, values = jax.nn.silu(gate(x, in_turn=True)), up(x, in_turn=True)
+    opened = gate(x, in_turn=True)
+    opened, x = encoded.computed_after(opened, x, up.kernel.get_value())
+    opened, values = jax.nn.silu(opened), up(x, in_turn=True)
     if x.dtype != jnp.float16:
         return down(opened * values, in_turn=True)
     hidden, scale = ops.rows_in_range(opened.astype(jnp.float32) * values.astype(jnp.float32))
