@@ -6,12 +6,15 @@ from pathlib import Path
 
 import click
 
-from zimage_jax.files import printable
+from zimage_jax.errors import ForeignError
+from zimage_jax.files import kind_of, printable
 from zimage_jax.model.config import TURBO_SHIFT
 from zimage_jax.units import size
+from zimage_jax.weights.checkpoint import Checkpoint
 
 from . import sources
 from .convert import convert as convert_source
+from .convert import reencode
 from .inspect import inspect as inspect_path
 
 FILE = click.Path(path_type=Path)
@@ -44,46 +47,62 @@ FILE = click.Path(path_type=Path)
 )
 @click.option("--tokenizer", type=FILE, help="tokenizer.json, if there is no --config.")
 @click.option(
+    "--format",
     "--dtype",
-    type=click.Choice(["bfloat16", "float32"]),
+    "form",
     default="bfloat16",
     show_default=True,
-    help="The dtype to store.",
+    metavar="FORMAT",
+    help="How parameters are stored: bfloat16; float32; lossless (matrices of blocks in 12 bits, "
+    "the same pictures as bfloat16); int8 or int8-hadamard (8 bits, which changes pictures). "
+    "PATTERN=FORMAT gives some another, as in 'lossless,text_encoder=int8' or 'layers.*=int8': the "
+    "last pattern that matches a component, block or path counts.",
 )
 @click.option("--verify", is_flag=True, help="First compare SRC with the published MD5 sums.")
 @click.option("--quiet", is_flag=True, help="Show neither progress nor summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
 def convert(
-    paths, config_folder, tokenizer, variant, dtype, verify, quiet, as_json, **files
+    paths, config_folder, tokenizer, variant, form, verify, quiet, as_json, **files
 ) -> None:
-    """Convert a PyTorch Z-Image to a native checkpoint.
+    """Convert a PyTorch Z-Image to a native checkpoint, or a native one to another format.
 
-    SRC is a folder in diffusers layout, or one file with all three models. --dit, --text-encoder
-    and --vae give single files (ComfyUI's, for example) instead of SRC, or replace parts of SRC.
+    SRC is a folder in diffusers layout, one file with all three models, or a native checkpoint.
+    --dit, --text-encoder and --vae give single files (ComfyUI's, for example) instead of SRC, or
+    replace parts of SRC.
     After an interruption, run the same command again to resume.
     """
     if len(paths) > 2:
         raise click.UsageError(f"expected [SRC] DST, got {len(paths)} paths")
     src, dst = (paths[0], paths[1]) if len(paths) == 2 else (None, paths[0])
-    if verify:
-        if src is None:
-            raise click.UsageError("--verify compares SRC with the published files: give SRC")
-        sources.verify(src, quiet=quiet)
+    if verify and src is None:
+        raise click.UsageError("--verify compares SRC with the published files: give SRC")
     began = time.monotonic()
     given = {component: file for component, file in files.items() if file}
-    source = sources.open_source(src, given, config_folder, tokenizer, variant)
-    convert_source(source, dst, dtype, quiet=quiet or as_json)
+    if src is not None and kind_of(src / "manifest", ForeignError):
+        if given or config_folder or tokenizer or variant or verify:
+            raise click.UsageError(
+                f"{src} is a native checkpoint: only --format, --quiet and --json apply"
+            )
+        checkpoint = Checkpoint(src)
+        reencode(checkpoint, dst, form, quiet=quiet or as_json)
+        config = checkpoint.config
+    else:
+        if verify and src is not None:
+            sources.verify(src, quiet=quiet)
+        source = sources.open_source(src, given, config_folder, tokenizer, variant)
+        convert_source(source, dst, form, quiet=quiet or as_json)
+        config = source.config
     nbytes = sum(f.stat().st_size for f in dst.rglob("*") if f.is_file())
     seconds = time.monotonic() - began
     if as_json:
         click.echo(
             json.dumps(
-                {"path": str(dst), "bytes": nbytes, "seconds": round(seconds, 3), "dtype": dtype}
+                {"path": str(dst), "bytes": nbytes, "seconds": round(seconds, 3), "format": form}
             )
         )
     elif not quiet:
-        click.echo(f"{dst}: {size(nbytes)} in {dtype}, {seconds:.1f} s")
-        shift, defaults = source.config.scheduler.shift, source.config.defaults
+        click.echo(f"{dst}: {size(nbytes)} in {form}, {seconds:.1f} s")
+        shift, defaults = config.scheduler.shift, config.defaults
         if shift != TURBO_SHIFT:
             click.echo(
                 f"shift is {shift:g}, Turbo's is {TURBO_SHIFT:g}: this looks like the base model; "
@@ -105,7 +124,8 @@ def inspect(path: Path, as_json: bool) -> None:
         click.echo(
             f"  {name:13s} {part['layout']:10s} {part['tensors']:5d} tensors  "
             f"{part['parameters'] / 1e9:8.4f} B parameters  "
-            f"{size(part['bytes']):>10s}  {printable(', '.join(part['dtypes']))}"
+            f"{size(part['bytes']):>10s}  "
+            f"{printable(', '.join(part.get('formats', part['dtypes'])))}"
         )
     for key, value in parts.get("notes", {}).items():
         click.echo(f"  {key}: {value}")

@@ -1,21 +1,28 @@
-"""Source to native checkpoint, tensor by tensor: at most two matrices are in memory at a time."""
+"""Source to native checkpoint, unit by unit.
+
+A PyTorch source is read tensor by tensor: two matrices are in memory at a time. Of a native one,
+two units are.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import xxhash
 from tqdm import tqdm
 
 from zimage_jax import interrupts
 from zimage_jax.errors import ConversionError, UsageError
 from zimage_jax.files import LARGEST_JSON, read_regular
 from zimage_jax.model.prompt import Prompts
-from zimage_jax.units import DTYPES
 from zimage_jax.weights import formats
 from zimage_jax.weights import names as rules
+from zimage_jax.weights.checkpoint import Checkpoint
+from zimage_jax.weights.encodings import Encoding, Lossless
 from zimage_jax.weights.formats import Storage
 from zimage_jax.weights.writer import Writer, partial_folder
 
@@ -27,18 +34,23 @@ _WORKERS = 2  # one computes while the other waits for the disk; each has one ma
 _EXPONENT = {2: (np.uint16, 0x7F80), 4: (np.uint32, 0x7F800000)}
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """The part of a source tensor that becomes one native array: part `part` of `parts`."""
+@runtime_checkable
+class Unit(Protocol):
+    """One unit's parameters, by path."""
 
-    tensor: Tensor
-    transform: str
-    part: int
-    parts: int
+    def runs(self, path: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """Consecutive rows of the native array, cast to `dtype`.
+
+        Raises ConversionError for NaN and infinity in a PyTorch source.
+        """
+
+    def encoded(self, path: str, encoding: Encoding) -> Any | None:
+        """The tree of the parameter, if it is stored in just this encoding."""
 
 
-def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool = False) -> Path:
-    """Write the native checkpoint `dst` from `source`, stored in `dtype`. Returns `dst`.
+def convert(source: Source, dst: Path, form: str = "bfloat16", *, quiet: bool = False) -> Path:
+    """Write the native checkpoint `dst` from `source`, stored in `form` (see formats.parse).
+    Returns `dst`.
 
     After an interruption, call it again to resume. Raises ConversionError before anything is
     written if a tensor is unknown, missing, duplicate or misshapen, and later if one has NaN or
@@ -55,13 +67,39 @@ def convert(source: Source, dst: Path, dtype: str = "bfloat16", *, quiet: bool =
             f"{source.config.text_encoder.vocab_size}; it belongs to another model"
         )
     fingerprint = [[f.name, s.st_size, s.st_mtime_ns] for f, s in files.items()]
-    storage = Storage(source.config, formats.named(dtype))
     provenance = {
         "layouts": {c: source.components[c].layout for c in COMPONENTS},
         "files": {f"{f.parent.name}/{f.name}": s.st_size for f, s in files.items()},
     }
+    origins = {c: _Origins(source, c) for c in COMPONENTS}
+    storage = _fitted(formats.parse(source.config, form), lambda c, _: origins[c], quiet)
     with Writer(dst, storage, {"files": fingerprint}) as writer:
-        _write_units(source, writer, dtype, quiet)
+        _write_units(writer, lambda c, _: origins[c], quiet)
+        return writer.finish(tokenizer, provenance)
+
+
+def reencode(source: Checkpoint, dst: Path, form: str, *, quiet: bool = False) -> Path:
+    """Write the native checkpoint `dst` from another, stored in `form` (see formats.parse).
+    Returns `dst`.
+
+    Parameters that `source` already stores so are copied. After an interruption, call it again to
+    resume. Raises DamagedError; ConversionError where `source` has fewer bits than `form` needs;
+    UsageError if `source` is inside DST.partial; OutputError (see Writer).
+    """
+    manifest = source.path / "manifest" / "manifest.json"
+    _refuse_inside(partial_folder(dst), [manifest, source.tokenizer])
+    tokenizer = read_regular(source.tokenizer, LARGEST_JSON, ConversionError)
+    fingerprint = xxhash.xxh3_64_hexdigest(manifest.read_bytes())
+    provenance = source.provenance | {"formats before": formats.describe(source.storage)}
+
+    def unit(component: str, name: str) -> "_Stored":
+        return _Stored(source, component, name)
+
+    wanted = formats.parse(source.config, form)
+    _refuse_widening(source, wanted)
+    storage = _fitted(wanted, unit, quiet)
+    with Writer(dst, storage, {"manifest": fingerprint}) as writer:
+        _write_units(writer, unit, quiet)
         return writer.finish(tokenizer, provenance)
 
 
@@ -76,11 +114,68 @@ def _refuse_inside(partial: Path, files: list[Path]) -> None:
                 )
 
 
-def _write_units(source: Source, writer: Writer, dtype: str, quiet: bool) -> None:
+def _refuse_widening(source: Checkpoint, wanted: Storage) -> None:
+    """Raises ConversionError if a parameter in int8 is wanted in another format."""
+    for component in COMPONENTS:
+        for unit in wanted.units(component):
+            encodings = wanted.parameters(component, unit)
+            for path, own in source.storage.parameters(component, unit).items():
+                if own is not None and not own.is_exact and own != encodings[path]:
+                    name = source.storage.of(component, path).name
+                    raise ConversionError(
+                        f"{source.path}: {component} {path} is stored in {name}, which has lost "
+                        "bits that another format would need; convert from the original files"
+                    )
+
+
+def _fitted(storage: Storage, unit_of_source: Callable[[str, str], Unit], quiet: bool) -> Storage:
+    """`storage`, with bfloat16 for the matrices that lossless has no room for.
+
+    If one block's matrix has too many exceptions, those of all blocks stay in bfloat16: blocks of
+    equal shapes share slots and programs.
+    """
+    todo = [
+        (component, unit, path, encoding)
+        for component in COMPONENTS
+        for unit in storage.units(component)
+        for path, encoding in storage.parameters(component, unit).items()
+        if isinstance(encoding, Lossless)
+    ]
+    units: dict[tuple[str, str], list[tuple[str, Lossless]]] = {}
+    for component, unit, path, encoding in todo:
+        units.setdefault((component, unit), []).append((path, encoding))
+
+    def crowded(of: tuple[str, str]) -> list[str]:
+        """Paths within the unit, less its name, that have no room."""
+        unit = unit_of_source(*of)
+        return [
+            path.removeprefix(of[1])
+            for path, encoding in units[of]
+            if unit.encoded(path, encoding) is None
+            and not encoding.has_room(_whole(unit, path, encoding))
+        ]
+
+    plain: dict[tuple[str, str], None] = {}
+    with (
+        tqdm(total=len(units), unit="unit", desc="measure", disable=quiet or not units) as bar,
+        ThreadPoolExecutor(_WORKERS) as pool,
+    ):
+        for (component, _), found in zip(units, pool.map(crowded, units), strict=True):
+            plain |= dict.fromkeys((component, name) for name in found)
+            bar.update()
+            interrupts.check()
+    rows = tuple(
+        (f"{component}.{path}", formats.FORMATS["bfloat16"])
+        for component, unit, path, _ in todo
+        if (component, path.removeprefix(unit)) in plain
+    )
+    return replace(storage, special=(*storage.special, *rows))
+
+
+def _write_units(writer: Writer, unit_of_source: Callable[[str, str], Unit], quiet: bool) -> None:
     storage = writer.storage
     units = [(c, unit) for c in COMPONENTS for unit in storage.units(c)]
     total = sum(storage.nbytes(*unit) for unit in units)
-    origins = {c: _origins(source, c) for c in COMPONENTS}
     with (
         tqdm(
             total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="convert", disable=quiet
@@ -88,13 +183,17 @@ def _write_units(source: Source, writer: Writer, dtype: str, quiet: bool) -> Non
         ThreadPoolExecutor(_WORKERS) as pool,
     ):
 
+        def counted(runs: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+            for run in runs:
+                bar.update(run.nbytes)
+                yield run
+
         def write(component: str, unit: str) -> None:
             if writer.resumed and writer.done(component, unit):
                 bar.update(storage.nbytes(component, unit))
                 return
-            paths = storage.leaves(component, unit)
-            pieces = ((path, _runs(origins[component][path], path, dtype, bar)) for path in paths)
-            writer.write(component, unit, pieces)
+            pieces = _pieces(storage, component, unit, unit_of_source(component, unit))
+            writer.write(component, unit, ((path, counted(runs)) for path, runs in pieces))
 
         try:
             for job in [pool.submit(write, *unit) for unit in units]:
@@ -105,23 +204,85 @@ def _write_units(source: Source, writer: Writer, dtype: str, quiet: bool) -> Non
             raise
 
 
-def _origins(source: Source, component: str) -> dict[str, _Origin]:
-    tensors = source.components[component].tensors
-    return {
-        path: _Origin(tensors[name], entry.transform, part, len(entry.paths))
-        for name, entry in source.entries(component).items()
-        for part, path in enumerate(entry.paths)
-    }
+def _pieces(
+    storage: Storage, component: str, unit: str, source: Unit
+) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
+    """(path, runs) of each leaf of a unit, in order."""
+    leaves = storage.leaves(component, unit)
+    for path, encoding in storage.parameters(component, unit).items():
+        if encoding is None:
+            yield path, source.runs(path, leaves[path].dtype)
+            continue
+        tree = source.encoded(path, encoding)
+        if tree is None:
+            tree = encoding.encode(_whole(source, path, encoding))
+        yield from ((name, iter([array])) for name, array in formats.leaves_of(path, tree))
 
 
-def _runs(origin: _Origin, path: str, dtype: str, bar) -> Iterator[np.ndarray]:
-    """The native array in runs of rows, cast to `dtype`; `path` is for the message.
+def _whole(source: Unit, path: str, encoding: Encoding) -> np.ndarray:
+    return np.concatenate(list(source.runs(path, encoding.takes)))
+
+
+# -- native sources --------------------------------------------------------------------------------
+
+
+class _Stored:
+    """A unit of a native checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, component: str, unit: str):
+        self._arrays = checkpoint.read(component, unit)
+        self._encoded = checkpoint.storage.encoded(component, unit, self._arrays)
+
+    def encoded(self, path: str, encoding: Encoding) -> Any | None:
+        own, tree = self._encoded.get(path, (None, None))
+        return tree if own == encoding else None
+
+    def runs(self, path: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+        array = self._arrays.get(path)
+        if array is None:
+            encoding, tree = self._encoded[path]
+            array = encoding.decode(tree)
+        yield array.astype(dtype, copy=False)
+
+
+# -- PyTorch sources -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The part of a source tensor that becomes one native array: part `part` of `parts`."""
+
+    tensor: Tensor
+    transform: str
+    part: int
+    parts: int
+
+
+class _Origins:
+    """The parameters of a component of a PyTorch source, of all its units."""
+
+    def __init__(self, source: Source, component: str):
+        tensors = source.components[component].tensors
+        self._of = {
+            path: _Origin(tensors[name], entry.transform, part, len(entry.paths))
+            for name, entry in source.entries(component).items()
+            for part, path in enumerate(entry.paths)
+        }
+
+    def encoded(self, path: str, encoding: Encoding) -> None:
+        return None
+
+    def runs(self, path: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+        return _runs(self._of[path], path, dtype)
+
+
+def _runs(origin: _Origin, path: str, target: np.dtype) -> Iterator[np.ndarray]:
+    """The native array in runs of rows, cast to `target`; `path` is for the message.
 
     Raises ConversionError for NaN and infinity.
     """
     rows = origin.tensor.shape[0] // origin.parts
     first = origin.part * rows
-    target = DTYPES[dtype]
     if origin.transform == rules.SAME:
         step = max(1, _RUN_BYTES // max(1, target.itemsize * math.prod(origin.tensor.shape[1:])))
         parts = (
@@ -138,8 +299,7 @@ def _runs(origin: _Origin, path: str, dtype: str, bar) -> Iterator[np.ndarray]:
         bits, ones = _EXPONENT[target.itemsize]
         if bool(((run.view(bits) & ones) == ones).any()):
             raise ConversionError(
-                f"{origin.tensor.file}: {origin.tensor.name} has NaN or infinity in {dtype}; "
+                f"{origin.tensor.file}: {origin.tensor.name} has NaN or infinity in {target.name}; "
                 f"the file is damaged or was cast badly ({path} was not written)"
             )
-        bar.update(run.nbytes)
         yield run

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from zimage_jax.errors import ForeignError
 from zimage_jax.files import kind_of, printable
+from zimage_jax.units import tree_bytes
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.components import COMPONENTS
+from zimage_jax.weights.formats import Storage
 
 from . import sources
 
@@ -64,6 +66,18 @@ def _summary(layout: str, tensors: list[sources.Tensor]) -> dict:
     }
 
 
+def _formats(storage: Storage, component: str) -> dict[str, int]:
+    """Format -> the bytes of a component's parameters that are stored so."""
+    found: dict[str, int] = {}
+    for unit in storage.units(component):
+        leaves = storage.leaves(component, unit)
+        for path in storage.parameters(component, unit):
+            own = [leaf for name, leaf in leaves.items() if f"{name}.".startswith(f"{path}.")]
+            format_name = storage.of(component, path).name
+            found[format_name] = found.get(format_name, 0) + tree_bytes(own)
+    return dict(sorted(found.items()))
+
+
 def _native(checkpoint: Checkpoint) -> dict:
     components = {
         name: {
@@ -72,6 +86,7 @@ def _native(checkpoint: Checkpoint) -> dict:
             "parameters": checkpoint.parameters(name),
             "bytes": checkpoint.nbytes(name),
             "dtypes": sorted({record.dtype for record in checkpoint.records(name).values()}),
+            "formats": _formats(checkpoint.storage, name),
         }
         for name in COMPONENTS
     }

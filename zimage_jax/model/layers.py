@@ -23,7 +23,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
 
-from . import ops
+from . import encoded, ops
 
 Module = TypeVar("Module")
 
@@ -34,16 +34,25 @@ def parameter(*shape: int) -> nnx.Param:
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias; the result is in `out_dtype`, by default x's. (PyTorch `Linear`)"""
+    """x @ kernel + bias; the result is in `out_dtype`, by default x's. (PyTorch `Linear`)
+
+    The kernel is an array, or one of the trees of model.encoded.
+    """
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool = True):
         self.kernel = parameter(d_in, d_out)
         self.bias = parameter(d_out) if bias else None
 
-    def __call__(self, x: Float[Array, "*b i"], out_dtype=None) -> Float[Array, "*b o"]:
+    def __call__(
+        self, x: Float[Array, "*b i"], out_dtype=None, *, in_turn: bool = False
+    ) -> Float[Array, "*b o"]:
+        """`in_turn`: an encoded kernel is decoded when x is there, not before."""
+        kernel = self.kernel.get_value()
+        if in_turn:
+            x, kernel = encoded.decoded_after(x, kernel)
         # one matrix: on a CPU the kernel's gradient is three times as slow over two contracted axes
         rows = x.reshape(-1, x.shape[-1])
-        y = ops.product(rows, self.kernel[...].astype(x.dtype), out_dtype or x.dtype)
+        y = encoded.product(rows, kernel, out_dtype or x.dtype)
         y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + ops.last_axis(self.bias[...].astype(y.dtype), y.ndim)
 
@@ -71,11 +80,13 @@ def gated(x: Float[Array, "*b D"], gate: Linear, up: Linear, down: Linear) -> Fl
     (stable-diffusion.cpp divides its input by 128). Each token's product is therefore divided by a
     power of two, and the output multiplied by it.
     """
-    opened, values = jax.nn.silu(gate(x)), up(x)
+    opened = gate(x, in_turn=True)
+    opened, x = encoded.computed_after(opened, x, up.kernel.get_value())
+    opened, values = jax.nn.silu(opened), up(x, in_turn=True)
     if x.dtype != jnp.float16:
-        return down(opened * values)
+        return down(opened * values, in_turn=True)
     hidden, scale = ops.rows_in_range(opened.astype(jnp.float32) * values.astype(jnp.float32))
-    return down(hidden, jnp.float32) * scale
+    return down(hidden, jnp.float32, in_turn=True) * scale
 
 
 class Conv(nnx.Module):
@@ -142,4 +153,6 @@ def initialise(module: Module, key: Array, dtype=jnp.float32) -> Module:
 
 
 def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    # an nnx.Param shows its array, or tree of arrays, as "value"
+    names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+    return ".".join(name for name in names if name != "value")

@@ -238,8 +238,8 @@ class Checkpoint:
         `buffer`: uint8, `buffer_bytes` or more, to read into; the arrays change when it is used
         again. Without it the buffer is new.
 
-        Raises DamagedError if the file is missing, has another size, or differs in any byte from
-        what was written.
+        Raises DamagedError if the file is missing, has another size, differs in any byte from what
+        was written, or has an encoded matrix with values that its encoding does not allow.
         """
         name, unit = unit, components.unit_of(unit)
         of_unit = self._records[component][unit]
@@ -280,6 +280,10 @@ class Checkpoint:
                     "copy or convert again"
                 )
             arrays[path] = data.view(DTYPES[record.dtype]).reshape(record.shape)
+        # the checksums may be right and the values not: a device would not notice
+        for path, (encoding, tree) in self.storage.encoded(component, name, arrays).items():
+            if wrong := encoding.fault(tree):
+                raise DamagedError(f"{file}: {path}.{wrong}; convert again")
         return arrays
 
 

@@ -7,67 +7,112 @@ files, host memory and slots. The code that moves leaves does not know what they
 
 import fnmatch
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
 from ..errors import UsageError
+from ..files import printable
 from ..model import dit
 from ..model.config import ModelConfig
 from ..model.kv import UNUSED_WHEN_REUSED
 from ..model.layers import named_arrays, with_arrays
 from ..units import DTYPES, tree_bytes
 from . import components
+from .encodings import Encoding, Int8, Lossless
 
 
 @dataclass(frozen=True)
 class Format:
-    """Stores every parameter as one array of `dtype`, a name in units.DTYPES."""
+    """Stores matrices of blocks by `encoding`, and any other parameter as an array of `dtype`, a
+    name in units.DTYPES.
 
+    Only blocks visit the device again and again. The stem, the embedding table and the VAE are 7 %
+    of the published model, and most of that is the table, whose rows the host looks up.
+    """
+
+    name: str  # in FORMATS and in manifests
     dtype: str
+    encoding: Encoding | None = None
 
-    @property
-    def name(self) -> str:
-        """The name in FORMATS and in manifests."""
-        return self.dtype
+    def encoding_of(self, path: str, leaf: jax.ShapeDtypeStruct) -> Encoding | None:
+        """The encoding of the parameter `leaf`; None if it is stored as an array."""
+        is_in_block = "." in components.unit_of(path)
+        encodes = self.encoding is not None and is_in_block and self.encoding.admits(path, leaf)
+        return self.encoding if encodes else None
 
     def stored(self, path: str, leaf: jax.ShapeDtypeStruct) -> Any:
         """The stored form of the parameter `leaf`: a ShapeDtypeStruct, or a pytree of them."""
+        encoding = self.encoding_of(path, leaf)
+        if encoding is not None:
+            return encoding.stored(leaf)
         return jax.ShapeDtypeStruct(leaf.shape, DTYPES[self.dtype])
 
 
-FORMATS = {name: Format(name) for name in ("bfloat16", "float32")}
+FORMATS = {
+    made.name: made
+    for made in (
+        Format("bfloat16", "bfloat16"),
+        Format("float32", "float32"),
+        Format("lossless", "bfloat16", Lossless()),
+        Format("int8", "bfloat16", Int8()),
+        Format("int8-hadamard", "bfloat16", Int8(rotates=True)),
+    )
+}
 
 
 def named(name: str) -> Format:
     """The format of this name. Raises UsageError if it is not in FORMATS."""
     if name not in FORMATS:
-        raise UsageError(f"format {name!r}: expected one of {', '.join(FORMATS)}")
+        raise UsageError(f"format {printable(name)!r}: expected one of {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
 @dataclass(frozen=True)
 class Storage:
-    """The format of every unit of a model, and the shapes, dtypes and bytes that follow from it.
+    """The format of every parameter of a model, and the shapes, dtypes and bytes that follow.
 
-    A row (pattern, format) of `special` gives the format of units whose name matches the pattern
-    (fnmatch), for example "transformer.layers.3"; the last matching row wins. Other units have
-    `format`. Leaves are in the module's order. Where a method takes units, it takes halves of blocks
-    too (components.halves). A component or unit that the model does not have raises KeyError.
+    A row (pattern, format) of `special` gives the format of the parameters that match the pattern
+    (fnmatch): by component, unit or path, the latter two with the component before them or without,
+    as in "text_encoder", "layers.3" or "transformer.layers.*.attention.to_q.kernel". The last
+    matching row wins; other parameters have `format`. Leaves are in the module's order. Where a
+    method takes units, it takes halves of blocks too (components.halves). A component or unit that
+    the model does not have raises KeyError.
     """
 
     config: ModelConfig
     format: Format
     special: tuple[tuple[str, Format], ...] = ()
 
-    def of(self, component: str, unit: str) -> Format:
-        """The format of a unit."""
+    def of(self, component: str, path: str) -> Format:
+        """The format of a parameter."""
         for pattern, special in reversed(self.special):
-            if fnmatch.fnmatchcase(f"{component}.{unit}", pattern):
+            if _matches(pattern, component, path):
                 return special
         return self.format
+
+    def parameters(self, component: str, unit: str) -> dict[str, Encoding | None]:
+        """Path -> encoding of a unit's parameters; None for those stored as arrays."""
+        leaves = components.units(self.config, component)[components.unit_of(unit)]
+        return {
+            path: self.of(component, path).encoding_of(path, leaf)
+            for path, leaf in components.of_half(unit, leaves).items()
+        }
+
+    def encoded(
+        self, component: str, unit: str, leaves: Mapping[str, Any]
+    ) -> dict[str, tuple[Encoding, Any]]:
+        """Path -> (encoding, tree) of a unit's encoded parameters; the arrays are those of `leaves`,
+        by path."""
+        found: dict[str, tuple[Encoding, Any]] = {}
+        for path, encoding in self.parameters(component, unit).items():
+            if encoding is not None:
+                names = encoding.tree._fields
+                arrays = (leaves[f"{path}.{name}"] for name in names)
+                found[path] = encoding, encoding.tree(*arrays)
+        return found
 
     def units(self, component: str) -> list[str]:
         """A component's units, in the model's order."""
@@ -143,10 +188,53 @@ def uniform(config: ModelConfig, name: str) -> Storage:
     return Storage(config, named(name))
 
 
+def parse(config: ModelConfig, text: str) -> Storage:
+    """The storage that a command's option names: a format, or PATTERN=FORMAT, or several of them
+    separated by commas. Parameters that no pattern matches are in bfloat16.
+
+    Raises UsageError for an unknown format, and for a pattern that matches nothing.
+    """
+    storage = uniform(config, "bfloat16")
+    for word in text.split(","):
+        pattern, _, name = word.strip().rpartition("=")
+        if not pattern:
+            storage = replace(storage, format=named(name))
+            continue
+        storage = replace(storage, special=(*storage.special, (pattern, named(name))))
+        if not any(
+            _matches(pattern, component, path)
+            for component in components.COMPONENTS
+            for unit in components.units(config, component).values()
+            for path in unit
+        ):
+            raise UsageError(
+                f"format {printable(word)!r}: the pattern matches nothing; expected a component "
+                f"({', '.join(components.COMPONENTS)}), a unit such as layers.3, or a path"
+            )
+    return storage
+
+
+def describe(storage: Storage) -> str:
+    """What `parse` reads, as the user may have written it."""
+    return ",".join([storage.format.name, *(f"{p}={f.name}" for p, f in storage.special)])
+
+
+def leaves_of(path: str, tree: Any) -> Iterator[tuple[str, Any]]:
+    """(path, array) of each leaf of an encoded parameter."""
+    for name, array in zip(tree._fields, tree, strict=True):
+        yield f"{path}.{name}", array
+
+
+def _matches(pattern: str, component: str, path: str) -> bool:
+    unit = components.unit_of(path)
+    names = component, f"{component}.{unit}", unit, f"{component}.{path}", path
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
 @functools.cache
 def _stored(storage: Storage, component: str) -> Any:
     def stored(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
-        return storage.of(component, components.unit_of(path)).stored(path, leaf)
+        return storage.of(component, path).stored(path, leaf)
 
     return with_arrays(components.spec(storage.config, component), stored)
 

@@ -31,7 +31,7 @@ from ..model.layers import named_arrays
 from ..units import DTYPES, size
 from .checkpoint import FORMAT, VERSION, Record, formats_json, layout, manifest_checksum
 from .components import COMPONENTS
-from .formats import Storage
+from .formats import Storage, leaves_of
 
 _MARK, _JOURNAL = "plan.json", "finished.jsonl"
 
@@ -275,10 +275,20 @@ def save(
         for component in COMPONENTS:
             arrays = named_arrays(models[component])
             for unit in storage.units(component):
-                paths = storage.leaves(component, unit)
-                pieces = ((path, iter([np.asarray(arrays[path])])) for path in paths)
-                writer.write(component, unit, pieces)
+                writer.write(component, unit, _pieces(storage, component, unit, arrays))
         return writer.finish(tokenizer, provenance)
+
+
+def _pieces(
+    storage: Storage, component: str, unit: str, arrays: dict[str, Any]
+) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
+    for path, encoding in storage.parameters(component, unit).items():
+        array = np.asarray(arrays[path])
+        if encoding is None:
+            yield path, iter([array])
+        else:
+            tree = encoding.encode(array.astype(encoding.takes))
+            yield from ((name, iter([leaf])) for name, leaf in leaves_of(path, tree))
 
 
 def save_manifest(folder: Path, manifest: dict) -> None:
