@@ -72,9 +72,7 @@ class Device:
 @click.option(
     "--steps",
     type=click.IntRange(1, 1000),
-    default=8,
-    show_default=True,
-    help="Number of evaluations of the DiT (NFEs).",
+    help="Number of evaluations of the DiT (NFEs).  [default: the model's own, 8 for Turbo]",
 )
 @click.option(
     "--disk-gbps",
@@ -124,6 +122,7 @@ def command(
 
     wanted = find(card) if card else None
     name, storage = _model(model, wanted)
+    steps = steps or storage.config.defaults.steps
     device = _for_card(wanted, storage, compiles) if wanted else _own(storage)
     if memory.host_bytes is not None:
         device = _read_from_disk(device, disk_gbps)
@@ -137,6 +136,7 @@ def command(
         "card": device.name,
         "model": name,
         "steps": steps,
+        "guidance": storage.config.defaults.guidance,
         "kv": kv.to_json(),
         "budget_bytes": budget,
         "context_bytes": device.context_bytes,
@@ -306,8 +306,19 @@ def _rows(
 
     config, sizes = storage.config, Sizes(storage, jnp.dtype(device.compute).itemsize)
     planner = Planner(STAGES, storage, sizes.compute_bytes, device.costs)
+    is_guided = config.defaults.guidance > 0
     for width, height in pixels:
-        work = Work.of(config, width, height, steps, kv, device.compute, bucket=BUCKET)
+        work = Work.of(
+            config,
+            width,
+            height,
+            steps,
+            kv,
+            device.compute,
+            bucket=BUCKET,
+            is_guided=is_guided,
+            prompts=2 if is_guided else 1,
+        )
         row: dict = {"size": f"{width}x{height}", "width": width, "height": height}
         try:
             plan = planner.plan(work, memory, budget)
@@ -359,7 +370,8 @@ def _recommended(rows: list[dict], config: "ModelConfig") -> str | None:
 
 def _print(result: dict) -> None:
     budget = f"{result['budget_bytes'] / GIB:.2f} GiB may be used"
-    click.echo(f"{result['model']} on {result['card']}: {budget}, {result['steps']} NFEs")
+    guided = ", with guidance" if result["guidance"] else ""
+    click.echo(f"{result['model']} on {result['card']}: {budget}, {result['steps']} NFEs{guided}")
     layout = "{:>11}  {:<9} {:>6} {:>8} {:>9} {:>9} {:>9}  {}"
     sizes = ("peak GiB", "host GiB", "seconds")
     click.echo(layout.format("size", "schedule", "chunks", "resident", *sizes, "bound by"))
