@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from checkpoints_convert.convert import reencode
 from scripts.bench.full_size import write_random
 from zimage_jax.model.config import TURBO, ModelConfig
+from zimage_jax.weights.checkpoint import Checkpoint
 
 BLOCKS = 6  # of the short model: 2 GB beside the embedding table
 
@@ -23,32 +25,29 @@ def _short() -> ModelConfig:
 CONFIGS: dict[str, Callable[[], ModelConfig]] = {"full": lambda: TURBO, "short": _short}
 
 
-def _written(name: str) -> Callable[[dict], Path]:
-    return lambda cell: Path(cell["folder"]) / f"{name}-random"
-
-
-def _tiny(cell: dict) -> Path:
+def folder_of(cell: dict) -> Path:
+    """Of a cell's model: "tiny", a name in CONFIGS, or one of these and a format as in
+    "full-lossless"."""
     from zimage_jax.pipeline.pipeline import TINY
 
-    return TINY
-
-
-# a model's folder, from a cell
-FOLDERS: dict[str, Callable[[dict], Path]] = {
-    "tiny": _tiny,
-    "full": _written("full"),
-    "short": _written("short"),
-}
+    name = cell["model"]
+    return TINY if name == "tiny" else Path(cell["folder"]) / f"{name}-random"
 
 
 def write(cell: dict) -> dict:
     """A random model, where it is not there yet."""
-    folder = FOLDERS[cell["model"]](cell)
+    name, _, form = cell["model"].partition("-")
+    folder = folder_of(cell)
     if folder.exists():
         return {"seconds": 0.0, "nbytes": 0}
+    if form:
+        write({**cell, "model": name})
     began = time.perf_counter()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write_random(folder, CONFIGS[cell["model"]]())
+    if form:
+        reencode(Checkpoint(folder_of({**cell, "model": name})), folder, form, quiet=True)
+    else:
+        write_random(folder, CONFIGS[name]())
     nbytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     seconds = time.perf_counter() - began
     return {"nbytes": nbytes, "seconds": round(seconds, 2), "bytes_per_sec": nbytes / seconds}

@@ -12,13 +12,14 @@ PROMPT = "a lighthouse in fog"
 class Scale:
     """How large everything is: on a GPU, or in a dry run on a CPU with the tiny model."""
 
-    full: str = "full"  # models.FOLDERS
+    full: str = "full"  # models.folder_of
     short: str = "short"
     sizes: tuple[str, ...] = ("512x512", "1024x1024")
     tiny_size: str = "128x128"
     steps: int = 8
     blocks: int = 30
     caps: tuple[int, ...] = (768, 1024, 1536, 4096, 8192)  # MiB
+    formats: tuple[str, ...] = ("lossless", "int8", "int8-hadamard")
     kernels: tuple[str, ...] = ("cudnn", "flash", "chunks")
     heads: dict[str, int] = field(default_factory=lambda: {"heads": 30, "width": 128})
     tokens: tuple[int, ...] = (1152, 4224, 16512)
@@ -37,6 +38,7 @@ DRY = Scale(
     steps=5,
     blocks=4,
     caps=(16,),
+    formats=("lossless",),
     kernels=("chunks", "flash"),
     heads={"heads": 2, "width": 32},
     tokens=(64,),
@@ -75,6 +77,7 @@ def groups(scale: Scale, rows: Mapping[str, dict], gpu_bytes: int | None) -> Ite
     yield from _reading(scale)
     yield from _options(scale)
     yield from _allocators(scale, rows, gpu_bytes)
+    yield from _formats(scale, gpu_bytes)
 
 
 def _races(scale: Scale) -> Iterator[Group]:
@@ -287,3 +290,29 @@ def _allocators(scale: Scale, rows: Mapping[str, dict], gpu_bytes: int | None) -
         )
         if not (scale.is_dry and environment):
             yield Group([cell], 60, environment | _capped(1.03 * peak, gpu_bytes), scale.full)
+
+
+def _formats(scale: Scale, gpu_bytes: int | None) -> Iterator[Group]:
+    """Seconds per NFE and the allocator's peak of each format: resident, and under the small caps.
+    A lossless model's bits are those of the bfloat16 one."""
+    for name in scale.formats:
+        like = "full/resident" if name == "lossless" else f"formats/{name} resident"
+        model = f"{scale.full}-{name}"
+
+        def cells(way: str, name: str = name, model: str = model, like: str = like, **words):
+            return [
+                _picture(
+                    f"formats/{name} {way} {size}",
+                    scale,
+                    model,
+                    size,
+                    like=f"{like} {size}",
+                    **words,
+                )
+                for size in scale.sizes
+            ]
+
+        yield Group(cells("resident", schedule="resident"), 120, model=model)
+        for cap in scale.caps[:3]:
+            words = {"max_vram_mib": cap} if scale.is_dry else {}
+            yield Group(cells(f"{cap} MiB", **words), 100, _capped(cap * MIB, gpu_bytes), model)

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from scripts.bench.on_gpu.models import FOLDERS, write
+from scripts.bench.on_gpu.models import folder_of, write
 from scripts.compare import gpu_times
 from scripts.compare.jobs import Drawn, draw, job_of, memory_of
 from scripts.compare.measured import peaks, times
@@ -35,7 +35,7 @@ def _options(cell: dict) -> Iterator[None]:
 
 def _pipe(cell: dict) -> ZImage:
     """A model, loaded once per process, dtype and compile options."""
-    folder, dtype = FOLDERS[cell["model"]](cell), cell.get("dtype")
+    folder, dtype = folder_of(cell), cell.get("dtype")
     key = json.dumps([str(folder), dtype, cell.get("without"), cell.get("options")])
     if key not in _pipes:
         _pipes[key] = ZImage.load(folder, dtype=dtype)
@@ -78,7 +78,7 @@ def floor(cell: dict) -> dict:
     """Seconds per NFE over the least that they can be: of its computing, or of its bytes over the
     link. Computing is the same job's resident; a card that does not hold the model has no such."""
     _, *runs = _draws(cell, memory_of(cell))
-    plan, checkpoint = runs[-1].result.plan, Checkpoint(FOLDERS[cell["model"]](cell))
+    plan, checkpoint = runs[-1].result.plan, Checkpoint(folder_of(cell))
     nbytes = plan.denoise.stream.copied_bytes
     speed = chunk_speed(checkpoint, plan, Placement.on()).wall
     try:

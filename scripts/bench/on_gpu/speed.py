@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scripts.bench.on_gpu.models import FOLDERS
+from scripts.bench.on_gpu.models import folder_of
 from zimage_jax import plan as planning
 from zimage_jax.model.attention import Attend, attention
 from zimage_jax.planning.cards import context_bytes
@@ -69,7 +69,7 @@ def attention_alone(cell: dict) -> dict:
 
 def _blocks(cell: dict) -> tuple[Checkpoint, list[str]]:
     """As many of the transformer's blocks as have `nbytes`."""
-    checkpoint = Checkpoint(FOLDERS[cell["model"]](cell))
+    checkpoint = Checkpoint(folder_of(cell))
     units = [unit for unit in checkpoint.units("transformer") if unit.startswith("layers.")]
     block = checkpoint.storage.nbytes("transformer", units[0])
     return checkpoint, units[: math.ceil(cell["nbytes"] / block)]

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 from scripts.bench.convert import SINGLE_FILES, write_sources
-from scripts.bench.on_gpu.models import CONFIGS, FOLDERS, write
+from scripts.bench.on_gpu.models import CONFIGS, folder_of, write
 from scripts.compare import schedules
 from zimage_jax import cli
 from zimage_jax.errors import UsageError
@@ -30,7 +30,7 @@ def prepare(folder: Path, model: str) -> tuple[Path, Path]:
     """Our checkpoint, and the folder of whole programs: ours as `native`, and, for diffusers where it
     is installed, `sources` of the same shapes."""
     cell = {"model": model, "folder": str(folder)}
-    native, programs = FOLDERS[model](cell), folder / f"{model}-programs"
+    native, programs = folder_of(cell), folder / f"{model}-programs"
     if model in CONFIGS:
         click.echo(json.dumps({"wrote": str(native), **write(cell)}), err=True)
     programs.mkdir(parents=True, exist_ok=True)
