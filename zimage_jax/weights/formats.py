@@ -203,6 +203,11 @@ def describe(storage: Storage) -> str:
     return ",".join([storage.format.name, *(f"{p}={f.name}" for p, f in storage.special)])
 
 
+def is_encoded(storage: Storage) -> bool:
+    """Whether some format of a storage has an encoding."""
+    return any(f.encoding is not None for f in (storage.format, *(f for _, f in storage.special)))
+
+
 def leaves_of(path: str, tree: Any) -> Iterator[tuple[str, Any]]:
     """(path, array) of each leaf of an encoded parameter."""
     for name, array in zip(tree._fields, tree, strict=True):

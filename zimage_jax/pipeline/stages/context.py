@@ -4,6 +4,7 @@ Axes: G contexts (B, or 2 B with guidance), L caption tokens (a bucket), D width
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -73,9 +74,9 @@ class ContextStage:
     def seconds(self, timing: Timing, choice: Choice) -> float:
         work, width = timing.work, timing.sizes.config.transformer.dim
         assert choice.stream is not None
-        block = timing.block(COMPONENT, work.contexts, work.bucket, width=width)
+        block = partial(timing.block, COMPONENT, work.contexts, work.bucket, width=width)
         return timing.unit(COMPONENT, "stem") + timing.stream(
-            choice.stream, lambda unit, nfe: block
+            choice.stream, lambda unit, nfe: block(unit=unit)
         )
 
     def run(self, attempt: Attempt) -> Context:

@@ -178,7 +178,9 @@ class Denoise:
         if choice.is_one_program:
             caches = any(phase.caches for phase in work.phases)
             kept = work.kv_bytes(sizes.config.transformer) if caches else 0
-            return figures.at("scan", work.contexts * work.tokens) + kept
+            return (
+                figures.at("scan", work.contexts * work.tokens) + kept + figures.decoded(COMPONENT)
+            )
 
         def most(kinds: frozenset[VisitKind]) -> int:
             refiner = frozenset(kind for kind in kinds if kind.nfe is None)
@@ -198,9 +200,10 @@ class Denoise:
 
         def run(unit: str, nfe: Nfe | None) -> float:
             if not unit.startswith(MAIN):
-                return block(work.image_tokens)
+                return block(work.image_tokens, unit=unit)
             keys = nfe.kv_format.keys(work.tokens) if nfe else work.tokens
-            return block(work.tokens, keys=keys, reuses=nfe is not None and nfe.reuses)
+            reuses = nfe is not None and nfe.reuses
+            return block(work.tokens, keys=keys, reuses=reuses, unit=unit)
 
         stem = 0.0 if timing.plan.kept else timing.unit(COMPONENT, "stem")
         cached = timing.kv_cache() if choice.kv_on_host else 0.0
