@@ -273,3 +273,24 @@ def test_a_card_without_bfloat16_computes_in_float16():
     turing = replace(card, name="rtx-2060", capability=(7, 5))
     assert plan._for_card(card, uniform(TURBO, "bfloat16"), False).compute == "bfloat16"
     assert plan._for_card(turing, uniform(TURBO, "bfloat16"), False).compute == "float16"
+
+
+def test_another_format_is_planned_beside_bfloat16(run):
+    words = ("--card", "rtx-4090", "--max-vram", 2, "512x512", "1024x1024")
+    code, out, _ = run("--format", "lossless", *words)
+    assert code == 0
+    assert "stored as lossless; in bfloat16: 512x512 3." in out
+    code, out, _ = run("--format", "layers.*=int8", *words, "--json")
+    found = json.loads(out)
+    assert found["format"] == "bfloat16,layers.*=int8"
+    link_bound, compute_bound = found["sizes"]
+    assert link_bound["predicted_seconds"] < 0.7 * link_bound["predicted_seconds_in_bfloat16"]
+    assert compute_bound["predicted_seconds"] > compute_bound["predicted_seconds_in_bfloat16"]
+
+
+def test_a_format_is_for_a_model_without_files(run, native):
+    code, _, err = run("--model", native("plain"), "--format", "int8")
+    assert code == 2
+    assert (
+        "--format is for turbo, base, turbo-24; a checkpoint is stored as it was converted" in err
+    )

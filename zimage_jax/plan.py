@@ -50,6 +50,13 @@ class Device:
     "needed.  [default: turbo with --card, else the tiny model in the package]",
 )
 @click.option(
+    "--format",
+    "form",
+    metavar="FORMAT",
+    help="How turbo or turbo-24 is stored, as checkpoints_convert takes it: lossless, int8, "
+    "'layers.*=int8'.  [default: bfloat16]",
+)
+@click.option(
     "--card",
     metavar="NAME|FILE",
     help="A card's name, as in rtx-4090, or the file of a measured card, as in mine.json.  "
@@ -86,6 +93,7 @@ class Device:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model,
+    form,
     card,
     compiles,
     sizes,
@@ -119,9 +127,11 @@ def command(
             "--disk-gbps needs --host-memory, the size of the window on the checkpoint"
         )
     from .planning.cards import find
+    from .planning.stored import StoredCosts
+    from .weights.formats import describe, is_encoded, uniform
 
     wanted = find(card) if card else None
-    name, storage = _model(model, wanted)
+    name, storage = _model(model, form, wanted)
     steps = steps or storage.config.defaults.steps
     device = _for_card(wanted, storage, compiles) if wanted else _own(storage)
     if memory.host_bytes is not None:
@@ -132,9 +142,16 @@ def command(
     texts = (*sizes, *more_sizes) or device.sizes
     pixels = list(dict.fromkeys(_pixels(text, storage.config) for text in texts))
     rows = list(_rows(storage, device, memory, kv, budget, pixels, steps))
+    if wanted and is_encoded(storage) and not compiles:
+        plain = uniform(storage.config, "bfloat16")
+        as_plain = replace(device, costs=StoredCosts(plain, wanted))
+        found = _rows(plain, as_plain, memory, kv, budget, pixels, steps)
+        for row, other in zip(rows, found, strict=True):
+            row["predicted_seconds_in_bfloat16"] = other["predicted_seconds"]
     result = {
         "card": device.name,
         "model": name,
+        "format": describe(storage),
         "steps": steps,
         "guidance": storage.config.defaults.guidance,
         "kv": kv.to_json(),
@@ -155,12 +172,14 @@ def command(
 # -- model and device ------------------------------------------------------------------------------
 
 
-def _model(model: str | None, card: "Card | MeasuredCard | None") -> "tuple[str, Storage]":
+def _model(
+    model: str | None, form: str | None, card: "Card | MeasuredCard | None"
+) -> "tuple[str, Storage]":
     """The model's name, and its parameters as stored."""
     from .model.config import PRESETS
     from .pipeline.pipeline import TINY
     from .weights.checkpoint import Checkpoint
-    from .weights.formats import uniform
+    from .weights.formats import parse
 
     if model is None and card:
         model = "turbo"
@@ -170,7 +189,11 @@ def _model(model: str | None, card: "Card | MeasuredCard | None") -> "tuple[str,
             f"{', '.join(PRESETS)}"
         )
     if model in PRESETS:
-        return model, uniform(PRESETS[model], "bfloat16")
+        return model, parse(PRESETS[model], form or "bfloat16")
+    if form is not None:
+        raise UsageError(
+            f"--format is for {', '.join(PRESETS)}; a checkpoint is stored as it was converted"
+        )
     if model is not None and not Path(model).exists():
         raise UsageError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
     checkpoint = Checkpoint(model or TINY)
@@ -391,6 +414,13 @@ def _print(result: dict) -> None:
             row["bound_by"],
         )
         click.echo(line)
+    plain = [
+        f"{row['size']} {row['predicted_seconds_in_bfloat16']:.1f} s"
+        for row in result["sizes"]
+        if row.get("predicted_seconds_in_bfloat16") is not None
+    ]
+    if plain:
+        click.echo(f"stored as {result['format']}; in bfloat16: {', '.join(plain)}")
     none = "none of these sizes; a smaller one, or a larger budget"
     click.echo(f"recommended: {result['recommended_size'] or none}")
     if result["context_bytes"]:

@@ -22,11 +22,13 @@ from zimage_jax.pipeline.stages import STAGES
 from zimage_jax.planning import cards, schedule
 from zimage_jax.planning import seconds as predicted
 from zimage_jax.planning.plan import Memory, Plan, Sizes, StreamPlan, host_bytes
+from zimage_jax.planning.planner import Planner
 from zimage_jax.planning.seconds import Rates, Timing
+from zimage_jax.planning.stored import StoredCosts
 from zimage_jax.planning.work import Work
 from zimage_jax.units import GIB
 from zimage_jax.weights import components
-from zimage_jax.weights.formats import uniform
+from zimage_jax.weights.formats import parse, uniform
 
 seconds, bound_by = (partial(of, STAGES) for of in (predicted.seconds, predicted.bound_by))
 
@@ -284,3 +286,42 @@ def test_host_bytes(name):
     assert host_bytes(plan, STORAGE) == (table if plan.kept else whole)
     if name != "resident":
         assert host_bytes(short_plan(name, 2 * GIB), STORAGE) == table + 2 * GIB
+
+
+# -- formats --------------------------------------------------------------------------------------
+
+
+def in_format(form: str, work, rates: Rates, **memory) -> dict[str, float]:
+    storage = parse(TURBO, form)
+    planner = Planner(STAGES, storage, 2, StoredCosts(storage, cards.sheet("rtx-4090")))
+    plan = planner.plan(work, Memory(**memory), 4 * GIB)
+    return seconds(plan, work, Sizes(storage, 2), rates)
+
+
+def test_fewer_bytes_pay_where_the_link_is_the_limit():
+    slow_link, slow_device = Rates(1e20, 1e9, memory=1e12), Rates(1e13, 1e12, memory=1e12)
+    work = square(512)
+    plain, lossless, int8 = (
+        in_format(form, work, slow_link, schedule="ring", chunks=30)["denoise"]
+        for form in ("bfloat16", "lossless", "int8")
+    )
+    assert lossless / plain == pytest.approx(0.752, abs=0.01)
+    assert int8 / plain == pytest.approx(0.511, abs=0.01)
+    plain, lossless = (
+        in_format(form, work, slow_device, schedule="ring", chunks=30)["denoise"]
+        for form in ("bfloat16", "lossless")
+    )
+    # 32 blocks decode 179 million weights each: 1.5 bytes read and 2 written
+    assert lossless - plain == pytest.approx(8 * 32 * 179e6 * 3.5 / 1e12, rel=0.02)
+
+
+def test_a_matrix_is_decoded_for_every_run_of_tokens():
+    storage = parse(TURBO, "lossless")
+    found = {}
+    for side in (512, 1024, 2048):
+        work = square(side)
+        plan = plan_of(Memory(schedule="ring"), work)
+        fast = Timing(plan, work, Sizes(storage, 2), Rates(math.inf, 1, memory=1e12))
+        found[side] = fast.block("transformer", 1, work.tokens, width=3840)
+    assert found[1024] == pytest.approx(2 * found[512])
+    assert found[2048] == pytest.approx(8 * found[512])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests import small
 from tests.planning.jobs import SIZES, STORAGE, one_phase, square
 from zimage_jax.errors import UsageError
-from zimage_jax.model.config import PRESETS
+from zimage_jax.model.config import PRESETS, TURBO
 from zimage_jax.pipeline.stages.decode import Decode, DecodeChoice
 from zimage_jax.pipeline.stages.denoise import Denoise, DenoiseChoice
 from zimage_jax.pipeline.stages.text import Text, TextChoice
@@ -18,7 +18,8 @@ from zimage_jax.planning import stored as stored_module
 from zimage_jax.planning.plan import VisitKind, stream_plan
 from zimage_jax.planning.stored import Figures, StoredCosts
 from zimage_jax.planning.work import Work
-from zimage_jax.weights.formats import uniform
+from zimage_jax.units import MIB
+from zimage_jax.weights.formats import parse, uniform
 
 FIVE = small.CONFIGS["five_blocks"]
 
@@ -99,3 +100,15 @@ def test_another_number_of_blocks_has_figures_and_another_width_has_none():
     StoredCosts(uniform(PRESETS["turbo-24"], "bfloat16"), cards.sheet("rtx-4090"))
     with pytest.raises(UsageError, match="figures are stored for Z-Image's published widths only"):
         StoredCosts(uniform(FIVE, "float32"), cards.sheet("rtx-4090"))
+
+
+@pytest.mark.parametrize(("form", "added"), [("bfloat16", 0), ("lossless", 75), ("int8", 75)])
+def test_an_encoded_model_holds_one_decoded_matrix_more(form, added):
+    card = cards.sheet("rtx-4090")
+    plain, figures = Figures(STORAGE, card), Figures(parse(TURBO, form), card)
+    kinds = frozenset([VisitKind(1, 1)])
+    assert figures.decoded("transformer") == added * MIB
+    of = [f.blocks("denoise", kinds, 1088) for f in (plain, figures)]
+    assert of[1] - of[0] == added * MIB
+    of = [f.blocks("text", kinds, 64) for f in (plain, figures)]
+    assert of[1] - of[0] == (0 if not added else 2 * 2560 * 9728)

@@ -17,16 +17,17 @@ from zimage_jax.runtime.programs import CompiledCosts
 from zimage_jax.runtime.stream import ring_step
 from zimage_jax.units import MIB
 from zimage_jax.weights import components
+from zimage_jax.weights.formats import Storage, parse
 
 # a Turing card, which has no bfloat16 and none of the flash attentions
 T4 = cards.sheet("t4")
 
 
-def ring_of_blocks() -> DenoiseChoice:
+def ring_of_blocks(storage: Storage = STORAGE) -> DenoiseChoice:
     """Every main block a chunk. The refiners are left out: fewer programs."""
-    blocks = tuple((unit,) for unit in Sizes(STORAGE, 2).units("transformer", "layers"))
+    blocks = tuple((unit,) for unit in Sizes(storage, 2).units("transformer", "layers"))
     made = schedule.make("ring", len(blocks))
-    return DenoiseChoice(stream_plan(STORAGE, "transformer", blocks, made))
+    return DenoiseChoice(stream_plan(storage, "transformer", blocks, made))
 
 
 def assert_overlaps(order) -> None:
@@ -98,3 +99,19 @@ def test_a_ring_step_in_float16_takes_what_one_in_bfloat16_takes(side, most, gpu
     assert "__cublas" in text
     assert "triton" not in text
     assert "cudnn" not in text
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("form", ["lossless", "int8", "int8-hadamard"])
+@pytest.mark.parametrize("name", ["rtx-3060", "rtx-4090", "h100", "rtx-5090"])
+def test_a_ring_step_of_encoded_blocks_copies_while_it_computes(name, form, gpu_compiler):
+    """Every matrix is queued before the first product, and none is decoded ahead of its turn: the
+    scratch is at most a decoded matrix more than that of plain blocks."""
+    card, work, storage = cards.sheet(name), square(512), parse(TURBO, form)
+    programs, choice = CardPrograms(storage, "bfloat16", card), ring_of_blocks(storage)
+    own = CompiledCosts(programs).scratch(Denoise(), work, choice)
+    predicted = StoredCosts(storage, card).scratch(Denoise(), work, choice)
+    assert predicted - 24 * MIB <= own <= predicted
+    for step in programs.executables(ring_step):
+        runs = order(step)
+        assert [kind for kind, _ in runs] == ["start", "compute", "done"]

@@ -92,6 +92,7 @@ class Report(TypedDict):
     noise: str
     kv: dict[str, Any]  # arguments of KVPolicy.parse
     dtype: str  # of the computation
+    formats: str  # of the stored parameters
     model: str
     versions: dict[str, str]
     schedule: str

@@ -40,6 +40,7 @@ from ..runtime.placement import Placement, default_dtype, is_exhausted
 from ..runtime.programs import CompiledCosts, Programs
 from ..runtime.store import ParameterStore
 from ..units import COMPUTE, size
+from ..weights import formats
 from ..weights.checkpoint import Checkpoint
 from ..weights.components import COMPONENTS
 from . import report as reports
@@ -119,7 +120,8 @@ class ZImage:
         return f"<ZImage {self.name}: {self.describe()}>"
 
     def describe(self) -> str:
-        """One line for a person: the model's sizes, its compute dtype and its device."""
+        """One line for a person: the model's sizes, its formats, its compute dtype and its
+        device."""
 
         def count(component: str) -> str:
             number = self._checkpoint.parameters(component)
@@ -128,7 +130,10 @@ class ZImage:
         held = ", ".join(
             f"{component.replace('_', ' ')} {count(component)}" for component in COMPONENTS
         )
-        return f"{held}; computing in {self.dtype} on {self._placement.device.device_kind}"
+        return (
+            f"{held}; stored in {formats.names(self._checkpoint.storage)}, "
+            f"computing in {self.dtype} on {self._placement.device.device_kind}"
+        )
 
     # -- the job -----------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 from typing import Any, cast
 
+from ..weights import formats
 from .attempt import Attempt
 from .job import Report
 
@@ -46,6 +47,7 @@ def report(
     found = {
         **own,
         **common,
+        "formats": formats.names(programs.storage),
         "schedule": plan.schedule,
         "chunks": len(plan.denoise.main_chunks),
         "resident_chunks": plan.denoise.resident_chunks,

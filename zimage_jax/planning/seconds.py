@@ -1,6 +1,7 @@
 """Predicts the seconds of a plan, and what bounds it, from the rates of the device, its link and
 the disk. Pure."""
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -9,8 +10,10 @@ from typing import NamedTuple
 
 from ..errors import UsageError
 from ..model.kv import UNUSED_WHEN_REUSED, Nfe
+from ..model.ops import RUN_TOKENS
 from ..units import size, tree_bytes
 from ..weights import components
+from ..weights.formats import Storage
 from .plan import Plan, Sizes, Stage, StreamPlan
 from .schedule import Free, Load, Pin, Visit, actions, loads
 from .work import Work
@@ -24,6 +27,7 @@ class Rates(NamedTuple):
     overlaps: bool = True  # whether it copies while it computes; a CPU's cores do both in turn
     dispatch: float = 0.0  # seconds to start and await a chunk's program, where they are not hidden
     disk: float = math.inf  # bytes/s from file to host memory, for plans with a host window
+    memory: float = math.inf  # bytes/s of the device's own memory, for decoding matrices
 
 
 def read_ahead(window: int, chunk: int) -> int:
@@ -88,7 +92,8 @@ class Timing:
         """Seconds of a block, or of half a block, over `batch` x `tokens`.
 
         It takes two operations per parameter and token, and four per token, key and channel of
-        `width` (attention). `keys` is by default `tokens`; `reuses`: K and V are reused.
+        `width` (attention). `keys` is by default `tokens`; `reuses`: K and V are reused. Encoded
+        matrices are decoded for every run of tokens (ops.in_runs).
         """
         of_block = components.units(self.sizes.config, component)[components.unit_of(unit)]
         leaves = components.of_half(unit, of_block)
@@ -98,8 +103,16 @@ class Timing:
         parameters = sum(
             leaf.size for path, leaf in leaves.items() if not path.endswith(tuple(without))
         )
+        decoding = math.ceil(tokens / RUN_TOKENS) * self.decode(component, unit, reuses=reuses)
         scores = 4 * (keys or tokens) * width if components.has_attention(unit) else 0
-        return batch * tokens * (2 * parameters + scores) / self.rates.flops
+        operations = batch * tokens * (2 * parameters + scores)
+        return operations / self.rates.flops + decoding
+
+    def decode(self, component: str, unit: str, *, reuses: bool = False) -> float:
+        """Seconds to decode a unit's encoded matrices once: the stored bytes are read, and 16 bits
+        per weight are written."""
+        of = _decoding_bytes(self.sizes.storage, component, unit, reuses)
+        return of / self.rates.memory
 
     def kv_cache(self) -> float:
         """Seconds to copy K and V to the host and back, as if nothing computed at the same time."""
@@ -201,6 +214,16 @@ def bound_by(stages: Sequence[Stage], plan: Plan, work: Work, sizes: Sizes, rate
     }
     return min(
         faster, key=lambda name: sum(seconds(stages, plan, work, sizes, faster[name]).values())
+    )
+
+
+@functools.cache
+def _decoding_bytes(storage: Storage, component: str, unit: str, reuses: bool) -> int:
+    leaves = components.units(storage.config, component)[components.unit_of(unit)]
+    return sum(
+        tree_bytes(encoding.stored(leaves[path])) + 2 * leaves[path].size
+        for path, encoding in storage.parameters(component, unit).items()
+        if encoding is not None and not (reuses and path.endswith(UNUSED_WHEN_REUSED))
     )
 
 

@@ -215,8 +215,18 @@ def parse(config: ModelConfig, text: str) -> Storage:
 
 
 def describe(storage: Storage) -> str:
-    """What `parse` reads, as the user may have written it."""
+    """The text from which `parse` makes this storage."""
     return ",".join([storage.format.name, *(f"{p}={f.name}" for p, f in storage.special)])
+
+
+def names(storage: Storage) -> str:
+    """The formats of a storage, the one of most parameters first, for a line of text."""
+    return ", ".join(dict.fromkeys([storage.format.name, *(f.name for _, f in storage.special)]))
+
+
+def is_encoded(storage: Storage) -> bool:
+    """Whether some format of a storage has an encoding."""
+    return any(f.encoding is not None for f in (storage.format, *(f for _, f in storage.special)))
 
 
 def leaves_of(path: str, tree: Any) -> Iterator[tuple[str, Any]]:

@@ -200,7 +200,9 @@ class Denoise:
         if choice.is_one_program:
             caches = any(phase.caches for phase in work.phases)
             kept = work.kv_bytes(sizes.config.transformer) if caches else 0
-            return figures.at("scan", work.contexts * work.tokens) + kept
+            return (
+                figures.at("scan", work.contexts * work.tokens) + kept + figures.decoded(COMPONENT)
+            )
 
         def most(kinds: frozenset[VisitKind]) -> int:
             refiner = frozenset(kind for kind in kinds if kind.nfe is None)

@@ -5,6 +5,7 @@ Axes: P distinct prompts, L caption tokens (a bucket), E feature width.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -63,8 +64,10 @@ class Text:
             return None
         config, work = timing.sizes.config.text_encoder, timing.work
         width = config.num_attention_heads * config.head_dim
-        layer = timing.block(COMPONENT, "layers.0", work.prompts, work.bucket, width=width)
-        return timing.stream(choice.stream, lambda unit, nfe: layer)
+        layer = partial(timing.block, COMPONENT, width=width)
+        return timing.stream(
+            choice.stream, lambda unit, nfe: layer(unit, work.prompts, work.bucket)
+        )
 
     def run(self, attempt: Attempt) -> dict[str, Float[np.ndarray, "T E"]]:
         """Features by text, without padding. The embedding table stays on the host."""
