@@ -83,8 +83,13 @@ class Figures:
             ]
             own = _at(sorted(points), max(kind.units, kind.copied)) - kind.unused
             component = "text_encoder" if stage == "text" else "transformer"
-            scratch.append(own + _decoded(self.storage, component, kind.half))
+            scratch.append(own + self.decoded(component, kind.half))
         return max(scratch)
+
+    def decoded(self, component: str, half: str | None = None) -> int:
+        """Bytes of the largest matrix that a block of a component, or its half, decodes, in 16
+        bits."""
+        return _decoded(self.storage, component, half)
 
 
 class StoredCosts:
@@ -104,7 +109,6 @@ class StoredCosts:
 
 @cache
 def _decoded(storage: Storage, component: str, half: str | None) -> int:
-    """Bytes of the largest matrix that a block of a component, or its half, decodes, in 16 bits."""
     sizes = [
         leaf.size
         for unit, leaves in components.units(storage.config, component).items()
