@@ -2,11 +2,12 @@
 K and V, accuracy by program, bytes of K and V, seconds.
 
     python -m scripts.measure.kv -o runs/kv --scenes 24     every combination, two held-out prompts a scene, 256x256
-    python -m scripts.measure.kv -o runs/kv --main          200 prompts, the policies of scripts/results/kv.md
+    python -m scripts.measure.kv -o runs/kv --set main      200 prompts, the policies of scripts/results/kv.md
+    python -m scripts.measure.kv -o runs/kv --set packed    200 prompts, packed K and V among others
 
 Every batch of prompts is drawn under all policies in turn, so that their seconds compare; what is
-drawn is kept in RESULTS.jsonl in the folder, and a second run goes on from there. Writes table.md
-and plot.svg beside it."""
+drawn is kept in RESULTS.jsonl in the folder, and a second run goes on from there. Writes table.md,
+plot.svg and frontier.svg beside it."""
 
 import json
 import math
@@ -53,6 +54,15 @@ MAIN = [
     {"dtype": "fp16", "group": "2"},
     {"dtype": "fp16", "reuse": 2},
 ]
+PACKED = [
+    {"dtype": "bf16"},
+    {"dtype": "fp8:bf16"},
+    *({"dtype": f"int{bits}"} for bits in (8, 6)),
+    *({"dtype": f"k{k}v{v}"} for k, v in ((6, 6), (5, 6), (6, 5), (5, 5), (5, 4), (4, 4))),
+    {"dtype": "bf16", "group": "2:1"},
+    {"dtype": "k5v6", "reuse": 2},
+]
+SETS = {"every": policies(), "main": [REFERENCE, *MAIN], "packed": [REFERENCE, *PACKED]}
 
 
 def name(words: dict) -> str:
@@ -73,6 +83,7 @@ def draw(
         "pictures": len(prompts),
         "kv_bytes": result.report["kv_bytes"],
         "kv_bytes_of_a_block_and_picture": sum(of_block) / len(of_block) / len(prompts),
+        "most_kv_bytes_of_a_block_and_picture": max(of_block) / len(prompts),
         "denoise_seconds": result.ledger.seconds["denoise"],
     }
 
@@ -175,10 +186,12 @@ def plot(result: list[dict], file: Path) -> None:
 )
 @click.option("--scenes", default=100, show_default=True, help="Held-out scenes; two prompts each.")
 @click.option("--size", default=256, show_default=True)
-@click.option("--main", "only_main", is_flag=True, help="The policies of README's table alone.")
-def main(output: Path, scenes: int, size: int, only_main: bool) -> None:
+@click.option(
+    "--set", "name_of_set", type=click.Choice(list(SETS)), default="every", help="Policies."
+)
+def main(output: Path, scenes: int, size: int, name_of_set: str) -> None:
     use_compile_cache()
-    chosen = [REFERENCE, *MAIN] if only_main else policies()
+    chosen = SETS[name_of_set]
     output.mkdir(parents=True, exist_ok=True)
     results = output / "RESULTS.jsonl"
     found = (
