@@ -57,7 +57,7 @@ class Codes(NamedTuple):
     """Packed K or V. The bits of a code lie in planes of 8, 4, 2 or 1 bits, the highest first; a
     byte of a plane has neighbouring channels, the first in its lowest bits."""
 
-    planes: tuple[UInt8[Array, "B S N bytes"], ...]
+    planes: tuple[UInt8[Array, "B S N _"], ...]
     step: BFloat16[Array, "B R N C"]
     low: BFloat16[Array, "B R N C"] | None  # None: by token
 
@@ -68,8 +68,9 @@ def empty(coding: Coding, batch: int, keys: int, heads: int, width: int) -> Code
         jnp.zeros((batch, keys, heads, -(-width * bits // 8)), jnp.uint8) for bits in coding.widths
     )
     rows, columns = -(-keys // coding.together), width if coding.by_channel else 1
-    scale = jnp.zeros((batch, rows, heads, columns), jnp.bfloat16)
-    return Codes(tuple(planes), scale, scale if coding.by_channel else None)
+    # each an array of its own: a program may donate all of them
+    step, low = (jnp.zeros((batch, rows, heads, columns), jnp.bfloat16) for _ in range(2))
+    return Codes(tuple(planes), step, low if coding.by_channel else None)
 
 
 def encode(
@@ -131,7 +132,7 @@ def _to_keys(scale: BFloat16[Array, "B R N H"], keys: int) -> Float32[Array, "B 
 # -- planes of bits --------------------------------------------------------------------------------
 
 
-def pack(codes: UInt8[Array, "B S N H"], coding: Coding) -> tuple[UInt8[Array, "B S N bytes"], ...]:
+def pack(codes: UInt8[Array, "B S N H"], coding: Coding) -> tuple[UInt8[Array, "B S N _"], ...]:
     """The planes of codes below 2 ** bits."""
     planes, shift = [], coding.bits
     for bits in coding.widths:
@@ -145,7 +146,7 @@ def pack(codes: UInt8[Array, "B S N H"], coding: Coding) -> tuple[UInt8[Array, "
 
 
 def unpack(
-    planes: tuple[UInt8[Array, "B S N bytes"], ...], coding: Coding, width: int
+    planes: tuple[UInt8[Array, "B S N _"], ...], coding: Coding, width: int
 ) -> UInt8[Array, "B S N H"]:
     """The codes of heads of `width` channels: the inverse of `pack`."""
     codes = None

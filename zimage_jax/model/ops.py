@@ -16,7 +16,7 @@ from jax import Array, lax
 from jaxtyping import Float, Real, Shaped
 
 
-def last_axis(vector: Float[Array, "D"], ndim: int) -> Float[Array, "..."]:
+def last_axis(vector: Shaped[Array, "D"], ndim: int) -> Shaped[Array, "..."]:
     """The vector reshaped to broadcast along the last axis of an array with `ndim` axes."""
     return vector.reshape((1,) * (ndim - 1) + (-1,))
 
