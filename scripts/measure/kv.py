@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 
 import click
+import matplotlib
 import numpy as np
 from tqdm import tqdm
 
@@ -24,6 +25,10 @@ from scripts.tiny.judge import judge
 from zimage_jax import KVPolicy, Memory, ZImage
 from zimage_jax.cli import use_compile_cache
 
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "zimage_jax"}
 BATCH = 16
 REFERENCE = {"dtype": "float32"}
 GROUPS = ("1", "2", "4", "2:1", "4:1", "1:2", "1:4")  # early:late, one for both
@@ -129,6 +134,9 @@ def summary(found: list[dict]) -> list[dict]:
                 "block_bytes": batches[0]["kv_bytes_of_a_block_and_picture"],
                 "share": batches[0]["kv_bytes_of_a_block_and_picture"]
                 / whole[0]["kv_bytes_of_a_block_and_picture"],
+                "bits": 32
+                * batches[0]["most_kv_bytes_of_a_block_and_picture"]
+                / whole[0]["most_kv_bytes_of_a_block_and_picture"],
                 "seconds": float(np.median(ratios)),
                 "reuse": batches[0].get("reuse", 1),
                 "dtype": batches[0]["dtype"],
@@ -138,22 +146,17 @@ def summary(found: list[dict]) -> list[dict]:
 
 
 def table(result: list[dict]) -> Iterator[str]:
-    yield "| policy | K/V bytes of float32's | fewer than bf16's | PSNR dB | accuracy % | seconds of float32's | pictures |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| policy | K/V bytes of float32's | fewer than bf16's | most bits a value | PSNR dB | accuracy % | seconds of float32's | pictures |"
+    yield "|---|---|---|---|---|---|---|---|"
     for r in result:
         yield (
-            f"| {r['policy']} | {100 * r['share']:.1f} % | {100 * (1 - 2 * r['share']):.0f} % | {r['psnr_db']:.1f} "
+            f"| {r['policy']} | {100 * r['share']:.1f} % | {100 * (1 - 2 * r['share']):.0f} % | {r['bits']:.2f} | {r['psnr_db']:.1f} "
             f"| {r['accuracy']:.1f} | {r['seconds']:.2f} | {r['pictures']} |"
         )
 
 
 def plot(result: list[dict], file: Path) -> None:
     """Bytes of a block's K and V against PSNR."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for dtype in dict.fromkeys(r["dtype"] for r in result):
         for reuse, marker in ((1, "o"), (2, "x")):
@@ -177,6 +180,37 @@ def plot(result: list[dict], file: Path) -> None:
     axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file)
+    plt.close(figure)
+
+
+def frontier(result: list[dict], file: Path) -> None:
+    """The most bits a value takes at once, with scales, against PSNR; a line joins the policies
+    that none beats in both."""
+    chosen = sorted(
+        (r for r in result if r["reuse"] == 1 and math.isfinite(r["psnr_db"])),
+        key=lambda r: (r["bits"], -r["psnr_db"]),
+    )
+    best = [
+        r
+        for i, r in enumerate(chosen)
+        if all(r["psnr_db"] > other["psnr_db"] for other in chosen[:i])
+    ]
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    axis.plot([r["bits"] for r in best], [r["psnr_db"] for r in best], color="0.6", zorder=1)
+    axis.scatter([r["bits"] for r in chosen], [r["psnr_db"] for r in chosen], zorder=2)
+    for r in chosen:
+        text = r["policy"].removesuffix(", group 1")
+        at = (r["bits"], r["psnr_db"])
+        axis.annotate(text, at, textcoords="offset points", xytext=(5, -9), fontsize=8)
+    axis.axhline(38.2, color="gray", linewidth=0.8, linestyle=":")
+    axis.axvline(6.4, color="gray", linewidth=0.8, linestyle=":")
+    axis.set_xlabel(
+        "bits a value of K and V, with scales, at their peak (dotted: 60 % fewer than 16)"
+    )
+    axis.set_ylabel("PSNR against float32 K/V, dB (dotted: 38.2)")
+    axis.margins(0.12)
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
 
 
@@ -207,6 +241,7 @@ def main(output: Path, scenes: int, size: int, name_of_set: str) -> None:
     text = "\n".join(table(result)) + "\n"
     (output / "table.md").write_text(text)
     plot(result, output / "plot.svg")
+    frontier(result, output / "frontier.svg")
     click.echo(text)
 
 
