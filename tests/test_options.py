@@ -160,7 +160,7 @@ def test_variables_that_count_chunks(run, tmp_path, monkeypatch, variables, sche
         (("--config", "deep.toml"), "nested too deeply"),
         (("--config", "bad.toml"), "no such key: magic; keys are the flags' names"),
         (("--vae-tile", 70), "the side of a tile must be a multiple of"),
-        (("--kv-dtype", "int8"), "K/V dtype 'int8': expected one of float32, bf16, fp16, fp8"),
+        (("--kv-dtype", "int4"), "K/V dtype 'int4': expected one of float32, bf16, fp16, fp8"),
         (("--kv-group", "3"), "K/V group '3': expected 1, 2 or 4"),
         (("--kv-group", "2:x"), "expected 1, 2 or 4, or EARLY:LATE as in 2:1"),
         (("--kv-reuse", 0), "--kv-reuse must be from 1 to 1000, got 0"),

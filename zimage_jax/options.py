@@ -337,7 +337,8 @@ _KV = [
     _option(
         "--kv-dtype",
         metavar="EARLY[:LATE]",
-        help="Dtype of K and V: float32, bf16, fp16, or fp8 for EARLY.  "
+        help="Dtype of K and V: float32, bf16, fp16, int8, int6; packed in 4 to 6 bits each, as "
+        "in k5v6; or fp8 for EARLY.  "
         "[default: bf16:fp16 when computing in bfloat16, else the compute dtype]",
     ),
     _option(

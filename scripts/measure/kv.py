@@ -2,11 +2,12 @@
 K and V, accuracy by program, bytes of K and V, seconds.
 
     python -m scripts.measure.kv -o runs/kv --scenes 24     every combination, two held-out prompts a scene, 256x256
-    python -m scripts.measure.kv -o runs/kv --main          200 prompts, the policies of scripts/results/kv.md
+    python -m scripts.measure.kv -o runs/kv --set main      200 prompts, the policies of scripts/results/kv.md
+    python -m scripts.measure.kv -o runs/kv --set packed    200 prompts, packed K and V among others
 
 Every batch of prompts is drawn under all policies in turn, so that their seconds compare; what is
-drawn is kept in RESULTS.jsonl in the folder, and a second run goes on from there. Writes table.md
-and plot.svg beside it."""
+drawn is kept in RESULTS.jsonl in the folder, and a second run goes on from there. Writes table.md,
+plot.svg and frontier.svg beside it."""
 
 import json
 import math
@@ -15,6 +16,7 @@ from itertools import product
 from pathlib import Path
 
 import click
+import matplotlib
 import numpy as np
 from tqdm import tqdm
 
@@ -23,6 +25,10 @@ from scripts.tiny.judge import judge
 from zimage_jax import KVPolicy, Memory, ZImage
 from zimage_jax.cli import use_compile_cache
 
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "zimage_jax"}
 BATCH = 16
 REFERENCE = {"dtype": "float32"}
 GROUPS = ("1", "2", "4", "2:1", "4:1", "1:2", "1:4")  # early:late, one for both
@@ -53,6 +59,15 @@ MAIN = [
     {"dtype": "fp16", "group": "2"},
     {"dtype": "fp16", "reuse": 2},
 ]
+PACKED = [
+    {"dtype": "bf16"},
+    {"dtype": "fp8:bf16"},
+    *({"dtype": f"int{bits}"} for bits in (8, 6)),
+    *({"dtype": f"k{k}v{v}"} for k, v in ((6, 6), (5, 6), (6, 5), (5, 5), (5, 4), (4, 4))),
+    {"dtype": "bf16", "group": "2:1"},
+    {"dtype": "k5v6", "reuse": 2},
+]
+SETS = {"every": policies(), "main": [REFERENCE, *MAIN], "packed": [REFERENCE, *PACKED]}
 
 
 def name(words: dict) -> str:
@@ -73,6 +88,7 @@ def draw(
         "pictures": len(prompts),
         "kv_bytes": result.report["kv_bytes"],
         "kv_bytes_of_a_block_and_picture": sum(of_block) / len(of_block) / len(prompts),
+        "most_kv_bytes_of_a_block_and_picture": max(of_block) / len(prompts),
         "denoise_seconds": result.ledger.seconds["denoise"],
     }
 
@@ -118,6 +134,9 @@ def summary(found: list[dict]) -> list[dict]:
                 "block_bytes": batches[0]["kv_bytes_of_a_block_and_picture"],
                 "share": batches[0]["kv_bytes_of_a_block_and_picture"]
                 / whole[0]["kv_bytes_of_a_block_and_picture"],
+                "bits": 32
+                * batches[0]["most_kv_bytes_of_a_block_and_picture"]
+                / whole[0]["most_kv_bytes_of_a_block_and_picture"],
                 "seconds": float(np.median(ratios)),
                 "reuse": batches[0].get("reuse", 1),
                 "dtype": batches[0]["dtype"],
@@ -127,22 +146,17 @@ def summary(found: list[dict]) -> list[dict]:
 
 
 def table(result: list[dict]) -> Iterator[str]:
-    yield "| policy | K/V bytes of float32's | fewer than bf16's | PSNR dB | accuracy % | seconds of float32's | pictures |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| policy | K/V bytes of float32's | fewer than bf16's | most bits a value | PSNR dB | accuracy % | seconds of float32's | pictures |"
+    yield "|---|---|---|---|---|---|---|---|"
     for r in result:
         yield (
-            f"| {r['policy']} | {100 * r['share']:.1f} % | {100 * (1 - 2 * r['share']):.0f} % | {r['psnr_db']:.1f} "
+            f"| {r['policy']} | {100 * r['share']:.1f} % | {100 * (1 - 2 * r['share']):.0f} % | {r['bits']:.2f} | {r['psnr_db']:.1f} "
             f"| {r['accuracy']:.1f} | {r['seconds']:.2f} | {r['pictures']} |"
         )
 
 
 def plot(result: list[dict], file: Path) -> None:
     """Bytes of a block's K and V against PSNR."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for dtype in dict.fromkeys(r["dtype"] for r in result):
         for reuse, marker in ((1, "o"), (2, "x")):
@@ -169,16 +183,49 @@ def plot(result: list[dict], file: Path) -> None:
     plt.close(figure)
 
 
+def frontier(result: list[dict], file: Path) -> None:
+    """The most bits a value takes at once, with scales, against PSNR; a line joins the policies
+    that none beats in both."""
+    chosen = sorted(
+        (r for r in result if r["reuse"] == 1 and math.isfinite(r["psnr_db"])),
+        key=lambda r: (r["bits"], -r["psnr_db"]),
+    )
+    best = [
+        r
+        for i, r in enumerate(chosen)
+        if all(r["psnr_db"] > other["psnr_db"] for other in chosen[:i])
+    ]
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    axis.plot([r["bits"] for r in best], [r["psnr_db"] for r in best], color="0.6", zorder=1)
+    axis.scatter([r["bits"] for r in chosen], [r["psnr_db"] for r in chosen], zorder=2)
+    for r in chosen:
+        text = r["policy"].removesuffix(", group 1")
+        at = (r["bits"], r["psnr_db"])
+        axis.annotate(text, at, textcoords="offset points", xytext=(5, -9), fontsize=8)
+    axis.axhline(38.2, color="gray", linewidth=0.8, linestyle=":")
+    axis.axvline(6.4, color="gray", linewidth=0.8, linestyle=":")
+    axis.set_xlabel(
+        "bits a value of K and V, with scales, at their peak (dotted: 60 % fewer than 16)"
+    )
+    axis.set_ylabel("PSNR against float32 K/V, dB (dotted: 38.2)")
+    axis.margins(0.12)
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+
+
 @click.command(help=__doc__)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for results."
 )
 @click.option("--scenes", default=100, show_default=True, help="Held-out scenes; two prompts each.")
 @click.option("--size", default=256, show_default=True)
-@click.option("--main", "only_main", is_flag=True, help="The policies of README's table alone.")
-def main(output: Path, scenes: int, size: int, only_main: bool) -> None:
+@click.option(
+    "--set", "name_of_set", type=click.Choice(list(SETS)), default="every", help="Policies."
+)
+def main(output: Path, scenes: int, size: int, name_of_set: str) -> None:
     use_compile_cache()
-    chosen = [REFERENCE, *MAIN] if only_main else policies()
+    chosen = SETS[name_of_set]
     output.mkdir(parents=True, exist_ok=True)
     results = output / "RESULTS.jsonl"
     found = (
@@ -194,6 +241,7 @@ def main(output: Path, scenes: int, size: int, only_main: bool) -> None:
     text = "\n".join(table(result)) + "\n"
     (output / "table.md").write_text(text)
     plot(result, output / "plot.svg")
+    frontier(result, output / "frontier.svg")
     click.echo(text)
 
 

@@ -17,12 +17,19 @@ from tests.model.test_models import relative
 from tests.schedules import JOB, MODEL, SCHEDULES, every
 from zimage_jax import KVPolicy, Memory, ZImage
 from zimage_jax.errors import UsageError
-from zimage_jax.model import dit, kv, sampling
+from zimage_jax.model import dit, kv, kv_codes, ops, sampling
 from zimage_jax.model.attention import Attend
-from zimage_jax.model.kv import KV, KVFormat, Nfe, Phase
+from zimage_jax.model.kv import CODINGS, KV, KeyTable, KVFormat, Nfe, Phase
+from zimage_jax.units import tree_bytes
 
 TURBO_T = 1000 * sampling.sigmas(8, 3.0)[:-1]
 CONFIG = small.CONFIGS[MODEL]
+
+
+def table(keys: int, lengths=None, batch: int = 2, half: int = 4) -> KeyTable:
+    """Rotations of random angles."""
+    angle = np.random.default_rng(keys).standard_normal((batch, keys, half)).astype(np.float32)
+    return KeyTable(np.cos(angle), np.sin(angle), lengths)
 
 
 # -- the words -------------------------------------------------------------------------------------
@@ -45,6 +52,7 @@ def test_the_switch_is_at_500_which_leaves_two_of_eight_nfes():
     [
         ({"dtype": "fp16"}, [("fp16", 1, 8)]),
         ({"dtype": "fp8:bf16", "switch_t": 900}, [("fp8", 1, 2), ("bf16", 1, 6)]),
+        ({"dtype": "k4v6:int8", "group": "2"}, [("k4v6", 2, 6), ("int8", 2, 2)]),
         ({"group": "4:2", "switch_t": 0}, [("float32", 4, 8)]),
         ({"group": "2:1"}, [("float32", 2, 6), ("float32", 1, 2)]),
         ({"switch_t": 1000, "dtype": "bf16:fp16"}, [("fp16", 1, 8)]),
@@ -58,7 +66,11 @@ def test_phases(words, phases):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"dtype": "int8"}, "K/V dtype 'int8': expected one of float32, bf16, fp16, fp8"),
+        (
+            {"dtype": "int7"},
+            "K/V dtype 'int7': expected one of float32, bf16, fp16, fp8, int8, int6, or k5v6 and the",
+        ),
+        ({"dtype": "k5v7"}, "K/V dtype 'k5v7': .* with 4 to 6 bits each"),
         ({"dtype": "fp8"}, "fp8 is for the early NFEs"),
         ({"dtype": "bf16:fp16:fp8"}, "expected one value, or EARLY:LATE"),
         ({"group": "3"}, "K/V group '3': expected 1, 2 or 4, or EARLY:LATE"),
@@ -73,7 +85,7 @@ def test_words_that_are_wrong(words, message):
 
 
 @given(
-    st.sampled_from([None, "bf16:fp16", "fp8:fp16", "float32"]),
+    st.sampled_from([None, "bf16:fp16", "fp8:fp16", "float32", "k5v6:int8"]),
     st.sampled_from(["1", "2", "4:1"]),
     st.integers(1, 5),
 )
@@ -139,11 +151,11 @@ def test_groups_of_equal_tokens_attend_as_the_tokens_do(grid, group, attend):
     q = jnp.asarray(rng.standard_normal((2, tokens, 2, 8), np.float32))
     lengths, pooled = np.array([13, 20], np.int32), how.keys(tokens) - captions
     whole, plain = KVFormat("float32"), KV(jnp.asarray(k), jnp.asarray(v))
-    expected = kv.attention(
-        q, plain, lengths + np.int32(rows * columns), whole, jnp.float32, attend
-    )
+    keys = table(tokens, lengths + np.int32(rows * columns))
+    expected = kv.attention(q, plain, keys, whole, jnp.float32, attend)
     held = KV(kv.pool(jnp.asarray(k), how), kv.pool(jnp.asarray(v), how))
-    found = kv.attention(q, held, lengths + np.int32(pooled), how, jnp.float32, attend)
+    keys = table(how.keys(tokens), lengths + np.int32(pooled))
+    found = kv.attention(q, held, keys, how, jnp.float32, attend)
     assert relative(found, expected) <= 1e-5
 
 
@@ -172,7 +184,8 @@ def test_grouped_keys_take_the_centres_of_their_groups():
 def test_k_and_v_are_rounded_once_and_saturate(dtype):
     x = np.random.default_rng(0).standard_normal((1, 50, 2, 8), np.float32) * np.float32(3e4)
     x[0, 0, 0, 0], x[0, 0, 0, 1] = 1e38, -1e38
-    held = jax.jit(lambda x: kv.round_kv(x, -x, None, KVFormat(dtype)))(x)
+    valid = np.ones((1, 50), bool)
+    held = jax.jit(lambda x: KV(*(kv.keep(y, valid, kv.DTYPES[dtype]) for y in (x, -x))))(x)
     of = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}[dtype]
     largest = np.float32(ml_dtypes.finfo(of).max)
     np.testing.assert_array_equal(np.asarray(held.k), np.clip(x, -largest, largest).astype(of))
@@ -184,42 +197,99 @@ def test_fp8_has_a_scale_per_head_that_padding_does_not_move():
         [[1e-3], [1], [1e3]], np.float32
     )
     x[0, 30:] *= 100
-    held = kv.round_kv(
-        jnp.asarray(x), jnp.asarray(x), np.array([30, 40], np.int32), KVFormat("fp8")
-    )
-    meant = np.asarray(held.k, np.float32) * np.asarray(held.k_scale)
+    held = kv.keep(jnp.asarray(x), table(40, np.array([30, 40], np.int32)).valid, kv.FP8)
+    meant = np.asarray(held.values, np.float32) * np.asarray(held.scale)
     np.testing.assert_allclose(
         meant[0, :30], x[0, :30], rtol=2**-4, atol=1e-2 * np.abs(x[0, :30]).max((0, 2)).min()
     )
-    assert held.k_scale.shape == (2, 1, 3, 1)
+    assert held.scale.shape == (2, 1, 3, 1)
     np.testing.assert_allclose(
-        np.asarray(held.k_scale)[0, 0, :, 0] * 448, np.abs(x[0, :30]).max((0, 2)), rtol=1e-6
+        np.asarray(held.scale)[0, 0, :, 0] * 448, np.abs(x[0, :30]).max((0, 2)), rtol=1e-6
     )
 
 
 def test_the_rounding_survives_compilation():
     """What is attended to is what was rounded, not what it was rounded from."""
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, 64, 2, 16), np.float32)
+    keys, bf16 = table(64, batch=1, half=8), KVFormat("bf16")
+
+    def attend(q, k, v, how):
+        return kv.attention(q, KV(k, v), keys, how, jnp.float32, Attend())
 
     @jax.jit
-    def attend(q, k, v):
-        return kv.attention(
-            q,
-            kv.round_kv(k, v, None, KVFormat("bf16")),
-            None,
-            KVFormat("bf16"),
-            jnp.float32,
-            Attend(),
-        )
+    def rounding(q, k, v):
+        return attend(q, *(kv.keep(x, keys.valid, kv.DTYPES["bf16"]) for x in (k, v)), bf16)
 
     rounded = [a.astype(ml_dtypes.bfloat16) for a in (q, k, v)]
-    expected = jax.jit(
-        lambda q, k, v: kv.attention(q, KV(k, v), None, KVFormat("bf16"), jnp.float32, Attend())
-    )(rounded[0].astype(np.float32), *rounded[1:])
-    exact = jax.jit(
-        lambda q, k, v: kv.attention(q, KV(k, v), None, KVFormat("float32"), jnp.float32, Attend())
-    )(q, k, v)
-    assert relative(attend(q, k, v), expected) < relative(exact, expected) / 10
+    expected = jax.jit(partial(attend, how=bf16))(rounded[0].astype(np.float32), *rounded[1:])
+    exact = jax.jit(partial(attend, how=KVFormat("float32")))(q, k, v)
+    assert relative(rounding(q, k, v), expected) < relative(exact, expected) / 10
+
+
+# -- packed ----------------------------------------------------------------------------------------
+
+
+def packed(how: KVFormat, keys: KeyTable, heads: int, width: int) -> KV:
+    """Random K and V, packed."""
+    rng, (batch, tokens, _) = np.random.default_rng(1), keys.cos.shape
+    k, v = (
+        jnp.asarray(rng.standard_normal((batch, tokens, heads, width), np.float32)) for _ in "kv"
+    )
+    kept = kv.keep_keys(k, keys.cos, keys.sin, keys.valid, how)
+    return KV(kept, kv.keep(v, keys.valid, how.stored[1]))
+
+
+@pytest.mark.parametrize("compute", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", ["int8", "k5v6"])
+def test_packed_keys_and_values_attend_as_what_they_decode_to(dtype, compute):
+    """20 heads, two at a time; keys are rotated when they are read."""
+    how, keys = KVFormat(dtype), table(70, np.array([70, 37], np.int32))
+    held = packed(how, keys, 20, 8)
+    q = jnp.asarray(np.random.default_rng(2).standard_normal((2, 33, 20, 8)), compute)
+    k, v = (kv_codes.decode(codes, how, 8) for codes, how in zip(held, how.stored, strict=True))
+    plain = KV(ops.rotate_pairs(k, keys.cos, keys.sin).astype(compute), v.astype(compute))
+    name = {"float32": "float32", "bfloat16": "bf16", "float16": "fp16"}[jnp.dtype(compute).name]
+    expected = kv.attention(q, plain, keys, KVFormat(name), compute, Attend())
+    found = jax.jit(lambda q, held: kv.attention(q, held, keys, how, compute, Attend()))(q, held)
+    assert found.dtype == compute
+    tolerance = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-3}[jnp.dtype(compute).name]
+    assert relative(found, expected) <= tolerance
+
+
+@pytest.mark.parametrize(("heads", "size"), [(1, 1), (6, 1), (20, 2), (29, 1), (30, 3), (64, 4)])
+def test_a_tenth_of_the_heads_is_decoded_at_once(heads, size):
+    assert kv.heads_at_once(heads) == size
+
+
+def test_no_decoded_copy_of_all_heads():
+    """Keys in floating point are of two heads of 20, nowhere of all."""
+    how, keys = KVFormat("k5v6"), table(70)
+    held, q = packed(how, keys, 20, 8), jnp.zeros((2, 33, 20, 8))
+    text = str(
+        jax.make_jaxpr(lambda q, held: kv.attention(q, held, keys, how, jnp.float32, Attend()))(
+            q, held
+        )
+    )
+    assert "f32[2,70,2,8]" in text
+    assert "f32[2,70,20,8]" not in text
+
+
+@pytest.mark.parametrize("dtype", [*kv.DTYPES, *CODINGS])
+@pytest.mark.parametrize("group", [1, 2])
+def test_the_bytes_of_a_format_are_those_of_its_arrays(dtype, group):
+    how = KVFormat(dtype, group, (5, 7) if group > 1 else None)
+    room = jax.eval_shape(lambda: kv.empty(how, 2, 100, 3, 24))
+    assert tree_bytes(room) == how.nbytes(2, 100, 3, 24)
+
+
+def test_six_bits_of_sixteen_are_sixty_percent_fewer():
+    """At 1024x1024, with scales."""
+    bytes_of = {dtype: KVFormat(dtype).nbytes(1, 4160, 30, 128) for dtype in ("bf16", *CODINGS)}
+    bits = {dtype: round(16 * n / bytes_of["bf16"], 3) for dtype, n in bytes_of.items()}
+    assert bits["int8"] == 8.125
+    assert bits["int6"] == 6.125
+    assert (bits["k6v6"], bits["k5v6"], bits["k5v5"], bits["k5v4"]) == (6.5, 6, 5.5, 5)
+    assert bytes_of["k5v6"] <= 0.4 * bytes_of["bf16"]
 
 
 @pytest.mark.exhaustive
@@ -268,6 +338,8 @@ POLICIES = {
     "fp8 early, groups of 2": KVPolicy.parse("fp8:bf16", switch_t=700.0, group="2:1"),
     "reuse": KVPolicy.parse(reuse=2),
     "all": KVPolicy.parse("bf16:fp16", switch_t=600.0, group="2:4", reuse=3),
+    "packed": KVPolicy.parse("k5v6"),
+    "packed, grouped, reused": KVPolicy.parse("int6:k6v4", switch_t=600.0, group="1:2", reuse=2),
 }
 STEPS = {"steps": 6}
 UNDER = ["swap", "ring", "hybrid", "a chunk per block", "half a block", "disk", "one chunk"]
@@ -306,7 +378,8 @@ def test_every_schedule_gives_the_same_bits(case, results):
 def test_the_scan_is_near(policy, results):
     """float32 but for K and V: a last bit may fall on the other side of their rounding (half a step
     of fp8 is 1/32)."""
-    tolerance = {"reuse": 2e-6, "fp8 early, groups of 2": 2e-2}.get(policy, 2e-3)
+    coarse = dict.fromkeys(("fp8 early, groups of 2", "packed", "packed, grouped, reused"), 2e-2)
+    tolerance = ({"reuse": 2e-6} | coarse).get(policy, 2e-3)
     assert (
         relative(results(policy, "scan").latents, results(policy, "resident").latents) <= tolerance
     )
@@ -355,6 +428,9 @@ def test_the_report_counts_k_and_v(results):
     assert results("precision", "ring").report["kv_bytes"] == whole // 2
     assert results("precision", "ring").report["kv_bytes_without_policy"] == whole
     assert results("reuse", "ring").report["kv_bytes"] == config.n_layers * whole
+    codes = tokens * config.dim * 11 // 8  # 5 and 6 bits a value
+    scales = 2 * 2 * 2 * config.dim  # low and step of one run of 64 keys, of K and of V
+    assert results("packed", "ring").report["kv_bytes"] == codes + scales
     grouped = (
         2 * (tokens - 12 + 4) * config.dim
     )  # 3 x 4 tokens in four groups, a byte each, and scales
@@ -365,15 +441,16 @@ def test_the_report_counts_k_and_v(results):
 
 
 @pytest.mark.exhaustive
-def test_cached_k_and_v_lie_on_the_host_when_the_device_is_short(native):
+@pytest.mark.parametrize("policy", ["reuse", "packed, grouped, reused"])
+def test_cached_k_and_v_lie_on_the_host_when_the_device_is_short(policy, native):
     """The same bits, and never more than the plan said."""
     pipe, job = ZImage.load(native(MODEL)), JOB | STEPS | {"width": 256, "height": 256}
     memory = Memory(schedule="ring", chunks=5)
-    device = pipe.generate("a red fox", **job, kv=POLICIES["reuse"], memory=memory)
+    device = pipe.generate("a red fox", **job, kv=POLICIES[policy], memory=memory)
     short = Memory(
         schedule="ring", chunks=5, max_vram_bytes=device.plan.peak_bytes_by_stage["denoise"] - 1
     )
-    host = pipe.generate("a red fox", **job, kv=POLICIES["reuse"], memory=short)
+    host = pipe.generate("a red fox", **job, kv=POLICIES[policy], memory=short)
     assert host.plan.denoise.kv_on_host
     assert not device.plan.denoise.kv_on_host
     assert host.report["peak_device_bytes"] <= host.plan.peak_bytes <= short.max_vram_bytes

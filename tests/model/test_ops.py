@@ -103,3 +103,16 @@ def test_tokens_in_runs_are_what_they_are_at_once(monkeypatch, tokens):
     for made, expected in zip(found, function(x, y), strict=True):
         assert made.dtype == expected.dtype
         np.testing.assert_array_equal(made, expected)
+
+
+@pytest.mark.parametrize("tokens", [31, 128, 160, 200])
+def test_runs_of_tokens_keep_neighbours_together(monkeypatch, tokens):
+    monkeypatch.setattr(ops, "RUN_TOKENS", 128)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, tokens, 3)), jnp.float32)
+
+    def sums(x):
+        padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 64), (0, 0)))
+        return padded.reshape(2, -1, 64, 3).sum(2)
+
+    found = jax.jit(lambda x: ops.in_runs(sums, x, together=64))(x)
+    np.testing.assert_allclose(found, sums(x), rtol=1e-5, atol=1e-5)

@@ -35,7 +35,7 @@ from ..errors import ConfigError
 from . import kv, ops
 from .attention import Attend
 from .config import DiTConfig
-from .kv import KV, KVFormat
+from .kv import KV, KeyTable, KVFormat
 from .layers import Linear, RMSNorm, gated, parameter
 
 # the reference pads image and caption to a multiple of this with learned tokens, which are attended
@@ -48,14 +48,6 @@ HALVES = {
     "feed_forward": ("feed_forward", "ffn_norm1", "ffn_norm2"),
 }
 Count = TypeVar("Count", int, np.ndarray)
-
-
-class KeyTable(NamedTuple):
-    """Rotations and mask of keys that stand for groups of image tokens."""
-
-    cos: Float[Array | np.ndarray, "B S half"]
-    sin: Float[Array | np.ndarray, "B S half"]
-    lengths: Int[Array | np.ndarray, "B"] | None
 
 
 class BlockInputs(NamedTuple):
@@ -117,33 +109,37 @@ class Attention(nnx.Module):
         """
         batch, tokens, dim = x.shape
         wide, query_dtype = ops.wide(x.dtype), kv_format.query_dtype(x.dtype)
+        keys = inputs.keys or KeyTable(*inputs[:3])
+        if held is None:
+            held = self._keys_values(x, keys, kv_format)
+        # Q last: K and V are made in float32, which takes the most
+        x, held = lax.optimization_barrier((x, held))
 
         def queries(x: Float[Array, "B R D"], cos, sin) -> Float[Array, "B R N H"]:
             q = self.to_q(x, wide).reshape(*x.shape[:2], self.heads, -1)
             q = self.norm_q(q, out_dtype=jnp.float32)
             return ops.rotate_pairs(q, cos, sin).astype(query_dtype)
 
-        q, keys = ops.in_runs(queries, x, inputs.cos, inputs.sin), inputs.keys
-        keys = keys or KeyTable(*inputs[:3])
-        if held is None:
-            held = self._keys_values(x, keys, kv_format)
-        out = kv.attention(q, held, keys.lengths, kv_format, x.dtype, attend)
+        q = ops.in_runs(queries, x, inputs.cos, inputs.sin)
+        out = kv.attention(q, held, keys, kv_format, x.dtype, attend)
         return self.to_out(out.reshape(batch, tokens, dim), wide), held
 
     def _keys_values(self, x: Float[Array, "B T D"], keys: KeyTable, kv_format: KVFormat) -> KV:
-        """K and V of `x`, float32 from the projections to the rotation, then rounded once."""
+        """K and V of `x`, float32 from the projections on, then stored as `kv_format` says. V after
+        K, so that one of them is in float32 at a time."""
 
-        def keys_values(x: Float[Array, "B R D"], cos, sin, lengths=None) -> KV:
-            k, v = (
-                project(x, jnp.float32).reshape(*x.shape[:2], self.heads, -1)
-                for project in (self.to_k, self.to_v)
-            )
-            k, v = (kv.pool(y, kv_format) for y in (self.norm_k(k, out_dtype=jnp.float32), v))
-            return kv.round_kv(ops.rotate_pairs(k, cos, sin), v, lengths, kv_format)
+        def project(to: Linear, x: Float[Array, "B R D"]) -> Float[Array, "B R N H"]:
+            return to(x, jnp.float32).reshape(*x.shape[:2], self.heads, -1)
 
-        if kv_format.joins_tokens:
-            return keys_values(x, keys.cos, keys.sin, keys.lengths)
-        return ops.in_runs(keys_values, x, keys.cos, keys.sin)
+        def of_keys(x: Float[Array, "B R D"], cos, sin, valid):
+            k = kv.pool(self.norm_k(project(self.to_k, x), out_dtype=jnp.float32), kv_format)
+            return kv.keep_keys(k, cos, sin, valid, kv_format)
+
+        def of_values(x: Float[Array, "B R D"], valid):
+            return kv.keep(kv.pool(project(self.to_v, x), kv_format), valid, kv_format.stored[1])
+
+        run, valid = kv_format.in_runs, keys.valid
+        return KV(run(of_keys, x, keys.cos, keys.sin, valid), run(of_values, x, valid))
 
 
 class FeedForward(nnx.Module):

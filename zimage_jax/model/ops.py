@@ -16,7 +16,7 @@ from jax import Array, lax
 from jaxtyping import Float, Real, Shaped
 
 
-def last_axis(vector: Float[Array, "D"], ndim: int) -> Float[Array, "..."]:
+def last_axis(vector: Shaped[Array, "D"], ndim: int) -> Shaped[Array, "..."]:
     """The vector reshaped to broadcast along the last axis of an array with `ndim` axes."""
     return vector.reshape((1,) * (ndim - 1) + (-1,))
 
@@ -91,48 +91,67 @@ RUN_TOKENS = 2112
 Tree = TypeVar("Tree")
 
 
-def in_runs(function: Callable[..., Tree], *arrays: Shaped[Array | np.ndarray, "B T ..."]) -> Tree:
+def in_runs(
+    function: Callable[..., Tree], *arrays: Shaped[Array | np.ndarray, "B T ..."], together: int = 1
+) -> Tree:
     """`function(*arrays)`, computed over runs of at most RUN_TOKENS tokens (axis 1).
 
-    `function` must compute each token independently. The length of a run depends on the number of
-    tokens alone, and so do the bits of the result.
+    `function` must compute each token independently of all but its neighbours: of the `together`
+    tokens that share a row of its result. The length of a run depends on the number of tokens and
+    on `together` alone, and so do the bits of the result.
     """
     tokens = arrays[0].shape[1]
     runs = math.ceil(tokens / RUN_TOKENS)
     if runs == 1:
         return function(*arrays)
-    length = math.ceil(tokens / runs / 32) * 32
+    multiple = math.lcm(32, together)
+    length, padded = (math.ceil(n / multiple) * multiple for n in (tokens / runs, tokens))
+    arrays = tuple(
+        jnp.pad(a, ((0, 0), (0, padded - tokens), *[(0, 0)] * (a.ndim - 2))) for a in arrays
+    )
 
-    def cut(a: Shaped[Array | np.ndarray, "B T ..."]) -> Shaped[Array, "runs B length ..."]:
-        a = jnp.pad(a, ((0, 0), (0, runs * length - tokens), *[(0, 0)] * (a.ndim - 2)))
-        return jnp.moveaxis(a.reshape(a.shape[0], runs, length, *a.shape[2:]), 1, 0)
+    def step(run: Array, whole: Tree) -> Tree:
+        # the last run repeats the end of the one before: padding would be a copy of every array
+        start = jnp.minimum(run * length, padded - length)
+        made = function(*(lax.dynamic_slice_in_dim(a, start, length, 1) for a in arrays))
 
-    def joined(a: Shaped[Array, "runs B length ..."]) -> Shaped[Array, "B T ..."]:
-        a = jnp.moveaxis(a, 0, 1)
-        return a.reshape(a.shape[0], runs * length, *a.shape[3:])[:, :tokens]
+        def put(whole: Shaped[Array, "B rows ..."], made: Shaped[Array, "B some ..."]) -> Array:
+            at = start * made.shape[1] // length
+            return lax.dynamic_update_slice_in_dim(whole, made, at, 1)
 
-    return jax.tree.map(joined, mapped(function, *map(cut, arrays)))
+        return jax.tree.map(put, whole, made)
+
+    def room(made: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        return (made.shape[0], padded * made.shape[1] // length, *made.shape[2:])
+
+    made = jax.eval_shape(function, *(a[:, :length] for a in arrays))
+    whole = lax.fori_loop(0, runs, step, _room(arrays[0], made, room))
+    return jax.tree.map(lambda a: a[:, : math.ceil(tokens * a.shape[1] / padded)], whole)
 
 
 def mapped(function: Callable[..., Tree], *arrays: Shaped[Array, "runs ..."]) -> Tree:
-    """`function` of one run after the other, stacked; the first array is of floating point.
-
-    lax.map begins with zeros that wait for nothing, and XLA makes those of all blocks of a chunk at
-    once: 122 MiB a block at 1024x1024. Here the result's buffer waits for the first array."""
-    nothing = arrays[0][(0,) * arrays[0].ndim] * 0
-    start = jax.tree.map(
-        lambda made: jnp.broadcast_to(
-            nothing.astype(made.dtype), (arrays[0].shape[0], *made.shape)
-        ),
-        jax.eval_shape(function, *(a[0] for a in arrays)),
-    )
+    """`function` of one run after the other, stacked; the first array is of floating point."""
+    runs = arrays[0].shape[0]
 
     def step(run: Array, whole: Tree) -> Tree:
         made = function(*(lax.dynamic_index_in_dim(a, run, keepdims=False) for a in arrays))
         put = functools.partial(lax.dynamic_update_index_in_dim, index=run, axis=0)
         return jax.tree.map(put, whole, made)
 
-    return lax.fori_loop(0, arrays[0].shape[0], step, start)
+    made = jax.eval_shape(function, *(a[0] for a in arrays))
+    return lax.fori_loop(0, runs, step, _room(arrays[0], made, lambda made: (runs, *made.shape)))
+
+
+def _room(
+    first: Float[Array, "..."], made: Tree, shape: Callable[[jax.ShapeDtypeStruct], tuple[int, ...]]
+) -> Tree:
+    """Arrays of the `shape` and dtype of each of `made` for a loop over `first` to fill.
+
+    Zeros would wait for nothing, and XLA makes those of all blocks of a chunk at once: 122 MiB a
+    block at 1024x1024. These wait for `first`.
+    """
+    nothing = first[(0,) * first.ndim] * 0
+    return jax.tree.map(lambda m: jnp.broadcast_to(nothing.astype(m.dtype), shape(m)), made)
 
 
 # -- norms -----------------------------------------------------------------------------------------
