@@ -143,7 +143,9 @@ def mapped(function: Callable[..., Tree], *arrays: Shaped[Array, "runs ..."]) ->
 
 
 def _room(
-    first: Float[Array, "..."], made: Tree, shape: Callable[[jax.ShapeDtypeStruct], tuple[int, ...]]
+    first: Float[Array | np.ndarray, "..."],
+    made: Tree,
+    shape: Callable[[jax.ShapeDtypeStruct], tuple[int, ...]],
 ) -> Tree:
     """Arrays of the `shape` and dtype of each of `made` for a loop over `first` to fill.
 
