@@ -11,7 +11,7 @@ from zimage_jax import __main__ as commands
 from zimage_jax import cli, plan
 from zimage_jax.model.config import TURBO
 from zimage_jax.planning.cards import CARDS, find
-from zimage_jax.units import GIB
+from zimage_jax.units import GIB, MIB
 from zimage_jax.weights.formats import uniform
 
 KEYS = {
@@ -128,6 +128,34 @@ def test_what_does_not_fit_is_a_row_too(run):
     assert row["schedule"] is row["predicted_seconds"] is result["recommended_size"] is None
     assert row["predicted_peak_bytes"] > result["budget_bytes"]
     assert "none fits" in run("--card", "rtx-4060", "--max-vram", 0.1, "--size", "512x512")[1]
+
+
+def test_a_peak_is_explained_array_by_array(run):
+    words = ("--card", "rtx-4090", "--max-vram", 0.72, "--size", "1024x1024")
+    (row,) = told(run, *words)["sizes"]
+    assert (row["schedule"], row["chunks"]) == ("ring", 60), "halves, where blocks do not fit"
+    arrays = row["predicted_arrays_by_stage"]
+    peaks = {stage: sum(of.values()) for stage, of in arrays.items()}
+    assert peaks == row["predicted_peak_bytes_by_stage"]
+    assert max(peaks.values()) == row["predicted_peak_bytes"] <= 0.72 * GIB
+    said = run(*words, "--explain")[1]
+    for stage, of in arrays.items():
+        assert f"1024x1024 {stage}: {peaks[stage] / MIB:,.1f} MiB" in said
+        assert all(name in said for name in of)
+    assert said.count("(the peak)") == 1
+    assert "slot 1 (as large as noise_refiner.0.feed_forward)" in said
+    assert "(the peak)" not in run(*words)[1]
+
+
+def test_steps_and_guidance_are_the_models_own(run):
+    turbo, base = (told(run, "--model", m, "--card", "h100", "512x512") for m in ("turbo", "base"))
+    assert (turbo["steps"], turbo["guidance"]) == (8, 0)
+    assert base["steps"] > 8
+    assert base["guidance"] > 0
+    seconds = [result["sizes"][0]["predicted_seconds_by_stage"] for result in (turbo, base)]
+    per_nfe = [of["denoise"] / n for of, n in zip(seconds, (8, base["steps"]), strict=True)]
+    assert per_nfe[1] == pytest.approx(2 * per_nfe[0], rel=0.15), "two contexts"
+    assert "NFEs, with guidance" in run("--model", "base", "--card", "h100", "512x512")[1]
 
 
 def test_this_machines_own_device(run, native):
