@@ -35,6 +35,7 @@ from ..errors import ConfigError
 from . import kv, ops
 from .attention import Attend
 from .config import DiTConfig
+from .encoded import block_after
 from .kv import KV, KVFormat
 from .layers import Linear, RMSNorm, gated, parameter
 
@@ -360,6 +361,7 @@ def apply_blocks(
     """Apply consecutive blocks, for example those of a chunk. Without a `kv_format`, K and V are
     ungrouped and in x's dtype."""
     for block in blocks:
+        x, block = block_after(x, block)
         x, _ = block(x, inputs, attend, kv_format or kv.plain(x.dtype))
     return x
 
@@ -377,6 +379,7 @@ def apply_blocks_cached(
     x, cache = carry
     used = []
     for block, held in zip(blocks, cache, strict=True):
+        x, block = block_after(x, block)
         x, held = block(x, inputs, attend, kv_format, held if reuses else None)
         used.append(held)
     return x, tuple(used)
