@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..model.config import TURBO, ModelConfig
+from ..units import MIB
 from ..weights import components
 from ..weights.formats import Storage
 from .cards import Card, MeasuredCard
@@ -26,7 +27,7 @@ class Figures:
     """The stored figures of the compute capability that is nearest to a card's.
 
     The figures are of parameters stored as arrays. An encoded model's programs also hold a decoded
-    matrix: 1.2 times the largest of a block is added. scripts/results/formats.md has the error.
+    matrix: the largest of a block is added, and 1 MiB. scripts/results/formats.md has the error.
 
     Between stored points a figure is linear in tokens or pixels, and in blocks per chunk, but never
     below the next smaller point's. Below the first point it is that point's; above the last point
@@ -92,7 +93,7 @@ class Figures:
             for path, leaf in leaves.items()
             if storage.of(component, path).encoding_of(path, leaf) is not None
         ]
-        return math.ceil(1.2 * 2 * max(sizes, default=0))  # in 16 bits
+        return 2 * max(sizes) + MIB if sizes else 0  # decoded to 16 bits
 
 
 class StoredCosts:
