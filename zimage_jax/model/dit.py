@@ -35,6 +35,7 @@ from ..errors import ConfigError
 from . import kv, ops
 from .attention import Attend
 from .config import DiTConfig
+from .encoded import block_after
 from .kv import KV, KeyTable, KVFormat
 from .layers import Linear, RMSNorm, gated, parameter
 
@@ -432,6 +433,8 @@ def _applied(
     kv_format = kv_format or kv.plain(at.x.dtype)
     used: list[KV] = []
     for block in blocks:
+        tokens, block = block_after(at.x, block)
+        at = at._replace(x=tokens)
         if block.attention is not None:
             own = held[len(used)] if held is not None else None
             at, kept = block.attention_half(at.x, inputs, attend, kv_format, own)

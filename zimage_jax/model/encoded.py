@@ -8,8 +8,9 @@ Axes: n rows of x, i and o a matrix's inputs and outputs, E exceptions.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -109,7 +110,17 @@ def product(x: Float[Array, "n i"], kernel: Any, dtype) -> Float[Array, "n o"]:
     return ops.product(x, kernel.astype(x.dtype), dtype)
 
 
-# Without these barriers XLA decodes several matrices of a feed-forward at once (75 MiB each).
+# Without these barriers XLA decodes several matrices of a feed-forward at once (75 MiB each), and
+# those of several blocks, or it decodes once what a loop uses many times.
+
+Block = TypeVar("Block")
+
+
+def block_after(x: Shaped[Array, "..."], block: Block) -> tuple[Shaped[Array, "..."], Block]:
+    """x and the module of a block, such that its encoded matrices are decoded when x is there."""
+    kernels = jax.tree.leaves(block, is_leaf=lambda leaf: isinstance(leaf, ENCODED))
+    encoded = any(isinstance(kernel, ENCODED) for kernel in kernels)
+    return lax.optimization_barrier((x, block)) if encoded else (x, block)
 
 
 def decoded_after(x: Shaped[Array, "*b i"], kernel: Any) -> tuple[Shaped[Array, "*b i"], Any]:

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from . import ops
 from .attention import Attend, attention
 from .config import TextEncoderConfig
+from .encoded import block_after
 from .layers import Linear, RMSNorm, gated, parameter
 
 
@@ -111,5 +112,6 @@ def apply_blocks(
 ) -> Float[Array, "B T D"]:
     """Apply consecutive blocks, for example those of a chunk."""
     for block in blocks:
+        x, block = block_after(x, block)
         x = block(x, attend)
     return x

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..model.config import TURBO, ModelConfig
+from ..units import MIB
 from ..weights import components
 from ..weights.formats import Storage
 from .cards import Card, MeasuredCard
@@ -26,8 +27,7 @@ class Figures:
     """The stored figures of the compute capability that is nearest to a card's.
 
     The figures are of parameters stored as arrays. An encoded model's programs also hold a decoded
-    matrix: the largest of a block is added. Compiled for sm_89 with lossless and int8, the sum is
-    exact at 512x512 and 19 and 85 MiB too large at 1024x1024 and 2048x2048.
+    matrix: the largest of a block is added, and 1 MiB. scripts/results/formats.md has the error.
 
     Between stored points a figure is linear in tokens or pixels, and in blocks per chunk, but never
     below the next smaller point's. Below the first point it is that point's; above the last point
@@ -87,8 +87,7 @@ class Figures:
         return max(scratch)
 
     def decoded(self, component: str, half: str | None = None) -> int:
-        """Bytes of the largest matrix that a block of a component, or its half, decodes, in 16
-        bits."""
+        """Bytes added for the matrix that a block of a component, or its half, has decoded."""
         return _decoded(self.storage, component, half)
 
 
@@ -115,7 +114,7 @@ def _decoded(storage: Storage, component: str, half: str | None) -> int:
         for path, leaf in components.of_half(f"{unit}.{half}" if half else unit, leaves).items()
         if storage.of(component, path).encoding_of(path, leaf) is not None
     ]
-    return 2 * max(sizes, default=0)
+    return 2 * max(sizes) + MIB if sizes else 0  # decoded to 16 bits
 
 
 @cache
