@@ -110,18 +110,16 @@ class Attention(nnx.Module):
         """
         batch, tokens, dim = x.shape
         wide, query_dtype = ops.wide(x.dtype), kv_format.query_dtype(x.dtype)
-        keys = inputs.keys or KeyTable(*inputs[:3])
-        if held is None:
-            held = self._keys_values(x, keys, kv_format)
-        # Q last: K and V are made in float32, which takes the most
-        x, held = lax.optimization_barrier((x, held))
 
         def queries(x: Float[Array, "B R D"], cos, sin) -> Float[Array, "B R N H"]:
             q = self.to_q(x, wide).reshape(*x.shape[:2], self.heads, -1)
             q = self.norm_q(q, out_dtype=jnp.float32)
             return ops.rotate_pairs(q, cos, sin).astype(query_dtype)
 
-        q = ops.in_runs(queries, x, inputs.cos, inputs.sin)
+        q, keys = ops.in_runs(queries, x, inputs.cos, inputs.sin), inputs.keys
+        keys = keys or KeyTable(*inputs[:3])
+        if held is None:
+            held = self._keys_values(x, keys, kv_format)
         out = kv.attention(q, held, keys, kv_format, x.dtype, attend)
         return self.to_out(out.reshape(batch, tokens, dim), wide), held
 
