@@ -51,7 +51,7 @@ class Measure:
 
     def __init__(self, card: cards.Card):
         self.dtype = default_dtype(Target("gpu", card.capability))
-        self.programs = CardPrograms(STORAGE, self.dtype, card)
+        self.card, self.programs = card, CardPrograms(STORAGE, self.dtype, card)
         self._stages: dict[str, Any] = {stage.name: stage for stage in STAGES}
         self._sizes = Sizes(STORAGE, 2)
 
@@ -156,9 +156,9 @@ class Measure:
         return self._orders(DenoiseChoice(ring))
 
     def _orders(self, choice: DenoiseChoice) -> list[list[tuple[str, int]]]:
-        before = self.programs.executables(ring_step)
-        self._scratch("denoise", self.work(512), choice)
-        return [order(step) for step in self.programs.executables(ring_step)[len(before) :]]
+        alone = CardPrograms(STORAGE, self.dtype, self.card)
+        self._stages["denoise"].compiled(alone, self.work(512), choice)
+        return [order(step) for step in alone.executables(ring_step)]
 
 
 def rows_of(side: int) -> tuple[int, ...]:
