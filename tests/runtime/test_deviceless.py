@@ -55,7 +55,8 @@ def assert_halves_overlap(orders) -> None:
     """All copies of a half are awaited after the other's last kernel. Those of an attention are all
     queued before the first kernel of the feed-forward; of the feed-forward's three matrices one at
     least, and the others while q, k and v are computed."""
-    assert sorted(runs[-1][1] for runs in orders) == [3, 3, 5], "K and V in bfloat16, then float16"
+    copied = sorted(runs[-1][1] for runs in orders)
+    assert copied in ([3, 3, 5], [3, 5]), "K and V in bfloat16, then float16; or in float16 alone"
     for runs in orders:
         (first, queued), (last, copied) = runs[0], runs[-1]
         assert (first, last) == ("start", "done")
