@@ -125,7 +125,7 @@ class StreamPlan:
         return tuple(map(self.slot_of, self.schedule.slot_kinds(self.kinds)))
 
     def slot_of(self, kind: Hashable) -> tuple[str, ...]:
-        """The largest streamed chunk of a kind, whose arrays a slot has while it holds any of them."""
+        """The largest streamed chunk of a kind: a slot that holds any of them has its arrays."""
         return self.chunks[self._largest(kind)]
 
     def _largest(self, kind: Hashable) -> int:

@@ -155,7 +155,8 @@ def streams(
 ) -> Iterator[StreamPlan]:
     """Partitions and schedules that `memory` allows, the fastest first.
 
-    Streams that never wait for a copy come first; among equals, those that copy the fewest blocks.
+    Streams that never wait for a copy come first, then those of whole blocks, then those that copy
+    the fewest bytes.
     `early` blocks form chunks of their own before the `main` chunks, and no larger than these.
 
     Raises UsageError for a number of chunks, a number of resident chunks, or a pin that does not
