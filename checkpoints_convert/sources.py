@@ -60,6 +60,9 @@ _NUMPY = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
+    # as cast without scales; a file with scales has tensors that no model has, and is refused
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 _LARGEST_INDEX = 64 << 20
 _SHOWN = 3  # tensors listed per kind of fault
@@ -94,11 +97,12 @@ class Tensor:
     file: Path
     name: str  # in the file, with prefix
     shape: tuple[int, ...]
-    dtype: str  # safetensors' name: F32, BF16, F16
+    dtype: str  # safetensors' name, a key of _NUMPY if it is supported
     offset: int  # of its first byte in the file
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """Rows `first` to `last` (exclusive) of the first axis; float16 is widened to float32.
+        """Rows `first` to `last` (exclusive) of the first axis; float16 and float8 are widened to
+        float32.
 
         The file is read and not memory-mapped: mapped pages count as this process's memory, and
         are read in small pieces.
@@ -112,7 +116,8 @@ class Tensor:
             offset=self.offset + first * width * dtype.itemsize,
         )
         values = values.reshape(last - first, *self.shape[1:])
-        return values.astype(np.float32) if dtype == np.float16 else values
+        is_kept = self.dtype in ("F32", "BF16")
+        return values if is_kept else values.astype(np.float32)
 
 
 @dataclass

@@ -499,12 +499,49 @@ def test_a_quantised_file_is_one_line_per_kind(folder, tmp_path):
     rewrite(
         files["transformer"],
         lambda tensors: {
-            n: ("F8_E4M3", shape, part[: len(part) // 4]) for n, (_, shape, part) in tensors.items()
+            n: ("I8", shape, part[: len(part) // 4]) for n, (_, shape, part) in tensors.items()
         },
     )
-    with pytest.raises(ConversionError, match=r"F8_E4M3, not F32, BF16, F16: .* more$") as fault:
+    with pytest.raises(
+        ConversionError, match=r"I8, not F32, BF16, F16, F8_E4M3, F8_E5M2: "
+    ) as fault:
         run(folder, tmp_path / "out", files)
+    assert str(fault.value).endswith("more")
     assert str(fault.value).count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("F8_E4M3", ml_dtypes.float8_e4m3fn), ("F8_E5M2", ml_dtypes.float8_e5m2)],
+)
+def test_a_file_cast_to_fp8_is_read(folder, tmp_path, name, dtype):
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+
+    def cast(tensors):
+        found = {}
+        for tensor, (_, shape, part) in tensors.items():
+            narrow = np.frombuffer(part, np.float32).astype(dtype)
+            found[tensor] = name, shape, narrow.tobytes()
+        return found
+
+    rewrite(file, cast)
+    got = arrays_of(run(folder, tmp_path / "out"), "vae")
+    narrow = {n: a.astype(dtype).astype(np.float32) for n, a in TENSORS["vae"].items()}
+    expected = named_arrays(small.our_model("vae", CONFIG, narrow))
+    for path, array in got.items():
+        np.testing.assert_array_equal(array, expected[path])
+
+
+def test_fp8_with_scales_is_refused_and_not_misread(folder, tmp_path):
+    files = comfy_files(tmp_path / "comfy")
+
+    def scaled(tensors):
+        name = "layers.0.feed_forward.w1.scale_weight"
+        return tensors | {name: ("F32", [], np.float32(2).tobytes())}
+
+    rewrite(files["transformer"], scaled)
+    with pytest.raises(ConversionError, match=r"unknown layers.0.feed_forward.w1.scale_weight"):
+        run(folder, tmp_path / "out", files)
 
 
 def test_hostile_names_of_tensors_are_escaped_and_cut(folder, tmp_path):
