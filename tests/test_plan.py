@@ -148,14 +148,16 @@ def test_a_peak_is_explained_array_by_array(run):
 
 
 def test_steps_and_guidance_are_the_models_own(run):
-    turbo, base = (told(run, "--model", m, "--card", "h100", "512x512") for m in ("turbo", "base"))
+    turbo, base = (
+        told(run, "--model", m, "--card", "rtx-3060", "1024x1024") for m in ("turbo", "base")
+    )
     assert (turbo["steps"], turbo["guidance"]) == (8, 0)
     assert base["steps"] > 8
     assert base["guidance"] > 0
     seconds = [result["sizes"][0]["predicted_seconds_by_stage"] for result in (turbo, base)]
     per_nfe = [of["denoise"] / n for of, n in zip(seconds, (8, base["steps"]), strict=True)]
     assert per_nfe[1] == pytest.approx(2 * per_nfe[0], rel=0.15), "two contexts"
-    assert "NFEs, with guidance" in run("--model", "base", "--card", "h100", "512x512")[1]
+    assert "NFEs, with guidance" in run("--model", "base", "--card", "rtx-3060", "1024x1024")[1]
 
 
 def test_this_machines_own_device(run, native):

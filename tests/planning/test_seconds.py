@@ -142,7 +142,7 @@ def test_operations_are_those_the_compiler_counts():
     counted = run.lower(block, x, time).cost_analysis()
     plan = Plan(nfes=1, choices={}, kept=False, arrays_by_stage={})
     timing = Timing(plan, work, Sizes(uniform(config, "float32"), 4), Rates(1, 1))
-    ours = timing.block("transformer", 1, work.tokens, width=config.transformer.dim)
+    ours = timing.block("transformer", "layers.0", 1, work.tokens, width=config.transformer.dim)
     assert ours == pytest.approx(counted["flops"], rel=0.25)  # ours count products alone
     latents = jax.ShapeDtypeStruct((1, work.h, work.w, 16), jnp.float32)
     counted = jax.jit(vae.decode).lower(as_arrays(vae.spec(config.vae)), latents).cost_analysis()
@@ -322,6 +322,6 @@ def test_a_matrix_is_decoded_for_every_run_of_tokens():
         work = square(side)
         plan = plan_of(Memory(schedule="ring"), work)
         fast = Timing(plan, work, Sizes(storage, 2), Rates(math.inf, 1, memory=1e12))
-        found[side] = fast.block("transformer", 1, work.tokens, width=3840)
+        found[side] = fast.block("transformer", "layers.0", 1, work.tokens, width=3840)
     assert found[1024] == pytest.approx(2 * found[512])
     assert found[2048] == pytest.approx(8 * found[512])

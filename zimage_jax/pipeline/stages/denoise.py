@@ -130,10 +130,10 @@ class Denoise:
         number, stem = np.float32(0), programs.module(COMPONENT, "stem")
         ends = _Ends(programs, work)
         sizes = Sizes(programs.storage, programs.dtype.itemsize)
-        # these run beside the last chunk; only the first `enter` beside a whole slot, without tokens
+        # `join` and `leave` run beside the last chunk, the first `enter` beside a whole slot
         unused = choice.blocks.unused(len(choice.blocks.chunks) - 1)
         scratch = [
-            ends.enter.compiled(stem, latents, number)[1] - min(unused, _tokens_bytes(sizes, work)),
+            ends.enter.compiled(stem, latents, number)[1],
             ends.join.compiled(image, context)[1] - unused,
             ends.leave.compiled(stem, joint, time, latents, number, number, number)[1] - unused,
         ]
@@ -328,6 +328,7 @@ class _Sweep(_Sampler):
         self._joint = [self._rows(inputs.joint, g) for g in groups]
         self._stem = attempt.loan.module(COMPONENT, "stem")
         self._ends = _Ends(attempt.programs, work)
+        self._room = self._tokens()
         choice, nfes, index = attempt.plan.denoise, work.nfes, 0
 
         def without_kv(chunk: int, sweep: int) -> bool:
@@ -343,12 +344,26 @@ class _Sweep(_Sampler):
                         index += 1
         return np.concatenate(latents)
 
+    def _tokens(self) -> list:
+        """The tokens and time embeddings of every micro-batch, abstract: the ledger counts them from
+        an NFE's beginning to its end."""
+        attempt, width = self.attempt, self.attempt.config.transformer.adaln_dim
+        tokens = attempt.programs.tokens
+        return [
+            (
+                tokens(len(rows), attempt.work.tokens),
+                jax.ShapeDtypeStruct((len(rows), width), jnp.float32),
+            )
+            for rows in self.groups
+        ]
+
     def _nfe(
         self, stream: Stream, index: int, nfe: Nfe, cache: KVCache | None, keys: list, latents: list
     ) -> list:
         attempt, ledger, ends = self.attempt, self.attempt.ledger, self._ends
         t = sampling.times(self.sigmas)[index]
         sigma, sigma_next = self.sigmas[index : index + 2]
+        attempt.hold(self._room, self._contexts, latents, self._image, self._joint, keys)
         entered = [ends.enter(ledger, self._stem, x, t) for x in latents]
         xs, times = (list(column) for column in zip(*entered, strict=True))
         of_image = [
@@ -358,7 +373,6 @@ class _Sweep(_Sampler):
         for _ in range(attempt.plan.denoise.refiner_chunks):
             xs = stream.visit(xs, of_image, **refine)
         xs = [ends.join(ledger, x, c) for x, c in zip(xs, self._contexts, strict=True)]
-        attempt.hold(xs, times, self._contexts, latents, self._image, self._joint, keys)
         of_joint = [
             (inputs._replace(time=time, keys=k),)
             for inputs, time, k in zip(self._joint, times, keys, strict=True)
