@@ -219,9 +219,10 @@ def main(
         raise UsageError("no NVIDIA GPU: nvidia-smi found none (--dry runs on a CPU)")
     rows = Rows(output / "ROWS.jsonl", earlier, shared)
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run(rows, folder, minutes, Path(scratch))
-        if dry:
-            run.group(merged(parts.groups(scale, rows.by_name, gpu_bytes)))
+        run = Run(rows, Path(scratch) if dry else folder, minutes, Path(scratch))
+        if dry:  # one process for all that need no model written
+            every_group = parts.groups(scale, rows.by_name, gpu_bytes)
+            run.group(merged(g for g in every_group if g.model in (None, scale.full)))
         for group in parts.groups(scale, rows.by_name, gpu_bytes):
             run.group(group)
     if card_out is not None:
