@@ -26,7 +26,7 @@ from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZIma
 
 from tests import reference, small  # noqa: E402
 from zimage_jax import ZImage  # noqa: E402
-from zimage_jax.model import dit, kv, ops  # noqa: E402
+from zimage_jax.model import dit, ops  # noqa: E402
 from zimage_jax.model.attention import Attend  # noqa: E402
 from zimage_jax.model.config import TURBO  # noqa: E402
 from zimage_jax.model.layers import with_arrays  # noqa: E402
@@ -90,7 +90,7 @@ def block(tokens: int, runs: int, dtype: str) -> dict[str, float]:
     freqs = RopeEmbedder(config.rope_theta, list(config.axes_dims), list(config.axes_lens))(
         torch.from_numpy(positions[0])
     )[None]
-    run = jax.jit(lambda m, x, inputs: m(x, inputs, Attend(), kv.plain(dtype))[0])
+    run = jax.jit(lambda m, x, inputs: dit.apply_blocks([m], x, inputs, Attend()))
     x_jax, time_jax = (jax.numpy.asarray(a, dtype) for a in (x, time))
     x_torch, time_torch = (torch.from_numpy(a).to(getattr(torch, dtype)) for a in (x, time))
     inputs = dit.BlockInputs(*map(jax.numpy.asarray, (cos, sin)), None, time_jax)

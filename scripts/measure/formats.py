@@ -2,11 +2,15 @@
 
     python -m scripts.measure.formats pictures FOLDER --scenes 200     accuracy and PSNR against bfloat16, 128x128
     python -m scripts.measure.formats block                            error against float32, with outlier channels
+    python -m scripts.measure.formats seconds                          of encoding and decoding a block of full width
 
 FOLDER gets the tiny model in each format, and a file of results from which a second run goes on."""
 
 import json
 import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -20,12 +24,14 @@ from scripts.tiny.evaluate import held_out
 from scripts.tiny.judge import judge
 from zimage_jax import ZImage
 from zimage_jax.cli import use_compile_cache
-from zimage_jax.model import dit, kv, ops
+from zimage_jax.model import dit, ops
 from zimage_jax.model.attention import Attend
-from zimage_jax.model.config import DiTConfig
+from zimage_jax.model.config import TURBO
 from zimage_jax.model.layers import named_arrays, with_arrays
 from zimage_jax.pipeline.pipeline import TINY
+from zimage_jax.weights import components
 from zimage_jax.weights.checkpoint import Checkpoint
+from zimage_jax.weights.encodings import Lossless
 from zimage_jax.weights.formats import FORMATS
 
 BATCH = 20
@@ -101,16 +107,7 @@ def drawn(pipes: dict[str, ZImage], group: list, first: int, size: int) -> dict:
 
 # -- a block ---------------------------------------------------------------------------------------
 
-HALF = DiTConfig(
-    dim=1920,
-    n_layers=1,
-    n_refiner_layers=1,
-    n_heads=15,
-    cap_feat_dim=2560,
-    axes_dims=(32, 48, 48),
-    axes_lens=(1536, 512, 512),
-    rope_theta=256.0,
-)
+HALF = replace(TURBO.transformer, dim=1920, n_heads=15, n_layers=1, n_refiner_layers=1)
 TOKENS = 256
 SPREAD, OUTLIERS, FACTOR = 0.3, 0.01, 10.0
 
@@ -132,7 +129,7 @@ def block(seed: int) -> None:
 
     @jax.jit
     def output(block: dit.Block, x: jax.Array) -> jax.Array:
-        return block(x, inputs, Attend(), kv.plain(x.dtype))[0]
+        return dit.apply_blocks([block], x, inputs, Attend())
 
     with jax.default_matmul_precision("float32"):
         # what the block adds: its input passes through unchanged
@@ -177,6 +174,51 @@ def encoded(block: dit.Block, name: str) -> dit.Block:
         return jax.tree.map(jnp.asarray, own.encode(np.asarray(arrays[path]).astype(own.takes)))
 
     return with_arrays(block, store)
+
+
+# -- seconds ---------------------------------------------------------------------------------------
+
+
+@main.command()
+def seconds() -> None:
+    """CPU seconds for all matrices of a main block of the published width, with Gaussian weights."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        path: leaf
+        for path, leaf in components.units(TURBO, "transformer")["layers.0"].items()
+        if len(leaf.shape) == 2
+    }
+    drawn = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in shapes.items()}
+    click.echo(
+        "| format | encoding | decoding in numpy | decoding by XLA | exceptions, one weight in |"
+    )
+    click.echo("|---|---|---|---|---|")
+    decode = jax.jit(lambda tree: tree.decoded(jnp.bfloat16))
+    for name in OTHERS:
+        spent, exceptions, weights = {"encode": 0.0, "numpy": 0.0, "xla": 0.0}, 0, 0
+        for path, values in drawn.items():
+            own = FORMATS[name].encoding_of(path, shapes[path])
+            if own is None:
+                continue
+            matrix = values.astype(own.takes)
+            tree = timed(spent, "encode", lambda own=own, matrix=matrix: own.encode(matrix))
+            timed(spent, "numpy", lambda own=own, tree=tree: own.decode(tree))
+            weights += matrix.size
+            exceptions += own.exceptions(matrix) if isinstance(own, Lossless) else 0
+            if hasattr(tree, "decoded"):  # a rotated matrix is multiplied as it is
+                tree = jax.tree.map(jnp.asarray, tree)
+                decode(tree).block_until_ready()
+                timed(spent, "xla", lambda tree=tree: decode(tree).block_until_ready())
+        one_in = f"{weights / exceptions:,.0f}" if exceptions else ""
+        figures = " | ".join(f"{of:.2f}" if of else "" for of in spent.values())
+        click.echo(f"| {name} | {figures} | {one_in} |")
+
+
+def timed(spent: dict[str, float], what: str, run: Callable):
+    began = time.process_time()
+    made = run()
+    spent[what] += time.process_time() - began
+    return made
 
 
 if __name__ == "__main__":

@@ -761,6 +761,7 @@ def test_an_interrupt_that_python_dropped_stops_the_conversion(folder, tmp_path,
 def test_an_interrupt_while_modules_load_is_one_line(module, tmp_path):
     code = f"""
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
 class Interrupt:
     def find_spec(self, name, *_):
         if name == {module!r}:

@@ -8,7 +8,7 @@ import pytest
 
 from tests import small
 from tests.model.test_models import relative
-from tests.schedules import JOB, MODEL, every
+from tests.schedules import JOB, MODEL, SCAN, SCHEDULES, every
 from zimage_jax import Memory, ZImage
 from zimage_jax.weights.formats import parse
 from zimage_jax.weights.writer import save
@@ -16,15 +16,11 @@ from zimage_jax.weights.writer import save
 MIX = "lossless,layers.1=int8,layers.3=int8-hadamard,layers.*.to_out.kernel=bfloat16,text_encoder=lossless"
 FORMATS = "bfloat16", "lossless", "int8", "int8-hadamard", MIX
 UNDER = {
-    "ring": Memory(schedule="ring"),
-    "a chunk per block": Memory(schedule="ring", chunks=5),
-    "half a block": Memory(schedule="ring", chunks=10),
-    "half a block, swapped": Memory(schedule="swap", chunks=10),
-    "two chunks, swapped": Memory(schedule="swap", chunks=2),
-    "hybrid": Memory(schedule="hybrid", chunks=5, resident_chunks=2),
-    "disk": Memory(schedule="ring", chunks=5, host_bytes=500_000),
-    "text on the host": Memory(schedule="ring", text_encoder="host"),
-    "scan": Memory(schedule="scan"),
+    name: (SCHEDULES | SCAN)[name]
+    for name in (
+        *("ring", "a chunk per block", "half a block", "half a block, swapped", "hybrid"),
+        *("two chunks, swapped", "disk", "text on the host", "scan"),
+    )
 }
 DTYPES = "float32", "bfloat16", "float16"
 

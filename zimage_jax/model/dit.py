@@ -165,18 +165,6 @@ class Block(nnx.Module):
         )
         self.modulation = Linear(config.adaln_dim, 4 * config.dim) if modulated else None
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        inputs: BlockInputs,
-        attend: Attend,
-        kv_format: KVFormat,
-        held: KV | None = None,
-    ) -> tuple[Float[Array, "B T D"], KV]:
-        """The tokens after the block, and the K and V it used: `held`, if given, else new ones."""
-        halfway, held = self.attention_half(x, inputs, attend, kv_format, held)
-        return self.feed_forward_half(halfway), held
-
     # Without a barrier XLA fuses across halves and skips a rounding in bf16 (1e-2 apart). With it, a
     # half gives the same bits in a chunk of any size
 
@@ -188,7 +176,8 @@ class Block(nnx.Module):
         kv_format: KVFormat,
         held: KV | None = None,
     ) -> tuple[Halfway, KV]:
-        """The first half. Returns what the second takes, and the K and V that were used."""
+        """The first half. Returns what the second takes, and the K and V that it used: `held`, if
+        given, else new ones."""
         scale1, gate1, scale2, gate2 = self._modulate(inputs.time, x.dtype)
         y = self.attention_norm1(ops.from_tokens(x), scale1, x.dtype)
         y, held = self.attention(y, inputs, attend, kv_format, held)

@@ -27,7 +27,7 @@ class Figures:
     """The stored figures of the compute capability that is nearest to a card's.
 
     The figures are of parameters stored as arrays. An encoded model's programs also hold a decoded
-    matrix: the largest of a block is added, and 14 MiB. scripts/results/formats.md has the error.
+    matrix: the largest of a block is added, and 2 MiB. scripts/results/formats.md has the error.
 
     Between stored points a figure is linear in tokens or pixels, and in blocks per chunk, but never
     below the next smaller point's. Below the first point it is that point's; above the last point
@@ -114,7 +114,7 @@ def _decoded(storage: Storage, component: str, half: str | None) -> int:
         for path, leaf in components.of_half(f"{unit}.{half}" if half else unit, leaves).items()
         if storage.of(component, path).encoding_of(path, leaf) is not None
     ]
-    return 2 * max(sizes) + 14 * MIB if sizes else 0  # decoded to 16 bits
+    return 2 * max(sizes) + 2 * MIB if sizes else 0  # decoded to 16 bits
 
 
 @cache

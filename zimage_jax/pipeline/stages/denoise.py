@@ -1,7 +1,7 @@
 """Noise to latents: one sweep over the transformer's chunks per NFE, or the one program of `scan`.
 
 Axes: B pictures, G contexts (B, or 2 B with guidance), h, w latent rows and columns, C latent
-channels, L caption tokens.
+channels, L caption tokens, D width, A adaLN width.
 """
 
 from collections.abc import Iterator
@@ -256,16 +256,21 @@ class _Ends:
 # Between programs tokens are a dit.Halfway: a chunk may end inside a block
 
 
-def enter(stem: dit.Stem, latents: Array, t: Array, **static) -> tuple[dit.Halfway, Array]:
+def enter(
+    stem: dit.Stem, latents: Float[Array, "B h w C"], t: Float[Array, ""], **static
+) -> tuple[dit.Halfway, Float[Array, "G A"]]:
+    """sampling.before_blocks, with tokens for the noise refiner, and the time embeddings."""
     x, time = sampling.before_blocks(stem, latents, t, **static)
     return dit.Halfway.before(x), time
 
 
 def join(image: dit.Halfway, context: Float[Array, "G L D"]) -> dit.Halfway:
+    """dit.join, with tokens for the main blocks."""
     return dit.Halfway.before(dit.join(image.x, context))
 
 
 def leave(stem: dit.Stem, tokens: dit.Halfway, *rest: Array, **static) -> Float[Array, "B h w C"]:
+    """sampling.after_blocks; `rest` are its arguments after the tokens."""
     return sampling.after_blocks(stem, tokens.x, *rest, **static)
 
 
