@@ -389,7 +389,7 @@ def test_every_fault_is_reported_at_once_and_nothing_is_written(folder, tmp_path
         "vae: missing encoder.conv_in.bias [16]",
         "vae: unknown encoder.conv_extra.weight [2, 2]",
         "vae: misshapen decoder.conv_out.bias: expected [3], got [4]",
-        "vae: I32, not F32, BF16, F16: decoder.conv_in.bias",
+        "vae: I32, not F32, BF16, F16, F8_E4M3, F8_E5M2: decoder.conv_in.bias",
         duplicate,
     ):
         assert words in message

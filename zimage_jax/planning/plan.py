@@ -6,6 +6,7 @@ of the stage's own subclass of Choice.
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, chain, islice
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -119,10 +120,15 @@ class StreamPlan:
         """The chunks that are copied into slots."""
         return [chunk for chunk in range(len(self.chunks)) if chunk not in self.schedule.resident]
 
+    @cached_property
+    def slot_kinds(self) -> tuple[Hashable, ...]:
+        """The kind of chunk that each slot takes."""
+        return self.schedule.slot_kinds(self.kinds)
+
     @property
     def slots(self) -> tuple[tuple[str, ...], ...]:
         """The largest chunk that each slot holds."""
-        return tuple(map(self.slot_of, self.schedule.slot_kinds(self.kinds)))
+        return tuple(map(self.slot_of, self.slot_kinds))
 
     def slot_of(self, kind: Hashable) -> tuple[str, ...]:
         """The largest streamed chunk of a kind: a slot that holds any of them has its arrays."""
@@ -144,8 +150,8 @@ class StreamPlan:
     def copied_bytes(self) -> int:
         """Bytes copied per sweep after the first: the streamed chunks, unless all are in slots."""
         streamed = self.streamed
-        slots = self.schedule.slot_kinds(self.kinds)
-        return sum(self.nbytes[c] for c in streamed) if len(streamed) > len(slots) else 0
+        copies = len(streamed) > len(self.slot_kinds)
+        return sum(self.nbytes[c] for c in streamed) if copies else 0
 
     @property
     def waits(self) -> bool:
@@ -157,7 +163,7 @@ class StreamPlan:
         """Device bytes of the resident chunks and of each slot, by name."""
         resident = self.schedule.resident
         found = {"resident chunks": sum(self.nbytes[c] for c in resident)} if resident else {}
-        for slot, kind in enumerate(self.schedule.slot_kinds(self.kinds)):
+        for slot, kind in enumerate(self.slot_kinds):
             largest = self._largest(kind)
             first, *rest = self.chunks[largest]
             units = f"{first} and {len(rest)} more" if rest else first

@@ -8,6 +8,7 @@ picture (K and V, `vae_tile`).
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..errors import OutOfMemoryError, UsageError
@@ -165,18 +166,23 @@ def streams(
     found: dict[tuple, StreamPlan] = {}
     counts = _chunk_counts(sizes, component, main, memory)
     for count in counts:
+        # what stays on the device is not halved: the next job may keep it, whatever its chunks
+        mains = [chunked(component, main, n) for n in (count, min(count, len(main)))]
+        befores = [_early(component, early, of_main) for of_main in mains]
+        # their kinds and bytes, whatever the schedule
+        plans = [
+            stream_plan(sizes.storage, component, before + of_main, schedule.make("swap", count))
+            for before, of_main in zip(befores, mains, strict=True)
+        ]
         for row, resident in _rows(memory, count):
-            # what stays on the device is not halved: the next job may keep it, whatever its chunks
-            of_main = chunked(component, main, min(count, len(main)) if row.keeps_all else count)
-            before = _early(component, early, of_main)
-            chunks = before + of_main
+            plan, before = plans[row.keeps_all], len(befores[row.keeps_all])
+            chunks = plan.chunks
             made = schedule.make(
                 row.name, len(chunks) if row.keeps_all else count, resident, memory.prefetch
             )
-            made = made if row.keeps_all else made.after(len(before))
-            made = made.with_pins(_pins(memory, chunks, len(before)), len(before), len(chunks))
-            plan = stream_plan(sizes.storage, component, chunks, made)
-            found.setdefault((chunks, made.slots, made.resident), plan)
+            made = made if row.keeps_all else made.after(before)
+            made = made.with_pins(_pins(memory, chunks, before), before, len(chunks))
+            found.setdefault((chunks, made.slots, made.resident), replace(plan, schedule=made))
     if not found or (memory.resident_chunks or 0) > counts[-1]:
         raise UsageError(
             f"--resident-chunks {memory.resident_chunks}: expected 0 to {counts[-1] - 1}, "

@@ -128,7 +128,7 @@ class Stream:
         no gaps between them.
         """
         plan = self._plan
-        kinds = plan.schedule.slot_kinds(plan.kinds)
+        kinds = plan.slot_kinds
         sizes = [self._storage.nbytes(plan.component, *units) for units in plan.slots]
         for slot in sorted(range(len(kinds)), key=lambda slot: -sizes[slot]):
             self._fill_with_zeros(slot, kinds[slot])

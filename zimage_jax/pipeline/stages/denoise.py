@@ -6,7 +6,7 @@ channels, L caption tokens, D width, A adaLN width.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +222,7 @@ class Denoise:
 
         contexts = work.contexts // groups
 
+        @cache  # a sweep asks as often as the picture has NFEs
         def run(unit: str, nfe: Nfe | None) -> float:
             if not unit.startswith(MAIN):
                 return block(unit, contexts, work.image_tokens)
