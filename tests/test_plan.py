@@ -47,7 +47,7 @@ def told(run, *words) -> dict:
     return json.loads(out)
 
 
-@pytest.mark.parametrize("card", every(CARDS, ["rtx-3060-laptop", "rtx-4090", "h100"]))
+@pytest.mark.parametrize("card", every(CARDS, ["rtx-4090"]))
 def test_every_card_has_a_row_per_size(run, card):
     result = told(run, "--card", card)
     assert result["card"] == card

@@ -18,8 +18,7 @@ EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"
 
 
 FLOAT32 = {
-    *("swap", "ring", "hybrid", "low_vram", "one chunk streamed", "disk", "text on the host"),
-    *("half a block", "half a block, swapped", "half a block from disk"),
+    *("swap", "ring", "hybrid", "low_vram", "disk", "half a block", "half a block, swapped"),
 }
 CASES = every(
     itertools.product(SCHEDULES, ["float32", "bfloat16"]),
@@ -61,7 +60,7 @@ def test_guidance_and_batches_are_planned_for_too(under):
     assert report["peak_device_bytes_by_stage"] == report["predicted_peak_bytes_by_stage"]
 
 
-@pytest.mark.parametrize("name", ["ring", "hybrid", "swap"])
+@pytest.mark.parametrize("name", every(["ring", "hybrid", "swap"], ["ring"]))
 def test_a_batch_copies_what_one_picture_copies(name, under):
     pipe = under(name)
     one = pipe.generate("a", **JOB).report
@@ -110,6 +109,7 @@ def test_a_budget_nothing_fits(native):
     assert enough.report["peak_device_bytes"] <= fault.value.needed
 
 
+@pytest.mark.exhaustive
 def test_the_error_names_the_largest_size_that_fits(under):
     pipe = under("low_vram")
     small_job = pipe.generate(
@@ -140,6 +140,7 @@ def test_a_known_card_advises_without_its_compiler(under, monkeypatch):
     assert asked, "the stored figures were asked"
 
 
+@pytest.mark.exhaustive
 def test_a_compiler_without_memory_is_a_plan_that_does_not_fit(native, monkeypatch, own_programs):
     """As a GPU's under a cap, which tries what it chooses between: the whole decode is then done in
     strips."""

@@ -129,7 +129,7 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("schedules", every([("ring",), ("resident", "scan")], [("ring",)]))
+@pytest.mark.parametrize("schedules", every([("ring",), ("resident", "scan")], []))
 def test_a_model_lies_on_the_device_it_was_given(schedules, native):
     """Of two, which only another process can have. Bits are the first one's."""
     program = ANOTHER.replace("PATH", repr(str(native("plain")))).replace(

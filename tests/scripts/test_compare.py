@@ -200,6 +200,7 @@ def test_the_report_is_one_page_that_asks_for_nothing(results, tmp_path):
         assert (tmp_path / "report" / f"{name}.svg").exists()
 
 
+@pytest.mark.exhaustive
 def test_programs_of_others_are_started_and_heard(monkeypatch, tmp_path):
     """A stand-in for sd-cli: what it is asked, what it says, how it fails; ours draws."""
     (tmp_path / "model").mkdir()
