@@ -32,14 +32,20 @@ jax.config.update(
     "jax_compilation_cache_dir", str(CACHE / f"xla-{os.environ.get('PYTEST_XDIST_WORKER', '0')}")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-# from here on every function of ours checks its annotations. Planning has no arrays, and jaxtyping, which binds the
-# arguments of every call, made it four times as slow: there beartype alone checks
-PARTS = {p.stem for p in (Path(__file__).parent.parent / "zimage_jax").iterdir()} - {"planning"}
+# from here on every function of ours checks its annotations. Where they name no arrays beartype alone does: jaxtyping
+# binds the arguments of every call, and a plan calls half a million functions
+ROOT = Path(__file__).parent.parent
+WITHOUT_ARRAYS = ("planning", "weights.components", "weights.formats")
+PARTS = {p.stem for p in (ROOT / "zimage_jax").iterdir()} - {"planning", "weights"}
+PARTS |= {f"weights.{p.stem}" for p in (ROOT / "zimage_jax" / "weights").iterdir()}
+PARTS -= set(WITHOUT_ARRAYS)
 jaxtyping.install_import_hook(
     [*(f"zimage_jax.{part}" for part in PARTS), "checkpoints_convert"], "beartype.beartype"
 )
-beartype.claw.beartype_package(
-    "zimage_jax.planning", conf=beartype.BeartypeConf(is_pep484_tower=True)
+beartype.claw.beartype_packages(
+    tuple(f"zimage_jax.{part}" for part in WITHOUT_ARRAYS),
+    # a TypeError, as jaxtyping's: what refuses a damaged manifest catches it
+    conf=beartype.BeartypeConf(is_pep484_tower=True, violation_type=TypeError),
 )
 
 import hypothesis  # noqa: E402
