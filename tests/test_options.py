@@ -20,6 +20,7 @@ def drawn_by(run, tmp_path, *words) -> dict:
     return json.loads((tmp_path / "m.json").read_text())
 
 
+@pytest.mark.exhaustive
 def test_float16_is_asked_for_and_told_of(run, tmp_path):
     report = drawn_by(run, tmp_path, "--dtype", "float16")
     assert report["dtype"] == "float16"

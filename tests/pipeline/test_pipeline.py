@@ -252,6 +252,7 @@ def test_latents_that_leave_the_finite_numbers_are_named(tmp_path):
             )
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_compute_is_near_float32(native, pipe):
     half = ZImage.load(native("plain"), dtype="bfloat16")
     job = {"seed": 1, "width": 64, "height": 64}
