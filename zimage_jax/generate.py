@@ -93,6 +93,24 @@ LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
     help="Noise generator: torch gives PyTorch's noise for the seed.  [default: torch]",
 )
 @click.option(
+    "--prompt-weights/--no-prompt-weights",
+    default=None,
+    help="Brackets in prompts weigh words: (word:1.3), (word) 1.1, [word] 1/1.1; a backslash makes "
+    "a bracket or colon text.  [default: brackets are text]",
+)
+@click.option(
+    "--text-weight",
+    type=Number(float, 0, 4),
+    metavar="W",
+    help="Weight of text in quotes, 0 to 4.  [default: 1]",
+)
+@click.option(
+    "--variance",
+    type=Number(float, 0, 1),
+    metavar="S",
+    help="How much pictures of one prompt differ beyond their noise, 0 to 1.  [default: 0]",
+)
+@click.option(
     "--dtype",
     type=click.Choice(COMPUTE),
     help="Dtype of the computation; float16 is for GPUs before the RTX 30 series.  "
@@ -151,6 +169,9 @@ def command(
     cfg_scale,
     negative_prompt,
     noise,
+    prompt_weights,
+    text_weight,
+    variance,
     dtype,
     kv_dtype,
     kv_switch_t,
@@ -184,6 +205,9 @@ def command(
         "steps": steps,
         "guidance": _guidance(guidance, cfg_scale),
         "noise": noise,
+        "prompt_weights": prompt_weights,
+        "text_weight": text_weight,
+        "variance": variance,
         "attention": attention,
     }
     kv = {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
@@ -313,6 +337,7 @@ def _repeated(from_image: Path | None) -> dict:
         "kv": found.get("kv", {}),
         "attention": found.get("attention"),  # metadata leaves out "auto"
         **{key: found[key] for key in same},
+        **{key: found.get(key) for key in ("prompt_weights", "text_weight", "variance")},
     }
 
 

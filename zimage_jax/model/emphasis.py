@@ -15,6 +15,7 @@ Axes: T tokens, E feature width, N characters.
 """
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, NoReturn
@@ -192,6 +193,43 @@ def check(prompt: str) -> None:
 
 
 # -- from weights to features ----------------------------------------------------------------------
+
+
+def emphasise(
+    features: Float[np.ndarray, "T E"],
+    neutral: Float[np.ndarray, "T E"],
+    weights: Sequence[float],
+) -> Float[np.ndarray, "T E"]:
+    """Features moved by their tokens' weights between `neutral` features (0) and beyond their own
+    (above 1): neutral + w (features - neutral). A token of weight 1 keeps its features to the bit.
+
+    `neutral`: of the same prompt with a comma in place of each weighted token. ComfyUI's rule has
+    features of an empty prompt there. To scale a token's features, as AUTOMATIC1111 does, has no
+    effect: the caption embedding begins with an RMS norm of each token. (scripts/results/emphasis.md)
+    """
+    w = np.asarray(weights, np.float32)[:, None]
+    own, start = features.astype(np.float32), neutral.astype(np.float32)
+    return np.where(w == 1, own, start + w * (own - start))
+
+
+def to_run(encoded: Iterable[Encoded]) -> list[Encoded]:
+    """What the text encoder runs for these texts: each, then the neutral one of each that has
+    weights."""
+    texts = list(encoded)
+    return texts + [Encoded(e.neutral, "") for e in texts if e.weights]
+
+
+def of_texts(
+    encoded: Iterable[Encoded], features: Sequence[Float[np.ndarray, "_ E"]]
+) -> list[Float[np.ndarray, "_ E"]]:
+    """The features of each text by its weights, from those of `to_run`. A text without weights has
+    its own array."""
+    texts = list(encoded)
+    neutral = iter(features[len(texts) :])
+    return [
+        emphasise(own, next(neutral), e.weights) if e.weights else own
+        for e, own in zip(texts, features, strict=False)
+    ]
 
 
 def vary(features: Float[np.ndarray, "T E"], strength: float, seed: int) -> np.ndarray:

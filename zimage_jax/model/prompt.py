@@ -29,6 +29,7 @@ class Encoded:
     ids: tuple[int, ...]
     cut: str  # the end of the prompt that did not fit, or ""
     weights: tuple[float, ...] = ()  # of each token; () if all are 1
+    neutral: tuple[int, ...] = ()  # ids with a comma for each token whose weight is not 1; or ()
 
 
 class Prompts:
@@ -103,7 +104,12 @@ class Prompts:
             return Encoded(ids, cut)
         by_character = np.concatenate([np.ones(len(whole) - len(prompt)), weights])
         own = [_mean(whole, by_character, *span) for span in user.offsets[:room]]
-        return Encoded(ids, cut, (*(1.0 for _ in self._head), *own, *(1.0 for _ in self._tail)))
+        of_tokens = (*(1.0 for _ in self._head), *own, *(1.0 for _ in self._tail))
+        if all(weight == 1 for weight in of_tokens):  # the words with weights are cut off
+            return Encoded(ids, cut)
+        comma = self._text(",").ids[0]
+        neutral = (i if w == 1 else comma for i, w in zip(ids, of_tokens, strict=True))
+        return Encoded(ids, cut, of_tokens, tuple(neutral))
 
 
 def _mean(text: str, weights: Float[np.ndarray, "N"], start: int, end: int) -> float:

@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from .. import checks
 from ..errors import UsageError
 from ..files import printable, write_whole
-from ..model import sampling
+from ..model import emphasis, sampling
 from ..model.attention import CHOICES
 from ..model.config import ModelConfig
 from ..model.kv import KVPolicy
@@ -90,6 +90,9 @@ class Report(TypedDict):
     guidance: float
     negative_prompt: str
     noise: str
+    prompt_weights: bool
+    text_weight: float
+    variance: float
     kv: dict[str, Any]  # arguments of KVPolicy.parse
     dtype: str  # of the computation
     formats: str  # of the stored parameters
@@ -153,6 +156,9 @@ class Job:
     noise: str
     kv: KVPolicy
     attention: str
+    prompt_weights: bool
+    text_weight: float
+    variance: float
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -175,6 +181,9 @@ class Job:
         noise: object = "torch",
         kv: object = None,
         attention: object = "auto",
+        prompt_weights: object = False,
+        text_weight: object = 1.0,
+        variance: object = 0.0,
     ) -> "Job":
         """Check the type and the bounds of each value; None is replaced by the model's default.
 
@@ -202,7 +211,12 @@ class Job:
             noise=checks.one_of("noise", noise, tuple(sampling.NOISE)),
             kv=KVPolicy() if kv is None else checks.instance("kv", kv, KVPolicy),
             attention=checks.one_of("attention", attention, CHOICES),
+            prompt_weights=checks.instance("prompt_weights", prompt_weights, bool),
+            text_weight=checks.real("text_weight", text_weight, 0, emphasis.LARGEST_WEIGHT),
+            variance=checks.real("variance", variance, 0, 1),
         )
+        for text in prompts if job.prompt_weights else ():
+            emphasis.check(text)
         check_size(config, job.width, job.height)
         return job
 

@@ -26,8 +26,8 @@ from jaxtyping import Float
 from .. import checks
 from ..errors import NonFiniteError, OutOfMemoryError, UsageError
 from ..files import printable
+from ..model import emphasis, sampling
 from ..model import prompt as prompts_of
-from ..model import sampling
 from ..model.kv import KVPolicy
 from ..planning import cards
 from ..planning.plan import Memory, Plan, Sizes
@@ -150,6 +150,9 @@ class ZImage:
         noise: str = "torch",
         kv: KVPolicy | None = None,
         attention: str = "auto",
+        prompt_weights: bool = False,
+        text_weight: float = 1.0,
+        variance: float = 0.0,
         memory: Memory | None = None,
         on_plan: Callable[[Plan, int], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
@@ -160,7 +163,11 @@ class ZImage:
         `guidance`: as in diffusers, 0 is off; ComfyUI's cfg is one more. For both, None is the
         checkpoint's default. `kv`: how the DiT stores K and V (precision, groups, reuse), which
         changes the picture. `attention`: the kernel (model.attention.Attend lists them), which
-        changes last bits. `memory`: replaces, for this job, the one given to `load`.
+        changes last bits. `prompt_weights`: brackets weigh words, as in "a (red:1.3) circle"
+        (model.emphasis has the syntax); without it they are text. `text_weight`: weight of text in
+        quotes, 0 to 4. `variance`: noise on each prompt's features from the picture's seed, 0 to 1,
+        so that pictures of one prompt differ more. `memory`: replaces, for this job, the one given
+        to `load`.
 
         `on_plan(plan, budget)`, budget in bytes, is called before anything runs, and again if the
         device ran out of memory and another plan is tried. `on_step(step)` is called after every
@@ -184,8 +191,11 @@ class ZImage:
                 noise=noise,
                 kv=kv,
                 attention=attention,
+                prompt_weights=prompt_weights,
+                text_weight=text_weight,
+                variance=variance,
             )
-            encoded, memory = self._tokens(job.texts, warned), self._memory(memory)
+            encoded, memory = self._tokens(job, warned), self._memory(memory)
             return self._generate(job, encoded, memory, warned, on_plan, on_step)
 
     def _generate(
@@ -286,7 +296,7 @@ class ZImage:
         with self._turn.of_job(), jax.default_device(self._placement.device):
             warned: list[str] = []
             job = self._job(warned, texts, seed=0, steps=1, guidance=0.0)
-            memory, encoded = self._memory(memory), self._tokens(job.texts, warned)
+            memory, encoded = self._memory(memory), self._tokens(job, warned)
             work = self._work(job, encoded)
             text_stage = next(stage for stage in STAGES if stage.name == "text")
             planner = self._planner.of([text_stage])
@@ -313,9 +323,14 @@ class ZImage:
     def _memory(self, memory: Memory | None) -> Memory:
         return self.memory if memory is None else checks.instance("memory", memory, Memory)
 
-    def _tokens(self, texts: Sequence[str], warned: list[str]) -> dict[str, prompts_of.Encoded]:
+    def _tokens(self, job: Job, warned: list[str]) -> dict[str, prompts_of.Encoded]:
         """The tokens of each distinct text, with a warning for one that is cut."""
-        encoded = {text: self._prompts.encode(text) for text in texts}
+        encoded = {
+            text: emphasis.encode(
+                self._prompts, text, has_weights=job.prompt_weights, text_weight=job.text_weight
+            )
+            for text in job.texts
+        }
         for e in encoded.values():
             if e.cut:
                 _warn(
@@ -336,7 +351,7 @@ class ZImage:
             bucket=prompts_of.bucket(max(len(e.ids) for e in encoded.values())),
             batch=len(job.prompts),
             is_guided=bool(job.guidance),
-            prompts=len(encoded),
+            prompts=len(emphasis.to_run(encoded.values())),
             attention=job.attention,
         )
 
