@@ -212,6 +212,7 @@ def command(
     }
     kv = {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
     picture_kv = _complete(job, _repeated(from_image), count)
+    _check_weights(job)
     files_out = _Output(output, overwrite, not no_metadata, preview, report, trace)
     files_out.check(len(job["prompts"]), job["seeds"], [*files, from_image])
 
@@ -321,6 +322,16 @@ def _complete(job: dict, repeated: dict, count: int) -> dict:
         raise UsageError("no prompt: give one, or --prompt-file, or - for standard input")
     job["seeds"] = _seeds(job["seeds"] or [-1], count)
     return kv
+
+
+def _check_weights(job: dict) -> None:
+    """Raises UsageError for brackets that do not weigh words, before anything is drawn."""
+    if job["prompt_weights"]:
+        from .model import emphasis
+
+        for text in job["prompts"]:
+            emphasis.check(text)
+        emphasis.parse(job["negative_prompt"] or "")
 
 
 def _repeated(from_image: Path | None) -> dict:

@@ -3,6 +3,7 @@
 import math
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -213,3 +214,82 @@ def test_nothing_but_brackets_is_an_empty_prompt():
     with pytest.raises(UsageError, match="the prompt is empty"):
         emphasis.check("()[ ]")
     emphasis.check("(a)")
+
+
+# -- features --------------------------------------------------------------------------------------
+
+
+def features(tokens: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((tokens, 12), np.float32)
+
+
+@given(
+    weights=st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.3, 4.0]), min_size=1, max_size=9),
+    seed=st.integers(0, 99),
+)
+def test_weights_move_their_own_tokens_and_no_bit_of_others(weights, seed):
+    own, neutral = features(len(weights), seed), features(len(weights), seed + 100)
+    moved = emphasis.emphasise(own, neutral, weights)
+    assert moved.dtype == np.float32
+    for m, f, n, w in zip(moved, own, neutral, weights, strict=True):
+        if w == 1:
+            np.testing.assert_array_equal(m, f)
+        elif w == 0:
+            np.testing.assert_array_equal(m, n)
+        else:
+            np.testing.assert_allclose(m, n + w * (f - n), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_features_keep_their_bits_where_the_weight_is_1(dtype):
+    own = features(2).astype(jnp.dtype(dtype))
+    moved = emphasis.emphasise(own, own[::-1].copy(), [1.0, 0.5])
+    np.testing.assert_array_equal(moved[0].astype(own.dtype), own[0])
+
+
+def test_the_text_encoder_runs_a_neutral_text_only_for_weights(prompts):
+    plain = emphasis.encode(prompts, "a red circle")
+    heavy = emphasis.encode(prompts, "a (red:2) circle", has_weights=True)
+    assert emphasis.to_run([plain, heavy, plain]) == [
+        plain,
+        heavy,
+        plain,
+        Encoded(heavy.neutral, ""),
+    ]
+    commas = text_of(prompts, heavy.neutral)
+    assert commas.startswith("<|im_start|>user\na, circle<|im_end|>")
+    given_to = [features(len(e.ids), i) for i, e in enumerate(emphasis.to_run([plain, heavy]))]
+    first, second = emphasis.of_texts([plain, heavy], given_to)
+    assert first is given_to[0]
+    np.testing.assert_array_equal(
+        second, emphasis.emphasise(given_to[1], given_to[2], heavy.weights)
+    )
+
+
+def text_of(prompts: Prompts, ids) -> str:
+    return prompts._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+@given(seed=st.integers(0, 2**64 - 1), strength=st.floats(0.01, 1))
+def test_noise_of_a_seed(seed, strength):
+    own = 3 * features(40)
+    varied = emphasis.vary(own, strength, seed)
+    np.testing.assert_array_equal(varied, emphasis.vary(own, strength, seed))
+    change = varied - own
+    assert 0.4 < np.mean(change == 0) < 0.6
+    largest = strength * own.std()
+    assert 0.9 * largest < np.abs(change).max() <= 1.001 * largest
+    assert abs(change.mean()) < 0.1 * largest
+    assert (emphasis.vary(own, strength, seed ^ 1) != varied).any()
+
+
+def test_no_variance_is_no_change():
+    own = features(3)
+    assert emphasis.vary(own, 0.0, 5) is own
+
+
+def test_the_noise_of_a_seed_never_changes():
+    """Pictures are drawn again years later."""
+    own = np.array([[1, -1, 1, -1], [1, -1, 1, -1]], np.float32)
+    change = [[0.12509537, 0.39721376, 0, 0], [-0.19983375, 0, 0, 0.32122838]]
+    np.testing.assert_allclose(emphasis.vary(own, 0.5, 7) - own, change, atol=1e-6)
