@@ -58,6 +58,14 @@ def lerp(f, neutral, w):
     return neutral + w * (f - neutral)
 
 
+def lerp_later(f, neutral, w):
+    """`lerp`, and each token after a weighted one by the mean of the weights before it: the text
+    encoder is causal, so later tokens hold the word too."""
+    count = np.cumsum(w != 1, 0)
+    mean = np.cumsum(np.where(w != 1, w, 0), 0) / np.maximum(count, 1)
+    return lerp(f, neutral, np.where((w == 1) & (count > 0), mean, w).astype(np.float32))
+
+
 class Way(NamedTuple):
     move: Callable[..., np.ndarray]
     neutral: Callable[[Encoded, Prompts], tuple[int, ...]] | None = None  # None: the package's
@@ -85,7 +93,8 @@ WAYS = {
     "from the empty prompt (ComfyUI)": Way(lerp, empty),
     "from a pad token": Way(lerp, padded),
     "from the mean of the tokens": Way(from_mean),
-    "**from a comma**": Way(lerp),
+    "**from a comma** (ours)": Way(lerp),
+    "from a comma, later tokens too": Way(lerp_later),
 }
 
 
@@ -145,7 +154,8 @@ def won(pixels: np.ndarray, c: Conflict) -> tuple[bool, bool, bool]:
     )
 
 
-def ways(pipe: ZImage, count: int) -> Iterator[str]:
+def ways(pipe: ZImage, count: int, only: str = "") -> Iterator[str]:
+    """A row per way whose name contains `only`, and weight."""
     asked = list(conflicts(count))
     yield "| way | weight | weighted colour wins, % | shape, % | background, % |"
     yield "|---|---|---|---|---|"
@@ -158,8 +168,9 @@ def ways(pipe: ZImage, count: int) -> Iterator[str]:
     yield line("", 1)
     for name, way in WAYS.items():
         with applied(way):
-            for weight in (0.5, 0.8, 1.3, 2) if way == WAYS["**from a comma**"] else (0.5, 2):
-                yield line(name, weight)
+            for weight in (0.5, 0.8, 1.3, 2) if "comma" in name else (0.5, 2):
+                if only in name:
+                    yield line(name, weight)
 
 
 # -- a word of a held-out prompt -------------------------------------------------------------------
@@ -225,9 +236,16 @@ def quoted(pipe: ZImage, count: int) -> Iterator[str]:
 @click.command(help=__doc__)
 @click.argument("what", type=click.Choice(["ways", "words", "quoted"]))
 @click.option("--prompts", default=128, show_default=True, help="Number of prompts per row.")
-def main(what: str, prompts: int) -> None:
+@click.option("--way", default="", help="With `ways`: only those whose name contains this.")
+def main(what: str, prompts: int, way: str) -> None:
     use_compile_cache()
-    for line in {"ways": ways, "words": words, "quoted": quoted}[what](ZImage.load(), prompts):
+    pipe = ZImage.load()
+    rows = {
+        "ways": lambda: ways(pipe, prompts, way),
+        "words": lambda: words(pipe, prompts),
+        "quoted": lambda: quoted(pipe, prompts),
+    }
+    for line in rows[what]():
         click.echo(line)
 
 
