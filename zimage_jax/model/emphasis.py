@@ -200,16 +200,25 @@ def emphasise(
     neutral: Float[np.ndarray, "T E"],
     weights: Sequence[float],
 ) -> Float[np.ndarray, "T E"]:
-    """Features moved by their tokens' weights between `neutral` features (0) and beyond their own
-    (above 1): neutral + w (features - neutral). A token of weight 1 keeps its features to the bit.
+    """Features moved by weights from `neutral` features (0) to their own (1) and beyond them:
+    neutral + w (features - neutral).
 
-    `neutral`: of the same prompt with a comma in place of each weighted token. ComfyUI's rule has
-    features of an empty prompt there. To scale a token's features, as AUTOMATIC1111 does, has no
-    effect: the caption embedding begins with an RMS norm of each token. (scripts/results/emphasis.md)
+    `neutral`: of the same prompt with a comma in place of each token whose weight is not 1. Later
+    tokens hold a word too, because the text encoder is causal. They move by the mean of the weights
+    before them, of which those above 1 count as 1: to move them beyond their own features harms
+    what they say. A token that need not move keeps its features to the bit.
+
+    ComfyUI's rule has features of an empty prompt as neutral ones. To scale features, as
+    AUTOMATIC1111 does, has no effect: the caption embedding begins with an RMS norm of each token.
+    Figures of all of them: scripts/results/emphasis.md.
     """
-    w = np.asarray(weights, np.float32)[:, None]
+    w = np.asarray(weights, np.float64)
+    weighted = w != 1
+    count = np.cumsum(weighted)
+    of_later = np.cumsum(np.where(weighted, np.minimum(w, 1), 0)) / np.maximum(count, 1)
+    moved = np.where(weighted, w, np.where(count > 0, of_later, 1))[:, None].astype(np.float32)
     own, start = features.astype(np.float32), neutral.astype(np.float32)
-    return np.where(w == 1, own, start + w * (own - start))
+    return np.where(moved == 1, own, start + moved * (own - start))
 
 
 def to_run(encoded: Iterable[Encoded]) -> list[Encoded]:
