@@ -2,13 +2,13 @@
 
 python -m scripts.measure.emphasis ways     every way to apply a weight, on prompts that ask for
                                             two colours of one shape
-python -m scripts.measure.emphasis words    the package's way, on one word of held-out prompts
+python -m scripts.measure.emphasis words    one word of held-out prompts, by the ways with a comma
 python -m scripts.measure.emphasis quoted   --text-weight, on held-out texts of three glyphs"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from typing import NamedTuple
 from unittest import mock
 
@@ -22,6 +22,7 @@ from scripts.tiny.judge import best_shape, judge, largest, nearest
 from zimage_jax import ZImage
 from zimage_jax.cli import use_compile_cache
 from zimage_jax.model import emphasis
+from zimage_jax.model.emphasis import emphasise
 from zimage_jax.model.prompt import Encoded, Prompts
 
 COLOURS = list(data.COLOURS)
@@ -66,6 +67,10 @@ def lerp_later(f, neutral, w):
     return lerp(f, neutral, np.where((w == 1) & (count > 0), mean, w).astype(np.float32))
 
 
+def ours(f, neutral, w):
+    return emphasise(f, neutral, [float(v) for v in w[:, 0]])
+
+
 class Way(NamedTuple):
     move: Callable[..., np.ndarray]
     neutral: Callable[[Encoded, Prompts], tuple[int, ...]] | None = None  # None: the package's
@@ -93,8 +98,9 @@ WAYS = {
     "from the empty prompt (ComfyUI)": Way(lerp, empty),
     "from a pad token": Way(lerp, padded),
     "from the mean of the tokens": Way(from_mean),
-    "**from a comma** (ours)": Way(lerp),
-    "from a comma, later tokens too": Way(lerp_later),
+    "from a comma, its own tokens": Way(lerp),
+    "from a comma, all later tokens": Way(lerp_later),
+    "**ours**: from a comma, later tokens below 1": Way(ours),
 }
 
 
@@ -176,23 +182,27 @@ def ways(pipe: ZImage, count: int, only: str = "") -> Iterator[str]:
 # -- a word of a held-out prompt -------------------------------------------------------------------
 
 
-def words(pipe: ZImage, count: int) -> Iterator[str]:
-    """Accuracy of what a weighted word says, and of everything else."""
+def words(pipe: ZImage, count: int, only: str = "") -> Iterator[str]:
+    """Accuracy of what a weighted word says, and of everything else, by ways whose name contains
+    `only`."""
     rng, scenes = np.random.default_rng([11, 97]), list[tuple[data.Scene, str]]()
     while len(scenes) < count:
         scene = data.random_scene(rng, held_out=True, kind="pair" if len(scenes) % 2 else "one")
         if scene.says_background:
             scenes.append((scene, data.caption(scene, "en", rng)))
-    yield "| weighted word | weight | what it says, % | everything else, % |"
-    yield "|---|---|---|---|"
-    for attribute in ("background", "colour", "shape"):
+    yield "| way | weighted word | weight | what it says, % | everything else, % |"
+    yield "|---|---|---|---|---|"
+    chosen = [name for name in WAYS if "comma" in name and only in name]
+    for name, attribute in product(chosen, ("background", "colour", "shape")):
         for weight in (0, 0.5, 0.8, 1, 1.3, 2):
             prompts = [weighted(caption, scene, attribute, weight) for scene, caption in scenes]
-            pictures = draw(pipe, prompts, prompt_weights=True)
+            with applied(WAYS[name]):
+                pictures = list(draw(pipe, prompts, prompt_weights=True))
             found = [judge(p, scene) for p, (scene, _) in zip(pictures, scenes, strict=True)]
             right = [bool(f.pop(attribute)) for f in found]
             rest = [bool(v) for v in chain(*(f.values() for f in found))]
-            yield f"| {attribute} | {weight:g} | {percent(right):.1f} | {percent(rest):.1f} |"
+            figures = f"{percent(right):.1f} | {percent(rest):.1f}"
+            yield f"| {name} | {attribute} | {weight:g} | {figures} |"
 
 
 def weighted(caption: str, scene: data.Scene, attribute: str, weight: float) -> str:
@@ -221,7 +231,7 @@ def quoted(pipe: ZImage, count: int) -> Iterator[str]:
         asked.append((scene, data.caption(scene, "zh" if i % 2 else "en", rng)))
     yield "| W | three glyphs, % | English | Chinese | colour and background, % |"
     yield "|---|---|---|---|---|"
-    for weight in (0.8, 1, 1.1, 1.3, 1.6):
+    for weight in (0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.6):
         pictures = draw(pipe, [caption for _, caption in asked], text_weight=weight)
         found = [judge(p, scene) for p, (scene, _) in zip(pictures, asked, strict=True)]
         read = [bool(f.pop("3 glyph")) for f in found]
@@ -233,13 +243,13 @@ def quoted(pipe: ZImage, count: int) -> Iterator[str]:
 @click.command(help=__doc__)
 @click.argument("what", type=click.Choice(["ways", "words", "quoted"]))
 @click.option("--prompts", default=128, show_default=True, help="Number of prompts per row.")
-@click.option("--way", default="", help="With `ways`: only those whose name contains this.")
+@click.option("--way", default="", help="Only ways whose name contains this.")
 def main(what: str, prompts: int, way: str) -> None:
     use_compile_cache()
     pipe = ZImage.load()
     rows = {
         "ways": lambda: ways(pipe, prompts, way),
-        "words": lambda: words(pipe, prompts),
+        "words": lambda: words(pipe, prompts, way),
         "quoted": lambda: quoted(pipe, prompts),
     }
     for line in rows[what]():
