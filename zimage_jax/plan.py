@@ -321,6 +321,7 @@ def _rows(
     """One row per size. If no plan fits, it has no schedule, and the peak of the smallest plan."""
     import jax.numpy as jnp
 
+    from .model.samplers import Trajectory
     from .pipeline.stages import STAGES
     from .planning.plan import Sizes, host_bytes
     from .planning.planner import Planner
@@ -329,18 +330,18 @@ def _rows(
 
     config, sizes = storage.config, Sizes(storage, jnp.dtype(device.compute).itemsize)
     planner = Planner(STAGES, storage, sizes.compute_bytes, device.costs)
-    is_guided = config.defaults.guidance > 0
+    guidance = config.defaults.guidance
+    path = Trajectory.of(steps, config.scheduler.shift, guidance=guidance)
     for width, height in pixels:
         work = Work.of(
             config,
             width,
             height,
-            steps,
+            path,
             kv,
             device.compute,
             bucket=BUCKET,
-            is_guided=is_guided,
-            prompts=2 if is_guided else 1,
+            prompts=2 if guidance else 1,
         )
         row: dict = {"size": f"{width}x{height}", "width": width, "height": height}
         try:

@@ -20,9 +20,10 @@ from zimage_jax.errors import UsageError
 from zimage_jax.model import dit, kv, kv_codes, ops, sampling
 from zimage_jax.model.attention import Attend
 from zimage_jax.model.kv import CODINGS, KV, KeyTable, KVFormat, Nfe, Phase
+from zimage_jax.model.samplers import Trajectory
 from zimage_jax.units import tree_bytes
 
-TURBO_T = 1000 * sampling.sigmas(8, 3.0)[:-1]
+TURBO_T = Trajectory.of(8, 3.0).scheduler_times
 CONFIG = small.CONFIGS[MODEL]
 
 
@@ -322,13 +323,13 @@ def _traced(policy: KVPolicy):
     model = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), dit.spec(config)
     )
-    sigmas = sampling.sigmas(4, 3.0)
-    phases = policy.phases(1000 * sigmas[:-1], jnp.float32, 3, 4)
-    run = partial(sampling.sample, is_guided=False, attend=Attend(), phases=phases)
+    path = Trajectory.of(4, 3.0)
+    phases = policy.phases(path.scheduler_times, jnp.float32, 3, 4)
+    run = partial(sampling.sample, attend=Attend(), phases=phases)
     context = jax.ShapeDtypeStruct((1, 32, config.dim), jnp.float32)
     noise = jax.ShapeDtypeStruct((1, 6, 8, 16), jnp.float32)
-    rest = dit.inputs(config, 6, 8, lengths, 32), (None,) * len(phases), np.float32(0)
-    return jax.jit(run).trace(model, noise, sigmas, sampling.times(sigmas), context, *rest)
+    rest = dit.inputs(config, 6, 8, lengths, 32), (None,) * len(phases)
+    return jax.jit(run).trace(model, noise, path.update, context, *rest)
 
 
 # -- the whole, under every schedule ---------------------------------------------------------------

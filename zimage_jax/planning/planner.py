@@ -56,9 +56,10 @@ class Planner:
             for stage in self._stages
             if (options := list(stage.options(self._sizes, work, memory)))
         }
-        if not memory.low_vram and (arrays := self._kept(candidates, budget)):
-            first = {name: found[0] for name, found in candidates.items()}
-            return self._filled(work, memory, first, arrays, kept=True)
+        if not memory.low_vram and (found := self._kept(candidates, budget)):
+            first = {name: of_stage[0] for name, of_stage in candidates.items()}
+            arrays, units = found
+            return self._filled(work, memory, first, arrays, kept=units)
         # a GPU's compiler takes seconds per stage: one thread each
         with ThreadPoolExecutor(len(candidates)) as pool:
             fits = {
@@ -75,15 +76,16 @@ class Planner:
                 peaks[worst],
             )
         arrays = {name: candidate.arrays for name, candidate in chosen.items()}
-        return self._filled(work, memory, chosen, arrays, kept=False)
+        return self._filled(work, memory, chosen, arrays, kept=frozenset())
 
     def _scratch(self, stage: Stage, work: Work, option: Option) -> Callable[[], int]:
         return lambda: self._costs.scratch(stage, work, option.choice)
 
     def _kept(
         self, candidates: dict[str, list["_Candidate"]], budget: int
-    ) -> dict[str, dict[str, int]] | None:
-        """Arrays by stage if every parameter stays on the device; None if that does not fit."""
+    ) -> tuple[dict[str, dict[str, int]], frozenset[tuple[str, str]]] | None:
+        """Arrays by stage if every parameter stays on the device, and the parameters' units; None
+        if that does not fit."""
         largest = {name: found[0] for name, found in candidates.items()}
         stays = [candidate.option.stays for candidate in largest.values()]
         units = frozenset[tuple[str, str]]().union(*(names for names in stays if names is not None))
@@ -93,7 +95,8 @@ class Planner:
         if None in stays or weights.total() > budget:
             return None
         arrays = {name: c.with_weights(weights) for name, c in largest.items()}
-        return arrays if max(sum(of.values()) for of in arrays.values()) <= budget else None
+        peak = max(sum(of.values()) for of in arrays.values())
+        return (arrays, units) if peak <= budget else None
 
     def _filled(
         self,
@@ -102,7 +105,7 @@ class Planner:
         chosen: dict[str, "_Candidate"],
         arrays: dict[str, dict[str, int]],
         *,
-        kept: bool,
+        kept: frozenset[tuple[str, str]],
     ) -> Plan:
         choices: dict[str, Choice] = {
             name: candidate.option.choice for name, candidate in chosen.items()

@@ -35,6 +35,8 @@ class Text:
     name = "text"
 
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
+        if not work.phases:
+            return
         if memory.text_encoder == "host":
             yield Option(TextChoice(), {}, {}, frozenset())
             return
