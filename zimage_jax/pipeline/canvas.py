@@ -1,244 +1,214 @@
-"""Pictures that a job begins from: opened safely, fitted to the size to draw, masked, pasted back.
+"""What a job starts from: a picture and a mask, opened safely, fitted, and put back when drawn.
 
-Pictures come from anyone. The size is read from the header before pixels are decoded, and nothing
-is opened but the formats below.
-
-Axes: H, W pixels.
+Everything is in host memory. A mask is the weight of the drawing at each pixel: 0 (black) is kept, 1
+(white) is redrawn. Axes: H, W pixels, h, w latent rows and columns.
 """
 
 import hashlib
+import io
 import math
+import os
+import re
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from jaxtyping import Float32, UInt8
+from PIL import Image, ImageOps
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from .. import checks
 from ..errors import UsageError
-from ..files import open_regular, printable
-from .picture import FITS
+from ..files import LONGEST_PATH, printable, read_regular
 
-Source = str | Path | Image.Image | np.ndarray  # a picture, as users give one
-Pixels = UInt8[np.ndarray, "H W 3"]
-Mask = Float[np.ndarray, "H W"]  # float32; 1 is redrawn
-
-FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]
-LARGEST_FILE = 256 << 20  # bytes
-MOST_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 9459 x 9459
+Source = str | os.PathLike | Image.Image | np.ndarray  # a picture, as users give one
+FITS = ("crop", "pad", "stretch")
+_LARGEST_FILE = 256 << 20  # bytes
+_LONGEST_SIDE, _MOST_PIXELS = 65536, 16384 * 16384
+# `Image.open` is not used: its limit of pixels is a global of the process, and a reader that is named
+# here cannot be another. A phone's JPEG with several pictures (MPO) is read as its first
+_READERS: dict[bytes, Any] = {
+    rb"\x89PNG\r\n\x1a\n": PngImageFile,
+    rb"\xff\xd8\xff": JpegImageFile,
+    rb"RIFF....WEBPVP8[ LX]": WebPImageFile,
+    rb"BM": BmpImageFile,
+    rb"II[*+]\0|MM\0[*+]": TiffImageFile,
+    rb"GIF8[79]a": GifImageFile,
+}
+_STRIP = 256  # rows that are computed at once in float32: bounds the temporaries
+_FAINT = 1 / 512  # a smaller weight changes no byte
 
 
 # -- opening ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Opened:
-    """A picture in memory, turned as its EXIF orientation says. `alpha`: None if all is opaque."""
+    """A picture in 8 bits. `alpha` is None if it is opaque everywhere, else 0 is transparent."""
 
-    pixels: Pixels
-    alpha: UInt8[np.ndarray, "H W"] | None = None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.pixels.shape[1], self.pixels.shape[0]
+    pixels: UInt8[np.ndarray, "H W 3"]
+    alpha: UInt8[np.ndarray, "H W"] | None
 
 
-def open_picture(source: Source, name: str) -> Opened:
-    """A picture from a file, a PIL image, or an array: uint8, or floats in 0..1, of shape [H, W], [H,
-    W, 3] or [H, W, 4].
+def open_picture(source: object, name: str) -> Opened:
+    """The picture in `source`, upright: a path, a PIL image or an array.
 
-    `name` is the argument's, for messages. Raises UsageError for what is no such picture, and for
-    one of more than MOST_PIXELS before it is decoded.
+    A file is a PNG, JPEG, WEBP, BMP, TIFF or GIF of one frame. An array has uint8, floats in [0, 1]
+    or booleans, as [H, W], [H, W, 3] or [H, W, 4]. Colours behind transparent pixels stay as they
+    are, colour profiles are ignored (as in diffusers), and 16 bits are rounded to 8. `name` is the
+    user's name of the value. Raises UsageError before anything large is decoded.
     """
     if isinstance(source, np.ndarray):
-        return _of_array(source, name)
+        return _from_array(source, name)
     if isinstance(source, Image.Image):
-        return _of_image(source, name)
-    if not isinstance(source, str | Path):
-        checks.refuse(name, "a path, a PIL image or an array", source)
-    where = f"{name} {printable(source)}"
-    with open_regular(Path(source)) as file:
-        nbytes = Path(source).stat().st_size
-        if nbytes > LARGEST_FILE:
-            raise UsageError(f"{where}: {nbytes >> 20} MiB, expected at most {LARGEST_FILE >> 20}")
-        return _of_file(file, where)
-
-
-def _of_file(file: BinaryIO, where: str) -> Opened:
+        return _from_image(source, name)
+    if not isinstance(source, str | os.PathLike):
+        checks.refuse(name, "a path, a PIL image or a numpy array", source)
+    path = Path(source)
+    where = f"{name} {printable(path, LONGEST_PATH)}"
     try:
-        with warnings.catch_warnings():
-            # the library warns where more than MOST_PIXELS are to be decoded
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                _check_pixels(image, where)
-                image.load()
-                return _of_image(image, where)
-    except (UsageError, MemoryError):
-        raise
-    except UnidentifiedImageError:
-        expected = ", ".join(FORMATS)
-        raise UsageError(f"{where}: expected a picture ({expected}), this is none") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise UsageError(f"{where}: expected at most {MOST_PIXELS:,} pixels") from None
-    except Exception as fault:  # the decoders raise whatever a damaged file leads to
-        raise UsageError(f"{where}: a damaged picture ({printable(fault)})") from None
+        data = read_regular(path, _LARGEST_FILE)
+    except UsageError as fault:
+        raise UsageError(f"{name} {fault}") from None
+    reader = next((r for magic, r in _READERS.items() if re.match(magic, data, re.DOTALL)), None)
+    if reader is None:
+        raise UsageError(f"{where}: expected a PNG, JPEG, WEBP, BMP, TIFF or GIF picture")
+    if (
+        data[12:16] == b"VP8X"
+    ):  # Pillow's reader asks memory for the picture before it tells the size
+        width, height = (int.from_bytes(data[i : i + 3], "little") + 1 for i in (24, 27))
+        check_pixels(where, width, height)
+    with _reading(where, reader.format):
+        image = reader(io.BytesIO(data))
+    return _from_image(image, where)
 
 
-def _check_pixels(image: Image.Image, where: str) -> None:
-    width, height = image.size
-    if width * height > MOST_PIXELS:
-        raise UsageError(
-            f"{where}: {width} x {height} pixels, expected at most {MOST_PIXELS:,} together"
-        )
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1:
-        raise UsageError(f"{where}: {frames} frames or pages, expected a single picture")
+def open_mask(source: object, name: str) -> Float32[np.ndarray, "H W"]:
+    """The mask in `source`, as `open_picture` takes it: its grey, over black where transparent.
 
-
-def _of_image(image: Image.Image, where: str) -> Opened:
-    _check_pixels(image, where)
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        return _of_array(_wide(image, where), where)
-    alpha = None
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        alpha = np.asarray(image.getchannel("A"))
-    pixels = np.array(image.convert("RGB"))
-    return Opened(pixels, None if alpha is None or (alpha == 255).all() else np.array(alpha))
-
-
-def _wide(image: Image.Image, where: str) -> np.ndarray:
-    """A grey picture of more than 8 bits, as 8."""
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise UsageError(f"{where}: expected a picture of 8 or 16 bits, found mode {image.mode}")
-    return np.round(values.astype(np.float64) / 257).astype(np.uint8)
-
-
-def _of_array(values: np.ndarray, name: str) -> Opened:
-    shape = " x ".join(map(str, values.shape))
-    if values.ndim == 3 and values.shape[2] == 1:
-        values = values[:, :, 0]
-    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)):
-        raise UsageError(f"{name}: expected an array of H x W (x 3 or 4), got {shape}")
-    if 0 in values.shape or values.shape[0] * values.shape[1] > MOST_PIXELS:
-        raise UsageError(f"{name}: expected 1 to {MOST_PIXELS:,} pixels, got {shape}")
-    if values.dtype.kind == "f":
-        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            raise UsageError(f"{name}: expected floats from 0 to 1")
-        values = np.round(values.astype(np.float64) * 255).astype(np.uint8)
-    if values.dtype != np.uint8:
-        raise UsageError(f"{name}: expected uint8 or floats from 0 to 1, got {values.dtype}")
-    if values.ndim == 2:
-        values = np.repeat(values[:, :, None], 3, 2)
-    alpha = values[:, :, 3] if values.shape[2] == 4 else None
-    opaque = alpha is None or (alpha == 255).all()
-    return Opened(np.array(values[:, :, :3]), None if opaque else np.array(alpha))
-
-
-def open_mask(source: Source | None, image: Opened, name: str) -> Mask | None:
-    """What is redrawn of `image`: white of the mask, or without one the image's transparent part.
-
-    Raises UsageError for a mask of another size, and if there is nothing to redraw or to keep.
+    Floats [H, W] stay as exact as float32 is. Raises UsageError.
     """
-    if source is None:
-        if image.alpha is None:
-            return None
-        if not image.alpha.any():
-            raise UsageError("the image is wholly transparent: there is nothing to keep")
-        return (1 - image.alpha / 255).astype(np.float32)
-    found = open_picture(source, name)
-    if found.size != image.size:
-        size, expected = ("{} x {}".format(*of.size) for of in (found, image))
-        raise UsageError(f"{name}: expected the image's size, {expected} pixels, got {size}")
-    grey = np.asarray(Image.fromarray(found.pixels).convert("L"), np.float32) / 255
-    if found.alpha is not None:  # on black: what is transparent is kept
-        grey = grey * (found.alpha / 255).astype(np.float32)
-    if not grey.any():
-        raise UsageError(f"{name} is black: nothing would be redrawn")
-    return grey
+    if isinstance(source, np.ndarray) and source.ndim == 2 and source.dtype.kind == "f":
+        _check_array(source, name)
+        return source.astype(np.float32)
+    opened = open_picture(source, name)
+    grey = np.asarray(Image.fromarray(opened.pixels).convert("L")) / np.float32(255)
+    return grey if opened.alpha is None else grey * (opened.alpha / np.float32(255))
 
 
-# -- masks -----------------------------------------------------------------------------------------
+def _from_array(array: np.ndarray, name: str) -> Opened:
+    _check_array(array, name)
+    if array.dtype == bool:
+        array = array * np.uint8(255)
+    elif array.dtype != np.uint8:
+        array = np.rint(array * array.dtype.type(255)).astype(np.uint8)
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=2)
+    return _joined(array[..., :3], array[..., 3] if array.shape[2] == 4 else None)
 
 
-def grown(mask: Mask, pixels: int) -> Mask:
-    """The largest value within `pixels` in rows and columns: a wider mask."""
-    for axis in (0, 1):
-        found = mask
-        reach = 1
-        # windows that double: 2, 4, 8, ... values
-        while reach < pixels + 1:
-            by = min(reach, pixels + 1 - reach)
-            found = np.maximum(found, _moved(found, by, axis))
-            reach += by
-        back = mask
-        reach = 1
-        while reach < pixels + 1:
-            by = min(reach, pixels + 1 - reach)
-            back = np.maximum(back, _moved(back, -by, axis))
-            reach += by
-        mask = np.maximum(found, back)
-    return mask
+def _check_array(array: np.ndarray, name: str) -> None:
+    is_shape = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if not is_shape or not (array.dtype in (np.uint8, np.bool_) or array.dtype.kind == "f"):
+        raise UsageError(
+            f"{name} must be an array [H, W], [H, W, 3] or [H, W, 4] of uint8 or of floats from 0 "
+            f"to 1, got {array.dtype} {list(array.shape)}"
+        )
+    check_pixels(name, array.shape[1], array.shape[0])
+    if array.dtype.kind == "f" and not ((array >= 0) & (array <= 1)).all():  # NaN is neither
+        low, high = array.min(), array.max()
+        raise UsageError(f"{name} must have floats from 0 to 1, got {low:g} to {high:g}")
 
 
-def _moved(values: np.ndarray, by: int, axis: int) -> np.ndarray:
-    """`values` moved along an axis; 0 comes in."""
-    found = np.zeros_like(values)
-    n = values.shape[axis]
-    if abs(by) < n:
-        into, outof = (slice(max(by, 0), n + min(by, 0)), slice(max(-by, 0), n - max(by, 0)))
-        if axis == 0:
-            found[into] = values[outof]
-        else:
-            found[:, into] = values[:, outof]
-    return found
+def _from_image(image: Image.Image, where: str) -> Opened:
+    check_pixels(where, *image.size)
+    kind = image.format or "picture"
+    with _reading(where, kind):
+        frames = 1 if kind == "MPO" else getattr(image, "n_frames", 1)
+    if frames != 1:
+        raise UsageError(f"{where}: expected one picture, found {frames} frames or pages")
+    with _reading(where, kind), _without_bomb_warning(image):
+        image = ImageOps.exif_transpose(image)
+        mode, key = image.mode, image.info.get("transparency")
+        if mode[0] not in "IF":
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        array = np.asarray(image)
+    if mode == "F":
+        return _from_array(array, where)
+    if mode[0] != "I":
+        return _joined(array[..., :3], array[..., 3] if array.shape[2] == 4 else None)
+    if array.min() < 0 or array.max() > 65535:  # Pillow would clip to 8 bits
+        raise UsageError(f"{where}: expected at most 16 bits per pixel, found 32")
+    grey = ((array.astype(np.int32) + 128) // 257).astype(np.uint8)
+    alpha = (array != key) * np.uint8(255) if isinstance(key, int) else None
+    return _joined(np.repeat(grey[..., None], 3, axis=2), alpha)
 
 
-def blurred(mask: Mask, sigma: float) -> Mask:
-    """A Gaussian blur; the mask goes on beyond the picture's edge."""
-    if sigma <= 0:
-        return mask
-    reach = math.ceil(3 * sigma)
-    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-    weights = (weights / weights.sum()).astype(np.float32)
-    for axis in (0, 1):
-        edges = [(0, 0), (0, 0)]
-        edges[axis] = (reach, reach)
-        padded = np.pad(mask, edges, mode="edge")
-        mask = np.apply_along_axis(np.convolve, axis, padded, weights, "valid").astype(np.float32)
-    return np.clip(mask, 0, 1)
+def _joined(pixels: np.ndarray, alpha: np.ndarray | None) -> Opened:
+    """Copies, so that the caller's arrays may change."""
+    is_opaque = alpha is None or bool((alpha == 255).all())
+    return Opened(np.array(pixels, order="C"), None if is_opaque else np.array(alpha, order="C"))
+
+
+@contextmanager
+def _reading(where: str, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as fault:  # a damaged file leads Pillow's readers to any exception
+        reason = printable(fault) or type(fault).__name__
+        raise UsageError(f"{where}: a {kind} that is damaged or not supported ({reason})") from None
+
+
+@contextmanager
+def _without_bomb_warning(image: Image.Image) -> Iterator[None]:
+    """Pillow's TIFF reader warns of many pixels, which are checked by then."""
+    if image.width * image.height <= (Image.MAX_IMAGE_PIXELS or _MOST_PIXELS):
+        yield  # filters of warnings belong to all threads: they are changed only if they must
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def check_pixels(where: str, width: int, height: int) -> None:
+    if not width or not height:
+        raise UsageError(f"{where}: a picture without pixels ({width}x{height})")
+    if max(width, height) > _LONGEST_SIDE or width * height > _MOST_PIXELS:
+        raise UsageError(
+            f"{where}: {width}x{height} pixels are too many (at most {_MOST_PIXELS}, as in "
+            f"16384x16384, and {_LONGEST_SIDE} per side)"
+        )
 
 
 # -- the canvas ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Box:
-    """A part of a picture, in pixels."""
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Where a canvas was cut from. The mask has the region's size, in pixels of the picture."""
 
-    left: int
-    top: int
-    width: int
-    height: int
-
-    def cut(self, values: np.ndarray) -> np.ndarray:
-        return values[self.top : self.top + self.height, self.left : self.left + self.width]
+    picture: UInt8[np.ndarray, "H0 W0 3"]
+    region: tuple[int, int, int, int]  # left, top, right, bottom
+    mask: Float32[np.ndarray, "h0 w0"]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Canvas:
-    """A picture at the size to draw, and what of it is redrawn."""
+    """The picture at the size drawn, and what is redrawn of it (None: a mask was not given)."""
 
-    pixels: Pixels
-    mask: Mask | None
-    settings: dict[str, Any]  # for the metadata: names of files, and the arguments of `of`
-    # with `crop_mask`: the whole picture and its mask, and where in it the pixels are
-    whole: tuple[Pixels, Mask, Box] | None = None
+    pixels: UInt8[np.ndarray, "H W 3"]
+    mask: Float32[np.ndarray, "H W"] | None
+    cut: Cut | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # for the metadata: names, how it fits
 
     def __repr__(self) -> str:
         height, width = self.pixels.shape[:2]
@@ -248,172 +218,313 @@ class Canvas:
     @classmethod
     def of(
         cls,
-        image: Source,
-        mask: Source | None = None,
+        image: object,
+        mask: object = None,
         *,
-        width: int | None = None,
-        height: int | None = None,
+        width: object = None,
+        height: object = None,
         multiple: int = 16,
-        fit: str = "crop",
-        mask_blur: float = 0.0,
-        mask_grow: int = 0,
-        crop_mask: int | None = None,
-        model_side: int = 1024,
+        fit: object = "crop",
+        mask_blur: object = 0.0,
+        mask_grow: object = 0,
+        crop_mask: object = None,
+        model_side: int | None = None,
     ) -> "Canvas":
-        """Open a picture and its mask, and fit them to `width` x `height` (Lanczos).
+        """Fit `image` and `mask` (or an `Opened`, and what `open_mask` gave) to a size in pixels.
 
-        Without a size the picture keeps its own, less what exceeds a multiple of `multiple`; with
-        `crop_mask` it is `model_side` squared. `fit`: cover the size and crop, pad with the edge
-        (which is redrawn if there is a mask), or stretch. `mask_grow` and `mask_blur` (the Gaussian's
-        sigma) are in pixels of the image, and come before the fit.
+        Without a mask the transparent part of the image is redrawn. Without a size it is the image's
+        own, each side floored to `multiple`; one side alone keeps the image's ratio. To another
+        ratio `fit` crops centrally, pads with the edge's colours (with a mask the padding is
+        redrawn, so an all-black mask then redraws only the padding), or stretches. `mask_grow` (0
+        to 512) and then `mask_blur` (a Gaussian's sigma, 0 to 512) are in pixels of the image as
+        given.
 
-        Raises UsageError.
+        `crop_mask` draws only a region: the mask's bounding box and so many pixels around it (0 to
+        4096), widened to the ratio of the size, which is by default `model_side` squared. Where the
+        image is too small for that ratio, the region ends at its edges and is stretched.
+
+        Raises UsageError, also if nothing would be redrawn or nothing of the image would be seen.
         """
-        checks.one_of("fit", fit, FITS)
-        checks.real("mask_blur", mask_blur, 0, 512)
-        checks.whole("mask_grow", mask_grow, 0, 512)
-        opened = open_picture(image, "image")
-        values = open_mask(mask, opened, "mask")
-        given = {"mask_blur": mask_blur, "mask_grow": mask_grow, "crop_mask": crop_mask}
-        if values is None and any(given.values()):
-            name = next(name for name, value in given.items() if value)
-            raise UsageError(f"{name} needs a mask: none is given, and the image is opaque")
-        if values is not None:
-            values = blurred(grown(values, mask_grow), mask_blur)
-        settings = {
-            "image": _name(image),
-            "mask": None if mask is None else _name(mask),
-            "fit": fit,
-            **given,
-        }
-        if crop_mask is not None and values is not None:
-            checks.whole("crop_mask", crop_mask, 0, 4096)
-            size = (width or model_side, height or model_side)
-            return cls._cropped(opened.pixels, values, size, crop_mask, settings)
-        own = tuple(n // multiple * multiple for n in opened.size)
-        if not (width or height) and 0 in own:
-            raise UsageError(f"image: expected {multiple} pixels a side or more, got {opened.size}")
-        size = (width or own[0], height or own[1])
-        way = "stretch" if not (width or height) else fit
-        pixels, values = _fitted(opened.pixels, values, size, way)
-        return cls(pixels, values, settings)
+        opened = image if isinstance(image, Opened) else open_picture(image, "image")
+        fit = checks.one_of("fit", fit, FITS)
+        sides: list[Any] = [
+            None if side is None else _side(name, side, multiple)
+            for name, side in (("width", width), ("height", height))
+        ]
+        soft = _mask_of(opened, mask, mask_grow, mask_blur, may_be_black=fit == "pad")
+        if crop_mask is None:
+            sides = _sides(opened, sides, multiple)
+            # without a size the ratio changes by less than `multiple`: diffusers stretches
+            place = _FIT["stretch" if width is None and height is None else fit]
+            pixels = place(opened.pixels, *sides)
+            fitted = None if soft is None else _settled(place(soft, *sides))
+            return cls(pixels, _check_redraws(fitted))
+        context = checks.whole("crop_mask", crop_mask, 0, 4096)
+        if soft is None:
+            raise UsageError("crop_mask needs a mask, or an image with transparent parts")
+        if fit != "crop":
+            raise UsageError(f"fit {fit} has no effect with crop_mask")
+        sides = [side or model_side for side in sides]
+        if None in sides:
+            raise UsageError("crop_mask needs width and height")
+        check_pixels("crop_mask", *sides)
+        _check_redraws(soft)
+        left, top, right, bottom = region = _region(soft, context, *sides)
+        inside = slice(top, bottom), slice(left, right)
+        fitted = _settled(_resized(soft[inside], *sides))
+        cut = Cut(opened.pixels, region, soft[inside])
+        return cls(_resized(opened.pixels[inside], *sides), _check_redraws(fitted), cut)
 
-    @classmethod
-    def _cropped(
-        cls, pixels: Pixels, mask: Mask, size: tuple[int, int], context: int, settings: dict
-    ) -> "Canvas":
-        box = region_of(mask, size, context)
-        drawn, values = _fitted(box.cut(pixels), box.cut(mask), size, "stretch")
-        return cls(drawn, values, settings, (pixels, mask, box))
+    def finish(self, drawn: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H0 W0 3"]:
+        """The picture with what was drawn: `drawn` weighted by the mask, over the fitted picture or,
+        with a cut, over the whole image as given. Bytes where the mask is 0 stay as they were.
 
-    def named(self, **names: Any) -> "Canvas":
-        """The same canvas with other names for the metadata."""
-        return replace(self, settings=self.settings | names)
+        Raises UsageError if `drawn` has another size than the canvas.
+        """
+        if drawn.shape != self.pixels.shape:
+            sizes = [f"{a.shape[1]}x{a.shape[0]}" for a in (self.pixels, drawn)]
+            raise UsageError(f"drawn must be {sizes[0]} pixels, got {sizes[1]}")
+        if self.mask is None:
+            return drawn
+        if self.cut is None:
+            return _pasted(self.pixels, drawn, self.mask)
+        left, top, right, bottom = self.cut.region
+        whole = self.cut.picture.copy()
+        piece = whole[top:bottom, left:right]
+        piece[:] = _pasted(piece, _resized(drawn, right - left, bottom - top), self.cut.mask)
+        return whole
 
-    # -- what the pipeline asks ------------------------------------------------------------------
+    def to_model(self) -> Float32[np.ndarray, "H W 3"]:
+        """The pixels in [-1, 1], bit for bit as by diffusers' `VaeImageProcessor`."""
+        return 2 * (self.pixels.astype(np.float32) / 255) - 1
+
+    def latent_mask(self, scale: int) -> Float32[np.ndarray, "h w"] | None:
+        """The mask's mean over each `scale` x `scale` pixels; both sides are multiples of `scale`."""
+        if self.mask is None:
+            return None
+        height, width = self.mask.shape
+        tiles = self.mask.reshape(height // scale, scale, width // scale, scale)
+        return tiles.mean((1, 3))
+
+    def named(self, **settings: Any) -> "Canvas":
+        """The same canvas with more settings."""
+        return replace(self, settings=self.settings | settings)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings, and the checksum."""
+        return {**self.settings, "sha256": self.sha256}
 
     @property
     def sha256(self) -> str:
-        """Of the pixels and the mask, at the size to draw."""
-        found = hashlib.sha256(self.pixels.tobytes())
+        """Of the size, the pixels and the mask, as drawn."""
+        height, width = self.pixels.shape[:2]
+        found = hashlib.sha256(f"{width}x{height}\n".encode())
+        found.update(self.pixels.tobytes())
         if self.mask is not None:
             found.update(self.mask.astype("<f4").tobytes())
         return found.hexdigest()
 
-    def to_json(self) -> dict[str, Any]:
-        """For the metadata: what `of` was given, and the checksum."""
-        return {**self.settings, "sha256": self.sha256}
 
-    def to_model(self) -> Float[np.ndarray, "H W 3"]:
-        """float32 in [-1, 1]. (diffusers `VaeImageProcessor.normalize`)"""
-        return 2 * (self.pixels.astype(np.float32) / np.float32(255)) - 1
-
-    def latent_mask(self, scale: int) -> Float[np.ndarray, "h w"]:
-        """The mask of latents: the mean over `scale` x `scale` pixels, so that soft stays soft."""
-        assert self.mask is not None
-        h, w = (n // scale for n in self.mask.shape)
-        return self.mask.reshape(h, scale, w, scale).mean((1, 3), dtype=np.float32)
-
-    def finish(self, drawn: Pixels) -> Pixels:
-        """The picture to give back: `drawn` where it was redrawn, else the bytes of the image."""
-        if self.mask is None:
-            return drawn
-        if self.whole is None:
-            return _pasted(self.pixels, drawn, self.mask)
-        pixels, mask, box = self.whole
-        small = Image.fromarray(drawn).resize((box.width, box.height), Image.Resampling.LANCZOS)
-        found = pixels.copy()
-        box.cut(found)[...] = _pasted(box.cut(pixels), np.asarray(small), box.cut(mask))
-        return found
+def _side(name: str, value: object, multiple: int) -> int:
+    side = checks.whole(name, value, multiple, _LONGEST_SIDE)
+    if side % multiple:
+        near = max(1, round(side / multiple)) * multiple
+        raise UsageError(
+            f"{name} must be a multiple of {multiple}, got {side} (the nearest is {near})"
+        )
+    return side
 
 
-def _name(source: Source) -> str | None:
-    return Path(source).name if isinstance(source, str | Path) else None
+def _sides(opened: Opened, sides: list, multiple: int) -> list[int]:
+    """Width and height of the drawing, where either or both may be None."""
+    own = opened.pixels.shape[1::-1]
+    if sides == [None, None]:
+        sides = [side // multiple * multiple for side in own]
+        if 0 in sides:
+            raise UsageError(
+                f"image must have at least {multiple} pixels per side, got {own[0]}x{own[1]} "
+                "(width and height enlarge it)"
+            )
+    elif None in sides:
+        missing = sides.index(None)
+        ratio = own[missing] / own[1 - missing]
+        sides[missing] = max(1, round(sides[1 - missing] * ratio / multiple)) * multiple
+    check_pixels("width and height", *sides)
+    return sides
 
 
-def _pasted(below: Pixels, above: Pixels, mask: Mask) -> Pixels:
-    """`above` over `below`, with the mask as its weight."""
-    weight = mask[:, :, None]
-    mixed = np.round(weight * above + (1 - weight) * below).astype(np.uint8)
-    return np.where(weight == 0, below, mixed)
+# -- masks -----------------------------------------------------------------------------------------
 
 
-def region_of(mask: Mask, size: tuple[int, int], context: int) -> Box:
-    """The masked part with `context` pixels around it, in the shape of `size`, inside the picture.
-
-    Where the picture is too narrow for that shape, the region is as wide as the picture.
-    """
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    found = []
-    spans = [
-        (max(0, int(used[0]) - context), min(total, int(used[-1]) + 1 + context))
-        for used, total in ((columns, mask.shape[1]), (rows, mask.shape[0]))
-    ]
-    lengths = [end - begin for begin, end in spans]
-    scale = max(length / side for length, side in zip(lengths, size, strict=True))
-    for (begin, end), side, total in zip(spans, size, mask.shape[::-1], strict=True):
-        length = min(total, max(end - begin, round(scale * side)))
-        first = min(max(0, (begin + end - length) // 2), total - length)
-        found.append((first, length))
-    (left, width), (top, height) = found
-    return Box(left, top, width, height)
-
-
-def _fitted(
-    pixels: Pixels, mask: Mask | None, size: tuple[int, int], fit: str
-) -> tuple[Pixels, Mask | None]:
-    """Both at `size` (width, height)."""
-    h, w = pixels.shape[:2]
-    if fit == "crop":
-        scale = min(w / size[0], h / size[1])
-        width, height = (min(n, max(1, round(scale * s))) for n, s in ((w, size[0]), (h, size[1])))
-        box = Box((w - width) // 2, (h - height) // 2, width, height)
-        pixels, mask = box.cut(pixels), None if mask is None else box.cut(mask)
-    if fit == "pad":
-        return _padded(pixels, mask, size)
-    return _resized(pixels, size), None if mask is None else _resized_mask(mask, size)
-
-
-def _padded(pixels: Pixels, mask: Mask | None, size: tuple[int, int]) -> tuple[Pixels, Mask | None]:
-    h, w = pixels.shape[:2]
-    scale = min(size[0] / w, size[1] / h)
-    width, height = (min(s, max(1, round(scale * n))) for n, s in ((w, size[0]), (h, size[1])))
-    edges = [((n - m) // 2, n - m - (n - m) // 2) for n, m in ((size[1], height), (size[0], width))]
-    inner = _resized(pixels, (width, height))
-    found = np.pad(inner, [*edges, (0, 0)], mode="edge")
+def _mask_of(
+    opened: Opened, mask: object, mask_grow: object, mask_blur: object, *, may_be_black: bool
+) -> Float32[np.ndarray, "H W"] | None:
+    """The mask in pixels of the image as given."""
+    grow = checks.whole("mask_grow", mask_grow, 0, 512)
+    blur = checks.real("mask_blur", mask_blur, 0, 512)
+    if opened.alpha is not None and not opened.alpha.any():
+        raise UsageError("image is wholly transparent: nothing of it can be seen")
+    if mask is None and opened.alpha is None:
+        if grow or blur:
+            name = "mask_grow" if grow else "mask_blur"
+            raise UsageError(f"{name} needs a mask, or an image with transparent parts")
+        return None
     if mask is None:
-        return found, None
-    return found, np.pad(_resized_mask(mask, (width, height)), edges, constant_values=1)
+        assert opened.alpha is not None
+        found = 1 - opened.alpha / np.float32(255)
+    else:
+        found = open_mask(mask, "mask")
+        sizes = [f"{a.shape[1]}x{a.shape[0]}" for a in (opened.pixels, found)]
+        if sizes[0] != sizes[1]:
+            raise UsageError(f"mask must have the size of the image, {sizes[0]}, got {sizes[1]}")
+    if not found.any() and not may_be_black:
+        raise UsageError("mask is all black: nothing would be redrawn (white is redrawn)")
+    if grow:
+        found = _grown(found, grow)
+    if blur > 0.1:  # below, the weight of the next pixel is under 1e-21
+        found = _blurred(found, blur)
+    return _settled(found)
 
 
-def _resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    return np.array(image.resize(size, Image.Resampling.LANCZOS))
+def _grown(mask: np.ndarray, reach: int) -> np.ndarray:
+    """The maximum over a regular octagon with `reach` pixels from its centre to its sides.
+
+    An octagon is the sum of four lines, so the work grows with the logarithm of `reach`.
+    """
+    diagonal = min(round(reach * (1 - math.sqrt(0.5))), (reach - 1) // 2)
+    straight = reach - 2 * diagonal
+    mask = np.pad(mask, reach)
+    for dy, dx, count in (
+        (0, 1, straight),
+        (1, 0, straight),
+        (1, 1, diagonal),
+        (1, -1, diagonal),
+    ):
+        for sign in (1, -1):
+            _spread(mask, sign * dy, sign * dx, count)
+    return mask[reach:-reach, reach:-reach]
 
 
-def _resized_mask(mask: Mask, size: tuple[int, int]) -> Mask:
-    """Bilinear: a Lanczos filter would leave 0..1."""
-    if mask.shape[::-1] == size:
-        return mask
-    image = Image.fromarray(np.ascontiguousarray(mask))
-    return np.clip(np.asarray(image.resize(size, Image.Resampling.BILINEAR)), 0, 1)
+def _spread(mask: np.ndarray, dy: int, dx: int, count: int) -> None:
+    """Replace each pixel by the maximum of itself and the next `count` in one direction."""
+    done = 0
+    while done < count:
+        step = min(done + 1, count - done)
+        pairs = [
+            (slice(max(0, -d), n - max(0, d)), slice(max(0, d), n - max(0, -d)))
+            for d, n in zip((step * dy, step * dx), mask.shape, strict=True)
+        ]
+        here, there = zip(*pairs, strict=True)
+        mask[here] = np.maximum(mask[here], mask[there])
+        done += step
+
+
+def _blurred(mask: np.ndarray, sigma: float) -> np.ndarray:
+    """A Gaussian cut at 3 sigma (0.13 % on each side, under a byte's half), edges repeated."""
+    reach = math.ceil(3 * sigma)
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    weights = (weights / weights.sum()).astype(np.float32)
+    for _ in range(2):  # rows, then columns
+        mask = np.ascontiguousarray(_convolved(mask, weights).T)
+    return mask
+
+
+def _convolved(mask: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    reach, width = len(weights) // 2, mask.shape[1]
+    length = -(-(width + 2 * reach) // 64) * 64  # a product of small primes is faster
+    transfer, found = np.fft.rfft(weights, length), np.empty_like(mask)
+    for start in range(0, len(mask), _STRIP):
+        strip = np.pad(mask[start : start + _STRIP], ((0, 0), (reach, reach)), "edge")
+        around = np.fft.irfft(np.fft.rfft(strip, length) * transfer, length)
+        found[start : start + _STRIP] = around[:, 2 * reach : 2 * reach + width]
+    return found
+
+
+def _settled(mask: np.ndarray) -> np.ndarray:
+    """Weights in [0, 1], and exactly 0 or 1 if they are so close that no byte would differ."""
+    mask = np.clip(mask, 0, 1)
+    mask[mask < _FAINT] = 0
+    mask[mask > 1 - _FAINT] = 1
+    return mask
+
+
+def _check_redraws(mask: np.ndarray | None) -> np.ndarray | None:
+    if mask is not None and not mask.any():
+        raise UsageError(
+            f"nothing of the mask is left at {mask.shape[1]}x{mask.shape[0]} pixels: expected a "
+            "larger white part, more mask_grow or less mask_blur"
+        )
+    return mask
+
+
+def _region(mask: np.ndarray, context: int, width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom: the mask's bounding box with `context` pixels around it, widened to
+    the ratio `width` : `height` as far as the picture goes, and shifted to lie inside."""
+    spans, sizes = [], mask.shape[::-1]
+    for axis, size in enumerate(sizes):
+        found = np.flatnonzero(mask.any(axis))
+        spans.append((max(0, int(found[0]) - context), min(size, int(found[-1]) + 1 + context)))
+    wide, high = (end - start for start, end in spans)
+    wanted = max(wide, -(-high * width // height)), max(high, -(-wide * height // width))
+    ends = []
+    for (start, end), size, want in zip(spans, sizes, wanted, strict=True):
+        length = min(want, size)
+        start = min(max(0, start - (length - (end - start)) // 2), size - length)
+        ends.append((start, start + length))
+    (left, right), (top, bottom) = ends
+    return left, top, right, bottom
+
+
+# -- pixels ----------------------------------------------------------------------------------------
+
+
+def _resized(array: np.ndarray, width: int, height: int, box: tuple | None = None) -> np.ndarray:
+    """Pixels by Lanczos, a mask by a triangle, which has no negative lobes. `box`: the part used."""
+    method = Image.Resampling.LANCZOS if array.ndim == 3 else Image.Resampling.BILINEAR
+    return np.array(Image.fromarray(array).resize((width, height), method, box=box))
+
+
+def _cropped(array: np.ndarray, width: int, height: int) -> np.ndarray:
+    high, wide = array.shape[:2]
+    scale = max(width / wide, height / high)
+    used = min(wide, width / scale), min(high, height / scale)
+    # whole pixels: half a pixel off would blur a picture that is not scaled
+    left, top = int((wide - used[0]) / 2), int((high - used[1]) / 2)
+    return _resized(array, width, height, (left, top, left + used[0], top + used[1]))
+
+
+def _padded(array: np.ndarray, width: int, height: int) -> np.ndarray:
+    high, wide = array.shape[:2]
+    scale = min(width / wide, height / high)
+    inner = [max(1, min(m, round(n * scale))) for m, n in ((width, wide), (height, high))]
+    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
+    around = ((top, height - inner[1] - top), (left, width - inner[0] - left))
+    array = _resized(array, *inner)
+    if array.ndim == 3:
+        return np.pad(array, (*around, (0, 0)), "edge")
+    return np.pad(array, around, constant_values=1)
+
+
+_FIT = {"crop": _cropped, "pad": _padded, "stretch": _resized}
+
+
+def _pasted(under: np.ndarray, over: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    found = np.empty_like(under)
+    for start in range(0, len(under), _STRIP):
+        rows = slice(start, start + _STRIP)
+        below = under[rows].astype(np.float32)
+        found[rows] = np.rint(below + mask[rows, :, None] * (over[rows] - below))
+    return found
+
+
+def enlarged_size(opened: Opened, factor: object, multiple: int) -> tuple[int, int]:
+    """Width and height of a picture `factor` times as large, each to the nearest multiple.
+
+    Raises UsageError for a `factor` that is not above 1 and at most 8, or if that is too many pixels.
+    """
+    times = checks.real("factor", factor, 1, 8, above=True)
+    height, width = (
+        max(1, math.floor(n * times / multiple + 0.5)) * multiple for n in opened.pixels.shape[:2]
+    )
+    check_pixels("factor", width, height)
+    return width, height

@@ -21,6 +21,7 @@ from .. import checks
 from ..errors import UsageError
 from ..files import open_regular, parse_json, printable
 from ..model.samplers import SAMPLERS, SCHEDULES, STRENGTH_RULES
+from .canvas import FITS
 
 KEY = "zimage_jax"
 _XMP = (
@@ -30,7 +31,6 @@ _XMP = (
     '"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
 )
 _LARGEST_FILE = 256 << 20  # bytes
-FITS = ("crop", "pad", "stretch")  # ways to fit a picture to a size
 # AUTOMATIC1111's names of samplers and schedules
 _A1111 = {
     "euler": "Euler",

@@ -9,6 +9,7 @@ Axes: B pictures, h, w latent rows and columns, C latent channels.
 """
 
 import hashlib
+import os
 import threading
 import time
 import warnings
@@ -44,7 +45,7 @@ from ..weights.checkpoint import Checkpoint
 from ..weights.components import COMPONENTS
 from . import report as reports
 from .attempt import Attempt
-from .canvas import Canvas, Source, open_picture
+from .canvas import Canvas, Source, enlarged_size, open_picture
 from .job import Job, Picture, Result, Step, ZImageWarning
 from .preview import Preview
 from .stages import STAGES
@@ -390,17 +391,25 @@ class ZImage:
 
         The arguments are those of `generate`. Raises UsageError.
         """
-        return Canvas.of(
+        given: dict[str, Any] = {
+            "fit": fit,
+            "mask_blur": mask_blur,
+            "mask_grow": mask_grow,
+            "crop_mask": crop_mask,
+        }
+        canvas = Canvas.of(
             image,
             mask,
             width=width,
             height=height,
             multiple=self.config.pixel_multiple,
-            fit=fit,
-            mask_blur=mask_blur,
-            mask_grow=mask_grow,
-            crop_mask=crop_mask,
             model_side=self.config.vae.sample_size,
+            **given,
+        )
+        names = {"image": image, "mask": mask}
+        paths = (str, os.PathLike)
+        return canvas.named(
+            **{k: Path(v).name if isinstance(v, paths) else None for k, v in names.items()}, **given
         )
 
     def enlarged(self, picture: Source | Picture, factor: float = 2.0, **options: Any) -> Canvas:
@@ -409,13 +418,10 @@ class ZImage:
         Its sides are rounded to what the model draws. `options`: as for `canvas`, without a size.
         Raises UsageError.
         """
-        checks.real("factor", factor, 1, 8, above=True)
         image = picture.pixels if isinstance(picture, Picture) else picture
-        small = open_picture(image, "picture")
-        multiple = self.config.pixel_multiple
-        width, height = (max(1, round(factor * n / multiple)) * multiple for n in small.size)
-        options = {"fit": "stretch", **options}
-        return self.canvas(image, width=width, height=height, **options)
+        opened, multiple = open_picture(image, "picture"), self.config.pixel_multiple
+        width, height = enlarged_size(opened, factor, multiple)
+        return self.canvas(image, width=width, height=height, **{"fit": "stretch", **options})
 
     def _memory(self, memory: Memory | None) -> Memory:
         return self.memory if memory is None else checks.instance("memory", memory, Memory)

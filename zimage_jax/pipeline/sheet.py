@@ -12,46 +12,66 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
 
 from .. import checks
 from ..errors import UsageError
 from ..files import parse_json, printable
-from . import canvas, picture
-from .canvas import MOST_PIXELS
+from . import picture
+from .canvas import check_pixels
 from .job import Picture
 
 _KEY = "zimage_jax_sheet"
 MOST = 256  # pictures
-_MARGIN, _LABEL = 8, 20  # pixels
 
 
 def contact_sheet(pictures: list[Picture]) -> bytes:
-    """A PNG of the pictures, each above its seed. They have one size.
+    """A PNG of the pictures, each above its seed, from which `picked` takes them.
 
     Raises UsageError for more than MOST pictures, or too many pixels.
     """
-    if not 1 <= len(pictures) <= MOST:
-        raise UsageError(f"a contact sheet has 1 to {MOST} pictures, got {len(pictures)}")
-    h, w = pictures[0].pixels.shape[:2]
-    columns = math.ceil(math.sqrt(len(pictures) * h / w))
-    rows = math.ceil(len(pictures) / columns)
-    width, height = columns * (w + _MARGIN) + _MARGIN, rows * (h + _LABEL + _MARGIN) + _MARGIN
-    if width * height > MOST_PIXELS:
-        raise UsageError(
-            f"a contact sheet of {len(pictures)} pictures of {w} x {h} pixels has {width} x "
-            f"{height}: draw fewer or smaller ones"
-        )
-    sheet = Image.new("RGB", (width, height), "white")
-    draw, cells = ImageDraw.Draw(sheet), []
-    for index, of in enumerate(pictures):
-        left = _MARGIN + index % columns * (w + _MARGIN)
-        top = _MARGIN + index // columns * (h + _LABEL + _MARGIN)
-        sheet.paste(Image.fromarray(of.pixels), (left, top))
-        draw.text((left, top + h + 4), str(of.metadata["seed"]), fill="black")
-        cells.append({"left": left, "top": top, "metadata": of.metadata})
+    if len(pictures) > MOST:
+        raise UsageError(f"a contact sheet has at most {MOST} pictures, got {len(pictures)}")
+    labels = [f"seed {of.metadata['seed']}" for of in pictures]
+    sheet, places = drawn([of.pixels for of in pictures], labels)
+    cells = [
+        {"left": left, "top": top, "metadata": of.metadata}
+        for of, (left, top) in zip(pictures, places, strict=True)
+    ]
     texts = {_KEY: json.dumps({"pictures": cells}, ensure_ascii=False)}
-    return picture.encode_png_with(np.asarray(sheet), texts)
+    return picture.encode_png_with(sheet, texts)
+
+
+_MARGIN, _TEXT = 16, 16  # pixels
+
+
+def drawn(
+    pictures: list[UInt8[np.ndarray, "H W 3"]], labels: list[str]
+) -> tuple[UInt8[np.ndarray, "H2 W2 3"], list[tuple[int, int]]]:
+    """Pictures of one size, unscaled, in about a square, each above its label.
+
+    Also returns (left, top) of each picture on the sheet. Raises UsageError for too many pixels.
+    """
+    font = ImageFont.load_default(_TEXT)
+    height, width = pictures[0].shape[:2]
+    wide = max(width, *(math.ceil(font.getlength(label)) for label in labels))
+    high, count = height + 2 * _TEXT, len(pictures)
+    across = min(count, max(1, round(math.sqrt(count * high / wide))))
+    size = [
+        _MARGIN + n * (cell + _MARGIN)
+        for n, cell in ((across, wide), (math.ceil(count / across), high))
+    ]
+    check_pixels("a contact sheet", *size)
+    page = Image.new("RGB", (size[0], size[1]), "white")
+    draw, places = ImageDraw.Draw(page), []
+    for index, (pixels, label) in enumerate(zip(pictures, labels, strict=True)):
+        left = _MARGIN + index % across * (wide + _MARGIN)
+        top = _MARGIN + index // across * (high + _MARGIN)
+        page.paste(Image.fromarray(pixels), (left, top))
+        draw.text((left, top + height + _TEXT // 2), label, "black", font)
+        places.append((left, top))
+    return np.array(page), places
 
 
 def picked(path: Path, seed: int) -> Picture:
@@ -65,9 +85,10 @@ def picked(path: Path, seed: int) -> Picture:
         picture.check_metadata(f"{where}: a picture", cell, _CELL)
         metadata = cell["metadata"]
         if metadata["seed"] == seed:
-            box = canvas.Box(cell["left"], cell["top"], metadata["width"], metadata["height"])
-            cut = box.cut(pixels)
-            if cut.shape[:2] != (box.height, box.width):
+            left, top = cell["left"], cell["top"]
+            width, height = metadata["width"], metadata["height"]
+            cut = pixels[top : top + height, left : left + width]
+            if cut.shape[:2] != (height, width):
                 raise UsageError(f"{where}: seed {seed} lies outside the contact sheet")
             return Picture(np.ascontiguousarray(cut), metadata)
     seeds = ", ".join(str(cell["metadata"]["seed"]) for cell in found["pictures"])
@@ -79,8 +100,9 @@ def _a_list(name: str, value: object) -> None:
         checks.refuse(name, f"a list of at most {MOST} pictures", value)
 
 
+_MOST = 65536  # pixels of a side
 _CELL: dict[str, Any] = {
-    "left": partial(checks.whole, low=0, high=MOST_PIXELS),
-    "top": partial(checks.whole, low=0, high=MOST_PIXELS),
+    "left": partial(checks.whole, low=0, high=_MOST),
+    "top": partial(checks.whole, low=0, high=_MOST),
     "metadata": lambda name, value: picture.check_metadata(name, value, picture.FIELDS),
 }

@@ -58,6 +58,7 @@ def start_of(attempt: Attempt) -> Start:
         if work.update.kept is not None:
             assert job.canvas is not None
             of_picture = job.canvas.latent_mask(attempt.config.vae.scale)
+            assert of_picture is not None
             mask = np.broadcast_to(of_picture[None, :, :, None], (*noise.shape[:3], 1))
             kept = sampling.Kept(*map(of_views, (picture, noise, mask)))
     if work.update.noise is not None:
