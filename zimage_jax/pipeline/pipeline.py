@@ -412,7 +412,9 @@ class ZImage:
             **{k: Path(v).name if isinstance(v, paths) else None for k, v in names.items()}, **given
         )
 
-    def enlarged(self, picture: Source | Picture, factor: float = 2.0, **options: Any) -> Canvas:
+    def enlarged(
+        self, picture: Source | Picture, factor: float | int = 2, **options: Any
+    ) -> Canvas:
         """A picture `factor` times as large, to be drawn again: a canvas for `generate`.
 
         Its sides are rounded to what the model draws. `options`: as for `canvas`, without a size.
