@@ -1,0 +1,67 @@
+"""Whether a second pass makes written glyphs more legible on the tiny model, by program.
+
+    python -m scripts.measure.refine -o runs/refine              400 held-out prompts with one to three glyphs
+
+Every picture is drawn once, then drawn again from itself in each way, with its own prompt and seed:
+at its own size from a noise level, or enlarged, redrawn and made small again. Writes table.md in the
+folder."""
+
+from collections import defaultdict
+from itertools import islice
+from pathlib import Path
+
+import click
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from scripts.tiny.evaluate import held_out
+from scripts.tiny.judge import judge
+from zimage_jax import ZImage
+from zimage_jax.cli import use_compile_cache
+
+LEVELS = (0.2, 0.3, 0.5, 0.643, 0.75)
+WAYS = {
+    "one pass": None,
+    **{f"again from {level:g}": (1, level) for level in LEVELS},
+    **{f"twice as large from {level:g}": (2, level) for level in LEVELS[:4]},
+}
+
+
+def again(pipe: ZImage, prompt: str, seed: int, picture, way: tuple[int, float]) -> np.ndarray:
+    """The picture drawn from itself, at its own size in the end."""
+    factor, strength = way
+    h, w = picture.pixels.shape[:2]
+    image = picture.pixels if factor == 1 else pipe.enlarged(picture, factor)
+    (found,) = pipe.generate(prompt, seed=seed, image=image, strength=strength).pictures
+    small = Image.fromarray(found.pixels).resize((w, h), Image.Resampling.LANCZOS)
+    return np.asarray(small)
+
+
+@click.command(help=__doc__)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.option("--prompts", default=400, show_default=True)
+def main(output: Path, prompts: int) -> None:
+    use_compile_cache()
+    output.mkdir(parents=True, exist_ok=True)
+    pipe, right = ZImage.load(), defaultdict(lambda: defaultdict(list))
+    texts = (found for found in held_out(100_000) if found[0].kind == "text")
+    for seed, (scene, _, caption) in enumerate(tqdm(islice(texts, prompts), total=prompts)):
+        (picture,) = pipe.generate(caption, seed=seed).pictures
+        for name, way in WAYS.items():
+            pixels = picture.pixels if way is None else again(pipe, caption, seed, picture, way)
+            for what, verdict in judge(pixels, scene).items():
+                right[name][what].append(bool(verdict))
+    columns = sorted({what for of in right.values() for what in of})
+    lines = ["| way | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, of in right.items():
+        cells = (f"{100 * np.mean(of[what]):.1f}" for what in columns)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    counts = ", ".join(f"{what} {len(right['one pass'][what])}" for what in columns)
+    text = "\n".join([*lines, "", f"Pictures: {counts}."]) + "\n"
+    (output / "table.md").write_text(text)
+    click.echo(text)
+
+
+if __name__ == "__main__":
+    main()
