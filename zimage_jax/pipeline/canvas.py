@@ -390,7 +390,7 @@ def contact_sheet(
     if columns is None:
         across = min(count, max(1, round(math.sqrt(count * high / wide))))
     else:
-        across = min(count, checks.whole("columns", columns, 1))
+        across = min(count, checks.whole("columns", columns, 1, 1000))
     down = -(-count // across)
     size = [_MARGIN + n * (cell + _MARGIN) for n, cell in ((across, wide), (down, high))]
     check_pixels("a contact sheet", *size)
