@@ -45,7 +45,9 @@ def main(output: Path, prompts: int) -> None:
     use_compile_cache()
     output.mkdir(parents=True, exist_ok=True)
     pipe, right = ZImage.load(), defaultdict(lambda: defaultdict(list))
-    texts = (found for found in held_out(100_000) if found[0].kind == "text" and len(found[0].text) == 3)
+    texts = (
+        found for found in held_out(100_000) if found[0].kind == "text" and len(found[0].text) == 3
+    )
     for seed, (scene, _, caption) in enumerate(tqdm(islice(texts, prompts), total=prompts)):
         (picture,) = pipe.generate(caption, seed=seed).pictures
         for name, way in WAYS.items():

@@ -9,7 +9,7 @@ import pytest
 from tests import small
 from tests.model.test_models import relative
 from tests.schedules import JOB, SCAN, SCHEDULES, every
-from zimage_jax import Memory, ZImage, ZImageWarning
+from zimage_jax import ZImage, ZImageWarning
 from zimage_jax.errors import OutOfMemoryError, UsageError
 from zimage_jax.model.samplers import SAMPLERS
 

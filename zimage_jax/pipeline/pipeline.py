@@ -45,8 +45,9 @@ from ..weights.checkpoint import Checkpoint
 from ..weights.components import COMPONENTS
 from . import report as reports
 from .attempt import Attempt
-from .canvas import Canvas, Source, enlarged_size, open_picture
+from .canvas import Canvas, enlarged_size
 from .job import Job, Picture, Result, Step, ZImageWarning
+from .opened import Source, open_picture
 from .preview import Preview
 from .stages import STAGES
 

@@ -19,8 +19,8 @@ from .. import checks
 from ..errors import UsageError
 from ..files import parse_json, printable
 from . import picture
-from .canvas import check_pixels
 from .job import Picture
+from .opened import check_pixels
 
 _KEY = "zimage_jax_sheet"
 MOST = 256  # pictures
