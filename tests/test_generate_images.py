@@ -1,13 +1,13 @@
 """python -m zimage_jax.generate with pictures: flags, files, and what is said of bad ones."""
 
 import json
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.pipeline.test_images import hole, photo
+from tests.pipeline.test_opened import png_header
 from zimage_jax.pipeline.picture import read_metadata
 
 SMALL = ("--size", "48x32", "--steps", 2)
@@ -103,9 +103,7 @@ def test_bad_pictures_are_one_line(words, message, files, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     Image.fromarray(photo(64, 32)).save(tmp_path / "other.png")
     Image.new("L", (48, 32)).save(tmp_path / "black.png")
-    header = b"IHDR" + (60000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-    chunk = (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + bytes(8))
+    (tmp_path / "bomb.png").write_bytes(png_header(60000, 60000))
     code, out, err = files(*words, "-o", "out.png")
     assert (code, out) == (2, "")
     assert message in err.splitlines()[-1]
