@@ -1,10 +1,11 @@
 """Whether a second pass makes written glyphs more legible on the tiny model, by program.
 
     python -m scripts.measure.refine -o runs/refine              400 held-out prompts with one to three glyphs
+    python -m scripts.measure.refine -o runs/refine --glyphs 3   with three alone
 
 Every picture is drawn once, then drawn again from itself in each way, with its own prompt and seed:
-at its own size from a noise level, or enlarged, redrawn and made small again. Writes table.md in the
-folder."""
+at its own size from a noise level, or enlarged, redrawn (whole, or in regions of its own size, which
+take the memory of one pass) and made small again. Writes table.md in the folder."""
 
 from collections import defaultdict
 from itertools import islice
@@ -20,20 +21,25 @@ from scripts.tiny.judge import judge
 from zimage_jax import ZImage
 from zimage_jax.cli import use_compile_cache
 
-LEVELS = (0.2, 0.3, 0.5, 0.643, 0.75)
-WAYS = {
+# name -> times as large, noise level, whether in regions of the picture's own size
+WAYS: dict[str, tuple[int, float, bool] | None] = {
     "one pass": None,
-    **{f"again from {level:g}": (1, level) for level in LEVELS},
-    **{f"twice as large from {level:g}": (2, level) for level in LEVELS[:4]},
+    **{f"again from {level:g}": (1, level, False) for level in (0.2, 0.3, 0.5)},
+    **{f"twice as large from {level:g}": (2, level, False) for level in (0.3, 0.5)},
+    **{
+        f"twice as large in regions from {level:g}": (2, level, True)
+        for level in (0.2, 0.3, 0.4, 0.5)
+    },
 }
 
 
-def again(pipe: ZImage, prompt: str, seed: int, picture, way: tuple[int, float]) -> np.ndarray:
+def again(pipe: ZImage, prompt: str, seed: int, picture, way: tuple) -> np.ndarray:
     """The picture drawn from itself, at its own size in the end."""
-    factor, strength = way
+    factor, strength, in_regions = way
     h, w = picture.pixels.shape[:2]
     image = picture.pixels if factor == 1 else pipe.enlarged(picture, factor)
-    (found,) = pipe.generate(prompt, seed=seed, image=image, strength=strength).pictures
+    job = {"seed": seed, "strength": strength, "region": w if in_regions else None}
+    (found,) = pipe.generate(prompt, image=image, **job).pictures
     small = Image.fromarray(found.pixels).resize((w, h), Image.Resampling.LANCZOS)
     return np.asarray(small)
 
@@ -41,11 +47,16 @@ def again(pipe: ZImage, prompt: str, seed: int, picture, way: tuple[int, float])
 @click.command(help=__doc__)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 @click.option("--prompts", default=400, show_default=True)
-def main(output: Path, prompts: int) -> None:
+@click.option("--glyphs", type=click.IntRange(1, 3), help="[default: one to three]")
+def main(output: Path, prompts: int, glyphs: int | None) -> None:
     use_compile_cache()
     output.mkdir(parents=True, exist_ok=True)
     pipe, right = ZImage.load(), defaultdict(lambda: defaultdict(list))
-    texts = (found for found in held_out(100_000) if found[0].kind == "text")
+    texts = (
+        found
+        for found in held_out(100_000)
+        if found[0].kind == "text" and glyphs in (None, len(found[0].text))
+    )
     for seed, (scene, _, caption) in enumerate(tqdm(islice(texts, prompts), total=prompts)):
         (picture,) = pipe.generate(caption, seed=seed).pictures
         for name, way in WAYS.items():

@@ -365,7 +365,7 @@ def results(native):
 
 
 OFTEN = ["reuse", "all", "packed"]
-QUICK = [*((policy, "ring") for policy in OFTEN), ("all", "half a block")]
+QUICK = [("reuse", "ring"), ("packed", "ring"), ("all", "half a block")]
 
 
 @pytest.mark.parametrize("case", every(itertools.product(POLICIES, UNDER), QUICK), ids=str)
@@ -376,7 +376,7 @@ def test_every_schedule_gives_the_same_bits(case, results):
     )
 
 
-@pytest.mark.parametrize("policy", every(POLICIES, ["all"]))
+@pytest.mark.parametrize("policy", every(POLICIES, []))
 def test_the_scan_is_near(policy, results):
     """float32 but for K and V: a last bit may fall on the other side of their rounding (half a step
     of fp8 is 1/32)."""
@@ -393,7 +393,7 @@ def test_a_policy_changes_the_latents_and_keeps_the_picture_near(policy, results
     assert 1e-5 < error < 0.5
 
 
-LEDGER = [*((policy, "ring") for policy in OFTEN), ("all", "scan"), ("all", "resident")]
+LEDGER = [*((policy, "ring") for policy in OFTEN), ("all", "resident")]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_seeds(tiny):
     assert np.abs(first.pictures[0].pixels.astype(int) - other.pictures[0].pixels).mean() > 1
 
 
-@pytest.mark.parametrize("schedule", every(["swap", "ring", "hybrid"], ["ring"]))
+@pytest.mark.parametrize("schedule", every(["swap", "ring", "hybrid"], []))
 def test_schedules_change_no_bit_of_trained_weights(tiny, schedule):
     job = {"seed": 4, "width": 128, "height": 128}
     expected = tiny.generate("a green star", **job)
