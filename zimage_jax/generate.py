@@ -92,6 +92,24 @@ LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
     help="Noise generator: torch gives PyTorch's noise for the seed.  [default: torch]",
 )
 @click.option(
+    "--prompt-weights/--no-prompt-weights",
+    default=None,
+    help="Brackets in prompts weigh words: (word:1.3), (word) 1.1, [word] 1/1.1; a backslash makes "
+    "a bracket or colon text.  [default: brackets are text]",
+)
+@click.option(
+    "--text-weight",
+    type=Number(float, 0, 4),
+    metavar="W",
+    help="Weight of text in quotes, 0 to 4.  [default: 1]",
+)
+@click.option(
+    "--variance",
+    type=Number(float, 0, 1),
+    metavar="S",
+    help="How much pictures of one prompt differ beyond their noise, 0 to 1.  [default: 0]",
+)
+@click.option(
     "--dtype",
     type=click.Choice(COMPUTE),
     help="Dtype of the computation; float16 is for GPUs before the RTX 30 series.  "
@@ -152,6 +170,9 @@ def command(
     cfg_scale,
     negative_prompt,
     noise,
+    prompt_weights,
+    text_weight,
+    variance,
     dtype,
     kv_dtype,
     kv_switch_t,
@@ -188,6 +209,9 @@ def command(
         "steps": steps,
         "guidance": _guidance(guidance, cfg_scale),
         "noise": noise,
+        "prompt_weights": prompt_weights,
+        "text_weight": text_weight,
+        "variance": variance,
         "attention": attention,
         **{name: flags.pop(name) for name in OF_JOB},
     }
@@ -196,6 +220,7 @@ def command(
         count = _explored(explore, count, origin, job)
     kv = {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
     picture_kv = _complete(job, origin.settings, count)
+    _check_weights(job)
     files_out = _Output(output, overwrite, not no_metadata, preview, report, trace, bool(explore))
     files_out.check(len(job["prompts"]), job["seeds"], [*files, *origin.files])
 
@@ -325,6 +350,16 @@ def _complete(job: dict, repeated: dict, count: int) -> dict:
         raise UsageError("no prompt: give one, or --prompt-file, or - for standard input")
     job["seeds"] = _seeds(job["seeds"] or [-1], count)
     return kv
+
+
+def _check_weights(job: dict) -> None:
+    """Raises UsageError for brackets that do not weigh words, before anything is drawn."""
+    if job["prompt_weights"]:
+        from .model import emphasis
+
+        for text in job["prompts"]:
+            emphasis.check(text)
+        emphasis.parse(job["negative_prompt"] or "")
 
 
 def _seeds(seeds: list[int], count: int) -> Sequence[int]:

@@ -14,6 +14,7 @@ _SAME = ("negative_prompt", "width", "height", "steps", "guidance", "noise")
 # metadata leaves these out where they are the default
 _MAYBE = (
     *("attention", "sampler", "sigmas", "shift", "cfg_normalization", "cfg_truncation", "region"),
+    *("prompt_weights", "text_weight", "variance"),
 )
 _STRENGTH = ("strength", "strength_rule", "differential")
 

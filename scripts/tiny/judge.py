@@ -30,7 +30,7 @@ _SMALLEST = 0.008  # of the picture's area: less is a speck, not a shape
 def judge(pixels: np.ndarray, scene: Scene) -> dict[str, bool]:
     """For a uint8 picture (H W 3): attribute -> whether it is as the caption says. Only what the
     caption says counts."""
-    labels = _nearest(pixels)
+    labels = nearest(pixels)
     found: dict[str, bool] = {}
     if scene.says_background:
         border = np.concatenate(
@@ -42,12 +42,14 @@ def judge(pixels: np.ndarray, scene: Scene) -> dict[str, bool]:
     )
 
 
-def _nearest(pixels: np.ndarray) -> np.ndarray:
+def nearest(pixels: np.ndarray) -> np.ndarray:
+    """The colour of each pixel, as its place in COLOURS."""
     difference = pixels[..., None, :].astype(np.float32) - _PALETTE
     return np.argmin((difference**2).sum(-1), -1)
 
 
-def _largest(mask: np.ndarray) -> np.ndarray | None:
+def largest(mask: np.ndarray) -> np.ndarray | None:
+    """The largest connected piece; None if it is a speck."""
     pieces, count = ndimage.label(mask)
     if not count:
         return None
@@ -66,7 +68,7 @@ def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 def _judge_shapes(labels: np.ndarray, scene: Scene) -> dict[str, bool]:
     height, width = labels.shape
-    pieces = [_largest(labels == _NAMES.index(item.colour)) for item in scene.items]
+    pieces = [largest(labels == _NAMES.index(item.colour)) for item in scene.items]
     found = {"colour": all(p is not None for p in pieces)}
     if not found["colour"]:
         asked = [
@@ -162,7 +164,7 @@ def _judge_text(pixels: np.ndarray, scene: Scene) -> dict[str, bool]:
             if ndimage.binary_erosion(cut).any()
             else pixels[rows, columns][cut]
         )
-        colours.append(_NAMES[_nearest(np.median(core, 0)[None]).item()])
+        colours.append(_NAMES[nearest(np.median(core, 0)[None]).item()])
         read += best_glyph(cut)
     return {
         "colour": len(colours) == len(scene.text) and set(colours) == {scene.text_colour},

@@ -248,14 +248,14 @@ def test_what_has_no_effect_is_said(under):
 def test_a_picture_that_does_not_fit_is_drawn_in_regions(monkeypatch):
     pipe, side = ZImage.load(), 128
     large = {"image": photo(96, 64), "steps": 2, "seed": 3, "width": 2 * side, "height": side}
-    plan = pipe._plan
+    plan = pipe._plans.plan
 
     def only_regions(work, memory, budget):
         if work.regions is None:
             raise OutOfMemoryError("too large", 1)
         return plan(work, memory, budget)
 
-    monkeypatch.setattr(pipe, "_plan", only_regions)
+    monkeypatch.setattr(pipe._plans, "plan", only_regions)
     with pytest.warns(ZImageWarning, match=f"too large; drawing in regions of {side} pixels"):
         found = pipe.generate("a", **large)
     assert found.report["region"] == side

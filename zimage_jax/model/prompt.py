@@ -5,14 +5,14 @@ whole. Here the template's special tokens are ids and the prompt is encoded sepa
 literal "<|im_end|>" in a prompt remains text; all other prompts get the same ids. A prompt that is
 too long loses its end, never the tail of the template.
 
-Axes: B prompts, T tokens.
+Axes: B prompts, T tokens, N characters.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 
 from ..errors import CheckpointError
@@ -28,6 +28,8 @@ class Encoded:
 
     ids: tuple[int, ...]
     cut: str  # the end of the prompt that did not fit, or ""
+    weights: tuple[float, ...] = ()  # of each token; () if all are 1
+    neutral: tuple[int, ...] = ()  # ids with a comma for each token whose weight is not 1; or ()
 
 
 class Prompts:
@@ -79,15 +81,44 @@ class Prompts:
     def _text(self, text: str):
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def encode(self, prompt: str, max_tokens: int = MAX_TOKENS) -> Encoded:
-        """Ids of the prompt in its template, at most `max_tokens`."""
+    def encode(
+        self,
+        prompt: str,
+        max_tokens: int = MAX_TOKENS,
+        weights: Float[np.ndarray, "N"] | None = None,
+    ) -> Encoded:
+        """Ids of the prompt in its template, at most `max_tokens`.
+
+        `weights`: of each character of the prompt. A token has the mean over its characters but
+        spaces, because the space before a word belongs to the word's token; the template's tokens
+        have 1.
+        """
         # one text: the template's newline may merge with a prompt that begins with a newline
         whole = "user\n" + prompt
         # max_tokens cannot hold more characters, and a huge prompt would take a minute
         user = self._text(whole[: (max_tokens + 1) * _LONGEST_TOKEN])
         room = max_tokens - len(self._head) - len(self._tail)
         cut = whole[user.offsets[room][0] :] if len(user.ids) > room else ""
-        return Encoded((*self._head, *user.ids[:room], *self._tail), cut)
+        ids = (*self._head, *user.ids[:room], *self._tail)
+        if weights is None or (weights == 1).all():
+            return Encoded(ids, cut)
+        by_character = np.concatenate([np.ones(len(whole) - len(prompt)), weights])
+        own = [_mean(whole, by_character, *span) for span in user.offsets[:room]]
+        of_tokens = (*(1.0 for _ in self._head), *own, *(1.0 for _ in self._tail))
+        if all(weight == 1 for weight in of_tokens):  # the words with weights are cut off
+            return Encoded(ids, cut)
+        comma = self._text(",").ids[0]
+        neutral = (i if w == 1 else comma for i, w in zip(ids, of_tokens, strict=True))
+        return Encoded(ids, cut, of_tokens, tuple(neutral))
+
+
+def _mean(text: str, weights: Float[np.ndarray, "N"], start: int, end: int) -> float:
+    """The mean weight of characters `start` to `end` but spaces; of spaces alone, of all."""
+    seen = [i for i in range(start, end) if not text[i].isspace()] or list(range(start, end))
+    if not seen:
+        return 1.0
+    first = float(weights[seen[0]])  # the mean of equal weights is that weight, to the bit
+    return first + float(np.mean(weights[seen] - first))
 
 
 def bucket(tokens: int) -> int:

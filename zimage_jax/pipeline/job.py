@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from .. import checks
 from ..errors import UsageError
 from ..files import printable, write_whole
-from ..model import samplers, sampling
+from ..model import emphasis, samplers, sampling
 from ..model.attention import CHOICES
 from ..model.config import ModelConfig
 from ..model.kv import KVPolicy
@@ -99,6 +99,9 @@ class Report(TypedDict):
     sampler: str
     sigmas: str
     shift: float
+    prompt_weights: bool
+    text_weight: float
+    variance: float
     kv: dict[str, Any]  # arguments of KVPolicy.parse
     dtype: str  # of the computation
     formats: str  # of the stored parameters
@@ -173,6 +176,9 @@ class Job:
     region: int | None = None  # pixels of a region's side
     kv: KVPolicy
     attention: str
+    prompt_weights: bool
+    text_weight: float
+    variance: float
 
     @property
     def trajectory(self) -> Trajectory:
@@ -228,6 +234,9 @@ class Job:
         region: object = None,
         kv: object = None,
         attention: object = "auto",
+        prompt_weights: object = False,
+        text_weight: object = 1.0,
+        variance: object = 0.0,
     ) -> "Job":
         """Check the type and the bounds of each value; None is replaced by the model's default.
 
@@ -277,7 +286,12 @@ class Job:
             region=None if region is None else _region(config, region),
             kv=KVPolicy() if kv is None else checks.instance("kv", kv, KVPolicy),
             attention=checks.one_of("attention", attention, CHOICES),
+            prompt_weights=checks.instance("prompt_weights", prompt_weights, bool),
+            text_weight=checks.real("text_weight", text_weight, 0, emphasis.LARGEST_WEIGHT),
+            variance=checks.real("variance", variance, 0, 1),
         )
+        for text in prompts if job.prompt_weights else ():
+            emphasis.check(text)
         check_size(config, job.width, job.height, job.region)
         return job
 

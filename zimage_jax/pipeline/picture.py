@@ -20,6 +20,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from .. import checks
 from ..errors import UsageError
 from ..files import open_regular, parse_json, printable
+from ..model import emphasis
 from ..model.samplers import SAMPLERS, SCHEDULES, STRENGTH_RULES
 from .canvas import FITS
 
@@ -160,6 +161,9 @@ FIELDS: dict[str, Callable] = {
     "steps": partial(checks.whole, low=1, high=1000),
     "guidance": partial(checks.real, low=0, high=100),
     "noise": partial(checks.one_of, choices=("torch", "jax")),
+    "prompt_weights?": partial(checks.instance, kind=bool),
+    "text_weight?": partial(checks.real, low=0, high=emphasis.LARGEST_WEIGHT),
+    "variance?": partial(checks.real, low=0, high=1),
     "attention?": checks.text,
     "sampler?": partial(checks.one_of, choices=tuple(SAMPLERS)),
     "sigmas?": partial(checks.one_of, choices=tuple(SCHEDULES)),

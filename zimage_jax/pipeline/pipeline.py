@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,14 @@ from jaxtyping import Float
 from .. import checks
 from ..errors import NonFiniteError, OutOfMemoryError, UsageError
 from ..files import printable
+from ..model import emphasis
 from ..model import prompt as prompts_of
 from ..model.kv import KVPolicy
-from ..planning import cards
-from ..planning.plan import Memory, Plan, Sizes
-from ..planning.planner import Planner
-from ..planning.seconds import seconds
-from ..planning.stored import StoredCosts, has_published_widths
+from ..planning.plan import Memory, Plan
 from ..planning.work import Work
 from ..runtime.ledger import Ledger
 from ..runtime.placement import Placement, default_dtype, is_exhausted
-from ..runtime.programs import CompiledCosts, Programs
+from ..runtime.programs import Programs
 from ..runtime.store import ParameterStore
 from ..units import COMPUTE, size
 from ..weights import formats
@@ -48,6 +44,7 @@ from .attempt import Attempt
 from .canvas import Canvas, enlarged_size
 from .job import Job, Picture, Result, Step, ZImageWarning
 from .opened import Source, open_picture
+from .plans import Plans
 from .preview import Preview
 from .stages import STAGES
 
@@ -72,9 +69,7 @@ class ZImage:
         self.dtype, self.memory = jnp.dtype(dtype), memory
         self._checkpoint, self._prompts, self._placement = checkpoint, prompts, placement
         self._programs = Programs(checkpoint.storage, dtype, placement)
-        self._sizes = Sizes(checkpoint.storage, self.dtype.itemsize)
-        costs = CompiledCosts(self._programs)
-        self._planner = Planner(STAGES, checkpoint.storage, self.dtype.itemsize, costs)
+        self._plans = Plans(self._programs)
         self._store = ParameterStore(checkpoint, placement, self._programs)
         self._preview, self._turn = Preview(checkpoint), _Turn()
 
@@ -167,6 +162,9 @@ class ZImage:
         region: int | None = None,
         kv: KVPolicy | None = None,
         attention: str = "auto",
+        prompt_weights: bool = False,
+        text_weight: float = 1.0,
+        variance: float = 0.0,
         memory: Memory | None = None,
         on_plan: Callable[[Plan, int], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
@@ -189,7 +187,11 @@ class ZImage:
 
         `kv`: how the DiT stores K and V (precision, groups, reuse), which
         changes the picture. `attention`: the kernel (model.attention.Attend lists them), which
-        changes last bits. `memory`: replaces, for this job, the one given to `load`.
+        changes last bits. `prompt_weights`: brackets weigh words, as in "a (red:1.3) circle"
+        (model.emphasis has the syntax); without it they are text. `text_weight`: weight of text in
+        quotes, 0 to 4. `variance`: noise on each prompt's features from the picture's seed, 0 to 1,
+        so that pictures of one prompt differ more. `memory`: replaces, for this job, the one given
+        to `load`.
 
         `on_plan(plan, budget)`, budget in bytes, is called before anything runs, and again if the
         device ran out of memory and another plan is tried. `on_step(step)` is called after every
@@ -238,8 +240,11 @@ class ZImage:
                 region=region,
                 kv=kv,
                 attention=attention,
+                prompt_weights=prompt_weights,
+                text_weight=text_weight,
+                variance=variance,
             )
-            encoded, memory = self._tokens(job.texts, warned), self._memory(memory)
+            encoded, memory = self._tokens(job, warned), self._memory(memory)
             return self._generate(job, encoded, memory, warned, on_plan, on_step)
 
     def _generate(
@@ -258,7 +263,7 @@ class ZImage:
         self._store.read_ahead(budget, memory.host_bytes, ledger)
         while True:
             try:
-                plan = self._plan(work, memory, budget)
+                plan = self._plans.plan(work, memory, budget)
             except OutOfMemoryError as fault:
                 in_regions = job.in_regions(self.config)
                 if in_regions is None:
@@ -353,13 +358,11 @@ class ZImage:
         with self._turn.of_job(), jax.default_device(self._placement.device):
             warned: list[str] = []
             job = self._job(warned, texts, seed=0, steps=1, guidance=0.0)
-            memory, encoded = self._memory(memory), self._tokens(job.texts, warned)
+            memory, encoded = self._memory(memory), self._tokens(job, warned)
             work = self._work(job, encoded)
             text_stage = next(stage for stage in STAGES if stage.name == "text")
-            planner = self._planner.of([text_stage])
-            plan = planner.plan(
-                work, memory, memory.max_vram_bytes or self._store.free_device_bytes()
-            )
+            budget = memory.max_vram_bytes or self._store.free_device_bytes()
+            plan = self._plans.planner.of([text_stage]).plan(work, memory, budget)
             ledger = Ledger(self._placement.runs_ahead)
             attempt = self._attempt(job, encoded, work, plan, memory, ledger, None, 0.0)
             try:
@@ -429,9 +432,14 @@ class ZImage:
     def _memory(self, memory: Memory | None) -> Memory:
         return self.memory if memory is None else checks.instance("memory", memory, Memory)
 
-    def _tokens(self, texts: Sequence[str], warned: list[str]) -> dict[str, prompts_of.Encoded]:
+    def _tokens(self, job: Job, warned: list[str]) -> dict[str, prompts_of.Encoded]:
         """The tokens of each distinct text, with a warning for one that is cut."""
-        encoded = {text: self._prompts.encode(text) for text in texts}
+        encoded = {
+            text: emphasis.encode(
+                self._prompts, text, has_weights=job.prompt_weights, text_weight=job.text_weight
+            )
+            for text in job.texts
+        }
         for e in encoded.values():
             if e.cut:
                 _warn(
@@ -451,57 +459,11 @@ class ZImage:
             self.dtype,
             bucket=prompts_of.bucket(max(len(e.ids) for e in encoded.values())),
             batch=len(job.prompts),
-            prompts=len(encoded),
+            prompts=len(emphasis.to_run(encoded.values())),
             encodes=job.canvas is not None,
             region=job.region,
             attention=job.attention,
         )
-
-    def _plan(self, work: Work, memory: Memory, budget: int) -> Plan:
-        try:
-            plan = self._planner.plan(work, memory, budget)
-            return replace(plan, seconds_by_stage=self._seconds(plan, work, memory))
-        except OutOfMemoryError as fault:
-            side = self._largest_side(work, memory, budget)
-            advice = (
-                f"the largest square picture that fits is {side} x {side}"
-                if side
-                else "no smaller picture fits"
-            )
-            raise OutOfMemoryError(f"{fault}; raise --max-vram; {advice}", fault.needed) from None
-
-    def _seconds(self, plan: Plan, work: Work, memory: Memory) -> dict[str, float] | None:
-        """Predicted seconds by stage, with parameters in host memory; None if a rate is unknown.
-
-        Rates are known for cards of the table computing in 16 bits; the CPU's (text encoder on the
-        host) and the disk's (a host window) are not.
-        """
-        card = cards.of_device(self._placement.device.device_kind)
-        text = plan.choices.get("text")
-        on_host = text is not None and text.stream is None
-        if card is None or self.dtype.itemsize != 2 or on_host or memory.host_bytes:
-            return None
-        return seconds(STAGES, plan, work, self._sizes, card.rates)
-
-    def _largest_side(self, work: Work, memory: Memory, budget: int) -> int:
-        """The largest square that fits: its side in pixels, from 2048 down to 64; 0 if none fits.
-
-        It uses stored figures where a card has them, because a GPU's compiler takes minutes for all
-        these sizes.
-        """
-        planner, card = self._planner, cards.of_device(self._placement.device.device_kind)
-        if card is not None and has_published_widths(self.config):
-            storage = self._checkpoint.storage
-            planner = Planner(STAGES, storage, self.dtype.itemsize, StoredCosts(storage, card))
-        scale = self.config.vae.scale
-        for side in (2048, 1536, 1024, 768, 512, 384, 256, 128, 64):
-            if (side // scale) ** 2 < work.h * work.w:
-                try:
-                    planner.plan(replace(work, h=side // scale, w=side // scale), memory, budget)
-                    return side
-                except OutOfMemoryError:
-                    continue
-        return 0
 
     # -- after the stages --------------------------------------------------------------------------
 

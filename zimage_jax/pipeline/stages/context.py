@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from ...model import dit, ops
+from ...model import dit, emphasis, ops
 from ...model.kv import Nfe
 from ...planning import schedule
 from ...planning.plan import Choice, Memory, Option, Sizes, chunked, stream_plan
@@ -19,6 +19,7 @@ from ...planning.stored import Figures
 from ...planning.work import Work
 from ...runtime.programs import Programs
 from ..attempt import Attempt
+from ..job import Job
 
 COMPONENT = "transformer"
 
@@ -93,13 +94,13 @@ class ContextStage:
 
     def run(self, attempt: Attempt) -> Context:
         work, config, programs = attempt.work, attempt.config, attempt.programs
-        features, texts = attempt.results["text"], attempt.job.texts
-        lengths = np.array([len(features[t]) for t in texts], np.int32)
+        features = _features(attempt.job, attempt.results["text"])
+        lengths = np.array([len(f) for f in features], np.int32)
         padded = np.zeros(
-            (len(texts), work.bucket, config.text_encoder.hidden_size), programs.dtype
+            (len(features), work.bucket, config.text_encoder.hidden_size), programs.dtype
         )
-        for row, text in zip(padded, texts, strict=True):
-            row[: len(features[text])] = ops.to_tokens(features[text], programs.dtype)
+        for row, f in zip(padded, features, strict=True):
+            row[: len(f)] = ops.to_tokens(f, programs.dtype)
         inputs = dit.inputs(config.transformer, *work.view, lengths, work.bucket)
         stem = attempt.loan.module(COMPONENT, "stem")
         x = programs(dit.embed_caption)(attempt.ledger, stem, padded, lengths)
@@ -116,3 +117,15 @@ class ContextStage:
         found = Context(np.asarray(xs[0].x), inputs, lengths)
         regions = work.views // work.batch
         return found if regions == 1 else jax.tree.map(lambda a: np.repeat(a, regions, 0), found)
+
+
+def _features(
+    job: Job, of_text: dict[str, Float[np.ndarray, "_ E"]]
+) -> list[Float[np.ndarray, "_ E"]]:
+    """Features of each context. Those of prompts vary with the picture's seed, by job.variance."""
+    count = len(job.prompts)
+    varied = [
+        emphasis.vary(of_text[text], job.variance, seed)
+        for text, seed in zip(job.prompts, job.seeds, strict=True)
+    ]
+    return varied + [of_text[text] for text in job.texts[count:]]

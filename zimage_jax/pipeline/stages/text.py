@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from ...model import ops, prompt, text_encoder
+from ...model import emphasis, ops, prompt, text_encoder
 from ...planning import schedule
 from ...planning.plan import Choice, Memory, Option, Sizes
 from ...planning.planner import streams
@@ -73,7 +73,7 @@ class Text:
 
     def run(self, attempt: Attempt) -> dict[str, Float[np.ndarray, "T E"]]:
         """Features by text, without padding. The embedding table stays on the host."""
-        ids, lengths = prompt.batch_ids(list(attempt.encoded.values()))
+        ids, lengths = prompt.batch_ids(emphasis.to_run(attempt.encoded.values()))
         (table,) = attempt.loan.on_host(COMPONENT, "embed_tokens")
         x = ops.to_tokens(np.asarray(text_encoder.embed(table, ids)), attempt.programs.dtype)
         choice: TextChoice = attempt.plan.choices[self.name]
@@ -92,7 +92,9 @@ class Text:
                     xs = stream.visit(xs, [()], **static)
             features = np.asarray(xs[0])
         features = ops.from_tokens(features)
-        return {text: f[:n] for text, f, n in zip(attempt.encoded, features, lengths, strict=True)}
+        found = [f[:n] for f, n in zip(features, lengths, strict=True)]
+        weighted = emphasis.of_texts(attempt.encoded.values(), found)
+        return dict(zip(attempt.encoded, weighted, strict=True))
 
 
 def _of_text(memory: Memory, blocks: int) -> Memory:
