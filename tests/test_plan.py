@@ -324,3 +324,16 @@ def test_a_format_is_for_a_model_without_files(run, native):
     assert (
         "--format is for turbo, base, turbo-24; a checkpoint is stored as it was converted" in err
     )
+
+
+def test_a_picture_from_a_picture_is_planned(run):
+    words = ("--card", "rtx-4090", "1024x1024", "--json")
+    whole, part = (
+        json.loads(run(*words, *more, command=plan.command)[1])
+        for more in ((), ("--strength", 0.6))
+    )
+    assert (whole["nfes"], part["nfes"], part["steps"]) == (8, 3, 8)
+    (before,), (after,) = whole["sizes"], part["sizes"]
+    assert after["predicted_seconds"] < before["predicted_seconds"]
+    assert "encode" in after["predicted_peak_bytes_by_stage"]
+    assert "encode" not in before["predicted_peak_bytes_by_stage"]

@@ -193,8 +193,8 @@ _MEMORY = [
         type=click.Choice(["auto", "device", "staged", "host"]),
         default="auto",
         show_default=True,
-        help="Where the text encoder runs: on the device, whole (device) or chunk by chunk "
-        "(staged), or on the CPU (host).",
+        help="Where the text encoder runs: on the device, whole and kept there between pictures "
+        "(device) or chunk by chunk (staged), or on the CPU (host).",
     ),
     _option(
         "--enable-cpu-offload",

@@ -3,11 +3,12 @@
     python -m scripts.measure.refine -o runs/refine              400 held-out prompts with one to three glyphs
     python -m scripts.measure.refine -o runs/refine --glyphs 3   with three alone
 
-Every picture is drawn once, then drawn again from itself in each way, with its own prompt and seed:
+Every picture is drawn once in several ways, then drawn again from itself, with its own prompt and seed:
 at its own size from a noise level, or enlarged, redrawn (whole, or in regions of its own size, which
 take the memory of one pass) and made small again. Writes table.md in the folder."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -21,27 +22,48 @@ from scripts.tiny.judge import judge
 from zimage_jax import ZImage
 from zimage_jax.cli import use_compile_cache
 
-# name -> times as large, noise level, whether in regions of the picture's own size
-WAYS: dict[str, tuple[int, float, bool] | None] = {
-    "one pass": None,
-    **{f"again from {level:g}": (1, level, False) for level in (0.2, 0.3, 0.5)},
-    **{f"twice as large from {level:g}": (2, level, False) for level in (0.3, 0.5)},
-    **{
-        f"twice as large in regions from {level:g}": (2, level, True)
-        for level in (0.2, 0.3, 0.4, 0.5)
-    },
+LEVELS = (0.2, 0.3, 0.5)
+# of one pass: arguments of ZImage.generate
+FIRST: dict[str, dict] = {
+    "one pass": {},
+    "heun": {"sampler": "heun"},
+    "res_multistep": {"sampler": "res_multistep"},
+    "16 steps": {"steps": 16},
+    **{f"text weight {w:g}": {"text_weight": w} for w in (0.9, 1.1, 1.25)},
+}
+# of a second one: times as large, noise level, whether in regions of the picture's own size
+SECOND = {
+    **{f"again from {level:g}": (1, level, False) for level in LEVELS},
+    **{f"twice as large from {level:g}": (2, level, False) for level in LEVELS[1:]},
+    **{f"twice as large in regions from {level:g}": (2, level, True) for level in LEVELS},
 }
 
 
-def again(pipe: ZImage, prompt: str, seed: int, picture, way: tuple) -> np.ndarray:
+def again(pipe: ZImage, prompt: str, seed: int, picture, way: tuple, **options) -> np.ndarray:
     """The picture drawn from itself, at its own size in the end."""
     factor, strength, in_regions = way
     h, w = picture.pixels.shape[:2]
     image = picture.pixels if factor == 1 else pipe.enlarged(picture, factor)
     job = {"seed": seed, "strength": strength, "region": w if in_regions else None}
-    (found,) = pipe.generate(prompt, image=image, **job).pictures
+    (found,) = pipe.generate(prompt, image=image, **job, **options).pictures
     small = Image.fromarray(found.pixels).resize((w, h), Image.Resampling.LANCZOS)
     return np.asarray(small)
+
+
+def drawn(pipe: ZImage, prompt: str, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(way, pixels) of every way to draw a prompt."""
+    pictures = {
+        name: pipe.generate(prompt, seed=seed, **job).pictures[0] for name, job in FIRST.items()
+    }
+    for name, picture in pictures.items():
+        yield name, picture.pixels
+    for name, way in SECOND.items():
+        yield name, again(pipe, prompt, seed, pictures["one pass"], way)
+    weighed = {"text_weight": 1.25}
+    yield (
+        "again from 0.5, text weight 1.25",
+        again(pipe, prompt, seed, pictures["one pass"], (1, 0.5, False), **weighed),
+    )
 
 
 @click.command(help=__doc__)
@@ -58,9 +80,7 @@ def main(output: Path, prompts: int, glyphs: int | None) -> None:
         if found[0].kind == "text" and glyphs in (None, len(found[0].text))
     )
     for seed, (scene, _, caption) in enumerate(tqdm(islice(texts, prompts), total=prompts)):
-        (picture,) = pipe.generate(caption, seed=seed).pictures
-        for name, way in WAYS.items():
-            pixels = picture.pixels if way is None else again(pipe, caption, seed, picture, way)
+        for name, pixels in drawn(pipe, caption, seed):
             for what, verdict in judge(pixels, scene).items():
                 right[name][what].append(bool(verdict))
     columns = sorted({what for of in right.values() for what in of})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.model.test_models import relative
-from tests.schedules import JOB, MODEL, SCAN, SCHEDULES, every
+from tests.schedules import JOB, MODEL, SCAN, SCHEDULES, STORAGE, every
 from zimage_jax import Memory, ZImage, ZImageWarning
 from zimage_jax.errors import OutOfMemoryError
 from zimage_jax.pipeline import pipeline
@@ -208,3 +208,22 @@ def test_out_of_memory_while_programs_run_ahead_is_no_smaller_plan(
         result = pipe.generate("a", **JOB, on_plan=lambda plan, budget: plans.append(plan))
     assert plans == [expected.plan, expected.plan]
     np.testing.assert_array_equal(result.latents, expected.latents)
+
+
+@pytest.mark.parametrize("schedule", ["ring", "swap"])
+def test_the_text_encoder_stays_on_the_device_if_that_is_asked_for(schedule, native):
+    memory = Memory(schedule=schedule, text_encoder="device")
+    pipe = ZImage.load(native(MODEL), memory=memory)
+    first, second = (pipe.generate(prompt, **JOB).report for prompt in ("a red fox", "a star"))
+    blocks = [unit for unit in STORAGE.units("text_encoder") if unit.startswith("layers.")]
+    text = STORAGE.nbytes("text_encoder", *blocks)
+    assert first["copied_bytes_by_stage"]["text"] == text
+    assert "text" not in second["copied_bytes_by_stage"]
+    for report in (first, second):
+        assert report["peak_device_bytes_by_stage"] == report["predicted_peak_bytes_by_stage"]
+    for stage, arrays in second["predicted_arrays_by_stage"].items():
+        assert stage == "text" or arrays["text, always resident"] == text
+    staged = Memory(schedule=schedule, text_encoder="staged")
+    expected = pipe.generate("a star", **JOB, memory=staged)
+    assert expected.report["latents_sha256"] == second["latents_sha256"]
+    assert expected.report["peak_device_bytes"] < second["peak_device_bytes"]

@@ -290,13 +290,14 @@ class Option(NamedTuple):
 
     `weights`: of parameters. `activations`: of other arrays between programs. `stays`: the
     (component, unit) of all its parameters, which may stay for the next picture; None where some
-    are streamed.
+    are streamed. `always`: they do stay, whatever the other stages need.
     """
 
     choice: Any
     weights: Mapping[str, int]
     activations: Mapping[str, int]
     stays: frozenset[tuple[str, str]] | None = None
+    always: bool = False
 
 
 @runtime_checkable
@@ -334,7 +335,7 @@ class Plan:
 
     nfes: int
     choices: Mapping[str, Any]  # by the stage's name
-    # the units that stay on the device between pictures: all that the job needs, or none
+    # the units that stay on the device between pictures: mostly all that the job needs, or none
     kept: frozenset[tuple[str, str]] = frozenset()
     # bytes of the window through which blocks are read from disk; None: they stay in host memory
     host_window: int | None = None

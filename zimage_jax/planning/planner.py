@@ -60,6 +60,7 @@ class Planner:
             first = {name: of_stage[0] for name, of_stage in candidates.items()}
             arrays, units = found
             return self._filled(work, memory, first, arrays, kept=units)
+        candidates, staying = self._beside_what_stays(candidates)
         # a GPU's compiler takes seconds per stage: one thread each
         with ThreadPoolExecutor(len(candidates)) as pool:
             fits = {
@@ -76,7 +77,7 @@ class Planner:
                 peaks[worst],
             )
         arrays = {name: candidate.arrays for name, candidate in chosen.items()}
-        return self._filled(work, memory, chosen, arrays, kept=frozenset())
+        return self._filled(work, memory, chosen, arrays, kept=staying)
 
     def _scratch(self, stage: Stage, work: Work, option: Option) -> Callable[[], int]:
         return lambda: self._costs.scratch(stage, work, option.choice)
@@ -97,6 +98,22 @@ class Planner:
         arrays = {name: c.with_weights(weights) for name, c in largest.items()}
         peak = max(sum(of.values()) for of in arrays.values())
         return (arrays, units) if peak <= budget else None
+
+    def _beside_what_stays(
+        self, candidates: dict[str, list["_Candidate"]]
+    ) -> tuple[dict[str, list["_Candidate"]], frozenset[tuple[str, str]]]:
+        """The candidates with the parameters of other stages that always stay, and their units."""
+        units: frozenset[tuple[str, str]] = frozenset()
+        for name, found in candidates.items():
+            stays = found[0].option.stays
+            if not found[0].option.always or stays is None:
+                continue
+            units |= stays
+            nbytes = sum(self._sizes.storage.nbytes(*unit) for unit in stays)
+            more = {f"{name}, always resident": nbytes}
+            for other in candidates.keys() - {name}:
+                candidates = candidates | {other: [of.beside(more) for of in candidates[other]]}
+        return candidates, units
 
     def _filled(
         self,
@@ -122,6 +139,10 @@ class Planner:
 class _Candidate(NamedTuple):
     option: Option
     scratch: Callable[[], int]  # may compile for seconds: called only if `held` is in the budget
+
+    def beside(self, more: Mapping[str, int]) -> "_Candidate":
+        weights = {**self.option.weights, **more}
+        return self._replace(option=self.option._replace(weights=weights))
 
     @property
     def held(self) -> int:
