@@ -121,7 +121,8 @@ class Origin:
         canvas = pipe.canvas(image, **size, **(arguments | given))
         if pick is not None:
             canvas = canvas.named(image=sheet.name, pick=pick)
-        if not given and canvas.sha256 != expected:
+        is_as_it_was = not given and all(self.settings[name] == n for name, n in size.items())
+        if is_as_it_was and canvas.sha256 != expected:
             raise UsageError(
                 f"{printable(kept['image'].name)} is not the picture that --from-image was drawn "
                 "from: its checksum differs; give the right one with --image"

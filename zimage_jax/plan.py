@@ -338,6 +338,7 @@ def _rows(
     """One row per size. If no plan fits, it has no schedule, and the peak of the smallest plan."""
     import jax.numpy as jnp
 
+    from .pipeline.size import region_of
     from .pipeline.stages import STAGES
     from .planning.plan import Sizes, host_bytes
     from .planning.planner import Planner
@@ -357,6 +358,7 @@ def _rows(
             bucket=BUCKET,
             prompts=2 if config.defaults.guidance else 1,
             encodes=from_picture,
+            region=region_of(config, width, height) if from_picture else None,
         )
         row: dict = {"size": f"{width}x{height}", "width": width, "height": height}
         try:

@@ -202,6 +202,8 @@ def test_a_canvas_is_drawn_from_again_and_again(under):
     expected = pipe.generate("a red fox", **JOB, image=PHOTO, mask=MASK)
     np.testing.assert_array_equal(again.latents, expected.latents)
     assert repr(canvas).startswith("<Canvas 64x48, ")
+    with pytest.raises(UsageError, match="width 96: the canvas has 64"):
+        pipe.generate("a red fox", **JOB | {"image": canvas, "width": 96})
 
 
 def test_the_report_says_what_a_picture_began_from(made):

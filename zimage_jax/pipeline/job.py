@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -29,10 +29,7 @@ from ..runtime.ledger import Ledger
 from ..units import size
 from . import picture as image
 from .canvas import Canvas
-from .size import check_size
-
-# a picture's side over the model's own, up to which it is drawn whole: Z-Image draws up to 2048
-LARGEST_OF_SIDES = 2
+from .size import check_size, region_of
 
 
 class ZImageWarning(UserWarning):
@@ -102,6 +99,10 @@ class Report(TypedDict):
     prompt_weights: bool
     text_weight: float
     variance: float
+    cfg_normalization: NotRequired[float]
+    cfg_truncation: NotRequired[float]
+    region: NotRequired[int]
+    image: NotRequired[dict[str, Any]]  # what a picture began from, and its strength
     kv: dict[str, Any]  # arguments of KVPolicy.parse
     dtype: str  # of the computation
     formats: str  # of the stored parameters
@@ -257,10 +258,12 @@ class Job:
             shift = config.scheduler.shift
         if canvas is not None:
             rows, columns = canvas.pixels.shape[:2]
+            for name, value, own in (("width", width, columns), ("height", height, rows)):
+                if value not in (None, own):
+                    raise UsageError(f"{name} {checks.shown(value)}: the canvas has {own}")
             width, height = columns, rows
             strength = (0.6 if canvas.mask is None else 1.0) if strength is None else strength
-            if region is None and max(rows, columns) > LARGEST_OF_SIDES * side:
-                region = side
+            region = region_of(config, columns, rows) if region is None else region
         elif strength is not None:
             raise UsageError("strength needs an image: there is none to begin from")
         job = cls(

@@ -7,6 +7,7 @@ from ..errors import UsageError
 from ..model.config import ModelConfig
 
 LARGEST = 8192  # pixels of a picture's side, in regions
+WHOLE = 2  # times the model's own side, up to which a picture is drawn whole: Z-Image's 2048
 
 
 def parse_size(text: str, side: int, multiple: int) -> tuple[int, int]:
@@ -49,3 +50,10 @@ def check_size(config: ModelConfig, width: int, height: int, region: int | None 
         )
     if max(width, height) > LARGEST:
         raise UsageError(f"a picture has at most {LARGEST} pixels a side, got {width} x {height}")
+
+
+def region_of(config: ModelConfig, width: int, height: int) -> int | None:
+    """The side in pixels of the regions that a picture of this size is drawn in, if it begins from a
+    picture: the model's own. None if it is drawn whole."""
+    side = config.vae.sample_size
+    return side if max(width, height) > WHOLE * side else None
