@@ -19,7 +19,7 @@ FLOORS = [
     ("pipeline",),
     (
         *("__init__", "interrupts", "cli", "options", "picture_options", "naming", "origin"),
-        *("talk", "generate", "plan", "__main__"),
+        *("talk", "generate", "batch", "plan", "__main__"),
     ),
 ]
 CONVERTER_ORDER = ["sources", "convert", "inspect", "commands", "__main__"]

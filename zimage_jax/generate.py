@@ -239,6 +239,8 @@ def command(
         talk.start(pipe, memory)
         if canvas := origin.canvas(pipe, job):
             job["image"] = canvas
+            if job["strength"] is None:
+                job["strength"] = origin.strength(canvas, pipe.config)
             talk.canvas(canvas, job, pipe)
         _draw(pipe, job, batch_size, files_out, talk, as_json=as_json, memory=memory)
 

@@ -50,7 +50,7 @@ _PICTURE = [
         "--strength",
         type=Number(float, 0, 1),
         help="How much of the picture is redrawn: 0 nothing, 1 everything.  "
-        "[default: 0.6; with a mask 1; with --enlarge 0.5]",
+        "[default: 0.6; with a mask 1; with --enlarge 0.5, or 0.3 in regions]",
     ),
     click.option(
         "--strength-rule",

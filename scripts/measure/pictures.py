@@ -123,7 +123,7 @@ def main(output: Path, prompts: int, shapes: int) -> None:
             rows.append([picture.pixels, np.repeat(mask[..., None], 3, 2), found.pixels])
     (small,) = pipe.generate(SHEET[4], seed=4).pictures
     canvas = pipe.enlarged(small, 4)
-    (large,) = pipe.generate(SHEET[4], seed=4, image=canvas, strength=0.5).pictures
+    (large,) = pipe.generate(SHEET[4], seed=4, image=canvas, strength=0.3).pictures
     rows.append([small.pixels, canvas.pixels, large.pixels])
     sheet(rows).save(output / "sheet.png", optimize=True)
     text = "\n".join(lines(of_sizes, verdicts, kept)) + "\n"

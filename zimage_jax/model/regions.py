@@ -78,9 +78,13 @@ def starts(length: int, side: int) -> list[int]:
 
 
 def ramp(side: int, falls_before: bool, falls_after: bool) -> Float[np.ndarray, "side"]:
-    """Weights of a span: they fall over a quarter of it towards a neighbour."""
+    """Weights of a span: they fall over a quarter of it towards a neighbour.
+
+    The outermost latents hardly count: they look like the border of a picture, and show as a seam
+    (scripts/results/pictures.md).
+    """
     weights, edge = np.ones(side), max(1, side // 4)
-    slope = (np.arange(edge) + 0.5) / edge
+    slope = np.clip((np.arange(edge) - 0.5) / max(1, edge - 1), 0.01, 1)
     if falls_before:
         weights[:edge] *= slope
     if falls_after:
