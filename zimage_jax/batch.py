@@ -250,7 +250,8 @@ class Results:
         for row in whole.splitlines():
             found = parse_json(row, printable(path), OutputError)
             keys[found.get("line", 0)] = found.get("job", "")
-        file.truncate(len(whole))
+        if len(whole) < len(data):
+            file.truncate(len(whole))
         file.seek(0, os.SEEK_END)
         return cls(folder, file, keys)
 
