@@ -28,11 +28,11 @@ def draw(run, native, tmp_path):
 
     Image.new("RGB", (40, 40), "red").save(tmp_path / "in.png")
 
-    def call(lines: list, *words, file: str = "jobs.jsonl"):
+    def call(lines: list, *words):
         texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-        (tmp_path / file).write_text("\n".join(texts) + "\n", "utf-8")
+        (tmp_path / "jobs.jsonl").write_text("\n".join(texts) + "\n", "utf-8")
         model = "--model", native("plain")
-        return run(file, "-o", "out", *model, *words, command=batch.command)
+        return run("jobs.jsonl", "-o", "out", *model, *words, command=batch.command)
 
     return call
 
@@ -103,8 +103,9 @@ def test_bad_lines_are_named_and_the_rest_is_drawn(draw, tmp_path):
     assert [row["line"] for row in rows(tmp_path / "out")] == [7]
 
 
-def test_text_has_a_prompt_per_line(draw, tmp_path):
-    assert draw(["a star", "", "红色"], "--max-vram", 4, file="jobs.txt")[0] == 0
+def test_text_has_a_prompt_per_line(run, tmp_path):
+    (tmp_path / "jobs.txt").write_text("a star\n\n红色\n", "utf-8")
+    assert run("jobs.txt", "-o", "out", "--max-vram", 4, command=batch.command)[0] == 0
     assert [(row["line"], row["prompt"]) for row in rows(tmp_path / "out")] == [
         (1, "a star"),
         (3, "红色"),

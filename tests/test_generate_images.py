@@ -72,6 +72,7 @@ def test_seeds_are_explored_and_one_is_enlarged(run, tmp_path):
     assert (code, "expected a contact sheet" in err) == (2, True)
 
 
+@pytest.mark.exhaustive
 def test_a_picture_is_enlarged_with_its_own_prompt(run, tmp_path):
     assert run("a red circle", "-s", 7, "--steps", 2, "-o", "s.png", model=None)[0] == 0
     assert run("--from-image", "s.png", "--enlarge", 1.5, "-o", "l.png", model=None)[0] == 0

@@ -305,6 +305,7 @@ def test_a_card_without_bfloat16_computes_in_float16():
     assert plan._for_card(turing, uniform(TURBO, "bfloat16"), False).compute == "float16"
 
 
+@pytest.mark.exhaustive
 def test_another_format_is_planned_beside_bfloat16(run):
     words = ("--card", "rtx-4090", "--max-vram", 2, "512x512", "1024x1024")
     code, out, _ = run("--format", "lossless", *words)

@@ -4,7 +4,7 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zimage_jax.model.regions import Regions, starts
@@ -22,6 +22,7 @@ def test_spans_cover_a_length_and_overlap_by_a_quarter(length, side):
         assert 0 < after - before <= side - side // 4 + 1
 
 
+@settings(max_examples=12)  # each compiles
 @given(height=even, width=even, side=even)
 def test_what_was_cut_is_blended_to_what_it_was(height, width, side):
     regions = Regions(height, width, side)

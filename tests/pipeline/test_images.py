@@ -151,6 +151,7 @@ def test_the_ledger_agrees_with_the_plan(case, made):
     assert report["peak_device_bytes"] == report["predicted_peak_bytes"]
 
 
+@pytest.mark.exhaustive
 def test_a_batch_gives_what_single_runs_give(under):
     pipe, seeds = under("ring"), [3, 4, 5]
     for name in ("soft mask", "masked regions", "euler_ancestral"):
@@ -268,6 +269,7 @@ def test_a_picture_that_does_not_fit_is_drawn_in_regions(monkeypatch):
     np.testing.assert_array_equal(found.latents, expected.latents)
 
 
+@pytest.mark.exhaustive
 def test_a_picture_beyond_the_models_size_is_drawn_in_regions_without_a_seam():
     pipe, job = ZImage.load(), {"seed": 7, "strength": 0.5}
     small_one = pipe.generate("a red circle", seed=7).pictures[0]

@@ -187,6 +187,7 @@ def test_out_of_memory_at_run_time_takes_the_next_smaller_plan(native, monkeypat
     np.testing.assert_array_equal(result.latents, expected.latents)
 
 
+@pytest.mark.exhaustive
 def test_out_of_memory_while_programs_run_ahead_is_no_smaller_plan(
     native, monkeypatch, as_on_a_gpu
 ):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import jax
 import numpy as np
 
 from ..planning.plan import StreamPlan
@@ -151,8 +152,6 @@ class Loan:
     def module(self, component: str, unit: str):
         """A unit's module, on the device until `release`."""
         (leaves,) = self.pin(component, [unit])
-        import jax
-
         (tree,) = self.store.checkpoint.storage.trees(component, [unit])
         return jax.tree.unflatten(tree, leaves)
 
