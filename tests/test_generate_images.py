@@ -95,6 +95,8 @@ def test_a_picture_is_enlarged_with_its_own_prompt(run, tmp_path):
         (("a", "--image", "bomb.png"), "60000x60000 pixels are too many"),
         (("a", "--image", "black.png", "--mask", "black.png"), "nothing would be redrawn"),
         (("a", "--explore", 4, "--image", "in.png"), "it cannot begin from a picture"),
+        (("--from-image", "own.png", "--enlarge", 2, "--width", 64), "--enlarge sets the size"),
+        (("--from-image", "own.png", "--enlarge", 2, "--image", "in.png"), "--image cannot be"),
         (("a", "--explore", 4, "-n", 2), "--explore and --count both set"),
         (("a", "b", "--explore", 4), "--explore takes one prompt"),
     ],
@@ -103,6 +105,8 @@ def test_a_picture_is_enlarged_with_its_own_prompt(run, tmp_path):
 def test_bad_pictures_are_one_line(words, message, files, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     Image.fromarray(photo(64, 32)).save(tmp_path / "other.png")
+    own = files("a", "--size", "32x32", "--steps", 1, "-o", "own.png")
+    assert own[0] == 0
     Image.new("L", (48, 32)).save(tmp_path / "black.png")
     (tmp_path / "bomb.png").write_bytes(png_header(60000, 60000))
     code, out, err = files(*words, "-o", "out.png")

@@ -216,6 +216,8 @@ def command(
         **{name: flags.pop(name) for name in OF_JOB},
     }
     origin = Origin.of({name: flags.pop(name) for name in OF_CANVAS}, from_image, enlarge, pick)
+    if origin.factor and (size or width or height):
+        raise UsageError("--enlarge sets the size: --size, --width and --height cannot be given")
     if explore:
         count = _explored(explore, count, origin, job)
     kv = {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}

@@ -393,7 +393,7 @@ def test_a_policy_changes_the_latents_and_keeps_the_picture_near(policy, results
     assert 1e-5 < error < 0.5
 
 
-LEDGER = [("reuse", "ring"), ("packed", "half a block"), ("all", "resident")]
+LEDGER = [("reuse", "ring"), ("all", "resident")]
 
 
 @pytest.mark.parametrize(
