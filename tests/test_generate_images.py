@@ -36,6 +36,14 @@ def test_a_picture_from_a_picture_is_repeated_bit_for_bit(files, tmp_path):
     assert json.loads(out)["image"]["strength"] == 0.2
 
 
+def test_a_picture_at_its_own_size_is_repeated(run, tmp_path):
+    """49 x 33 pixels become 48 x 32: stretched, and stretched again."""
+    Image.fromarray(photo(49, 33)).save(tmp_path / "odd.png")
+    assert run("a", "--image", "odd.png", "--steps", 2, "-s", 1, "-o", "a.png")[0] == 0
+    assert run("--from-image", "a.png", "-o", "b.png")[0] == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
 def test_a_picture_is_repeated_from_the_same_picture_alone(files, tmp_path):
     assert files("a", "--image", "in.png", *SMALL, "-s", 1, "-o", "a.png")[0] == 0
     Image.fromarray(photo(48, 32, 1)).save(tmp_path / "in.png")

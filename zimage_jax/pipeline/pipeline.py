@@ -41,7 +41,7 @@ from ..weights.checkpoint import Checkpoint
 from ..weights.components import COMPONENTS
 from . import report as reports
 from .attempt import Attempt
-from .canvas import Canvas, enlarged_size
+from .canvas import FITS, Canvas, enlarged_size
 from .job import Job, Picture, Result, Step, ZImageWarning
 from .opened import Source, open_picture
 from .plans import Plans
@@ -395,6 +395,9 @@ class ZImage:
 
         The arguments are those of `generate`. Raises UsageError.
         """
+        if width is None and height is None and crop_mask is None:
+            checks.one_of("fit", fit, FITS)
+            fit = "stretch"  # to its own size, floored; so that the metadata says how
         given: dict[str, Any] = {
             "fit": fit,
             "mask_blur": mask_blur,
