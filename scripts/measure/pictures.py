@@ -90,12 +90,12 @@ def sheet(rows: list[list[np.ndarray]], side: int = 256) -> Image.Image:
 
 
 def lines(of_sizes: list, verdicts: list[dict], kept: list[bool]) -> Iterator[str]:
-    yield "| large picture | twice | four times, in regions | worst of both |"
-    yield "|---|---|---|---|"
+    yield "| large picture | twice: mean, worst | four times, in regions: mean, worst |"
+    yield "|---|---|---|"
     for way in dict.fromkeys(way for way, *_ in of_sizes):
         found = {n: [v for w, f, v in of_sizes if (w, f) == (way, n)] for n in (2, 4)}
-        cells = [f"{np.mean(v):.1f} dB" if v else "" for v in found.values()]
-        yield f"| {way} | {' | '.join(cells)} | {min(found[2] + found[4]):.1f} dB |"
+        cells = [f"{np.mean(v):.1f}, {min(v):.1f} dB" if v else "" for v in found.values()]
+        yield f"| {way} | {' | '.join(cells)} |"
     yield ""
     each = ", ".join(
         f"{what} {100 * np.mean([v[what] for v in verdicts if what in v]):.1f} %"
