@@ -10,7 +10,7 @@ from tests.model.test_models import relative
 from tests.schedules import JOB, MODEL, SCAN, SCHEDULES, STORAGE, every
 from zimage_jax import Memory, ZImage, ZImageWarning
 from zimage_jax.errors import OutOfMemoryError
-from zimage_jax.pipeline import pipeline
+from zimage_jax.pipeline import plans
 from zimage_jax.planning import cards, stored
 from zimage_jax.runtime.ledger import Ledger
 
@@ -128,7 +128,7 @@ def test_a_known_card_advises_without_its_compiler(under, monkeypatch):
     pipe, asked = under("low_vram"), []
     budget = pipe.generate("a", **JOB).report["predicted_peak_bytes"] + 1000
     monkeypatch.setattr(cards, "of_device", lambda kind: cards.CARDS["rtx-4090"])
-    for module in (stored, pipeline):  # and figures of the full model's size
+    for module in (stored, plans):  # and figures of the full model's size
         monkeypatch.setattr(module, "has_published_widths", lambda config: True)
     monkeypatch.setattr(
         stored.StoredCosts, "scratch", lambda self, stage, work, _: asked.append(work.h) or 2**40
