@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ("errors",),
     ("units",),
+    ("dtypes",),
     ("files",),
     ("checks",),
     ("model",),

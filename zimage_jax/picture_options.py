@@ -4,19 +4,19 @@ from collections.abc import Callable
 
 import click
 
-from .model.samplers import SAMPLERS, SCHEDULES, STRENGTH_RULES
+from .model.choices import FITS, SAMPLERS, SCHEDULES, STRENGTH_RULES
 from .options import FILE, Number, with_options
 
 _SAMPLER = [
     click.option(
         "--sampler",
-        type=click.Choice(list(SAMPLERS)),
+        type=click.Choice(SAMPLERS),
         help="How the latents follow from the DiT's velocity; heun takes two NFEs for a step.  "
         "[default: euler]",
     ),
     click.option(
         "--sigmas",
-        type=click.Choice(list(SCHEDULES)),
+        type=click.Choice(SCHEDULES),
         help="Schedule of noise levels, as ComfyUI names them.  [default: simple]",
     ),
     click.option(
@@ -54,13 +54,13 @@ _PICTURE = [
     ),
     click.option(
         "--strength-rule",
-        type=click.Choice(list(STRENGTH_RULES)),
+        type=click.Choice(STRENGTH_RULES),
         help="What --strength means: noise, the noise level to begin at; or what it means in "
         "diffusers or ComfyUI.  [default: noise]",
     ),
     click.option(
         "--fit",
-        type=click.Choice(["crop", "pad", "stretch"]),
+        type=click.Choice(FITS),
         help="How a picture of another shape is fitted to the size.  [default: crop]",
     ),
     click.option(

@@ -10,6 +10,7 @@ BUCKET = 64  # caption tokens: a sentence or two
 
 
 def simulate(cell: dict) -> dict:
+    from zimage_jax.dtypes import DTYPES
     from zimage_jax.model.attention import Target
     from zimage_jax.model.config import PRESETS
     from zimage_jax.model.kv import KVPolicy
@@ -22,7 +23,6 @@ def simulate(cell: dict) -> dict:
     from zimage_jax.planning.stored import StoredCosts
     from zimage_jax.planning.work import Work
     from zimage_jax.runtime.placement import default_dtype
-    from zimage_jax.units import DTYPES
     from zimage_jax.weights.formats import uniform
 
     name = cell.get("model", "turbo")

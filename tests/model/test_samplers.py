@@ -10,8 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zimage_jax.errors import UsageError
-from zimage_jax.model import samplers, sampling
+from zimage_jax.model import choices, samplers, sampling
 from zimage_jax.model.samplers import Trajectory
+
+
+def test_every_name_is_one_that_can_be_chosen():
+    for name in ("SAMPLERS", "SCHEDULES", "STRENGTH_RULES"):
+        assert tuple(getattr(samplers, name)) == getattr(choices, name)
+
 
 # -- noise levels ----------------------------------------------------------------------------------
 

@@ -15,9 +15,9 @@ from PIL import Image
 
 from .. import checks
 from ..errors import UsageError
+from ..model.choices import FITS
 from .opened import LONGEST_SIDE, Opened, check_pixels, open_mask, open_picture
 
-FITS = ("crop", "pad", "stretch")
 _STRIP = 256  # rows that are computed at once in float32: bounds the temporaries
 _FAINT = 1 / 512  # a smaller weight changes no byte
 
