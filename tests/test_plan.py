@@ -169,6 +169,7 @@ def test_this_machines_own_device(run, native):
     assert row["predicted_peak_bytes_by_stage"].keys() == row["predicted_seconds_by_stage"].keys()
 
 
+@pytest.mark.exhaustive
 def test_the_prediction_is_that_of_the_run(run, native):
     from zimage_jax import Memory, ZImage
 

@@ -102,6 +102,7 @@ def test_tokens_keep_float16s_bits_and_a_larger_range(value, sign):
         assert ops.from_tokens(x.astype(dtype)).dtype == dtype
 
 
+@pytest.mark.exhaustive
 @given(st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=1, max_size=5))
 def test_a_row_comes_into_range_by_a_power_of_two(row):
     x = jnp.asarray([row], jnp.float32)

@@ -113,7 +113,7 @@ def test_limits_of_guidance_are_those_of_diffusers(native):
 
 # -- under every schedule --------------------------------------------------------------------------
 
-QUICK = ["soft mask", "cropped mask", "masked regions", "no NFE", "heun, guided"]
+QUICK = ["soft mask", "masked regions", "no NFE"]
 # each kind of schedule once: jobs without a picture run under all of them
 KINDS = [
     *("swap", "hybrid", "low_vram", "one chunk", "half a block", "half a block, swapped"),
@@ -139,7 +139,7 @@ def test_every_schedule_gives_the_same_bits(case, made):
         assert relative(result.latents, resident.latents) <= 1e-4
 
 
-@pytest.mark.parametrize("job", every(JOBS, ["masked regions"]))
+@pytest.mark.parametrize("job", every(JOBS, []))
 def test_the_scan_is_near(job, made):
     assert relative(made(job, "scan").latents, made(job, "resident").latents) <= 1e-5
 
@@ -148,7 +148,7 @@ def test_the_scan_is_near(job, made):
     "case",
     every(
         itertools.product(JOBS, ["resident", "ring", "scan"]),
-        [*((job, "ring") for job in QUICK), ("masked regions", "scan")],
+        [(job, "ring") for job in QUICK],
     ),
     ids=" in ".join,
 )
@@ -255,6 +255,7 @@ def test_what_has_no_effect_is_said(under):
 # -- regions ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_a_picture_that_does_not_fit_is_drawn_in_regions(monkeypatch):
     pipe, side = ZImage.load(), 128
     large = {"image": photo(96, 64), "steps": 2, "seed": 3, "width": 2 * side, "height": side}

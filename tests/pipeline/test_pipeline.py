@@ -83,7 +83,7 @@ def test_a_bucket_beyond_the_models_positions_is_planned():
     "case",
     every(
         itertools.product(CASES, ["ring", "scan"]),
-        [("plain", "ring"), ("one_head", "scan")],
+        [("plain", "ring")],
     ),
     ids=str,
 )

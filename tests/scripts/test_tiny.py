@@ -89,6 +89,7 @@ def test_it_draws_at_other_sizes(tiny, size):
     assert np.abs(edge - tiny_data.COLOURS["yellow"]).max() < 40
 
 
+@pytest.mark.exhaustive
 def test_seeds(tiny):
     first, again, other = (tiny.generate("红色的圆形", seed=s) for s in (1, 1, 2))
     assert first.report["latents_sha256"] == again.report["latents_sha256"]
