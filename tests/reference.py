@@ -4,6 +4,8 @@ Needs torch.
 `outputs` is what goldens hold and live tests compute anew.
 """
 
+import importlib
+
 import numpy as np
 import torch
 from diffusers import (
@@ -12,6 +14,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from tests.small import CASES, CONFIGS, inputs, random_tensors, tokenizer
@@ -162,3 +165,54 @@ def _pipeline(name, config, tensors) -> dict[str, np.ndarray]:
         "latents": run("latent").permute(0, 2, 3, 1).numpy(),
         "pictures": np.round(run("np") * 255).astype(np.uint8),
     }
+
+
+# -- from pictures ---------------------------------------------------------------------------------
+
+
+def from_pictures(kind: str, config: ModelConfig):
+    """diffusers' ZImage`kind`Pipeline, which takes the posterior's mean and not a sample of it."""
+    made = pipeline(config, random_tensors(config))
+    module = importlib.import_module(f"diffusers.pipelines.z_image.pipeline_z_image_{kind.lower()}")
+    module.retrieve_latents = lambda encoded, **_: encoded.latent_dist.mode()
+    found = getattr(module, f"ZImage{kind}Pipeline")(**made.components)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def latents_from(
+    pipe, picture, mask, strength, prompt, seed, *, steps, guidance, negative_prompt
+) -> np.ndarray:
+    """Latents that a pipeline of `from_pictures` draws."""
+    more = {} if mask is None else {"mask_image": Image.fromarray(mask)}
+    found = pipe(
+        prompt,
+        image=Image.fromarray(picture),
+        strength=strength,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        negative_prompt=negative_prompt if guidance else None,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(seed),
+        **more,
+    ).images
+    return found.permute(0, 2, 3, 1).numpy()
+
+
+def limited(
+    config, prompt, seed, side, *, steps, guidance, cfg_normalization, cfg_truncation
+) -> np.ndarray:
+    """Latents of a text-to-image job with limits of its guidance."""
+    found = pipeline(config, random_tensors(config))(
+        prompt,
+        width=side,
+        height=side,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        negative_prompt="",
+        cfg_normalization=cfg_normalization,
+        cfg_truncation=cfg_truncation,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(seed),
+    ).images
+    return found.permute(0, 2, 3, 1).numpy()

@@ -212,7 +212,7 @@ MIXED_UNDER = {
     "text on the host": Memory(schedule="ring", text_encoder="host"),
     "scan": Memory(schedule="scan"),
 }
-QUICK = [(name, "float32") for name in ("ring", "two copied ahead", "two chunks, swapped", "disk")]
+QUICK = [(name, "float32") for name in ("two copied ahead", "disk")]
 
 
 @pytest.fixture(scope="module")

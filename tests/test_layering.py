@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ("errors",),
     ("units",),
+    ("dtypes",),
     ("files",),
     ("checks",),
     ("model",),
@@ -17,7 +18,10 @@ FLOORS = [
     ("planning",),
     ("runtime",),
     ("pipeline",),
-    ("__init__", "interrupts", "cli", "options", "naming", "generate", "plan", "__main__"),
+    (
+        *("__init__", "interrupts", "cli", "options", "picture_options", "naming", "origin"),
+        *("talk", "generate", "batch", "plan", "__main__"),
+    ),
 ]
 CONVERTER_ORDER = ["sources", "convert", "inspect", "commands", "__main__"]
 FLOOR = {name: index for index, names in enumerate(FLOORS) for name in names}

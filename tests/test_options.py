@@ -51,6 +51,7 @@ def test_what_is_planned_is_said_before(run):
     assert re.search(r"^schedule ring, .*; predicted peak [\d.]+ MiB of 1.00 GiB$", err, re.M)
 
 
+@pytest.mark.exhaustive
 def test_seconds_are_predicted_for_a_known_card_alone(run, tmp_path, monkeypatch):
     ring = (
         "a",

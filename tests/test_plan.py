@@ -169,6 +169,7 @@ def test_this_machines_own_device(run, native):
     assert row["predicted_peak_bytes_by_stage"].keys() == row["predicted_seconds_by_stage"].keys()
 
 
+@pytest.mark.exhaustive
 def test_the_prediction_is_that_of_the_run(run, native):
     from zimage_jax import Memory, ZImage
 
@@ -305,6 +306,7 @@ def test_a_card_without_bfloat16_computes_in_float16():
     assert plan._for_card(turing, uniform(TURBO, "bfloat16"), False).compute == "float16"
 
 
+@pytest.mark.exhaustive
 def test_another_format_is_planned_beside_bfloat16(run):
     words = ("--card", "rtx-4090", "--max-vram", 2, "512x512", "1024x1024")
     code, out, _ = run("--format", "lossless", *words)
@@ -324,3 +326,16 @@ def test_a_format_is_for_a_model_without_files(run, native):
     assert (
         "--format is for turbo, base, turbo-24; a checkpoint is stored as it was converted" in err
     )
+
+
+def test_a_picture_from_a_picture_is_planned(run):
+    words = ("--card", "rtx-4090", "1024x1024", "--json")
+    whole, part = (
+        json.loads(run(*words, *more, command=plan.command)[1])
+        for more in ((), ("--strength", 0.6))
+    )
+    assert (whole["nfes"], part["nfes"], part["steps"]) == (8, 3, 8)
+    (before,), (after,) = whole["sizes"], part["sizes"]
+    assert after["predicted_seconds"] < before["predicted_seconds"]
+    assert "encode" in after["predicted_peak_bytes_by_stage"]
+    assert "encode" not in before["predicted_peak_bytes_by_stage"]

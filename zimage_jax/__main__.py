@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from . import cli, generate, plan
+from . import batch, cli, generate, plan
 from .options import FILE
 
 
@@ -20,6 +20,7 @@ def command() -> None:
 
 command.add_command(generate.command, "generate")
 command.add_command(plan.command, "plan")
+command.add_command(batch.command, "batch")
 
 
 @command.command()

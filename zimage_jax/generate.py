@@ -7,23 +7,22 @@ if __name__ == "__main__":
 
 import os
 import sys
-import time
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
-from . import checks, cli, naming, options, units
+from . import checks, cli, naming, options
 from .errors import UsageError
 from .files import printable, read_text, write_whole
 from .options import FILE, Number
+from .origin import Origin
+from .picture_options import OF_CANVAS, OF_JOB, picture_options
 from .pipeline.size import parse_size
+from .talk import Progress, Talk
 from .units import COMPUTE
 
 MOST_PICTURES = 1_000_000  # per prompt
@@ -116,6 +115,7 @@ LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
     help="Dtype of the computation; float16 is for GPUs before the RTX 30 series.  "
     "[default: bfloat16 on a GPU, float16 on a GPU without bfloat16, float32 on a CPU]",
 )
+@picture_options
 @options.kv_options
 @options.ATTENTION
 @options.memory_options
@@ -144,7 +144,8 @@ LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
 @click.option(
     "--from-image",
     type=FILE,
-    help="Draw a picture of zimage_jax again, with its metadata's settings; flags override them.",
+    help="Draw a picture of zimage_jax again, with its metadata's settings; flags override them. "
+    "--enlarge and --pick begin from it.",
 )
 @click.option("--report", type=FILE, help="File for settings, seconds, bytes and peaks, as JSON.")
 @click.option(
@@ -188,7 +189,10 @@ def command(
     trace,
     quiet,
     as_json,
-    **memory_flags,
+    enlarge,
+    explore,
+    pick,
+    **flags,
 ) -> None:
     """Draw PROMPT with Z-Image-Turbo and write it as a PNG.
 
@@ -209,31 +213,55 @@ def command(
         "text_weight": text_weight,
         "variance": variance,
         "attention": attention,
+        **{name: flags.pop(name) for name in OF_JOB},
     }
+    origin = Origin.of({name: flags.pop(name) for name in OF_CANVAS}, from_image, enlarge, pick)
+    if origin.factor and (size or width or height):
+        raise UsageError("--enlarge sets the size: --size, --width and --height cannot be given")
+    if explore:
+        count = _explored(explore, count, origin, job)
     kv = {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
-    picture_kv = _complete(job, _repeated(from_image), count)
+    picture_kv = _complete(job, origin.settings, count)
     _check_weights(job)
-    files_out = _Output(output, overwrite, not no_metadata, preview, report, trace)
-    files_out.check(len(job["prompts"]), job["seeds"], [*files, from_image])
+    files_out = _Output(output, overwrite, not no_metadata, preview, report, trace, bool(explore))
+    files_out.check(len(job["prompts"]), job["seeds"], [*files, *origin.files])
 
-    talk = _Talk(quiet or as_json, is_tiny=model is None)
+    talk = Talk(quiet or as_json, is_tiny=model is None)
     with talk.warnings():
         cli.start_jax()  # takes a second, so only after the checks
         from .pipeline.pipeline import ZImage
 
-        memory, job["kv"] = options.memory_of(**memory_flags), options.kv_of(kv, picture_kv)
+        memory, job["kv"] = options.memory_of(**flags), options.kv_of(kv, picture_kv)
         pipe = ZImage.load(model, dtype=dtype)
+        side, multiple = pipe.config.vae.sample_size, pipe.config.pixel_multiple
         if size:
-            job["width"], job["height"] = parse_size(
-                size, pipe.config.vae.sample_size, pipe.config.pixel_multiple
-            )
+            job["width"], job["height"] = parse_size(size, side, multiple)
+        elif explore and not (width or height):
+            job["width"] = job["height"] = max(multiple, side // 2 // multiple * multiple)
         talk.start(pipe, memory)
+        if canvas := origin.canvas(pipe, job):
+            job["image"] = canvas
+            if job["strength"] is None:
+                job["strength"] = origin.strength(canvas, pipe.config)
+            talk.canvas(canvas, job, pipe)
         _draw(pipe, job, batch_size, files_out, talk, as_json=as_json, memory=memory)
 
 
-def _draw(pipe, job: dict, batch_size: int, output: "_Output", talk: "_Talk", *, as_json, memory):
+def _explored(explore: int, count: int, origin: Origin, job: dict) -> int:
+    """The number of seeds to explore. Raises UsageError for flags that contradict it."""
+    if count != 1:
+        raise UsageError("--explore and --count both set the number of pictures: give one of them")
+    if origin.begins_from_a_picture:
+        raise UsageError("--explore draws from noise alone: it cannot begin from a picture")
+    if len(job["prompts"]) > 1:
+        raise UsageError("--explore takes one prompt: a contact sheet is of one")
+    return explore
+
+
+def _draw(pipe, job: dict, batch_size: int, output: "_Output", talk: Talk, *, as_json, memory):
     """Draw every prompt with every seed, in batches, and write each batch when it is done."""
     seeds, reports = job.pop("seeds"), []
+    pictures: list[tuple] = []  # of the contact sheet, with their paths
     todo = ((prompt, seed) for prompt in job.pop("prompts") for seed in seeds)
     settings, first = {k: v for k, v in job.items() if v is not None}, 0
     while batch := list(islice(todo, batch_size)):
@@ -244,7 +272,7 @@ def _draw(pipe, job: dict, batch_size: int, output: "_Output", talk: "_Talk", *,
                 seed=numbers,
                 memory=memory,
                 on_plan=talk.plan,
-                on_step=_Progress(output.preview, first, bar),
+                on_step=Progress(output.preview, first, bar),
                 **settings,
             )
         paths = output.save(result.pictures, first)
@@ -258,7 +286,11 @@ def _draw(pipe, job: dict, batch_size: int, output: "_Output", talk: "_Talk", *,
             write_whole(output.trace, result.ledger.trace().encode(), overwrite=True)
         if output.report:
             reports.append(report)
+        if output.has_sheet:
+            pictures += zip(paths, result.pictures, strict=True)
         first += len(batch)
+    if output.has_sheet:
+        talk.sheet(output.save_sheet([of for _, of in pictures], pictures[0][0]))
     if output.report:
         content = reports[0] if len(reports) == 1 else reports
         write_whole(output.report, (cli.to_json(content, indent=2) + "\n").encode(), overwrite=True)
@@ -317,7 +349,7 @@ def _complete(job: dict, repeated: dict, count: int) -> dict:
     Returns the picture's K/V policy. Raises UsageError for a job without a prompt.
     """
     kv = repeated.pop("kv", {})
-    job |= {key: value for key, value in repeated.items() if job[key] in (None, [])}
+    job |= {key: value for key, value in repeated.items() if job.get(key) in (None, [])}
     if not job["prompts"]:
         raise UsageError("no prompt: give one, or --prompt-file, or - for standard input")
     job["seeds"] = _seeds(job["seeds"] or [-1], count)
@@ -332,24 +364,6 @@ def _check_weights(job: dict) -> None:
         for text in job["prompts"]:
             emphasis.check(text)
         emphasis.parse(job["negative_prompt"] or "")
-
-
-def _repeated(from_image: Path | None) -> dict:
-    """The settings of the picture to repeat, under the job's keys."""
-    if from_image is None:
-        return {}
-    from .pipeline.picture import read_metadata
-
-    found = read_metadata(from_image)
-    same = ("negative_prompt", "width", "height", "steps", "guidance", "noise")
-    return {
-        "prompts": [found["prompt"]],
-        "seeds": [found["seed"]],
-        "kv": found.get("kv", {}),
-        "attention": found.get("attention"),  # metadata leaves out "auto"
-        **{key: found[key] for key in same},
-        **{key: found.get(key) for key in ("prompt_weights", "text_weight", "variance")},
-    }
 
 
 def _seeds(seeds: list[int], count: int) -> Sequence[int]:
@@ -375,6 +389,7 @@ class _Output:
     preview: Path | None
     report: Path | None
     trace: Path | None
+    has_sheet: bool
 
     def check(self, prompts: int, seeds: Sequence[int], inputs: list[Path | None]) -> None:
         """Raises UsageError, before anything is drawn, for names that cannot be written."""
@@ -398,90 +413,12 @@ class _Output:
             for index, picture in enumerate(pictures, first)
         ]
 
+    def save_sheet(self, pictures, first: Path) -> Path:
+        """Write the contact sheet beside the `first` picture."""
+        from .pipeline.sheet import contact_sheet
 
-# -- progress and printed lines --------------------------------------------------------------------
-
-
-class _Progress:
-    """The `on_step` of a batch: moves the bar, and writes the small pictures of --preview."""
-
-    def __init__(self, folder: Path | None, first: int, bar):
-        self._folder, self._first, self._bar = folder, first, bar
-
-    def __call__(self, step) -> None:
-        interrupts.check()
-        if self._bar.total != step.steps:
-            self._bar.reset(step.steps)
-        self._bar.update()
-        if self._folder is None:
-            return
-        from .pipeline.picture import encode_png
-
-        for index, small in enumerate(step.previews(), self._first):
-            write_whole(
-                self._folder / f"{index}-step{step.index + 1:02d}.png",
-                encode_png(small),
-                overwrite=True,
-            )
-
-
-class _Talk:
-    """Prints progress to standard error, and the paths of pictures to standard output."""
-
-    def __init__(self, silent: bool, is_tiny: bool):
-        self._silent, self._is_tiny, self._began = silent, is_tiny, time.perf_counter()
-        self._shows_plan = not is_tiny
-
-    @contextmanager
-    def warnings(self) -> Iterator[None]:
-        """Print each warning on one line."""
-
-        def show(message, *_) -> None:
-            if not self._silent:
-                tqdm.write(f"warning: {printable(message, 300)}", file=sys.stderr)
-
-        with warnings.catch_warnings():
-            warnings.showwarning = show  # type: ignore[assignment]
-            warnings.simplefilter("always", UserWarning)
-            yield
-
-    def _say(self, line: str) -> None:
-        if not self._silent:
-            click.echo(line, err=True)
-
-    def start(self, pipe, memory) -> None:
-        if self._is_tiny:
-            self._say("tiny model (shapes, colours, short texts); the full model: see README")
-        else:
-            seconds = time.perf_counter() - self._began
-            self._say(f"{pipe.name}: {pipe.describe()}; ready in {seconds:.1f} s")
-        # the tiny model's plan is of no interest, unless memory options were given
-        self._shows_plan = not self._is_tiny or memory != type(memory)()
-
-    def plan(self, plan, budget: int) -> None:
-        """Print the plan before the job starts."""
-        if not self._shows_plan:
-            return
-        seconds = "" if plan.seconds is None else f", about {plan.seconds:.1f} s once compiled"
-        self._say(
-            f"schedule {plan.denoise}; predicted peak {units.size(plan.peak_bytes)} of "
-            f"{units.size(budget)}{seconds}"
-        )
-
-    def bar(self):
-        return tqdm(
-            total=0,
-            unit="NFE",
-            desc="draw",
-            leave=False,
-            disable=self._silent or not sys.stderr.isatty(),
-        )
-
-    def picture(self, path: Path, picture, report: dict) -> None:
-        if not self._silent:
-            peak = units.size(report["peak_device_bytes"])
-            seed, seconds = picture.metadata["seed"], report["seconds"]["total"]
-            click.echo(f"{path}  seed {seed}, {seconds:.1f} s, peak {peak}")
+        path = first.with_name(f"{first.stem}-sheet.png")
+        return write_whole(path, contact_sheet(pictures), overwrite=self.overwrite)
 
 
 def main() -> None:

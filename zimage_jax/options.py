@@ -193,8 +193,8 @@ _MEMORY = [
         type=click.Choice(["auto", "device", "staged", "host"]),
         default="auto",
         show_default=True,
-        help="Where the text encoder runs: on the device, whole (device) or chunk by chunk "
-        "(staged), or on the CPU (host).",
+        help="Where the text encoder runs: on the device, whole and kept there between pictures "
+        "(device) or chunk by chunk (staged), or on the CPU (host).",
     ),
     _option(
         "--enable-cpu-offload",
@@ -227,10 +227,10 @@ _MEMORY = [
 
 def memory_options(command: Callable) -> Callable:
     """Add the memory options to a command; it passes them to `memory_of` as keywords."""
-    return _with(_MEMORY, command)
+    return with_options(_MEMORY, command)
 
 
-def _with(options: list[Callable], command: Callable) -> Callable:
+def with_options(options: list[Callable], command: Callable) -> Callable:
     for option in reversed(options):
         command = option(command)
     return command
@@ -369,7 +369,7 @@ ATTENTION = _option(
 
 def kv_options(command: Callable) -> Callable:
     """Add the options about K and V to a command; `kv_of` takes their values."""
-    return _with(_KV, command)
+    return with_options(_KV, command)
 
 
 def kv_of(given: dict, repeated: dict | None = None) -> "KVPolicy":

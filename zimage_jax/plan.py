@@ -17,6 +17,7 @@ from .units import GIB, MIB
 if TYPE_CHECKING:
     from .model.config import ModelConfig
     from .model.kv import KVPolicy
+    from .model.samplers import Trajectory
     from .planning.cards import Card, MeasuredCard
     from .planning.plan import Costs, Memory
     from .planning.seconds import Rates
@@ -82,6 +83,12 @@ class Device:
     help="Number of evaluations of the DiT (NFEs).  [default: the model's own, 8 for Turbo]",
 )
 @click.option(
+    "--strength",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="S",
+    help="Plan pictures that begin from a picture, redrawn by this strength.",
+)
+@click.option(
     "--disk-gbps",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GB/S",
@@ -99,6 +106,7 @@ def command(
     sizes,
     more_sizes,
     steps,
+    strength,
     disk_gbps,
     explain,
     as_json,
@@ -126,6 +134,7 @@ def command(
         raise click.UsageError(
             "--disk-gbps needs --host-memory, the size of the window on the checkpoint"
         )
+    from .model.samplers import Trajectory
     from .planning.cards import find
     from .planning.stored import StoredCosts
     from .weights.formats import describe, is_encoded, uniform
@@ -141,11 +150,17 @@ def command(
         budget = min(device.budget, budget)
     texts = (*sizes, *more_sizes) or device.sizes
     pixels = list(dict.fromkeys(_pixels(text, storage.config) for text in texts))
-    rows = list(_rows(storage, device, memory, kv, budget, pixels, steps))
+    path = Trajectory.of(
+        steps,
+        storage.config.scheduler.shift,
+        guidance=storage.config.defaults.guidance,
+        strength=strength,
+    )
+    rows = list(_rows(storage, device, memory, kv, budget, pixels, path, strength is not None))
     if wanted and is_encoded(storage) and not compiles:
         plain = uniform(storage.config, "bfloat16")
         as_plain = replace(device, costs=StoredCosts(plain, wanted))
-        found = _rows(plain, as_plain, memory, kv, budget, pixels, steps)
+        found = _rows(plain, as_plain, memory, kv, budget, pixels, path, strength is not None)
         for row, other in zip(rows, found, strict=True):
             row["predicted_seconds_in_bfloat16"] = other["predicted_seconds"]
     result = {
@@ -153,6 +168,7 @@ def command(
         "model": name,
         "format": describe(storage),
         "steps": steps,
+        "nfes": path.nfes,
         "guidance": storage.config.defaults.guidance,
         "kv": kv.to_json(),
         "budget_bytes": budget,
@@ -316,11 +332,13 @@ def _rows(
     kv: "KVPolicy",
     budget: int,
     pixels: list,
-    steps: int,
+    path: "Trajectory",
+    from_picture: bool,
 ) -> Iterator[dict]:
     """One row per size. If no plan fits, it has no schedule, and the peak of the smallest plan."""
     import jax.numpy as jnp
 
+    from .pipeline.size import region_of
     from .pipeline.stages import STAGES
     from .planning.plan import Sizes, host_bytes
     from .planning.planner import Planner
@@ -329,18 +347,18 @@ def _rows(
 
     config, sizes = storage.config, Sizes(storage, jnp.dtype(device.compute).itemsize)
     planner = Planner(STAGES, storage, sizes.compute_bytes, device.costs)
-    is_guided = config.defaults.guidance > 0
     for width, height in pixels:
         work = Work.of(
             config,
             width,
             height,
-            steps,
+            path,
             kv,
             device.compute,
             bucket=BUCKET,
-            is_guided=is_guided,
-            prompts=2 if is_guided else 1,
+            prompts=2 if config.defaults.guidance else 1,
+            encodes=from_picture,
+            region=region_of(config, width, height) if from_picture else None,
         )
         row: dict = {"size": f"{width}x{height}", "width": width, "height": height}
         try:
@@ -394,7 +412,7 @@ def _recommended(rows: list[dict], config: "ModelConfig") -> str | None:
 def _print(result: dict) -> None:
     budget = f"{result['budget_bytes'] / GIB:.2f} GiB may be used"
     guided = ", with guidance" if result["guidance"] else ""
-    click.echo(f"{result['model']} on {result['card']}: {budget}, {result['steps']} NFEs{guided}")
+    click.echo(f"{result['model']} on {result['card']}: {budget}, {result['nfes']} NFEs{guided}")
     layout = "{:>11}  {:<9} {:>6} {:>8} {:>9} {:>9} {:>9}  {}"
     sizes = ("peak GiB", "host GiB", "seconds")
     click.echo(layout.format("size", "schedule", "chunks", "resident", *sizes, "bound by"))

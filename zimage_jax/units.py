@@ -1,26 +1,11 @@
-"""Units of bytes, byte counts, and the one table of dtype names."""
+"""Units of bytes, byte counts, and the dtypes of a computation."""
 
 import math
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
 MIB, GIB = 2**20, 2**30
 
-# name -> (dtype, safetensors' name)
-_DTYPES = {
-    "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16"),
-    "float16": (np.dtype(np.float16), "F16"),
-    "float32": (np.dtype(np.float32), "F32"),
-    "int8": (np.dtype(np.int8), "I8"),
-    "int32": (np.dtype(np.int32), "I32"),
-    "uint8": (np.dtype(np.uint8), "U8"),
-    "uint16": (np.dtype(np.uint16), "U16"),
-}
-DTYPES = {name: dtype for name, (dtype, _) in _DTYPES.items()}
 COMPUTE = ("bfloat16", "float16", "float32")  # the dtypes a job can be computed in
-SAFETENSORS = {name: spelling for name, (_, spelling) in _DTYPES.items()}
 
 
 def size(nbytes: int) -> str:

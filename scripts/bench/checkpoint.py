@@ -21,10 +21,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from zimage_jax.dtypes import DTYPES
 from zimage_jax.model.config import TURBO
 from zimage_jax.runtime.placement import HOST, Placement
 from zimage_jax.runtime.reader import read_units
-from zimage_jax.units import DTYPES
 from zimage_jax.weights import components
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.components import units

@@ -21,8 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from scripts.bench.convert import peak_memory, sync
+from zimage_jax.dtypes import DTYPES
 from zimage_jax.model.config import PRESETS, ModelConfig
-from zimage_jax.units import DTYPES
 from zimage_jax.weights.components import COMPONENTS, units
 from zimage_jax.weights.formats import uniform
 from zimage_jax.weights.writer import Writer

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from scripts.compare import sweep
 
 if TYPE_CHECKING:
@@ -66,12 +68,23 @@ def job_of(cell: dict) -> dict:
         "height": height,
         "steps": cell.get("steps", 8),
         "guidance": cell.get("guidance", 0.0),
+        "sampler": cell.get("sampler", "euler"),
     }
+    if "strength" in cell:
+        job |= {"image": waves(width, height), "strength": cell["strength"]}
+        job |= {"region": cell.get("region")}
     if "kv" in cell:
         from zimage_jax.model.kv import KVPolicy
 
         job["kv"] = KVPolicy.parse(**cell["kv"])
     return job
+
+
+def waves(width: int, height: int) -> np.ndarray:
+    """A picture to begin from: smooth, and other in every part."""
+    y, x = np.mgrid[:height, :width] / max(width, height)
+    colours = [np.sin(6 * (a * x + b * y)) for a, b in ((1, 2), (3, 1), (2, 3))]
+    return np.round(127.5 * (np.stack(colours, -1) + 1)).astype(np.uint8)
 
 
 def draw(pipe: "ZImage", job: dict) -> Drawn:

@@ -10,9 +10,11 @@ BUCKET = 64  # caption tokens: a sentence or two
 
 
 def simulate(cell: dict) -> dict:
+    from zimage_jax.dtypes import DTYPES
     from zimage_jax.model.attention import Target
     from zimage_jax.model.config import PRESETS
     from zimage_jax.model.kv import KVPolicy
+    from zimage_jax.model.samplers import Trajectory
     from zimage_jax.pipeline.stages import STAGES
     from zimage_jax.planning import cards
     from zimage_jax.planning.plan import Sizes
@@ -21,7 +23,6 @@ def simulate(cell: dict) -> dict:
     from zimage_jax.planning.stored import StoredCosts
     from zimage_jax.planning.work import Work
     from zimage_jax.runtime.placement import default_dtype
-    from zimage_jax.units import DTYPES
     from zimage_jax.weights.formats import uniform
 
     name = cell.get("model", "turbo")
@@ -35,7 +36,7 @@ def simulate(cell: dict) -> dict:
     work = Work.of(
         storage.config,
         *sweep.pixels(cell["size"]),
-        cell.get("steps", 8),
+        Trajectory.of(cell.get("steps", 8), storage.config.scheduler.shift),
         KVPolicy.parse(**cell.get("kv", {})),
         dtype,
         bucket=BUCKET,

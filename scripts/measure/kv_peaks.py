@@ -12,6 +12,7 @@ from zimage_jax.model import kv
 from zimage_jax.model.attention import Target
 from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import KVPolicy
+from zimage_jax.model.samplers import Trajectory
 from zimage_jax.pipeline.stages.denoise import Denoise, DenoiseChoice
 from zimage_jax.planning import cards, schedule
 from zimage_jax.planning.plan import Sizes, stream_plan
@@ -32,7 +33,15 @@ def attention(block, x, inputs, *, attend, kv_format):
 def row(programs: CardPrograms, card: cards.Card, size: int, dtype: str) -> list[float]:
     """MiB: K and V held, decoded at once, of attention, of a block, and the plan's of a block."""
     config, policy = TURBO.transformer, KVPolicy.parse(dtype)
-    work = Work.of(TURBO, size, size, 8, policy, programs.dtype, bucket=64)
+    work = Work.of(
+        TURBO,
+        size,
+        size,
+        Trajectory.of(8, TURBO.scheduler.shift),
+        policy,
+        programs.dtype,
+        bucket=64,
+    )
     kv_format = work.phases[0].kv_format
     decoded = kv.heads_at_once(config.n_heads) * 2 * 2 * work.tokens * config.head_dim
     _, of_attention = programs(

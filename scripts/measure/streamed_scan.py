@@ -24,6 +24,7 @@ from jax import lax
 from zimage_jax.model import dit, kv, sampling
 from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import Phase
+from zimage_jax.model.samplers import Trajectory
 from zimage_jax.pipeline.stages.denoise import Denoise, DenoiseChoice
 from zimage_jax.planning import cards, schedule
 from zimage_jax.planning.plan import cut, stream_plan
@@ -77,25 +78,23 @@ def compiled(programs: CardPrograms, work: Work, run: Callable) -> tuple:
             [jax.tree.unflatten(tree, block)], x, inputs, attend
         )
 
-    def sample(stem, refiner, layers, noise, sigmas, times, context):
-        def step(latents, now):
-            sigma, sigma_next, t = now
-            x, time = sampling.before_blocks(stem, latents, t, is_guided=False, dtype=context.dtype)
+    def sample(stem, refiner, layers, noise, updates, context):
+        def step(state, update):
+            x, time = sampling.before_blocks(
+                stem, state.latents, update.t, is_guided=False, dtype=context.dtype
+            )
             x = run(apply(inputs.image._replace(time=time)), refiner, x)
             x = run(apply(inputs.joint._replace(time=time)), layers, dit.join(x, context))
-            no_guidance = np.float32(0)
-            return sampling.after_blocks(
-                stem, x, time, latents, sigma, sigma_next, no_guidance, is_guided=False
-            ), None
+            return sampling.after_blocks(stem, x, time, state, update, None, None), None
 
-        return lax.scan(step, noise, (sigmas[:-1], sigmas[1:], times))[0]
+        return lax.scan(step, sampling.State(noise), updates)[0]
 
     stem = programs.module("transformer", "stem")
-    sigmas = sampling.sigmas(work.steps, TURBO.scheduler.shift)
+    updates = Trajectory.of(work.steps, TURBO.scheduler.shift).update
     noise = jax.ShapeDtypeStruct((1, work.h, work.w, TURBO.transformer.in_channels), jnp.float32)
     context = jax.ShapeDtypeStruct((1, work.bucket, TURBO.transformer.dim), DTYPE)
     blocks = stack(TURBO.transformer.n_refiner_layers), stack(TURBO.transformer.n_layers)
-    return programs(sample).compiled(stem, *blocks, noise, sigmas, sampling.times(sigmas), context)
+    return programs(sample).compiled(stem, *blocks, noise, updates, context)
 
 
 def body_order(executable) -> list[tuple[str, int]]:
@@ -118,7 +117,7 @@ def body_order(executable) -> list[tuple[str, int]]:
 def main(name: str, side: int) -> None:
     card = cards.sheet(name)
     h = w = side // TURBO.vae.scale
-    work = Work(1, False, 1, 64, h, w, (Phase(kv.plain(DTYPE), 8),))
+    work = Work(1, 1, 64, h, w, (Phase(kv.plain(DTYPE), 8),))
     costs = StoredCosts(STORAGE, card)
     units = STORAGE.units("transformer")
     blocks = STORAGE.nbytes(

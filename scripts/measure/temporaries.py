@@ -24,10 +24,11 @@ from zimage_jax.model import dit
 from zimage_jax.model.attention import Target
 from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import KVPolicy
+from zimage_jax.model.samplers import Trajectory
 from zimage_jax.pipeline.stages import STAGES
-from zimage_jax.pipeline.stages.decode import DecodeChoice
 from zimage_jax.pipeline.stages.denoise import DenoiseChoice
 from zimage_jax.pipeline.stages.text import TextChoice
+from zimage_jax.pipeline.stages.vae_stage import VAEChoice
 from zimage_jax.planning import cards, schedule
 from zimage_jax.planning.plan import Choice, Sizes, StreamPlan, chunked, cut, stream_plan
 from zimage_jax.planning.stored import TEMPORARIES
@@ -38,6 +39,7 @@ from zimage_jax.runtime.stream import ring_step
 from zimage_jax.weights.formats import uniform
 
 CARDS = "rtx-4090", "rtx-3060", "h100", "rtx-5090", "t4", "a100-40gb"
+VAE = "decode", "encode"
 SIDES, BUCKETS = (512, 1024, 2048), (64, 512)
 # Blocks of a chunk, and of what is copied meanwhile. One is enough: chunks of 4 and 8 blocks take 0.1
 # and 0.2 MiB more, with the flash kernel (sm_89) and with scores in chunks (sm_75)
@@ -56,7 +58,8 @@ class Measure:
         self._sizes = Sizes(STORAGE, 2)
 
     def work(self, side: int, bucket: int = 64) -> Work:
-        return Work.of(TURBO, side, side, 8, KVPolicy(), self.dtype, bucket=bucket)
+        path = Trajectory.of(8, TURBO.scheduler.shift)
+        return Work.of(TURBO, side, side, path, KVPolicy(), self.dtype, bucket=bucket, encodes=True)
 
     def stream(
         self, component: str, group: str, blocks: int, copied: int, half: str = ""
@@ -77,8 +80,8 @@ class Measure:
             "text": self._text,
             **{name: partial(self._context, half) for name, half in _named("context")},
             **{name: partial(self._denoise, half) for name, half in _named("denoise")},
-            "decode": lambda: self._points("decode", self._pixels(), lambda _: DecodeChoice()),
-            "strips": self._strips,
+            **{name: partial(self._vae, name) for name in VAE},
+            **{f"{name} strips": partial(self._strips, name) for name in VAE},
             "scan": self._scan,
             "ring_order": self._ring_order,
             "half_orders": self._half_orders,
@@ -127,14 +130,17 @@ class Measure:
         choice = of(self.stream(component, "layers", blocks, copied, half))
         return lambda _: choice
 
-    def _strips(self) -> list:
+    def _vae(self, stage: str) -> list[list[int]]:
+        return self._points(stage, self._pixels(), lambda _: VAEChoice())
+
+    def _strips(self, stage: str) -> list:
         return [
             [
                 side * side,
                 self._points(
-                    "decode",
+                    stage,
                     [(rows * side, self.work(side)) for rows in rows_of(side)],
-                    lambda pixels, side=side: DecodeChoice(rows=pixels // side),
+                    lambda pixels, side=side: VAEChoice(rows=pixels // side),
                 ),
             ]
             for side in SIDES
@@ -181,7 +187,9 @@ def _named(stage: str) -> list[tuple[str, str]]:
 PARTS = (
     "text",
     *(name for stage in ("context", "denoise") for name, _ in _named(stage)),
-    *("decode", "strips", "scan", "ring_order", "half_orders"),
+    *VAE,
+    *(f"{name} strips" for name in VAE),
+    *("scan", "ring_order", "half_orders"),
 )
 
 

@@ -38,6 +38,7 @@ from zimage_jax.model.config import (
 from zimage_jax.model.kv import Phase
 from zimage_jax.model.layers import initialise, named_arrays, with_arrays
 from zimage_jax.model.prompt import Prompts, batch_ids
+from zimage_jax.model.samplers import Trajectory
 from zimage_jax.pipeline import picture as image
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.formats import uniform
@@ -300,12 +301,12 @@ def train_dit(
     scenes = [tiny_data.random_scene(rng, held_out=True) for _ in range(128)]
     captions = [tiny_data.caption(s, "en" if i % 2 else "zh", rng) for i, s in enumerate(scenes)]
     phases = (Phase(kv.plain(jnp.float32), 8),)
-    sample = jax.jit(partial(sampling.sample, is_guided=False, attend=Attend(), phases=phases))
+    sample = jax.jit(partial(sampling.sample, attend=Attend(), phases=phases))
     decode = jax.jit(vae.decode)
 
     def evaluate(params: Params) -> dict:
         transformer, text = split(params)
-        sigmas = sampling.sigmas(8, config.scheduler.shift)
+        updates = Trajectory.of(8, config.scheduler.shift).update
         verdicts: dict[str, list[bool]] = {}
         for first in range(0, len(scenes), 32):
             group = slice(first, first + 32)
@@ -317,16 +318,7 @@ def train_dit(
             noise = np.stack(
                 [sampling.noise_torch(i, 16, 16, 16) for i in range(first, first + len(ids))]
             )
-            latents = sample(
-                transformer,
-                noise,
-                sigmas,
-                sampling.times(sigmas),
-                context,
-                sides,
-                (None,),
-                np.float32(0),
-            )
+            latents = sample(transformer, noise, updates, context, sides, (None,))
             for scene, picture in zip(
                 scenes[group], np.asarray(decode(decoder, latents)), strict=True
             ):

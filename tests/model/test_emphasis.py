@@ -86,6 +86,7 @@ def test_a_mistake_is_one_line_that_says_where(prompt, message):
     assert "\n" not in str(fault.value)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("bracket", "([)]")
 def test_many_brackets_take_neither_the_stack_nor_long(bracket):
     began = time.process_time()

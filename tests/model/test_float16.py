@@ -102,6 +102,7 @@ def test_tokens_keep_float16s_bits_and_a_larger_range(value, sign):
         assert ops.from_tokens(x.astype(dtype)).dtype == dtype
 
 
+@pytest.mark.exhaustive
 @given(st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=1, max_size=5))
 def test_a_row_comes_into_range_by_a_power_of_two(row):
     x = jnp.asarray([row], jnp.float32)
@@ -117,6 +118,7 @@ def test_a_row_comes_into_range_by_a_power_of_two(row):
 # -- the DiT ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_the_feed_forward_leaves_the_range_before_w2_and_after():
     config = CONFIGS["wide_adaln"].transformer
     module, x = filled(dit.spec(config).layers[0].feed_forward), outlying(1, 32, config.dim)
@@ -124,6 +126,7 @@ def test_the_feed_forward_leaves_the_range_before_w2_and_after():
     assert_half_of_bfloat16s(errors(lambda m, x, dtype: m(x.astype(dtype)), module, x))
 
 
+@pytest.mark.exhaustive
 def test_the_attention_leaves_the_range_in_q_and_after_to_out():
     config = CONFIGS["wide_adaln"].transformer
     module, x = filled(dit.spec(config).layers[0].attention), outlying(1, 32, config.dim)
@@ -153,6 +156,7 @@ def test_a_block_whose_tokens_leave_the_range(width):
 # -- the other models ------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_the_text_encoder_has_massive_activations():
     """As Qwen's first tokens have, which grow from block to block."""
     config = CONFIGS["deep_text"].text_encoder

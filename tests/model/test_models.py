@@ -67,7 +67,7 @@ def ours(config, dtype, attend=Attend()) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", every(CONFIGS, ["plain", "five_blocks", "one_head"]))
+@pytest.mark.parametrize("name", every(CONFIGS, ["plain", "one_head"]))
 def test_float32_agrees_with_pytorch(name, reference_outputs):
     expected, got = reference_outputs(name), ours(CONFIGS[name], jnp.float32)
     for key, tolerance in {

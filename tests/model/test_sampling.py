@@ -1,36 +1,13 @@
 import hashlib
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from zimage_jax.errors import UsageError
 from zimage_jax.model import sampling
-
-
-def test_the_times_of_eight_nfes():
-    sigmas = sampling.sigmas(8, 3.0)
-    np.testing.assert_allclose(
-        1000 * sigmas[:-1], [1000, 954.5, 900, 833.3, 750, 642.9, 500, 300], atol=0.05
-    )
-    assert sigmas[-1] == 0
-    np.testing.assert_allclose(sampling.times(sigmas), 1 - sigmas[:-1], atol=1e-6)
-
-
-@given(steps=st.integers(1, 100), shift=st.floats(0.1, 10))
-def test_sigmas_fall_from_one_to_zero(steps, shift):
-    sigmas = sampling.sigmas(steps, shift)
-    assert sigmas.shape == (steps + 1,)
-    assert sigmas[0] == pytest.approx(1, abs=1e-6)
-    assert (np.diff(sigmas) < 0).all()
-
-
-def test_no_steps_are_refused():
-    with pytest.raises(UsageError, match="at least 1"):
-        sampling.sigmas(0, 3.0)
-
+from zimage_jax.model.samplers import Trajectory
 
 # the first three numbers of torch.randn(1, 16, 4, 4) of torch 2.13 after manual_seed(seed)
 TORCH = {
@@ -88,6 +65,68 @@ def test_guidance_goes_from_the_negative_through_the_positive():
     )
 
 
+def test_the_norm_of_guidance_is_limited():
+    rng = np.random.default_rng(0)
+    velocity = jnp.asarray(rng.standard_normal((4, 3, 2, 5)), jnp.float32)
+    free = np.asarray(sampling.guided(velocity, 4.0))
+    for limit in (0.5, 1.0, 1000.0):
+        found = np.asarray(sampling.guided(velocity, 4.0, limit))
+        for one, whole, positive in zip(found, free, np.asarray(velocity[:2]), strict=True):
+            most = limit * np.linalg.norm(positive)
+            expected = whole * min(1, most / np.linalg.norm(whole))
+            np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_velocity_points_from_noise_to_picture():
     picture, noise = jnp.zeros((1, 2, 2, 1)), jnp.ones((1, 2, 2, 1))
-    np.testing.assert_allclose(sampling.euler(noise, picture - noise, 1.0, 0.0), picture)
+    (row,) = [Trajectory.of(1, 3.0).step(0)]
+    found = sampling.step(sampling.State(noise), picture - noise, row)
+    np.testing.assert_allclose(found.latents, picture)
+
+
+@pytest.mark.parametrize("kind", sampling.NOISE)
+def test_later_draws_are_new_noise(kind):
+    draws = [sampling.NOISE[kind](3, 32, 32, 16, index) for index in range(3)]
+    for a, b in itertools.combinations(draws, 2):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.02
+
+
+@pytest.mark.live
+def test_later_draws_are_those_of_torch():
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(11)
+    for index in range(3):
+        expected = torch.randn((1, 16, 6, 4), generator=generator).numpy()[0]
+        found = sampling.noise_torch(11, 6, 4, 16, index)
+        np.testing.assert_allclose(found, expected.transpose(1, 2, 0), atol=5e-7)
+
+
+# -- masks -----------------------------------------------------------------------------------------
+
+
+def test_outside_a_mask_the_picture_keeps_its_latents():
+    rng = np.random.default_rng(1)
+    picture, noise, x, velocity = (
+        jnp.asarray(rng.standard_normal((1, 4, 4, 3)), jnp.float32) for _ in range(4)
+    )
+    mask = jnp.asarray(np.pad(np.ones((1, 2, 2, 1), np.float32), ((0, 0), (1, 1), (1, 1), (0, 0))))
+    path = Trajectory.of(4, 3.0, is_masked=True)
+    kept = sampling.Kept(picture, noise, mask)
+    for index, after in enumerate((*path.sigmas[1:], 0)):
+        found = sampling.step(sampling.State(x), velocity, path.step(index), None, kept).latents
+        outside = after * noise + (1 - after) * picture
+        inside = sampling.step(sampling.State(x), velocity, path.step(index)).latents
+        np.testing.assert_allclose(found, jnp.where(mask == 1, inside, outside), atol=1e-6)
+    np.testing.assert_array_equal(found[mask[..., 0] == 0], picture[mask[..., 0] == 0])
+
+
+def test_a_differential_mask_says_from_which_step_on_a_place_is_redrawn():
+    path = Trajectory.of(8, 3.0, is_masked=True, is_differential=True)
+    mask = np.linspace(0, 1, 12, dtype=np.float32).reshape(1, 3, 4, 1)
+    zeros = jnp.zeros((1, 3, 4, 1))
+    kept = sampling.Kept(zeros, zeros, jnp.asarray(mask))
+    for index, sigma in enumerate(path.sigmas):
+        found = sampling.step(
+            sampling.State(zeros + 7), zeros, path.step(index), None, kept
+        ).latents
+        np.testing.assert_array_equal(np.asarray(found) == 7, mask >= sigma)

@@ -57,7 +57,7 @@ def latents(stored):
     return draw
 
 
-QUICK = {("ring", "bfloat16"), ("half a block", "bfloat16")}
+QUICK = {("half a block", "bfloat16")}
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,9 @@ def test_a_lossless_model_draws_the_bits_of_a_bfloat16_one(case, latents):
 @pytest.mark.parametrize(
     "case",
     every(
-        itertools.product(["int8", "int8-hadamard", MIX], UNDER, DTYPES),
-        {(MIX, "half a block, swapped", "float32")},
+        # in float16 the lossless ones above
+        itertools.product(["int8", "int8-hadamard", MIX], UNDER, ["float32", "bfloat16"]),
+        [],
     ),
     ids=" in ".join,
 )

@@ -48,7 +48,7 @@ def test_other_tools_find_their_lines():
         metadata(prompt="a\nb, c", negative_prompt="blurry", guidance=3.0, model="a, b: c")
     )
     assert line.startswith(
-        "a\nb, c\nNegative prompt: blurry\nSteps: 8, Sampler: Euler, CFG scale: 4.0, Seed: 42, Size: 32x16, "
+        "a\nb, c\nNegative prompt: blurry\nSteps: 8, Sampler: Euler, Schedule type: Simple, CFG scale: 4.0, Seed: 42, Size: 32x16, "
     )
     assert 'Model: "a, b: c"' in line
 

@@ -51,6 +51,7 @@ def test_a_weight_counts(pipe, heavy):
     assert text.report["latents_sha256"] == brackets.report["latents_sha256"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("guidance", every([0.0, 2.0], [2.0]))
 def test_a_batch_gives_what_single_runs_give(pipe, guidance):
     prompts = ["a (red:1.8) circle", "a [star]", small.LONG, "a"]

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import KVFormat, KVPolicy, Phase
+from zimage_jax.model.samplers import Trajectory
 from zimage_jax.pipeline.stages import STAGES
 from zimage_jax.planning import cards
 from zimage_jax.planning.plan import Memory, Plan, Sizes
@@ -17,7 +18,8 @@ SIZES = Sizes(STORAGE, 2)
 
 
 def square(side: int, bucket: int = 64, kv: KVPolicy = KVPolicy()) -> Work:  # noqa: B008
-    return Work.of(TURBO, side, side, 8, kv, jnp.bfloat16, bucket=bucket)
+    path = Trajectory.of(8, TURBO.scheduler.shift)
+    return Work.of(TURBO, side, side, path, kv, jnp.bfloat16, bucket=bucket)
 
 
 def one_phase(steps: int, reuse: int = 1) -> tuple[Phase, ...]:

@@ -18,6 +18,7 @@ from zimage_jax.model import dit, vae, vae_strips
 from zimage_jax.model.attention import Attend
 from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import KVPolicy
+from zimage_jax.model.samplers import Trajectory
 from zimage_jax.pipeline.stages import STAGES
 from zimage_jax.planning import cards, schedule
 from zimage_jax.planning import seconds as predicted
@@ -102,7 +103,7 @@ def timeline(
         def copy(self, component, *units, without_kv=False) -> float:
             return copy
 
-    plan = Plan(nfes=3, choices={}, kept=False, host_window=window, arrays_by_stage={})
+    plan = Plan(nfes=3, choices={}, host_window=window, arrays_by_stage={})
     timing = Given(plan, square(512), SIZES, rates)
     return timing.stream(stream, lambda unit, nfe: run, (None,) * 3, groups)
 
@@ -129,7 +130,7 @@ def test_reuse_of_k_and_v_saves_copies_and_groups_save_products():
 
 
 def test_operations_are_those_the_compiler_counts():
-    work, config = Work(1, False, 1, 32, 16, 24, one_phase(1)), small.CONFIGS["eight_heads"]
+    work, config = Work(1, 1, 32, 16, 24, one_phase(1)), small.CONFIGS["eight_heads"]
 
     def as_arrays(module):
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), module)
@@ -140,7 +141,7 @@ def test_operations_are_those_the_compiler_counts():
     time = jax.ShapeDtypeStruct((1, config.transformer.adaln_dim), jnp.float32)
     run = jax.jit(lambda b, x, t: dit.apply_blocks([b], x, side._replace(time=t), Attend()))
     counted = run.lower(block, x, time).cost_analysis()
-    plan = Plan(nfes=1, choices={}, kept=False, arrays_by_stage={})
+    plan = Plan(nfes=1, choices={}, arrays_by_stage={})
     timing = Timing(plan, work, Sizes(uniform(config, "float32"), 4), Rates(1, 1))
     ours = timing.block("transformer", "layers.0", 1, work.tokens, width=config.transformer.dim)
     assert ours == pytest.approx(counted["flops"], rel=0.25)  # ours count products alone
@@ -203,7 +204,7 @@ def test_a_larger_budget_is_not_slower(side, card):
 
 # -- from disk -------------------------------------------------------------------------------------
 
-SHORT = Work.of(TURBO, 512, 512, 2, KVPolicy(), jnp.bfloat16, bucket=64)
+SHORT = Work.of(TURBO, 512, 512, Trajectory.of(2, 3.0), KVPolicy(), jnp.bfloat16, bucket=64)
 SCHEDULES = ("resident", "hybrid", "ring", "swap")
 
 

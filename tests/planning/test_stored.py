@@ -10,9 +10,10 @@ from tests import small
 from tests.planning.jobs import SIZES, STORAGE, one_phase, square
 from zimage_jax.errors import UsageError
 from zimage_jax.model.config import PRESETS, TURBO
-from zimage_jax.pipeline.stages.decode import Decode, DecodeChoice
+from zimage_jax.pipeline.stages.decode import Decode
 from zimage_jax.pipeline.stages.denoise import Denoise, DenoiseChoice
 from zimage_jax.pipeline.stages.text import Text, TextChoice
+from zimage_jax.pipeline.stages.vae_stage import VAEChoice
 from zimage_jax.planning import cards, schedule
 from zimage_jax.planning import stored as stored_module
 from zimage_jax.planning.plan import VisitKind, stream_plan
@@ -44,8 +45,8 @@ def test_stages_ask_for_their_own_points():
         return costs.scratch(stage, square(side), choice)
 
     of_megapixel = dict(points["decode"])[1024 * 1024]
-    assert asked(Decode(), 1024, DecodeChoice()) == of_megapixel
-    assert asked(Decode(), 2048, DecodeChoice(tile=1024)) == of_megapixel
+    assert asked(Decode(), 1024, VAEChoice()) == of_megapixel
+    assert asked(Decode(), 2048, VAEChoice(tile=1024)) == of_megapixel
     text = stream_plan(STORAGE, *blocks("text_encoder", "layers"), schedule.make("ring", 35))
     assert asked(Text(), 512, TextChoice(text)) == dict(points["text"]["1,1"])[64]
     assert asked(Text(), 512, TextChoice()) == 0
@@ -69,7 +70,7 @@ def blocks(component: str, *groups: str) -> tuple[str, tuple[tuple[str, ...], ..
     st.sampled_from([32, 64, 512]),
 )
 def test_no_figure_is_below_that_of_the_next_smaller_point(h, w, blocks, copied, bucket):
-    work, figures = Work(1, False, 1, bucket, 2 * h, 2 * w, one_phase(8)), stored()
+    work, figures = Work(1, 1, bucket, 2 * h, 2 * w, one_phase(8)), stored()
     kinds = frozenset([VisitKind(blocks, copied)])
     found = Figures(STORAGE, cards.sheet("rtx-4070")).blocks("denoise", kinds, work.tokens)
     same = {

@@ -7,6 +7,7 @@ import pytest
 from tests.planning.jobs import STORAGE, square
 from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import KVPolicy
+from zimage_jax.model.samplers import Trajectory
 from zimage_jax.pipeline.stages.denoise import Denoise, DenoiseChoice
 from zimage_jax.planning import cards, schedule, stored
 from zimage_jax.planning.plan import Sizes, stream_plan
@@ -88,7 +89,7 @@ def test_a_ring_step_in_float16_takes_what_one_in_bfloat16_takes(side, most, gpu
     """As much as bfloat16 on an RTX 4090 with the same attention (211.2 and 513.2 MiB), though it
     sums in float32 what a norm follows, and converts the stored bfloat16; and the matrices of
     the next block, but for the modulation's (2 %), are copied from before the first product on."""
-    work = Work.of(TURBO, side, side, 8, KVPolicy(), "float16", bucket=64)
+    work = Work.of(TURBO, side, side, Trajectory.of(8, 3.0), KVPolicy(), "float16", bucket=64)
     programs = CardPrograms(STORAGE, "float16", T4)
     assert CompiledCosts(programs).scratch(Denoise(), work, ring_of_blocks()) <= most * MIB
     (step,) = programs.executables(ring_step)

@@ -77,7 +77,7 @@ def test_a_dry_run_answers_every_question(dry):
     found = {row["row"]: row for row in rows.read(dry / "ROWS.jsonl")}
     kinds = {name.partition("/")[0] for name in found}
     expected = {"race", "tiny", "full", "caps", "attention", "floor", "hidden", "rates", "reading"}
-    assert kinds == expected | {"options", "allocator", "write", "formats"}
+    assert kinds == expected | {"options", "allocator", "write", "formats", "pictures"}
     failed = {name: row["error"] for name, row in found.items() if "error" in row}
     assert failed.keys() == {"attention/flash 64 tokens"}
     assert "needs an NVIDIA GPU" in failed["attention/flash 64 tokens"]

@@ -89,6 +89,7 @@ def test_it_draws_at_other_sizes(tiny, size):
     assert np.abs(edge - tiny_data.COLOURS["yellow"]).max() < 40
 
 
+@pytest.mark.exhaustive
 def test_seeds(tiny):
     first, again, other = (tiny.generate("红色的圆形", seed=s) for s in (1, 1, 2))
     assert first.report["latents_sha256"] == again.report["latents_sha256"]
@@ -96,7 +97,7 @@ def test_seeds(tiny):
     assert np.abs(first.pictures[0].pixels.astype(int) - other.pictures[0].pixels).mean() > 1
 
 
-@pytest.mark.parametrize("schedule", every(["swap", "ring", "hybrid"], ["ring"]))
+@pytest.mark.parametrize("schedule", every(["swap", "ring", "hybrid"], []))
 def test_schedules_change_no_bit_of_trained_weights(tiny, schedule):
     job = {"seed": 4, "width": 128, "height": 128}
     expected = tiny.generate("a green star", **job)

@@ -203,7 +203,7 @@ class KVPolicy:
         )
         before = int(np.sum(times > self.switch_t))
         if early == late:
-            return (Phase(early, len(times), self.reuse),)
+            before = len(times)
         found = Phase(early, before, self.reuse), Phase(late, len(times) - before, self.reuse)
         return tuple(phase for phase in found if phase.steps)
 

@@ -1,12 +1,13 @@
-"""Sigmas, noise, guidance, the Euler step, and the sampler as one lax.scan over the NFEs.
+"""Noise, guidance, a sampler's step, and all NFEs as one lax.scan.
 
 Axes: B pictures, G contexts (B, or 2 B with guidance: the prompts', then the negative prompts'),
 h, w latent rows and columns, C latent channels, I image tokens, L caption tokens, T = I + L tokens,
-D width, A adaLN width; N NFEs have N + 1 noise levels.
+D width, A adaLN width.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,36 +20,18 @@ from ..errors import UsageError
 from . import dit, kv
 from .attention import Attend
 from .kv import KV, Phase
-
-# -- noise levels ----------------------------------------------------------------------------------
-
-
-def sigmas(steps: int, shift: float) -> Float[np.ndarray, "levels"]:
-    """`steps` noise levels falling from 1, and a final 0. Raises UsageError for `steps` below 1.
-
-    (diffusers `FlowMatchEulerDiscreteScheduler` with a static shift)
-    """
-    if steps < 1:
-        raise UsageError(f"steps must be at least 1, got {steps}")
-    s = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
-    s = np.float32(shift) * s / (1 + np.float32(shift - 1) * s)
-    return np.append(s, np.float32(0))
-
-
-def times(sigmas: Float[np.ndarray, "levels"]) -> Float[np.ndarray, "nfes"]:
-    """The time given to the DiT at each NFE: (1000 - t) / 1000 in float32, where t = 1000 sigma is
-    the scheduler's."""
-    t = sigmas[:-1] * np.float32(1000)
-    return (np.float32(1000) - t) / np.float32(1000)
-
+from .regions import Regions
+from .samplers import Update
 
 # -- noise -----------------------------------------------------------------------------------------
 
 
-def noise_torch(seed: int, h: int, w: int, channels: int) -> Float[np.ndarray, "h w C"]:
+def noise_torch(
+    seed: int, h: int, w: int, channels: int, draw: int = 0
+) -> Float[np.ndarray, "h w C"]:
     """PyTorch's `torch.randn(1, C, h, w)` after `manual_seed(seed)` on a CPU, equal to 5e-7.
 
-    MT19937 seeded with the low 32 bits, 24-bit uniforms, and Box-Muller over runs of 16 numbers: 8
+    `draw`: how often it was called before. MT19937 seeded with the low 32 bits, 24-bit uniforms, and Box-Muller over runs of 16 numbers: 8
     cosines, then 8 sines. Raises UsageError if h w C is not a multiple of 16; it is one if h and w
     are even and C is a multiple of 4.
     """
@@ -57,7 +40,9 @@ def noise_torch(seed: int, h: int, w: int, channels: int) -> Float[np.ndarray, "
         raise UsageError(
             f"noise for {h} x {w} latents of {channels} channels: {count} is not a multiple of 16"
         )
-    bits = np.random.RandomState(seed & 0xFFFFFFFF).randint(0, 1 << 32, count, np.uint32)
+    generator = np.random.RandomState(seed & 0xFFFFFFFF)
+    generator.randint(0, 1 << 32, count * draw, np.uint32)
+    bits = generator.randint(0, 1 << 32, count, np.uint32)
     uniform = ((bits & 0xFFFFFF).astype(np.float32) * np.float32(2**-24)).reshape(-1, 2, 8)
     radius = np.sqrt(np.float32(-2) * np.log1p(-uniform[:, 0]))
     angle = np.float32(2 * np.pi) * uniform[:, 1]
@@ -65,10 +50,14 @@ def noise_torch(seed: int, h: int, w: int, channels: int) -> Float[np.ndarray, "
     return np.ascontiguousarray(values.reshape(channels, h, w).transpose(1, 2, 0))
 
 
-def noise_jax(seed: int, h: int, w: int, channels: int) -> Float[np.ndarray, "h w C"]:
-    """`jax.random.normal` with a threefry key of all 64 bits of the seed."""
+def noise_jax(
+    seed: int, h: int, w: int, channels: int, draw: int = 0
+) -> Float[np.ndarray, "h w C"]:
+    """`jax.random.normal` with a threefry key of all 64 bits of the seed, folded with `draw`."""
     halves = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
     key = jax.random.wrap_key_data(jnp.asarray(halves), impl="threefry2x32")
+    if draw:
+        key = jax.random.fold_in(key, draw)
     return np.asarray(jax.random.normal(key, (h, w, channels), jnp.float32))
 
 
@@ -79,25 +68,90 @@ NOISE = {"torch": noise_torch, "jax": noise_jax}
 
 
 def guided(
-    velocity: Float[Array, "B2 h w C"], guidance: Float[Array, ""] | float
+    velocity: Float[Array, "B2 h w C"],
+    guidance: Float[Array, ""] | float,
+    norm: Float[Array, ""] | float | None = None,
 ) -> Float[Array, "B h w C"]:
     """Classifier-free guidance in diffusers' scale: positive + guidance (positive - negative).
 
-    `velocity` has the prompts' first, then the negative prompts'. (arXiv 2207.12598)
+    `velocity` has the prompts' first, then the negative prompts'. (arXiv 2207.12598) `norm`: the
+    result's norm is at most so many times the positive's. (diffusers `cfg_normalization`)
     """
     positive, negative = jnp.split(velocity, 2)
-    return positive + guidance * (positive - negative)
+    found = positive + guidance * (positive - negative)
+    if norm is None:
+        return found
+    most = norm * _norm(positive)
+    return found * jnp.minimum(1, most / jnp.maximum(_norm(found), jnp.finfo(found.dtype).tiny))
 
 
-def euler(
-    latents: Float[Array, "B h w C"],
+def _norm(x: Float[Array, "B h w C"]) -> Float[Array, "B 1 1 1"]:
+    return jnp.sqrt(jnp.sum(jnp.square(x), (1, 2, 3), keepdims=True))
+
+
+class State(NamedTuple):
+    """What a sampler carries from one NFE to the next."""
+
+    latents: Any  # B h w C
+    memory: Any = None  # Update's m, like the latents; or None
+
+    @classmethod
+    def first(
+        cls, latents: Float[Array, "B H W C"], update: Update, regions: Regions | None = None
+    ) -> "State":
+        """The state before the first NFE; its memory has no weight yet."""
+        if update.carry is None:
+            return cls(latents)
+        return cls(latents, jnp.zeros_like(apart(cls(latents), regions).latents))
+
+
+class Kept(NamedTuple):
+    """What a mask keeps: the picture's latents, the job's noise, and the mask (1 is redrawn)."""
+
+    latents: Any  # B h w C
+    noise: Any  # B h w C
+    mask: Any  # B h w 1
+
+
+def step(
+    state: State,
     velocity: Float[Array, "B h w C"],
-    sigma: Array | float,
-    sigma_next: Array | float,
-) -> Float[Array, "B h w C"]:
-    """The Euler step from `sigma` to `sigma_next`. The minus: the DiT's velocity points from noise
-    to picture. (diffusers `FlowMatchEulerDiscreteScheduler.step`)"""
-    return latents - (sigma_next - sigma) * velocity
+    update: Update,
+    noise: Float[Array, "B h w C"] | None = None,
+    kept: Kept | None = None,
+) -> State:
+    """The sampler's update after an NFE. `velocity` points from noise to picture.
+
+    Outside the mask the latents become the picture's own at the next noise level. (diffusers
+    `ZImageInpaintPipeline`)
+    """
+    x, memory = state
+    latents = x + update.dt * velocity
+    if update.carry is not None:
+        now = update.of_x * x + update.of_v * velocity
+        latents = latents + update.carry * (now - memory)
+        memory = now
+    if update.scale is not None:
+        latents = update.scale * latents
+    if update.noise is not None:
+        latents = latents + update.noise * noise
+    if kept is not None:
+        mask = kept.mask
+        if update.threshold is not None:
+            mask = (mask >= update.threshold).astype(mask.dtype)
+        picture = update.kept * kept.noise + (1 - update.kept) * kept.latents
+        latents = mask * latents + (1 - mask) * picture
+    return State(latents, memory)
+
+
+def apart(state: State, regions: Regions | None) -> State:
+    """The state with each region as a picture."""
+    return state if regions is None else state._replace(latents=regions.split(state.latents))
+
+
+def together(state: State, regions: Regions | None) -> State:
+    """The state with whole pictures: their regions' latents, blended."""
+    return state if regions is None else state._replace(latents=regions.blend(state.latents))
 
 
 # -- the sampler -----------------------------------------------------------------------------------
@@ -117,61 +171,61 @@ def after_blocks(
     stem: dit.Stem,
     x: Float[Array, "G T D"],
     time: Float[Array, "G A"],
-    latents: Float[Array, "B h w C"],
-    sigma: Float[Array, ""],
-    sigma_next: Float[Array, ""],
-    guidance: Float[Array, ""],
-    *,
-    is_guided: bool,
-) -> Float[Array, "B h w C"]:
-    """The part of an NFE after the blocks: velocity, guidance and the Euler step. Returns the next
-    latents."""
-    velocity = dit.velocity(stem, x, time, *latents.shape[1:3])
-    return euler(latents, guided(velocity, guidance) if is_guided else velocity, sigma, sigma_next)
+    state: State,
+    update: Update,
+    noise: Float[Array, "B h w C"] | None,
+    kept: Kept | None,
+) -> State:
+    """The part of an NFE after the blocks: velocity, guidance and the sampler's update."""
+    velocity = dit.velocity(stem, x, time, *state.latents.shape[1:3])
+    if update.guidance is not None:
+        velocity = guided(velocity, update.guidance, update.norm)
+    return step(state, velocity, update, noise, kept)
 
 
 def sample(
     model: dit.DiT,
-    noise: Float[Array, "B h w C"],
-    sigmas: Float[Array, "levels"],
-    times: Float[Array, "nfes"],
+    latents: Float[Array, "#B H W C"],
+    updates: Update,
     context: Float[Array, "G L D"],
     inputs: dit.Inputs,
     keys: tuple[dit.KeyTable | None, ...],
-    guidance: Float[Array, ""],
+    noises: Float[Array, "nfes B h w C"] | None = None,
+    kept: Kept | None = None,
     *,
-    is_guided: bool,
     attend: Attend,
     phases: tuple[Phase, ...],
+    regions: Regions | None = None,
     on_step: Callable[[np.ndarray, np.ndarray], None] | None = None,
-) -> Float[Array, "B h w C"]:
-    """All NFEs, from `noise` to the final latents in float32: one lax.scan per phase.
+) -> Float[Array, "#B H W C"]:
+    """All NFEs, from the first `latents` to the last in float32: one lax.scan per phase.
 
-    The carry has the latents and, if the phase reuses K and V, those of every main block. `keys`
-    has one entry per phase (`dit.grouped_keys`). The program calls `on_step(index, latents)` on the
-    host after each NFE.
+    With `regions`, `latents` and the result are whole pictures, all else is of regions. `updates` has a row per NFE, and `noises`, for a sampler that adds some, as well. `keys` has one
+    entry per phase (`dit.grouped_keys`). If the phase reuses K and V, the carry has those of every
+    main block. The program calls `on_step(index, latents)` on the host after each NFE.
     """
-    levels = jnp.arange(len(times)), sigmas[:-1], sigmas[1:], times
-    latents, first = noise, 0
+    state, first = State.first(latents, updates, regions), 0
+    is_guided = updates.guidance is not None
+    of_nfes = jnp.arange(len(updates.t)), updates, noises
     for phase, phase_keys in zip(phases, keys, strict=True):
 
-        def step(carry, level, phase=phase, phase_keys=phase_keys):
-            latents, cache = carry
-            index, reuses, sigma, sigma_next, t = level
+        def nfe(carry, of_nfe, phase=phase, phase_keys=phase_keys):
+            state, cache = carry
+            state = apart(state, regions)
+            reuses, index, update, noise = of_nfe
             x, time = before_blocks(
-                model.stem, latents, t, is_guided=is_guided, dtype=context.dtype
+                model.stem, state.latents, update.t, is_guided=is_guided, dtype=context.dtype
             )
             x = dit.apply_blocks(model.noise_refiner, x, inputs.image._replace(time=time), attend)
             x, joint = dit.join(x, context), inputs.joint._replace(time=time, keys=phase_keys)
             x, cache = _main_blocks(
                 model.layers, (x, cache), joint, attend, phase.kv_format, reuses
             )
-            latents = after_blocks(
-                model.stem, x, time, latents, sigma, sigma_next, guidance, is_guided=is_guided
-            )
+            state = after_blocks(model.stem, x, time, state, update, noise, kept)
+            state = together(state, regions)
             if on_step is not None:
-                io_callback(on_step, None, index, latents, ordered=True)
-            return (latents, cache), None
+                io_callback(on_step, None, index, state.latents, ordered=True)
+            return (state, cache), None
 
         cache: tuple[KV, ...] | None = None
         if phase.caches:
@@ -183,11 +237,11 @@ def sample(
                 for _ in model.layers
             )
         end = first + phase.steps
-        index, *rest = (values[first:end] for values in levels)
+        rows = jax.tree.map(lambda values: values[first:end], of_nfes)  # noqa: B023
         reuses = np.array([nfe.reuses for nfe in phase.nfes()])
-        (latents, _), _ = lax.scan(step, (latents, cache), (index, reuses, *rest))
+        (state, _), _ = lax.scan(nfe, (state, cache), (reuses, *rows))
         first = end
-    return latents
+    return state.latents
 
 
 def _main_blocks(

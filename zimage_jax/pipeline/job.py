@@ -8,9 +8,9 @@ import operator
 import os
 import secrets
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -18,16 +18,18 @@ from jaxtyping import Float, UInt8
 from .. import checks
 from ..errors import UsageError
 from ..files import printable, write_whole
-from ..model import emphasis, sampling
+from ..model import emphasis, samplers, sampling
 from ..model.attention import CHOICES
 from ..model.config import ModelConfig
 from ..model.kv import KVPolicy
+from ..model.samplers import Trajectory
 from ..planning.plan import Plan
 from ..planning.work import Work
 from ..runtime.ledger import Ledger
 from ..units import size
 from . import picture as image
-from .size import check_size
+from .canvas import Canvas
+from .size import check_size, region_of
 
 
 class ZImageWarning(UserWarning):
@@ -86,13 +88,21 @@ class Report(TypedDict):
     latents_sha256: str | list[str]
     width: int
     height: int
-    steps: int  # NFEs
+    steps: int
+    nfes: int
     guidance: float
     negative_prompt: str
     noise: str
+    sampler: str
+    sigmas: str
+    shift: float
     prompt_weights: bool
     text_weight: float
     variance: float
+    cfg_normalization: NotRequired[float]
+    cfg_truncation: NotRequired[float]
+    region: NotRequired[int]
+    image: NotRequired[dict[str, Any]]  # what a picture began from, and its strength
     kv: dict[str, Any]  # arguments of KVPolicy.parse
     dtype: str  # of the computation
     formats: str  # of the stored parameters
@@ -104,6 +114,7 @@ class Report(TypedDict):
     attention: str  # how the main blocks' attention was computed
     device: str
     seconds: dict[str, float]  # by stage, total, load and compile
+    first_preview_seconds: float | None  # until the first NFE's latents
     compilations: int
     warnings: list[str]
     predicted_seconds: float | None
@@ -154,11 +165,44 @@ class Job:
     steps: int
     guidance: float
     noise: str
+    sampler: str = "euler"
+    sigmas: str = "simple"
+    shift: float
+    cfg_normalization: float = 0.0
+    cfg_truncation: float = 1.0
+    canvas: Canvas | None = None  # the picture to begin from, and its mask
+    strength: float | None = None  # None without a canvas
+    strength_rule: str = "noise"
+    differential: bool = False
+    region: int | None = None  # pixels of a region's side
     kv: KVPolicy
     attention: str
     prompt_weights: bool
     text_weight: float
     variance: float
+
+    @property
+    def trajectory(self) -> Trajectory:
+        return Trajectory.of(
+            self.steps,
+            self.shift,
+            sampler=self.sampler,
+            schedule=self.sigmas,
+            strength=self.strength,
+            rule=self.strength_rule,
+            guidance=self.guidance,
+            normalization=self.cfg_normalization,
+            truncation=self.cfg_truncation,
+            is_masked=self.canvas is not None and self.canvas.mask is not None,
+            is_differential=self.differential,
+        )
+
+    def in_regions(self, config: ModelConfig) -> "Job | None":
+        """This job in regions of the model's own size; None if that makes nothing smaller."""
+        side = config.vae.sample_size
+        if self.canvas is None or self.region is not None or max(self.width, self.height) <= side:
+            return None
+        return replace(self, region=side)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -179,6 +223,16 @@ class Job:
         steps: object = None,
         guidance: object = None,
         noise: object = "torch",
+        sampler: object = "euler",
+        sigmas: object = "simple",
+        shift: object = None,
+        cfg_normalization: object = 0.0,
+        cfg_truncation: object = 1.0,
+        canvas: Canvas | None = None,
+        strength: object = None,
+        strength_rule: object = "noise",
+        differential: object = False,
+        region: object = None,
         kv: object = None,
         attention: object = "auto",
         prompt_weights: object = False,
@@ -200,6 +254,18 @@ class Job:
         side, defaults = config.vae.sample_size, config.defaults
         if guidance is None:
             guidance = defaults.guidance
+        if shift is None:
+            shift = config.scheduler.shift
+        if canvas is not None:
+            rows, columns = canvas.pixels.shape[:2]
+            for name, value, own in (("width", width, columns), ("height", height, rows)):
+                if value not in (None, own):
+                    raise UsageError(f"{name} {checks.shown(value)}: the canvas has {own}")
+            width, height = columns, rows
+            strength = (0.6 if canvas.mask is None else 1.0) if strength is None else strength
+            region = region_of(config, columns, rows) if region is None else region
+        elif strength is not None:
+            raise UsageError("strength needs an image: there is none to begin from")
         job = cls(
             prompts=tuple(_prompt(text) for text in (prompts * count)[:count]),
             seeds=tuple(_seed(number) for number in (seeds * count)[:count]),
@@ -209,6 +275,18 @@ class Job:
             steps=defaults.steps if steps is None else checks.whole("steps", steps, 1, 1000),
             guidance=checks.real("guidance", guidance, 0, 100),
             noise=checks.one_of("noise", noise, tuple(sampling.NOISE)),
+            sampler=checks.one_of("sampler", sampler, tuple(samplers.SAMPLERS)),
+            sigmas=checks.one_of("sigmas", sigmas, tuple(samplers.SCHEDULES)),
+            shift=checks.real("shift", shift, 0, 100, above=True),
+            cfg_normalization=checks.real("cfg_normalization", cfg_normalization, 0, 100),
+            cfg_truncation=checks.real("cfg_truncation", cfg_truncation, 0, 1),
+            canvas=canvas,
+            strength=None if strength is None else checks.real("strength", strength, 0, 1),
+            strength_rule=checks.one_of(
+                "strength_rule", strength_rule, tuple(samplers.STRENGTH_RULES)
+            ),
+            differential=checks.instance("differential", differential, bool),
+            region=None if region is None else _region(config, region),
             kv=KVPolicy() if kv is None else checks.instance("kv", kv, KVPolicy),
             attention=checks.one_of("attention", attention, CHOICES),
             prompt_weights=checks.instance("prompt_weights", prompt_weights, bool),
@@ -217,13 +295,17 @@ class Job:
         )
         for text in prompts if job.prompt_weights else ():
             emphasis.check(text)
-        check_size(config, job.width, job.height)
+        check_size(config, job.width, job.height, job.region)
         return job
 
     @property
     def remarks(self) -> list[str]:
         """One sentence for each part of the request that has no effect."""
         found = []
+        if self.differential and (self.canvas is None or self.canvas.mask is None):
+            found.append("differential has no effect without a mask")
+        if not self.guidance and (self.cfg_normalization or self.cfg_truncation < 1):
+            found.append("limits of guidance have no effect while guidance is 0")
         if self.negative_prompt and not self.guidance:
             found.append("the negative prompt has no effect while guidance is 0")
         if self.noise == "torch":
@@ -234,6 +316,14 @@ class Job:
                 if s >> 32
             ]
         return found
+
+
+def _region(config: ModelConfig, value: object) -> int:
+    multiple = 2 * config.pixel_multiple
+    side = checks.whole("region", value, multiple, 65536)
+    if side % multiple:
+        raise UsageError(f"region must be a multiple of {multiple}, got {side}")
+    return side
 
 
 def _several(name: str, value: object, kind: type) -> list:

@@ -21,6 +21,8 @@ from .. import checks
 from ..errors import UsageError
 from ..files import open_regular, parse_json, printable
 from ..model import emphasis
+from ..model.samplers import SAMPLERS, SCHEDULES, STRENGTH_RULES
+from .canvas import FITS
 
 KEY = "zimage_jax"
 _XMP = (
@@ -30,6 +32,18 @@ _XMP = (
     '"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
 )
 _LARGEST_FILE = 256 << 20  # bytes
+# AUTOMATIC1111's names of samplers and schedules
+_A1111 = {
+    "euler": "Euler",
+    "dpmpp_2m": "DPM++ 2M",
+    "res_multistep": "Res Multistep",
+    "heun": "Heun",
+    "euler_ancestral": "Euler a",
+    "simple": "Simple",
+    "sgm_uniform": "SGM Uniform",
+    "beta": "Beta",
+    "linear_quadratic": "Linear Quadratic",
+}
 
 
 def to_uint8(picture: Float[np.ndarray, "*b H W 3"]) -> UInt8[np.ndarray, "*b H W 3"]:
@@ -39,10 +53,18 @@ def to_uint8(picture: Float[np.ndarray, "*b H W 3"]) -> UInt8[np.ndarray, "*b H 
 
 def encode_png(picture: UInt8[np.ndarray, "H W 3"], metadata: dict | None = None) -> bytes:
     """The bytes of a PNG. `read_metadata` returns its `metadata`."""
-    info = PngImagePlugin.PngInfo()
+    texts = {}
     if metadata is not None:
-        info.add_itxt("parameters", parameters(metadata))
-        info.add_itxt(KEY, json.dumps(metadata, ensure_ascii=False))
+        texts = {"parameters": parameters(metadata), KEY: json.dumps(metadata, ensure_ascii=False)}
+    return encode_png_with(picture, texts)
+
+
+def encode_png_with(picture: UInt8[np.ndarray, "H W 3"], texts: dict[str, str]) -> bytes:
+    """The bytes of a PNG with text chunks, and where there are any, the mark of a model's picture."""
+    info = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        info.add_itxt(key, text)
+    if texts:
         info.add_itxt("XML:com.adobe.xmp", _XMP)
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG", pnginfo=info)
@@ -57,11 +79,14 @@ def parameters(metadata: dict) -> str:
 
     fields = {
         "Steps": metadata["steps"],
-        "Sampler": "Euler",
+        "Sampler": _A1111[metadata.get("sampler", "euler")],
+        "Schedule type": _A1111[metadata.get("sigmas", "simple")],
         "CFG scale": metadata["guidance"] + 1,
         "Seed": metadata["seed"],
         "Size": f"{metadata['width']}x{metadata['height']}",
         "Model": metadata["model"],
+        "Shift": metadata.get("shift"),
+        "Denoising strength": metadata.get("image", {}).get("strength"),
         "RNG": "CPU" if metadata["noise"] == "torch" else "JAX",
         "Version": f"zimage_jax {metadata['versions']['zimage_jax']}",
     }
@@ -69,26 +94,14 @@ def parameters(metadata: dict) -> str:
         f"Negative prompt: {metadata['negative_prompt']}\n" if metadata["negative_prompt"] else ""
     )
     return f"{metadata['prompt']}\n{negative}" + ", ".join(
-        f"{k}: {quoted(v)}" for k, v in fields.items()
+        f"{k}: {quoted(v)}" for k, v in fields.items() if v is not None
     )
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata of one of our pictures, checked by FIELDS. Raises UsageError."""
-    where = printable(path)
-    with open_regular(path) as file:
-        nbytes = path.stat().st_size
-        if nbytes > _LARGEST_FILE:
-            raise UsageError(f"{where}: {nbytes >> 20} MiB is too large for a picture of ours")
-        try:
-            with Image.open(file, formats=["PNG"]) as image:
-                image.load()  # text chunks may come after the pixels
-                text = image.info.get(KEY)
-        except UnidentifiedImageError:
-            raise UsageError(f"{where}: cannot be read as a PNG (not a PNG)") from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
-            raise UsageError(f"{where}: a damaged PNG ({printable(fault)})") from None
-    if not isinstance(text, str):
+    where, text, _ = read_png(path, KEY)
+    if text is None:
         raise UsageError(
             f"{where}: no zimage_jax metadata in this picture "
             "(made elsewhere, or with --no-metadata)"
@@ -98,12 +111,45 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
+def read_png(path: Path, key: str) -> tuple[str, str | None, UInt8[np.ndarray, "H W 3"]]:
+    """The path for messages, the text chunk `key`, and the pixels of a PNG. Raises UsageError."""
+    where = printable(path)
+    with open_regular(path) as file:
+        nbytes = path.stat().st_size
+        if nbytes > _LARGEST_FILE:
+            raise UsageError(f"{where}: {nbytes >> 20} MiB is too large for a picture of ours")
+        try:
+            with Image.open(file, formats=["PNG"]) as image:
+                image.load()  # text chunks may come after the pixels
+                text = image.info.get(key)
+                pixels = np.array(image.convert("RGB"))
+        except UnidentifiedImageError:
+            raise UsageError(f"{where}: cannot be read as a PNG (not a PNG)") from None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
+            raise UsageError(f"{where}: a damaged PNG ({printable(fault)})") from None
+    return where, text if isinstance(text, str) else None, pixels
+
+
 _PIXELS = partial(checks.whole, low=1, high=65536)
 _KV_FIELDS: dict[str, Callable] = {
     "dtype?": lambda name, value: value is None or checks.text(name, value),
     "switch_t?": partial(checks.real, low=0, high=1000),
     "group?": checks.text,
     "reuse?": partial(checks.whole, low=1, high=1000),
+}
+_IMAGE_FIELDS: dict[str, Callable] = {
+    "image?": lambda name, value: value is None or checks.text(name, value),
+    "mask?": lambda name, value: value is None or checks.text(name, value),
+    "pick?": partial(checks.whole, low=0, high=checks.LARGEST_SEED),
+    "sha256": checks.text,
+    "fit": partial(checks.one_of, choices=FITS),
+    "mask_blur": partial(checks.real, low=0, high=512),
+    "mask_grow": partial(checks.whole, low=0, high=512),
+    "crop_mask?": lambda n, v: v is None or checks.whole(n, v, 0, 4096),
+    "strength": partial(checks.real, low=0, high=1),
+    "strength_rule": partial(checks.one_of, choices=tuple(STRENGTH_RULES)),
+    "noise_level": partial(checks.real, low=0, high=1),
+    "differential": lambda name, value: checks.instance(name, value, bool),
 }
 # a "?" marks a key that older pictures lack; unknown keys are ignored
 FIELDS: dict[str, Callable] = {
@@ -119,6 +165,13 @@ FIELDS: dict[str, Callable] = {
     "text_weight?": partial(checks.real, low=0, high=emphasis.LARGEST_WEIGHT),
     "variance?": partial(checks.real, low=0, high=1),
     "attention?": checks.text,
+    "sampler?": partial(checks.one_of, choices=tuple(SAMPLERS)),
+    "sigmas?": partial(checks.one_of, choices=tuple(SCHEDULES)),
+    "shift?": partial(checks.real, low=0, high=100, above=True),
+    "cfg_normalization?": partial(checks.real, low=0, high=100),
+    "cfg_truncation?": partial(checks.real, low=0, high=1),
+    "region?": _PIXELS,
+    "image?": lambda name, value: check_metadata(name, value, _IMAGE_FIELDS),
     "model": checks.text,
     "kv?": lambda name, value: check_metadata(name, value, _KV_FIELDS, only_these=True),
     "versions": lambda name, value: check_metadata(name, value, {"zimage_jax": checks.text}),

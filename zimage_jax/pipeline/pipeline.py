@@ -9,12 +9,12 @@ Axes: B pictures, h, w latent rows and columns, C latent channels.
 """
 
 import hashlib
+import os
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,14 @@ from jaxtyping import Float
 from .. import checks
 from ..errors import NonFiniteError, OutOfMemoryError, UsageError
 from ..files import printable
-from ..model import emphasis, sampling
+from ..model import emphasis
 from ..model import prompt as prompts_of
 from ..model.kv import KVPolicy
-from ..planning import cards
-from ..planning.plan import Memory, Plan, Sizes
-from ..planning.planner import Planner
-from ..planning.seconds import seconds
-from ..planning.stored import StoredCosts, has_published_widths
+from ..planning.plan import Memory, Plan
 from ..planning.work import Work
 from ..runtime.ledger import Ledger
 from ..runtime.placement import Placement, default_dtype, is_exhausted
-from ..runtime.programs import CompiledCosts, Programs
+from ..runtime.programs import Programs
 from ..runtime.store import ParameterStore
 from ..units import COMPUTE, size
 from ..weights import formats
@@ -45,7 +41,10 @@ from ..weights.checkpoint import Checkpoint
 from ..weights.components import COMPONENTS
 from . import report as reports
 from .attempt import Attempt
+from .canvas import FITS, Canvas, enlarged_size
 from .job import Job, Picture, Result, Step, ZImageWarning
+from .opened import Source, open_picture
+from .plans import Plans
 from .preview import Preview
 from .stages import STAGES
 
@@ -70,9 +69,7 @@ class ZImage:
         self.dtype, self.memory = jnp.dtype(dtype), memory
         self._checkpoint, self._prompts, self._placement = checkpoint, prompts, placement
         self._programs = Programs(checkpoint.storage, dtype, placement)
-        self._sizes = Sizes(checkpoint.storage, self.dtype.itemsize)
-        costs = CompiledCosts(self._programs)
-        self._planner = Planner(STAGES, checkpoint.storage, self.dtype.itemsize, costs)
+        self._plans = Plans(self._programs)
         self._store = ParameterStore(checkpoint, placement, self._programs)
         self._preview, self._turn = Preview(checkpoint), _Turn()
 
@@ -146,8 +143,23 @@ class ZImage:
         width: int | None = None,
         height: int | None = None,
         steps: int | None = None,
+        sampler: str = "euler",
+        sigmas: str = "simple",
+        shift: float | None = None,
         guidance: float | None = None,
+        cfg_normalization: float = 0.0,
+        cfg_truncation: float = 1.0,
         noise: str = "torch",
+        image: Source | Canvas | None = None,
+        strength: float | None = None,
+        strength_rule: str = "noise",
+        fit: str | None = None,
+        mask: Source | None = None,
+        mask_blur: float | None = None,
+        mask_grow: int | None = None,
+        crop_mask: int | None = None,
+        differential: bool = False,
+        region: int | None = None,
         kv: KVPolicy | None = None,
         attention: str = "auto",
         prompt_weights: bool = False,
@@ -159,15 +171,26 @@ class ZImage:
     ) -> Result:
         """Draw pictures of one size: one per prompt and seed; a single prompt or seed serves all.
 
-        `width`, `height`: pixels; None is the model's own. `steps`: evaluations of the DiT (NFEs).
-        `guidance`: as in diffusers, 0 is off; ComfyUI's cfg is one more. For both, None is the
-        checkpoint's default. `kv`: how the DiT stores K and V (precision, groups, reuse), which
+        `width`, `height`: pixels; None is the model's own, or the image's. `steps`: evaluations of
+        the DiT (NFEs); `sampler` heun takes nearly two for a step. `guidance`: as in diffusers, 0
+        is off; ComfyUI's cfg is one more. For steps, shift and guidance, None is the checkpoint's
+        default. `sampler`, `sigmas`: model.samplers lists them.
+
+        `image`: a picture to begin from (a path, a PIL image, or an array [H, W, 3 or 4] of uint8
+        or of floats in 0..1), fitted to the size by `fit` (crop, pad or stretch). `strength`: how
+        much of it is redrawn, 0 to 1; `strength_rule` says what that means. `mask`: white is
+        redrawn, black keeps its bytes; without one, transparent parts of the image are redrawn.
+        `mask_blur` and `mask_grow`: pixels of the image. `crop_mask`: draw only the masked part,
+        with so many pixels around it, at the full size, and paste it back. `differential`: grey
+        says how much is redrawn. `region`: draw in overlapping regions with sides of so many
+        pixels; by default only if the size is too large for the model or the memory.
+
+        `prompt_weights`: brackets weigh words, as in "a (red:1.3) circle" (model.emphasis has the
+        syntax); without it they are text. `text_weight`: weight of text in quotes, 0 to 4.
+        `variance`: noise on each prompt's features from the picture's seed, 0 to 1, so that pictures
+        of one prompt differ more. `kv`: how the DiT stores K and V (precision, groups, reuse), which
         changes the picture. `attention`: the kernel (model.attention.Attend lists them), which
-        changes last bits. `prompt_weights`: brackets weigh words, as in "a (red:1.3) circle"
-        (model.emphasis has the syntax); without it they are text. `text_weight`: weight of text in
-        quotes, 0 to 4. `variance`: noise on each prompt's features from the picture's seed, 0 to 1,
-        so that pictures of one prompt differ more. `memory`: replaces, for this job, the one given
-        to `load`.
+        changes last bits. `memory`: replaces, for this job, the one given to `load`.
 
         `on_plan(plan, budget)`, budget in bytes, is called before anything runs, and again if the
         device ran out of memory and another plan is tried. `on_step(step)` is called after every
@@ -179,6 +202,21 @@ class ZImage:
         """
         with self._turn.of_job(), jax.default_device(self._placement.device):
             warned: list[str] = []
+            fitting: dict[str, Any] = {
+                "mask": mask,
+                "fit": fit,
+                "mask_blur": mask_blur,
+                "mask_grow": mask_grow,
+                "crop_mask": crop_mask,
+            }
+            given = {name: value for name, value in fitting.items() if value is not None}
+            if image is None or isinstance(image, Canvas):
+                canvas = image
+                for name in given:
+                    why = "there is none" if image is None else "a canvas has its own"
+                    raise UsageError(f"{name} needs an image: {why}")
+            else:
+                canvas = self.canvas(image, width=width, height=height, **given)
             job = self._job(
                 warned,
                 prompt,
@@ -187,8 +225,18 @@ class ZImage:
                 width=width,
                 height=height,
                 steps=steps,
+                sampler=sampler,
+                sigmas=sigmas,
+                shift=shift,
                 guidance=guidance,
+                cfg_normalization=cfg_normalization,
+                cfg_truncation=cfg_truncation,
                 noise=noise,
+                canvas=canvas,
+                strength=strength,
+                strength_rule=strength_rule,
+                differential=differential,
+                region=region,
                 kv=kv,
                 attention=attention,
                 prompt_weights=prompt_weights,
@@ -207,18 +255,27 @@ class ZImage:
         on_plan: Callable[[Plan, int], None] | None,
         on_step: Callable[[Step], None] | None,
     ) -> Result:
-        work = self._work(job, encoded)
+        began, work = time.perf_counter(), self._work(job, encoded)
         budget = memory.max_vram_bytes or self._store.free_device_bytes()
         ahead = self._placement.runs_ahead
         ledger = Ledger(ahead)
         self._store.read_ahead(budget, memory.host_bytes, ledger)
         while True:
-            plan = self._plan(work, memory, budget)
+            try:
+                plan = self._plans.plan(work, memory, budget)
+            except OutOfMemoryError as fault:
+                in_regions = job.in_regions(self.config)
+                if in_regions is None:
+                    raise
+                _warn(warned, f"{fault}; drawing in regions of {in_regions.region} pixels")
+                job = in_regions
+                work = self._work(job, encoded)
+                continue
             if on_plan is not None:
                 with self._turn.of_callback():
                     on_plan(plan, budget)
             try:
-                attempt = self._attempt(job, encoded, work, plan, memory, ledger, on_step)
+                attempt = self._attempt(job, encoded, work, plan, memory, ledger, on_step, began)
                 return self._draw(attempt, warned)
             except jax.errors.JaxRuntimeError as fault:
                 if not is_exhausted(fault):
@@ -240,25 +297,28 @@ class ZImage:
         memory: Memory,
         ledger: Ledger,
         on_step,
+        began: float,
     ) -> Attempt:
-        sigmas = sampling.sigmas(job.steps, self.config.scheduler.shift)
+        path = job.trajectory
 
         def observe(index: int, latents: np.ndarray) -> None:
+            if attempt.first_preview_seconds is None:
+                attempt.first_preview_seconds = round(time.perf_counter() - began, 4)
             if not np.isfinite(latents).all():
                 raise NonFiniteError(
-                    f"the latents are not finite after NFE {index + 1} of {job.steps} in "
+                    f"the latents are not finite after NFE {index + 1} of {path.nfes} in "
                     f"{self.dtype}; the weights are damaged or the dtype is too narrow "
                     "(--dtype float32)"
                 )
             if on_step is not None:
-                step = Step(
-                    index, job.steps, float(1000 * sigmas[index]), latents, self._preview.pixels
-                )
+                t = float(path.scheduler_times[index])
+                step = Step(index, path.nfes, t, latents, self._preview.pixels)
                 with self._turn.of_callback():
                     on_step(step)
 
-        return Attempt(
+        attempt = Attempt(
             job=job,
+            trajectory=path,
             encoded=encoded,
             work=work,
             plan=plan,
@@ -268,6 +328,7 @@ class ZImage:
             ledger=ledger,
             observe=observe,
         )
+        return attempt
 
     def _draw(self, attempt: Attempt, warned: list[str]) -> Result:
         ledger, began = attempt.ledger, time.perf_counter()
@@ -299,13 +360,10 @@ class ZImage:
             memory, encoded = self._memory(memory), self._tokens(job, warned)
             work = self._work(job, encoded)
             text_stage = next(stage for stage in STAGES if stage.name == "text")
-            planner = self._planner.of([text_stage])
-            plan = planner.plan(
-                work, memory, memory.max_vram_bytes or self._store.free_device_bytes()
-            )
-            attempt = self._attempt(
-                job, encoded, work, plan, memory, Ledger(self._placement.runs_ahead), None
-            )
+            budget = memory.max_vram_bytes or self._store.free_device_bytes()
+            plan = self._plans.planner.of([text_stage]).plan(work, memory, budget)
+            ledger = Ledger(self._placement.runs_ahead)
+            attempt = self._attempt(job, encoded, work, plan, memory, ledger, None, 0.0)
             try:
                 features = self._run(text_stage, attempt)
             finally:
@@ -319,6 +377,59 @@ class ZImage:
         for remark in job.remarks:
             _warn(warned, remark)
         return job
+
+    def canvas(
+        self,
+        image: Source,
+        *,
+        mask: Source | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        fit: str = "crop",
+        mask_blur: float = 0.0,
+        mask_grow: int = 0,
+        crop_mask: int | None = None,
+    ) -> Canvas:
+        """A picture to begin from, fitted to the size to draw: `generate` takes it as its `image`.
+
+        The arguments are those of `generate`. Raises UsageError.
+        """
+        if width is None and height is None and crop_mask is None:
+            checks.one_of("fit", fit, FITS)
+            fit = "stretch"  # to its own size, floored; so that the metadata says how
+        given: dict[str, Any] = {
+            "fit": fit,
+            "mask_blur": mask_blur,
+            "mask_grow": mask_grow,
+            "crop_mask": crop_mask,
+        }
+        canvas = Canvas.of(
+            image,
+            mask,
+            width=width,
+            height=height,
+            multiple=self.config.pixel_multiple,
+            model_side=self.config.vae.sample_size,
+            **given,
+        )
+        names = {"image": image, "mask": mask}
+        paths = (str, os.PathLike)
+        return canvas.named(
+            **{k: Path(v).name if isinstance(v, paths) else None for k, v in names.items()}, **given
+        )
+
+    def enlarged(
+        self, picture: Source | Picture, factor: float | int = 2, **options: Any
+    ) -> Canvas:
+        """A picture `factor` times as large, to be drawn again: a canvas for `generate`.
+
+        Its sides are rounded to what the model draws. `options`: as for `canvas`, without a size.
+        Raises UsageError.
+        """
+        image = picture.pixels if isinstance(picture, Picture) else picture
+        opened, multiple = open_picture(image, "picture"), self.config.pixel_multiple
+        width, height = enlarged_size(opened, factor, multiple)
+        return self.canvas(image, width=width, height=height, **{"fit": "stretch", **options})
 
     def _memory(self, memory: Memory | None) -> Memory:
         return self.memory if memory is None else checks.instance("memory", memory, Memory)
@@ -345,65 +456,21 @@ class ZImage:
             self.config,
             job.width,
             job.height,
-            job.steps,
+            job.trajectory,
             job.kv,
             self.dtype,
             bucket=prompts_of.bucket(max(len(e.ids) for e in encoded.values())),
             batch=len(job.prompts),
-            is_guided=bool(job.guidance),
             prompts=len(emphasis.to_run(encoded.values())),
+            encodes=job.canvas is not None,
+            region=job.region,
             attention=job.attention,
         )
-
-    def _plan(self, work: Work, memory: Memory, budget: int) -> Plan:
-        try:
-            plan = self._planner.plan(work, memory, budget)
-            return replace(plan, seconds_by_stage=self._seconds(plan, work, memory))
-        except OutOfMemoryError as fault:
-            side = self._largest_side(work, memory, budget)
-            advice = (
-                f"the largest square picture that fits is {side} x {side}"
-                if side
-                else "no smaller picture fits"
-            )
-            raise OutOfMemoryError(f"{fault}; raise --max-vram; {advice}", fault.needed) from None
-
-    def _seconds(self, plan: Plan, work: Work, memory: Memory) -> dict[str, float] | None:
-        """Predicted seconds by stage, with parameters in host memory; None if a rate is unknown.
-
-        Rates are known for cards of the table computing in 16 bits; the CPU's (text encoder on the
-        host) and the disk's (a host window) are not.
-        """
-        card = cards.of_device(self._placement.device.device_kind)
-        on_host = plan.choices["text"].stream is None
-        if card is None or self.dtype.itemsize != 2 or on_host or memory.host_bytes:
-            return None
-        return seconds(STAGES, plan, work, self._sizes, card.rates)
-
-    def _largest_side(self, work: Work, memory: Memory, budget: int) -> int:
-        """The largest square that fits: its side in pixels, from 2048 down to 64; 0 if none fits.
-
-        It uses stored figures where a card has them, because a GPU's compiler takes minutes for all
-        these sizes.
-        """
-        planner, card = self._planner, cards.of_device(self._placement.device.device_kind)
-        if card is not None and has_published_widths(self.config):
-            storage = self._checkpoint.storage
-            planner = Planner(STAGES, storage, self.dtype.itemsize, StoredCosts(storage, card))
-        scale = self.config.vae.scale
-        for side in (2048, 1536, 1024, 768, 512, 384, 256, 128, 64):
-            if (side // scale) ** 2 < work.h * work.w:
-                try:
-                    planner.plan(replace(work, h=side // scale, w=side // scale), memory, budget)
-                    return side
-                except OutOfMemoryError:
-                    continue
-        return 0
 
     # -- after the stages --------------------------------------------------------------------------
 
     def _result(self, attempt: Attempt, warned: list[str]) -> Result:
-        job, latents = attempt.job, attempt.results["denoise"]
+        job, latents = attempt.job, attempt.latents
         common = reports.metadata(attempt, self.name)
         each = [
             {

@@ -19,6 +19,9 @@ def metadata(attempt: Attempt, model: str) -> dict[str, Any]:
         "guidance": job.guidance,
         "negative_prompt": job.negative_prompt,
         "noise": job.noise,
+        "sampler": job.sampler,
+        "sigmas": job.sigmas,
+        "shift": job.shift,
         "prompt_weights": job.prompt_weights,
         "text_weight": job.text_weight,
         "variance": job.variance,
@@ -27,9 +30,27 @@ def metadata(attempt: Attempt, model: str) -> dict[str, Any]:
         "model": model,
         "versions": versions(),
     }
-    if job.attention != "auto":
-        common["attention"] = job.attention
-    return common
+    optional = {
+        "attention": None if job.attention == "auto" else job.attention,
+        "cfg_normalization": job.cfg_normalization or None,
+        "cfg_truncation": None if job.cfg_truncation == 1 else job.cfg_truncation,
+        "region": job.region,
+        "image": None if job.canvas is None else _image(attempt),
+    }
+    return common | {key: value for key, value in optional.items() if value is not None}
+
+
+def _image(attempt: Attempt) -> dict[str, Any]:
+    """What a job began from, and how much of it was redrawn."""
+    job = attempt.job
+    assert job.canvas is not None
+    return {
+        **job.canvas.to_json(),
+        "strength": job.strength,
+        "strength_rule": job.strength_rule,
+        "noise_level": round(attempt.trajectory.start, 6),
+        "differential": job.differential,
+    }
 
 
 def report(
@@ -52,11 +73,13 @@ def report(
         **common,
         "formats": formats.names(programs.storage),
         "schedule": plan.schedule,
-        "chunks": len(plan.denoise.main_chunks),
-        "resident_chunks": plan.denoise.resident_chunks,
+        "nfes": work.steps,
+        "chunks": 0 if plan.denoise is None else len(plan.denoise.main_chunks),
+        "resident_chunks": 0 if plan.denoise is None else plan.denoise.resident_chunks,
         "attention": programs.attention_names(work),
         "device": placement.device.device_kind,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "first_preview_seconds": attempt.first_preview_seconds,
         "compilations": programs.compilations,
         "warnings": warnings,
         "predicted_seconds": None if plan.seconds is None else round(plan.seconds, 3),

@@ -6,6 +6,9 @@ import re
 from ..errors import UsageError
 from ..model.config import ModelConfig
 
+LARGEST = 8192  # pixels of a picture's side, in regions
+WHOLE = 2  # times the model's own side, up to which a picture is drawn whole: Z-Image's 2048
+
 
 def parse_size(text: str, side: int, multiple: int) -> tuple[int, int]:
     """Width and height from "1280x720", or from a ratio such as "16:9".
@@ -28,8 +31,9 @@ def parse_size(text: str, side: int, multiple: int) -> tuple[int, int]:
     return nearest[0], nearest[1]
 
 
-def check_size(config: ModelConfig, width: int, height: int) -> None:
-    """Raises UsageError for a size in pixels that the model cannot draw."""
+def check_size(config: ModelConfig, width: int, height: int, region: int | None = None) -> None:
+    """Raises UsageError for a size in pixels that the model cannot draw, in regions of that side
+    if it is given."""
     multiple = config.pixel_multiple
     for name, value in (("width", width), ("height", height)):
         if value < multiple or value % multiple:
@@ -38,7 +42,18 @@ def check_size(config: ModelConfig, width: int, height: int) -> None:
                 f"{name} must be a multiple of {multiple}, got {value} (the nearest is {near})"
             )
     most_high, most_wide = (n * multiple for n in config.transformer.axes_lens[1:])
-    if height > most_high or width > most_wide:
+    wide, high = (min(n, region or n) for n in (width, height))
+    if high > most_high or wide > most_wide:
+        what = "regions of " if region else ""
         raise UsageError(
-            f"this model draws at most {most_wide} x {most_high} pixels, got {width} x {height}"
+            f"this model draws {what}at most {most_wide} x {most_high} pixels, got {wide} x {high}"
         )
+    if max(width, height) > LARGEST:
+        raise UsageError(f"a picture has at most {LARGEST} pixels a side, got {width} x {height}")
+
+
+def region_of(config: ModelConfig, width: int, height: int) -> int | None:
+    """The side in pixels of the regions that a picture of this size is drawn in, if it begins from a
+    picture: the model's own. None if it is drawn whole."""
+    side = config.vae.sample_size
+    return side if max(width, height) > WHOLE * side else None

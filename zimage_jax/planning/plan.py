@@ -269,13 +269,13 @@ class Sizes:
         units = self.storage.units(component)
         return tuple(unit for group in groups for unit in units if unit.startswith(group + "."))
 
-    def inputs(self, work: Work, tokens: int, lengths: int) -> int:
+    def inputs(self, contexts: int, tokens: int, lengths: int) -> int:
         """Bytes of float32 rotations of `tokens` tokens, and of `lengths` int32s, per context."""
-        return work.contexts * (tokens * self.config.transformer.head_dim * 4 + lengths * 4)
+        return contexts * (tokens * self.config.transformer.head_dim * 4 + lengths * 4)
 
-    def tokens(self, work: Work, tokens: int, width: int) -> int:
+    def tokens(self, contexts: int, tokens: int, width: int) -> int:
         """Bytes of `tokens` tokens of `width` channels, per context."""
-        return work.contexts * tokens * width * self.compute_bytes
+        return contexts * tokens * width * self.compute_bytes
 
 
 @dataclass(frozen=True)
@@ -290,13 +290,14 @@ class Option(NamedTuple):
 
     `weights`: of parameters. `activations`: of other arrays between programs. `stays`: the
     (component, unit) of all its parameters, which may stay for the next picture; None where some
-    are streamed.
+    are streamed. `always`: they do stay, whatever the other stages need.
     """
 
     choice: Any
     weights: Mapping[str, int]
     activations: Mapping[str, int]
     stays: frozenset[tuple[str, str]] | None = None
+    always: bool = False
 
 
 @runtime_checkable
@@ -334,7 +335,8 @@ class Plan:
 
     nfes: int
     choices: Mapping[str, Any]  # by the stage's name
-    kept: bool  # every parameter stays on the device between pictures
+    # the units that stay on the device between pictures: mostly all that the job needs, or none
+    kept: frozenset[tuple[str, str]] = frozenset()
     # bytes of the window through which blocks are read from disk; None: they stay in host memory
     host_window: int | None = None
     # stage -> array -> its device bytes when the stage takes most
@@ -343,12 +345,12 @@ class Plan:
 
     @property
     def denoise(self) -> Any:
-        """The denoise stage's choice: its stream has the job's schedule."""
-        return self.choices["denoise"]
+        """The denoise stage's choice: its stream has the job's schedule. None without NFEs."""
+        return self.choices.get("denoise")
 
     @property
     def schedule(self) -> str:
-        return self.denoise.stream.schedule.name
+        return "none" if self.denoise is None else self.denoise.stream.schedule.name
 
     @property
     def seconds(self) -> float | None:
@@ -371,6 +373,8 @@ def host_bytes(plan: Plan, storage: Storage, *, shares_memory: bool = False) -> 
     memory is the host's (`shares_memory`).
     """
     resident = storage.nbytes("transformer", "stem") + storage.nbytes("vae", "decoder")
+    if "encode" in plan.choices:
+        resident += storage.nbytes("vae", "encoder")
     streamed = 0
     for stream in (choice.stream for choice in plan.choices.values() if choice.stream is not None):
         for index, nbytes in enumerate(stream.nbytes):

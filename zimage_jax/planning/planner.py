@@ -56,9 +56,11 @@ class Planner:
             for stage in self._stages
             if (options := list(stage.options(self._sizes, work, memory)))
         }
-        if not memory.low_vram and (arrays := self._kept(candidates, budget)):
-            first = {name: found[0] for name, found in candidates.items()}
-            return self._filled(work, memory, first, arrays, kept=True)
+        if not memory.low_vram and (found := self._kept(candidates, budget)):
+            first = {name: of_stage[0] for name, of_stage in candidates.items()}
+            arrays, units = found
+            return self._filled(work, memory, first, arrays, kept=units)
+        candidates, staying = self._beside_what_stays(candidates)
         # a GPU's compiler takes seconds per stage: one thread each
         with ThreadPoolExecutor(len(candidates)) as pool:
             fits = {
@@ -75,15 +77,16 @@ class Planner:
                 peaks[worst],
             )
         arrays = {name: candidate.arrays for name, candidate in chosen.items()}
-        return self._filled(work, memory, chosen, arrays, kept=False)
+        return self._filled(work, memory, chosen, arrays, kept=staying)
 
     def _scratch(self, stage: Stage, work: Work, option: Option) -> Callable[[], int]:
         return lambda: self._costs.scratch(stage, work, option.choice)
 
     def _kept(
         self, candidates: dict[str, list["_Candidate"]], budget: int
-    ) -> dict[str, dict[str, int]] | None:
-        """Arrays by stage if every parameter stays on the device; None if that does not fit."""
+    ) -> tuple[dict[str, dict[str, int]], frozenset[tuple[str, str]]] | None:
+        """Arrays by stage if every parameter stays on the device, and the parameters' units; None
+        if that does not fit."""
         largest = {name: found[0] for name, found in candidates.items()}
         stays = [candidate.option.stays for candidate in largest.values()]
         units = frozenset[tuple[str, str]]().union(*(names for names in stays if names is not None))
@@ -93,7 +96,24 @@ class Planner:
         if None in stays or weights.total() > budget:
             return None
         arrays = {name: c.with_weights(weights) for name, c in largest.items()}
-        return arrays if max(sum(of.values()) for of in arrays.values()) <= budget else None
+        peak = max(sum(of.values()) for of in arrays.values())
+        return (arrays, units) if peak <= budget else None
+
+    def _beside_what_stays(
+        self, candidates: dict[str, list["_Candidate"]]
+    ) -> tuple[dict[str, list["_Candidate"]], frozenset[tuple[str, str]]]:
+        """The candidates with the parameters of other stages that always stay, and their units."""
+        units: frozenset[tuple[str, str]] = frozenset()
+        for name, found in candidates.items():
+            stays = found[0].option.stays
+            if not found[0].option.always or stays is None:
+                continue
+            units |= stays
+            nbytes = sum(self._sizes.storage.nbytes(*unit) for unit in stays)
+            more = {f"{name}, always resident": nbytes}
+            for other in candidates.keys() - {name}:
+                candidates = candidates | {other: [of.beside(more) for of in candidates[other]]}
+        return candidates, units
 
     def _filled(
         self,
@@ -102,7 +122,7 @@ class Planner:
         chosen: dict[str, "_Candidate"],
         arrays: dict[str, dict[str, int]],
         *,
-        kept: bool,
+        kept: frozenset[tuple[str, str]],
     ) -> Plan:
         choices: dict[str, Choice] = {
             name: candidate.option.choice for name, candidate in chosen.items()
@@ -119,6 +139,10 @@ class Planner:
 class _Candidate(NamedTuple):
     option: Option
     scratch: Callable[[], int]  # may compile for seconds: called only if `held` is in the budget
+
+    def beside(self, more: Mapping[str, int]) -> "_Candidate":
+        weights = {**self.option.weights, **more}
+        return self._replace(option=self.option._replace(weights=weights))
 
     @property
     def held(self) -> int:

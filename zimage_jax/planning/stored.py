@@ -60,12 +60,10 @@ class Figures:
         """The figure `name` at `x` tokens or pixels."""
         return _at(self._figures[name], x)
 
-    def strips(self, of_strip: int, of_picture: int) -> int:
-        """The figure of decoding `of_picture` pixels in strips of `of_strip` pixels."""
-        return _at(
-            [(pixels, _at(points, of_strip)) for pixels, points in self._figures["strips"]],
-            of_picture,
-        )
+    def strips(self, name: str, of_strip: int, of_picture: int) -> int:
+        """The figure `name` of `of_picture` pixels in strips of `of_strip` pixels."""
+        of_pictures = self._figures[f"{name} strips"]
+        return _at([(pixels, _at(points, of_strip)) for pixels, points in of_pictures], of_picture)
 
     def blocks(self, stage: str, kinds: frozenset[VisitKind], tokens: int) -> int:
         """The largest figure of the visits `kinds` over `tokens` tokens.

@@ -118,9 +118,9 @@ class Programs:
         """The whole sampler as one program, which calls the observer after every NFE."""
         return self(
             sampling.sample,
-            is_guided=work.is_guided,
             attend=self.attend(work),
             phases=work.phases,
+            regions=work.regions,
             on_step=self.observer,
         )
 
@@ -139,12 +139,12 @@ class Programs:
         return jax.eval_shape(functools.partial(dit.Halfway.before, modulated=modulated), x)
 
     def inputs(self, work: Work, contexts: int) -> dit.Inputs:
-        return _inputs(self.config, work.h, work.w, contexts, work.bucket)
+        return _inputs(self.config, *work.view, contexts, work.bucket)
 
     def keys(self, work: Work, contexts: int, kv_format: KVFormat) -> dit.KeyTable | None:
         lengths = np.full(contexts, work.bucket, np.int32)
         return dit.grouped_keys(
-            self.config.transformer, work.h, work.w, lengths, work.bucket, kv_format
+            self.config.transformer, *work.view, lengths, work.bucket, kv_format
         )
 
     def most(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import jax
 import numpy as np
 
 from ..planning.plan import StreamPlan
@@ -33,10 +34,10 @@ class ParameterStore:
         self._host: dict[Unit, tuple[np.ndarray, ...]] = {}
         self._sources: dict[tuple[str, int | None], Source] = {}
 
-    def lend(self, ledger: Ledger, *, kept: bool, host_bytes: int | None) -> "Loan":
+    def lend(self, ledger: Ledger, *, kept: frozenset[Unit], host_bytes: int | None) -> "Loan":
         """The loan of a job.
 
-        `kept`: its plan keeps all parameters on the device; otherwise those there are dropped.
+        `kept`: the units that its plan keeps on the device; others there are dropped.
         `host_bytes`: read blocks through a window of this size instead of keeping them in host
         memory.
         """
@@ -109,7 +110,12 @@ class Loan:
     """One job's use of the store's parameters, recorded in its ledger."""
 
     def __init__(
-        self, store: ParameterStore, ledger: Ledger, *, kept: bool, host_bytes: int | None
+        self,
+        store: ParameterStore,
+        ledger: Ledger,
+        *,
+        kept: frozenset[Unit],
+        host_bytes: int | None,
     ):
         self.store, self._ledger, self._kept, self._host_bytes = store, ledger, kept, host_bytes
         # units that are dropped from the device stay in host memory, so that the next job need not
@@ -146,8 +152,6 @@ class Loan:
     def module(self, component: str, unit: str):
         """A unit's module, on the device until `release`."""
         (leaves,) = self.pin(component, [unit])
-        import jax
-
         (tree,) = self.store.checkpoint.storage.trees(component, [unit])
         return jax.tree.unflatten(tree, leaves)
 
@@ -174,9 +178,9 @@ class Loan:
         )
 
     def release(self, *, everything: bool = False) -> None:
-        """Drop parameters from the device; a plan with `kept` keeps them unless `everything`."""
+        """Drop parameters from the device, but for those that the plan keeps, or `everything`."""
         done = settled(self.store.device)
-        kept = done if self._kept and not everything else {}
+        kept = {} if everything else {u: done[u] for u in done.keys() & self._kept}
         for component, unit in self.store.device.keys() - kept.keys():
             self._ledger.drop(f"{component} {unit}")
         self.store.device = kept

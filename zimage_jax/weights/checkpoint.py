@@ -26,10 +26,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import xxhash
 
+from ..dtypes import DTYPES, SAFETENSORS
 from ..errors import CheckpointError, ConfigError, DamagedError, ForeignError
 from ..files import LARGEST_JSON, kind_of, open_regular, printable, read_json, read_regular
 from ..model.config import ModelConfig
-from ..units import DTYPES, SAFETENSORS, tree_bytes
+from ..units import tree_bytes
 from . import components
 from .components import COMPONENTS
 from .formats import FORMATS, Storage

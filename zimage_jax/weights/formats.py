@@ -13,13 +13,14 @@ from typing import Any
 
 import jax
 
+from ..dtypes import DTYPES
 from ..errors import UsageError
 from ..files import printable
 from ..model import dit
 from ..model.config import ModelConfig
 from ..model.kv import UNUSED_WHEN_REUSED
 from ..model.layers import named_arrays, with_arrays
-from ..units import DTYPES, tree_bytes
+from ..units import tree_bytes
 from . import components
 from .encodings import Encoding, Int8, Lossless
 

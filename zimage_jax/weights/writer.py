@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from ..dtypes import DTYPES
 from ..errors import OutputError, ZImageError
 from ..files import LARGEST_JSON, kind_of, open_regular, parse_json, read_json, read_regular
 from ..model.layers import named_arrays
-from ..units import DTYPES, size
+from ..units import size
 from .checkpoint import FORMAT, VERSION, Record, formats_json, layout, manifest_checksum
 from .components import COMPONENTS
 from .formats import Storage, leaves_of

@@ -78,6 +78,7 @@ def groups(scale: Scale, rows: Mapping[str, dict], gpu_bytes: int | None) -> Ite
     yield from _options(scale)
     yield from _allocators(scale, rows, gpu_bytes)
     yield from _formats(scale, gpu_bytes)
+    yield from _pictures(scale)
 
 
 def _races(scale: Scale) -> Iterator[Group]:
@@ -316,3 +317,33 @@ def _formats(scale: Scale, gpu_bytes: int | None) -> Iterator[Group]:
         for cap in scale.caps[:3]:
             words = {"max_vram_mib": cap} if scale.is_dry else {}
             yield Group(cells(f"{cap} MiB", **words), 100, _capped(cap * MIB, gpu_bytes), model)
+
+
+def _pictures(scale: Scale) -> Iterator[Group]:
+    """Pictures from pictures: whole, in regions, and by a sampler with memory; bits as resident."""
+    side = min(scale.sizes, key=len)
+    half = int(side.partition("x")[0]) // 2
+    ways: dict[str, dict] = {
+        "image": {"strength": 0.6},
+        "regions": {"strength": 0.6, "region": half},
+        "res_multistep": {"sampler": "res_multistep"},
+    }
+    schedules = {"resident": {}, "ring": {"chunks": scale.blocks}}
+    for name, words in ways.items():
+        yield Group(
+            [
+                _picture(
+                    f"pictures/{name} {schedule}",
+                    scale,
+                    scale.full,
+                    side,
+                    like=f"pictures/{name} resident",
+                    schedule=schedule,
+                    **words,
+                    **chunks,
+                )
+                for schedule, chunks in schedules.items()
+            ],
+            120,
+            model=scale.full,
+        )

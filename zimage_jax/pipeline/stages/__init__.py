@@ -7,6 +7,7 @@ from ...planning.plan import Stage
 from .context import ContextStage
 from .decode import Decode
 from .denoise import Denoise
+from .encode import Encode
 from .text import Text
 
-STAGES: list[Stage] = [Text(), ContextStage(), Denoise(), Decode()]
+STAGES: list[Stage] = [Text(), ContextStage(), Encode(), Denoise(), Decode()]

@@ -1,11 +1,12 @@
 """Text features to refined contexts, once per job: they do not depend on time.
 
-Axes: G contexts (B, or 2 B with guidance), L caption tokens (a bucket), D width, E feature width.
+Axes: G contexts (one per picture or region, and with guidance one more each), L caption tokens (a bucket), D width, E feature width.
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -24,7 +25,10 @@ COMPONENT = "transformer"
 
 
 class Context(NamedTuple):
-    """Every NFE's inputs, on the host: contexts, rotations and masks, caption lengths."""
+    """Every NFE's inputs, on the host: contexts, rotations and masks, caption lengths.
+
+    The regions of a picture have one caption, and each its context.
+    """
 
     context: Float[np.ndarray, "G L D"]
     inputs: dit.Inputs
@@ -35,12 +39,16 @@ class ContextStage:
     name = "context"
 
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
+        if not work.phases:
+            return
         blocks = sizes.units(COMPONENT, "context_refiner")
         config = sizes.config
         activations = {
-            "rotations": sizes.inputs(work, work.bucket, 1),
-            "text features": sizes.tokens(work, work.bucket, config.text_encoder.hidden_size),
-            "tokens": sizes.tokens(work, work.bucket, config.transformer.dim),
+            "rotations": sizes.inputs(work.captions, work.bucket, 1),
+            "text features": sizes.tokens(
+                work.captions, work.bucket, config.text_encoder.hidden_size
+            ),
+            "tokens": sizes.tokens(work.captions, work.bucket, config.transformer.dim),
         }
         stem = {"stem": sizes.storage.nbytes(COMPONENT, "stem")}
         ways = [("resident", 1), ("swap", len(blocks)), ("swap", 2 * len(blocks))]
@@ -55,11 +63,11 @@ class ContextStage:
     def compiled(self, programs: Programs, work: Work, choice: Choice) -> int:
         assert choice.stream is not None
         features = programs.like(
-            work.contexts, work.bucket, programs.config.text_encoder.hidden_size
+            work.captions, work.bucket, programs.config.text_encoder.hidden_size
         )
-        x = programs.tokens(work.contexts, work.bucket, modulated=False)
-        lengths = np.zeros(work.contexts, np.int32)
-        inputs = programs.inputs(work, work.contexts).caption
+        x = programs.tokens(work.captions, work.bucket, modulated=False)
+        lengths = np.zeros(work.captions, np.int32)
+        inputs = programs.inputs(work, work.captions).caption
         static = {"apply": dit.apply_blocks, "attend": programs.attend(work)}
         embed = programs(dit.embed_caption).compiled(
             programs.module("transformer", "stem"), features, lengths
@@ -73,14 +81,14 @@ class ContextStage:
 
     def stored(self, figures: Figures, work: Work, choice: Choice) -> int:
         assert choice.stream is not None
-        return figures.blocks(self.name, choice.stream.visit_kinds, work.contexts * work.bucket)
+        return figures.blocks(self.name, choice.stream.visit_kinds, work.captions * work.bucket)
 
     def seconds(self, timing: Timing, choice: Choice) -> float:
         work, width = timing.work, timing.sizes.config.transformer.dim
         assert choice.stream is not None
 
         def run(unit: str, nfe: Nfe | None) -> float:
-            return timing.block(COMPONENT, unit, work.contexts, work.bucket, width=width)
+            return timing.block(COMPONENT, unit, work.captions, work.bucket, width=width)
 
         return timing.unit(COMPONENT, "stem") + timing.stream(choice.stream, run)
 
@@ -93,7 +101,7 @@ class ContextStage:
         )
         for row, f in zip(padded, features, strict=True):
             row[: len(f)] = ops.to_tokens(f, programs.dtype)
-        inputs = dit.inputs(config.transformer, work.h, work.w, lengths, work.bucket)
+        inputs = dit.inputs(config.transformer, *work.view, lengths, work.bucket)
         stem = attempt.loan.module(COMPONENT, "stem")
         x = programs(dit.embed_caption)(attempt.ledger, stem, padded, lengths)
         attempt.hold(inputs.caption, padded, x)
@@ -106,7 +114,9 @@ class ContextStage:
         with attempt.stream(stream_plan) as stream:
             for _ in stream_plan.chunks:
                 xs = stream.visit(xs, [(inputs.caption,)], **static)
-        return Context(np.asarray(xs[0].x), inputs, lengths)
+        found = Context(np.asarray(xs[0].x), inputs, lengths)
+        regions = work.views // work.batch
+        return found if regions == 1 else jax.tree.map(lambda a: np.repeat(a, regions, 0), found)
 
 
 def _features(

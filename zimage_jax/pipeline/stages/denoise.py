@@ -1,21 +1,19 @@
 """Noise to latents: one sweep over the transformer's chunks per NFE, or the one program of `scan`.
 
-Axes: B pictures, G contexts (B, or 2 B with guidance), h, w latent rows and columns, C latent
-channels, L caption tokens, D width, A adaLN width.
+Axes: B pictures, h, w latent rows and columns, C latent channels.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jaxtyping import Float
 
-from ...model import dit, kv, sampling
-from ...model.kv import KVFormat, Nfe, Phase
+from ...model import dit, kv
+from ...model.kv import Nfe, Phase
 from ...planning import schedule
 from ...planning.plan import MAIN, Choice, Memory, Option, Sizes, StreamPlan, VisitKind
 from ...planning.planner import streams
@@ -23,13 +21,9 @@ from ...planning.seconds import Timing
 from ...planning.stored import Figures
 from ...planning.work import Work
 from ...runtime.programs import Programs
-from ...runtime.stream import Stream
 from ...weights import components
 from ..attempt import Attempt
-from .context import Context
-from .kv_cache import KVCache, kv_cache
-
-COMPONENT = "transformer"
+from .sampler import COMPONENT, Ends, Scan, Sweep, abstract, floats, start_of
 
 
 @dataclass(frozen=True)
@@ -91,10 +85,11 @@ class Denoise:
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
         config, storage = sizes.config.transformer, sizes.storage
         refiner, main = (sizes.units(COMPONENT, group) for group in ("noise_refiner", "layers"))
+        if not work.phases:  # the picture stays as it is
+            return
         between = {
-            "latents": work.batch * work.h * work.w * config.in_channels * 4,
-            "context": sizes.tokens(work, work.bucket, config.dim),
-            "rotations": sizes.inputs(work, work.image_tokens + work.tokens, 1),
+            "context": sizes.tokens(work.contexts, work.bucket, config.dim),
+            "rotations": sizes.inputs(work.contexts, work.image_tokens + work.tokens, 1),
         }
         stem = {"stem": storage.nbytes(COMPONENT, "stem")}
         caches = any(phase.caches for phase in work.phases)
@@ -107,10 +102,13 @@ class Denoise:
         for choice in sorted(choices, key=lambda c: (c.blocks.waits, c.kv_on_host)):
             if choice.is_one_program:  # its tokens are scratch, its arguments have all inputs
                 keys = sum(_keys_bytes(sizes, work, phase) for phase in work.phases)
-                of_caption = keys + sizes.inputs(work, work.bucket, 1)
+                of_caption = keys + sizes.inputs(work.contexts, work.bucket, 1)
                 activations = between | {"rotations": between["rotations"] + of_caption}
             else:
                 activations = between | {"tokens": _tokens_bytes(sizes, work)}
+            activations["latents"] = work.latents_bytes(
+                config.in_channels, in_one_program=choice.is_one_program
+            )
             weights = stem | choice.blocks.device_arrays
             units = ("stem", *refiner, *main)
             stays = frozenset((COMPONENT, u) for u in units) if choice.blocks.is_resident else None
@@ -120,23 +118,24 @@ class Denoise:
         if choice.is_one_program:
             return self._sampler(programs, work)
         config = programs.config.transformer
-        contexts = work.micro_batch * work.contexts // work.batch
+        contexts = work.micro_batch * work.contexts // work.views
         image, joint = (programs.tokens(contexts, n) for n in (work.image_tokens, work.tokens))
         time = jax.ShapeDtypeStruct((contexts, config.adaln_dim), jnp.float32)
-        latents = jax.ShapeDtypeStruct(
-            (work.micro_batch, work.h, work.w, config.in_channels), jnp.float32
-        )
         context = programs.like(contexts, work.bucket, config.dim)
-        number, stem = np.float32(0), programs.module(COMPONENT, "stem")
-        ends = _Ends(programs, work)
+        stem = programs.module(COMPONENT, "stem")
+        state, *rest = abstract(work, work.micro_batch, config.in_channels)
+        ends = Ends(programs, work)
         sizes = Sizes(programs.storage, programs.dtype.itemsize)
         # `join` and `leave` run beside the last chunk, the first `enter` beside a whole slot
         unused = choice.blocks.unused(len(choice.blocks.chunks) - 1)
         scratch = [
-            ends.enter.compiled(stem, latents, number)[1],
+            ends.enter.compiled(stem, state.latents, work.update.t)[1],
             ends.join.compiled(image, context)[1] - unused,
-            ends.leave.compiled(stem, joint, time, latents, number, number, number)[1] - unused,
+            ends.leave.compiled(stem, joint, time, state, work.update, *rest)[1] - unused,
         ]
+        if work.regions is not None:
+            parts = [state.latents] * (work.views // work.micro_batch)
+            scratch.append(ends.blend.compiled(parts)[1] - unused)
         visit = partial(self._visit, programs, work, contexts)
         return max(
             held + max(*scratch, programs.most(choice.blocks, kinds, visit))
@@ -182,21 +181,18 @@ class Denoise:
         model = storage.assemble(
             COMPONENT, {unit: storage.specs(COMPONENT, unit) for unit in units}
         )
-        noise = jax.ShapeDtypeStruct((work.batch, work.h, work.w, config.in_channels), jnp.float32)
-        sigmas = sampling.sigmas(work.steps, programs.config.scheduler.shift)
+        latents = floats(work.batch, work.h, work.w, config.in_channels)
+        updates = jax.tree.map(lambda _: np.zeros(work.steps, np.float32), work.update)
+        _, noise, kept = abstract(work, work.views, config.in_channels)
+        noises = None if noise is None else floats(work.steps, *noise.shape)
         context = programs.like(work.contexts, work.bucket, config.dim)
         keys = tuple(programs.keys(work, work.contexts, phase.kv_format) for phase in work.phases)
-        rest = (
-            sampling.times(sigmas),
-            context,
-            programs.inputs(work, work.contexts),
-            keys,
-            np.float32(0),
-        )
-        return programs.sampler(work).compiled(model, noise, sigmas, *rest)[1]
+        inputs = programs.inputs(work, work.contexts)
+        arguments = model, latents, updates, context, inputs, keys, noises, kept
+        return programs.sampler(work).compiled(*arguments)[1]
 
     def stored(self, figures: Figures, work: Work, choice: DenoiseChoice) -> int:
-        sizes, contexts = Sizes(figures.storage, 2), work.micro_batch * work.contexts // work.batch
+        sizes, contexts = Sizes(figures.storage, 2), work.micro_batch * work.contexts // work.views
         if choice.is_one_program:
             caches = any(phase.caches for phase in work.phases)
             kept = work.kv_bytes(sizes.config.transformer) if caches else 0
@@ -217,7 +213,7 @@ class Denoise:
 
     def seconds(self, timing: Timing, choice: DenoiseChoice) -> float:
         work, width = timing.work, timing.sizes.config.transformer.dim
-        groups = work.batch // work.micro_batch
+        groups = work.views // work.micro_batch
         block = partial(timing.block, COMPONENT, width=width)
 
         contexts = work.contexts // groups
@@ -237,198 +233,23 @@ class Denoise:
     # -- the run -----------------------------------------------------------------------------------
 
     def run(self, attempt: Attempt) -> Float[np.ndarray, "B h w C"]:
-        job, work, config = attempt.job, attempt.work, attempt.config
-        noise_of, channels = sampling.NOISE[job.noise], config.transformer.in_channels
-        noise = np.stack([noise_of(seed, work.h, work.w, channels) for seed in job.seeds])
-        sigmas = sampling.sigmas(job.steps, config.scheduler.shift)
-        kind = _Scan if attempt.plan.denoise.is_one_program else _Sweep
-        return kind(attempt, attempt.results["context"], sigmas).draw(noise)
-
-
-class _Ends:
-    """The programs before and after the blocks of an NFE."""
-
-    def __init__(self, programs: Programs, work: Work):
-        self.enter = programs(enter, is_guided=work.is_guided, dtype=programs.dtype)
-        self.join = programs(join)
-        self.leave = programs(leave, donate=(3,), is_guided=work.is_guided)
-
-
-# Between programs tokens are a dit.Halfway: a chunk may end inside a block
-
-
-def enter(
-    stem: dit.Stem, latents: Float[Array, "B h w C"], t: Float[Array, ""], **static
-) -> tuple[dit.Halfway, Float[Array, "G A"]]:
-    """sampling.before_blocks, with tokens for the noise refiner, and the time embeddings."""
-    x, time = sampling.before_blocks(stem, latents, t, **static)
-    return dit.Halfway.before(x), time
-
-
-def join(image: dit.Halfway, context: Float[Array, "G L D"]) -> dit.Halfway:
-    """dit.join, with tokens for the main blocks."""
-    return dit.Halfway.before(dit.join(image.x, context))
-
-
-def leave(stem: dit.Stem, tokens: dit.Halfway, *rest: Array, **static) -> Float[Array, "B h w C"]:
-    """sampling.after_blocks; `rest` are its arguments after the tokens."""
-    return sampling.after_blocks(stem, tokens.x, *rest, **static)
-
-
-@dataclass
-class _Sampler:
-    attempt: Attempt
-    context: Context
-    sigmas: Float[np.ndarray, "levels"]
-
-    @property
-    def guidance(self) -> np.float32:
-        return np.float32(self.attempt.job.guidance)
-
-    def keys(self, kv_format: KVFormat, rows=slice(None)) -> dit.KeyTable | None:
-        work, config = self.attempt.work, self.attempt.config.transformer
-        lengths = self.context.lengths[rows]
-        return dit.grouped_keys(config, work.h, work.w, lengths, work.bucket, kv_format)
-
-
-class _Scan(_Sampler):
-    """One compiled program for all NFEs."""
-
-    def draw(self, noise: Float[np.ndarray, "B h w C"]) -> Float[np.ndarray, "B h w C"]:
-        """An error in the attempt's `observe` is raised when the program has ended."""
-        attempt, programs = self.attempt, self.attempt.programs
-        units = programs.storage.units(COMPONENT)
-        leaves = dict(zip(units, attempt.loan.pin(COMPONENT, units), strict=True))
-        model = programs.storage.assemble(COMPONENT, leaves)
-        keys = tuple(self.keys(phase.kv_format) for phase in attempt.work.phases)
-        context, inputs, _ = self.context
-        attempt.hold(noise, context, inputs, keys)
-        rest = sampling.times(self.sigmas), context, inputs, keys, self.guidance
-        assert programs.observer is not None
-        with programs.observer.shows(attempt.observe):
-            return np.asarray(
-                programs.sampler(attempt.work)(attempt.ledger, model, noise, self.sigmas, *rest)
-            )
-
-
-class _Sweep(_Sampler):
-    """One sweep per NFE, with the parts of sampling.sample. A visit runs all micro-batches."""
-
-    @cached_property
-    def groups(self) -> list[np.ndarray]:
-        """Each micro-batch's rows of contexts: its prompts', then with guidance its negatives'."""
-        work = self.attempt.work
-        rows = np.arange(work.batch).reshape(-1, work.micro_batch)
-        return [np.concatenate([r, r + work.batch]) if work.is_guided else r for r in rows]
-
-    def _rows(self, tree, rows):
-        """The given rows of every array in `tree`, on the device."""
-        return self.attempt.placement.put(jax.tree.map(lambda a: a[rows], tree))
-
-    def draw(self, noise: Float[np.ndarray, "B h w C"]) -> Float[np.ndarray, "B h w C"]:
-        attempt, work, groups = self.attempt, self.attempt.work, self.groups
-        latents = [self._rows(noise, g[: work.micro_batch]) for g in groups]
-        self._contexts = [self._rows(self.context.context, g) for g in groups]
-        inputs = self.context.inputs
-        self._image = [self._rows(inputs.image, g) for g in groups]
-        self._joint = [self._rows(inputs.joint, g) for g in groups]
-        self._stem = attempt.loan.module(COMPONENT, "stem")
-        self._ends = _Ends(attempt.programs, work)
-        self._room = self._tokens()
-        choice, nfes, index = attempt.plan.denoise, work.nfes, 0
-
-        def without_kv(chunk: int, sweep: int) -> bool:
-            return choice.blocks.without_kv(chunk, nfes[sweep])
-
-        with attempt.stream(choice.blocks, work.steps, without_kv=without_kv) as stream:
-            for phase in work.phases:
-                keys = [self._rows(self.keys(phase.kv_format, g), slice(None)) for g in groups]
-                with kv_cache(attempt, phase, len(groups)) as cache:
-                    for nfe in phase.nfes():
-                        latents = self._nfe(stream, index, nfe, cache, keys, latents)
-                        attempt.observe(index, np.concatenate(latents))
-                        index += 1
-        return np.concatenate(latents)
-
-    def _tokens(self) -> list:
-        """The tokens and time embeddings of every micro-batch, abstract: the ledger counts them from
-        an NFE's beginning to its end."""
-        attempt, width = self.attempt, self.attempt.config.transformer.adaln_dim
-        tokens = attempt.programs.tokens
-        return [
-            (
-                tokens(len(rows), attempt.work.tokens),
-                jax.ShapeDtypeStruct((len(rows), width), jnp.float32),
-            )
-            for rows in self.groups
-        ]
-
-    def _nfe(
-        self, stream: Stream, index: int, nfe: Nfe, cache: KVCache | None, keys: list, latents: list
-    ) -> list:
-        attempt, ledger, ends = self.attempt, self.attempt.ledger, self._ends
-        t = sampling.times(self.sigmas)[index]
-        sigma, sigma_next = self.sigmas[index : index + 2]
-        attempt.hold(self._room, self._contexts, latents, self._image, self._joint, keys)
-        entered = [ends.enter(ledger, self._stem, x, t) for x in latents]
-        xs, times = (list(column) for column in zip(*entered, strict=True))
-        of_image = [
-            (inputs._replace(time=time),) for inputs, time in zip(self._image, times, strict=True)
-        ]
-        refine = self._static(attend=attempt.programs.attend(attempt.work))
-        for _ in range(attempt.plan.denoise.refiner_chunks):
-            xs = stream.visit(xs, of_image, **refine)
-        xs = [ends.join(ledger, x, c) for x, c in zip(xs, self._contexts, strict=True)]
-        of_joint = [
-            (inputs._replace(time=time, keys=k),)
-            for inputs, time, k in zip(self._joint, times, keys, strict=True)
-        ]
-        xs = self._main_chunks(stream, nfe, cache, xs, of_joint)
-        levels = sigma, sigma_next, self.guidance
-        return [
-            ends.leave(ledger, self._stem, x, time, z, *levels)
-            for x, time, z in zip(xs, times, latents, strict=True)
-        ]
-
-    def _main_chunks(
-        self, stream: Stream, nfe: Nfe, cache: KVCache | None, xs: list, inputs: list[tuple]
-    ) -> list:
-        attempt, taken = self.attempt, 0
-        static = self._static(attend=attempt.programs.attend(attempt.work))
-        for attentions in attempt.plan.denoise.attentions:
-            if not attentions:
-                xs = stream.visit(xs, inputs, **static)
-                continue
-            attending = static | {"kv_format": nfe.kv_format}
-            if cache is None or not (nfe.keeps or nfe.reuses):
-                xs = stream.visit(xs, inputs, **attending)
-                continue
-            carried = list(zip(xs, cache.take(taken, reads=nfe.reuses), strict=True))
-            cached = attending | {"apply": dit.apply_blocks_cached, "reuses": nfe.reuses}
-            xs, held = (
-                list(column)
-                for column in zip(*stream.visit(carried, inputs, **cached), strict=True)
-            )
-            cache.put(taken, held, made=nfe.keeps)
-            taken += 1
-        return xs
-
-    def _static(self, **static) -> dict:
-        return {"apply": dit.apply_blocks, **static}
+        start = start_of(attempt)
+        kind = Scan if attempt.plan.denoise.is_one_program else Sweep
+        return kind(attempt, attempt.results["context"], attempt.trajectory, start).draw()
 
 
 def _tokens_bytes(sizes: Sizes, work: Work) -> int:
     """Bytes of all tokens between programs (dit.Halfway), and of the time embeddings."""
     config = sizes.config.transformer
     per_context = (2 * config.dim + config.adaln_dim) * 4
-    return sizes.tokens(work, work.tokens, config.dim) + work.contexts * per_context
+    return sizes.tokens(work.contexts, work.tokens, config.dim) + work.contexts * per_context
 
 
 def _keys_bytes(sizes: Sizes, work: Work, phase: Phase) -> int:
     """Bytes of the key table of a phase, if its keys are groups of tokens."""
     if phase.kv_format.grid is None:
         return 0
-    return sizes.inputs(work, phase.kv_format.keys(work.tokens), 1)
+    return sizes.inputs(work.contexts, phase.kv_format.keys(work.tokens), 1)
 
 
 def _cache_bytes(sizes: Sizes, work: Work, phase: Phase, choice: DenoiseChoice) -> int:

@@ -35,6 +35,8 @@ class Text:
     name = "text"
 
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
+        if not work.phases:
+            return
         if memory.text_encoder == "host":
             yield Option(TextChoice(), {}, {}, frozenset())
             return
@@ -45,7 +47,8 @@ class Text:
             if stream.is_resident and memory.text_encoder == "staged":
                 continue
             stays = frozenset((COMPONENT, unit) for unit in blocks) if stream.is_resident else None
-            yield Option(TextChoice(stream), stream.device_arrays, activations, stays)
+            always = memory.text_encoder == "device"
+            yield Option(TextChoice(stream), stream.device_arrays, activations, stays, always)
 
     def compiled(self, programs: Programs, work: Work, choice: TextChoice) -> int:
         if choice.stream is None:

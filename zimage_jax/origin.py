@@ -1,0 +1,154 @@
+"""What the command's --from-image, --image and --enlarge begin from: settings and pictures."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+from .files import printable
+from .pipeline.size import region_of
+
+if TYPE_CHECKING:
+    from .model.config import ModelConfig
+    from .pipeline.canvas import Canvas
+
+_SAME = ("negative_prompt", "width", "height", "steps", "guidance", "noise")
+# metadata leaves these out where they are the default
+_MAYBE = (
+    *("attention", "sampler", "sigmas", "shift", "cfg_normalization", "cfg_truncation", "region"),
+    *("prompt_weights", "text_weight", "variance"),
+)
+_STRENGTH = ("strength", "strength_rule", "differential")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Settings that a picture's metadata gives to a job, and the picture that the job begins from.
+
+    `flags`: arguments of `ZImage.canvas` that the user gave.
+    """
+
+    flags: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    source: Any = None  # the picture to enlarge
+    pick: int | None = None  # its seed on a contact sheet
+    factor: float | None = None
+    drawn_from: dict[str, Any] = field(default_factory=dict)  # of a repeated picture's metadata
+    folder: Path | None = None  # where its files are looked for
+    files: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(
+        cls, flags: dict[str, Any], from_image: Path | None, enlarge: float | None, pick: int | None
+    ) -> "Origin":
+        """Raises UsageError for flags that contradict each other, or a picture that is not ours."""
+        files = tuple(p for p in (from_image, flags["image"], flags["mask"]) if p is not None)
+        found = cls(flags, files=files)
+        if from_image is None:
+            for name, value in (("--enlarge", enlarge), ("--pick", pick)):
+                if value is not None:
+                    raise UsageError(f"{name} needs --from-image, the picture to enlarge")
+            return found
+        from .pipeline.picture import read_metadata
+        from .pipeline.sheet import picked
+
+        source: Any = from_image
+        if pick is None:
+            metadata = read_metadata(from_image)
+        else:
+            source = picked(from_image, pick)
+            metadata, enlarge = source.metadata, enlarge or 2.0
+        settings = _settings(metadata)
+        if enlarge is None:
+            return replace(
+                found,
+                settings=settings,
+                drawn_from=metadata.get("image", {}),
+                folder=from_image.parent,
+            )
+        if flags["image"] is not None:
+            raise UsageError("--enlarge begins from --from-image: --image cannot be given too")
+        for name in ("width", "height", "region", *_STRENGTH):
+            settings.pop(name, None)
+        return replace(
+            found,
+            settings=settings,
+            source=source,
+            pick=pick,
+            factor=enlarge,
+            folder=from_image.parent,
+        )
+
+    @property
+    def begins_from_a_picture(self) -> bool:
+        return bool(self.flags["image"] or self.source is not None or self.drawn_from)
+
+    def strength(self, canvas: "Canvas", config: "ModelConfig") -> float | None:
+        """The strength if none is given: what keeps the composition of a picture that is enlarged.
+
+        A region sees a part of the picture and all of the prompt. (scripts/results/pictures.md)
+        """
+        if self.factor is None:
+            return None
+        height, width = canvas.pixels.shape[:2]
+        return 0.5 if region_of(config, width, height) is None else 0.3
+
+    def canvas(self, pipe, job: dict) -> "Canvas | None":
+        """The picture to begin from at the job's size; None for noise alone. Raises UsageError."""
+        given = {name: value for name, value in self.flags.items() if value is not None}
+        size = {"width": job["width"], "height": job["height"]}
+        if self.source is not None:
+            canvas = pipe.enlarged(self.source, self.factor, **given)
+            if self.pick is None:
+                return canvas
+            return canvas.named(image=self.files[0].name, pick=self.pick)
+        if "image" in given:
+            return pipe.canvas(given.pop("image"), **size, **given)
+        if self.drawn_from:
+            return self._again(pipe, size, given)
+        for name in given:
+            raise UsageError(f"--{name.replace('_', '-')} needs --image: there is none")
+        return None
+
+    def _again(self, pipe, size: dict, given: dict) -> "Canvas":
+        """The canvas of a repeated picture: its files lie beside it, by name and checksum."""
+        from .pipeline.sheet import picked
+
+        kept = {k: v for k, v in self.drawn_from.items() if v is not None}
+        expected, missing = kept.pop("sha256"), None
+        assert self.folder is not None
+        for name in ("image", "mask"):
+            if name in kept:
+                kept[name] = self.folder / Path(kept[name]).name
+                missing = missing or (None if kept[name].is_file() else kept[name])
+        if missing is not None or "image" not in kept:
+            what = "a picture without a name" if missing is None else printable(missing.name)
+            raise UsageError(
+                f"--from-image was drawn from {what}, which is not beside it: give it with --image"
+            )
+        arguments = {k: v for k, v in kept.items() if k not in (*_STRENGTH, "noise_level")}
+        sheet, pick = arguments.pop("image"), arguments.pop("pick", None)
+        image = sheet if pick is None else picked(sheet, pick).pixels
+        canvas = pipe.canvas(image, **size, **(arguments | given))
+        if pick is not None:
+            canvas = canvas.named(image=sheet.name, pick=pick)
+        is_as_it_was = not given and all(self.settings[name] == n for name, n in size.items())
+        if is_as_it_was and canvas.sha256 != expected:
+            raise UsageError(
+                f"{printable(kept['image'].name)} is not the picture that --from-image was drawn "
+                "from: its checksum differs; give the right one with --image"
+            )
+        return canvas
+
+
+def _settings(metadata: dict) -> dict[str, Any]:
+    """Of a picture's metadata, the settings of its job, under the job's keys."""
+    of_image = metadata.get("image", {})
+    return {
+        "prompts": [metadata["prompt"]],
+        "seeds": [metadata["seed"]],
+        "kv": metadata.get("kv", {}),
+        **{key: metadata[key] for key in _SAME},
+        **{key: metadata.get(key) for key in _MAYBE},
+        **{key: of_image.get(key) for key in _STRENGTH},
+    }

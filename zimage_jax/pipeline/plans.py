@@ -1,0 +1,74 @@
+"""The plans of one model on its own device: the planner, its advice, and predicted seconds."""
+
+from dataclasses import replace
+
+from ..errors import OutOfMemoryError
+from ..planning import cards
+from ..planning.plan import Memory, Plan, Sizes
+from ..planning.planner import Planner
+from ..planning.seconds import seconds
+from ..planning.stored import StoredCosts, has_published_widths
+from ..planning.work import Work
+from ..runtime.programs import CompiledCosts, Programs
+from .stages import STAGES
+
+
+class Plans:
+    """Makes the plans of jobs. The compiler tells the scratch bytes of `programs`."""
+
+    def __init__(self, programs: Programs):
+        self._programs = programs
+        self._sizes = Sizes(programs.storage, programs.dtype.itemsize)
+        self.planner = self._planner(CompiledCosts(programs))
+
+    def _planner(self, costs) -> Planner:
+        return Planner(STAGES, self._programs.storage, self._programs.dtype.itemsize, costs)
+
+    def plan(self, work: Work, memory: Memory, budget: int) -> Plan:
+        """The fastest plan within the budget, with its seconds where they can be predicted.
+
+        Raises OutOfMemoryError, which names the largest square picture that would fit.
+        """
+        try:
+            plan = self.planner.plan(work, memory, budget)
+            return replace(plan, seconds_by_stage=self._seconds(plan, work, memory))
+        except OutOfMemoryError as fault:
+            side = self._largest_side(work, memory, budget)
+            advice = (
+                f"the largest square picture that fits is {side} x {side}"
+                if side
+                else "no smaller picture fits"
+            )
+            raise OutOfMemoryError(f"{fault}; raise --max-vram; {advice}", fault.needed) from None
+
+    def _seconds(self, plan: Plan, work: Work, memory: Memory) -> dict[str, float] | None:
+        """Predicted seconds by stage, with parameters in host memory; None if a rate is unknown.
+
+        Rates are known for cards of the table computing in 16 bits; the CPU's (text encoder on the
+        host) and the disk's (a host window) are not.
+        """
+        card = cards.of_device(self._programs.placement.device.device_kind)
+        text = plan.choices.get("text")
+        on_host = text is not None and text.stream is None
+        if card is None or self._programs.dtype.itemsize != 2 or on_host or memory.host_bytes:
+            return None
+        return seconds(STAGES, plan, work, self._sizes, card.rates)
+
+    def _largest_side(self, work: Work, memory: Memory, budget: int) -> int:
+        """The largest square that fits: its side in pixels, from 2048 down to 64; 0 if none fits.
+
+        It uses stored figures where a card has them, because a GPU's compiler takes minutes for all
+        these sizes.
+        """
+        planner, card = self.planner, cards.of_device(self._programs.placement.device.device_kind)
+        if card is not None and has_published_widths(self._programs.config):
+            planner = self._planner(StoredCosts(self._programs.storage, card))
+        scale = self._programs.config.vae.scale
+        for side in (2048, 1536, 1024, 768, 512, 384, 256, 128, 64):
+            if (side // scale) ** 2 < work.h * work.w:
+                try:
+                    planner.plan(replace(work, h=side // scale, w=side // scale), memory, budget)
+                    return side
+                except OutOfMemoryError:
+                    continue
+        return 0
