@@ -82,10 +82,12 @@ def test_a_line_that_was_cut_off_is_drawn_again(draw, tmp_path):
 
 
 def test_bad_lines_are_named_and_the_rest_is_drawn(draw, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
     lines = ["{", '{"prompt": "a", "colour": 3}', '{"seed": 3}', '{"prompt": 3}', "", "[]", JOBS[0]]
-    lines += [JOBS[0] | {"steps": 0}, JOBS[0] | {"image": "no.png"}]
+    lines += [JOBS[0] | {"steps": 0}, JOBS[0] | {"image": "no.png"}, JOBS[0] | {"image": "fifo"}]
+    lines += [JOBS[0] | {"kv": {"colour": 3}}, JOBS[0] | {"kv": {"reuse": "x"}}]
     code, _, err = draw(lines, "--strict")
-    assert (code, "5 of 8 lines are no jobs" in err) == (2, True)
+    assert (code, "7 of 11 lines are no jobs" in err) == (2, True)
     assert not (tmp_path / "out").exists()
     code, _, err = draw(lines)
     assert code == 1
@@ -97,7 +99,10 @@ def test_bad_lines_are_named_and_the_rest_is_drawn(draw, tmp_path):
         "line 6: expected a JSON object",
         "line 8: steps must be from 1 to 1000, got 0",
         "line 9: ",
-        "7 of 8 jobs were not drawn",
+        "line 10: ",
+        "line 11: kv has an unknown key",
+        "line 12: kv reuse must be a whole number",
+        "10 of 11 jobs were not drawn",
     ):
         assert message in err
     assert [row["line"] for row in rows(tmp_path / "out")] == [7]
@@ -110,6 +115,13 @@ def test_text_has_a_prompt_per_line(run, tmp_path):
         (1, "a star"),
         (3, "红色"),
     ]
+
+
+def test_results_that_are_no_file_are_refused(draw, tmp_path):
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / "results.jsonl")
+    code, _, err = draw(JOBS[:1])
+    assert (code, "expected a file, found a device, pipe or socket" in err) == (1, True)
 
 
 def test_a_folder_of_other_jobs_is_refused(draw, tmp_path):

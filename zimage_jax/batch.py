@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +25,6 @@ from .errors import OutputError, UsageError, ZImageError
 from .files import open_regular, parse_json, printable
 from .options import FILE
 from .talk import Talk
-from .units import COMPUTE
 
 LONGEST_LINE = 256 << 10  # bytes
 MOST_JOBS = 1_000_000
@@ -41,16 +41,8 @@ _PATHS = ("image", "mask")  # relative to the folder of JOBS
     required=True,
     help="Folder for the pictures, named by line, and for results.jsonl. A second run goes on.",
 )
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    help="Folder written by checkpoints_convert.  [default: the tiny model in the package]",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(COMPUTE),
-    help="Dtype of the computation.  [default: as for generate]",
-)
+@options.MODEL
+@options.DTYPE
 @options.memory_options
 @click.option("--strict", is_flag=True, help="Draw nothing if any line is no job.")
 @click.option("--no-metadata", is_flag=True, help="Do not write prompt and settings into the PNGs.")
@@ -195,6 +187,8 @@ def _text(data: bytes, number: int) -> str:
 
 def _job(data: bytes, number: int) -> dict[str, Any]:
     job = parse_json(_text(data, number), f"line {number}")
+    from .pipeline.picture import KV_FIELDS, check_metadata
+
     known = allowed()
     for name in job:
         if name not in known:
@@ -202,12 +196,14 @@ def _job(data: bytes, number: int) -> dict[str, Any]:
                 f"line {number}: no such key: {printable(name, 40)}; keys are the arguments of "
                 "ZImage.generate"
             )
-    for name, kind in (("prompt", str), ("seed", int), ("kv", dict), *((p, str) for p in _PATHS)):
+    for name, kind in (("prompt", str), ("seed", int), *((p, str) for p in _PATHS)):
         if name in job and (not isinstance(job[name], kind) or isinstance(job[name], bool)):
-            expected = {str: "text", int: "a whole number", dict: "an object"}[kind]
+            expected = "text" if kind is str else "a whole number"
             raise UsageError(f"line {number}: {name} must be {expected}")
     if "prompt" not in job:
         raise UsageError(f"line {number}: prompt is missing")
+    if "kv" in job:
+        check_metadata(f"line {number}: kv", job["kv"], KV_FIELDS, only_these=True)
     return job
 
 
@@ -238,9 +234,12 @@ class Results:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
-            file = os.fdopen(handle, "r+b")
         except OSError as fault:
             raise OutputError(f"{printable(path)}: cannot be written ({fault.strerror})") from None
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OutputError(f"{printable(path)}: expected a file, found a device, pipe or socket")
+        file = os.fdopen(handle, "r+b")
         if not _lock(file):
             file.close()
             raise OutputError(f"{printable(folder)}: another batch draws into this folder")

@@ -23,7 +23,6 @@ from .origin import Origin
 from .picture_options import OF_CANVAS, OF_JOB, picture_options
 from .pipeline.size import parse_size
 from .talk import Progress, Talk
-from .units import COMPUTE
 
 MOST_PICTURES = 1_000_000  # per prompt
 LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
@@ -38,11 +37,7 @@ LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
     type=FILE,
     help="Read a prompt from a UTF-8 file of at most 64 KiB. May be repeated.",
 )
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    help="Folder written by checkpoints_convert.  [default: the tiny model in the package]",
-)
+@options.MODEL
 @click.option(
     "--size",
     help="Size in pixels, as in 1280x720, or a ratio such as 16:9.  [default: the model's own]",
@@ -56,7 +51,8 @@ LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
 @click.option(
     "--steps",
     type=Number(int, 1, 1000),
-    help="Number of evaluations of the DiT (NFEs).  [default: the model's own, 8 for Turbo]",
+    help="Number of steps: evaluations of the DiT (NFEs), but with heun, or from a picture.  "
+    "[default: the model's own, 8 for Turbo]",
 )
 @click.option(
     "--seed",
@@ -91,30 +87,7 @@ LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
     type=click.Choice(["torch", "jax"]),
     help="Noise generator: torch gives PyTorch's noise for the seed.  [default: torch]",
 )
-@click.option(
-    "--prompt-weights/--no-prompt-weights",
-    default=None,
-    help="Brackets in prompts weigh words: (word:1.3), (word) 1.1, [word] 1/1.1; a backslash makes "
-    "a bracket or colon text.  [default: brackets are text]",
-)
-@click.option(
-    "--text-weight",
-    type=Number(float, 0, 4),
-    metavar="W",
-    help="Weight of text in quotes, 0 to 4.  [default: 1]",
-)
-@click.option(
-    "--variance",
-    type=Number(float, 0, 1),
-    metavar="S",
-    help="How much pictures of one prompt differ beyond their noise, 0 to 1.  [default: 0]",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(COMPUTE),
-    help="Dtype of the computation; float16 is for GPUs before the RTX 30 series.  "
-    "[default: bfloat16 on a GPU, float16 on a GPU without bfloat16, float32 on a CPU]",
-)
+@options.DTYPE
 @picture_options
 @options.kv_options
 @options.ATTENTION
@@ -170,9 +143,6 @@ def command(
     cfg_scale,
     negative_prompt,
     noise,
-    prompt_weights,
-    text_weight,
-    variance,
     dtype,
     kv_dtype,
     kv_switch_t,
@@ -209,9 +179,6 @@ def command(
         "steps": steps,
         "guidance": _guidance(guidance, cfg_scale),
         "noise": noise,
-        "prompt_weights": prompt_weights,
-        "text_weight": text_weight,
-        "variance": variance,
         "attention": attention,
         **{name: flags.pop(name) for name in OF_JOB},
     }
@@ -241,8 +208,6 @@ def command(
         talk.start(pipe, memory)
         if canvas := origin.canvas(pipe, job):
             job["image"] = canvas
-            if job["strength"] is None:
-                job["strength"] = origin.strength(canvas, pipe.config)
             talk.canvas(canvas, job, pipe)
         _draw(pipe, job, batch_size, files_out, talk, as_json=as_json, memory=memory)
 

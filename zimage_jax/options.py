@@ -17,7 +17,7 @@ from . import checks
 from .errors import UsageError
 from .files import printable, read_toml
 from .planning import schedule as schedules
-from .units import GIB
+from .units import COMPUTE, GIB
 
 if TYPE_CHECKING:
     from .model.kv import KVPolicy
@@ -360,6 +360,17 @@ _KV = [
 ]
 
 
+MODEL = click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Folder written by checkpoints_convert.  [default: the tiny model in the package]",
+)
+DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(COMPUTE),
+    help="Dtype of the computation; float16 is for GPUs before the RTX 30 series.  "
+    "[default: bfloat16 on a GPU, float16 on a GPU without bfloat16, float32 on a CPU]",
+)
 ATTENTION = _option(
     "--attention",
     type=click.Choice(["auto", "flash", "cudnn", "chunks"]),

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
 from .files import printable
-from .pipeline.size import region_of
 
 if TYPE_CHECKING:
-    from .model.config import ModelConfig
     from .pipeline.canvas import Canvas
 
 _SAME = ("negative_prompt", "width", "height", "steps", "guidance", "noise")
@@ -82,16 +80,6 @@ class Origin:
     @property
     def begins_from_a_picture(self) -> bool:
         return bool(self.flags["image"] or self.source is not None or self.drawn_from)
-
-    def strength(self, canvas: "Canvas", config: "ModelConfig") -> float | None:
-        """The strength if none is given: what keeps the composition of a picture that is enlarged.
-
-        A region sees a part of the picture and all of the prompt. (scripts/results/pictures.md)
-        """
-        if self.factor is None:
-            return None
-        height, width = canvas.pixels.shape[:2]
-        return 0.5 if region_of(config, width, height) is None else 0.3
 
     def canvas(self, pipe, job: dict) -> "Canvas | None":
         """The picture to begin from at the job's size; None for noise alone. Raises UsageError."""

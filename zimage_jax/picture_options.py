@@ -1,4 +1,4 @@
-"""The options about samplers, and about pictures that a job begins from."""
+"""The options about how prompts count, about samplers, and about pictures that a job begins from."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,27 @@ import click
 
 from .model.choices import FITS, SAMPLERS, SCHEDULES, STRENGTH_RULES
 from .options import FILE, Number, with_options
+
+_PROMPT = [
+    click.option(
+        "--prompt-weights/--no-prompt-weights",
+        default=None,
+        help="Brackets in prompts weigh words: (word:1.3), (word) 1.1, [word] 1/1.1; a backslash makes "
+        "a bracket or colon text.  [default: brackets are text]",
+    ),
+    click.option(
+        "--text-weight",
+        type=Number(float, 0, 4),
+        metavar="W",
+        help="Weight of text in quotes, 0 to 4.  [default: 1]",
+    ),
+    click.option(
+        "--variance",
+        type=Number(float, 0, 1),
+        metavar="S",
+        help="How much pictures of one prompt differ beyond their noise, 0 to 1.  [default: 0]",
+    ),
+]
 
 _SAMPLER = [
     click.option(
@@ -125,10 +146,11 @@ _PICTURE = [
 OF_JOB = (
     *("sampler", "sigmas", "shift", "cfg_normalization", "cfg_truncation"),
     *("strength", "strength_rule", "differential", "region"),
+    *("prompt_weights", "text_weight", "variance"),
 )
 OF_CANVAS = "image", "mask", "fit", "mask_blur", "mask_grow", "crop_mask"
 
 
 def picture_options(command: Callable) -> Callable:
     """Add these options to a command; all are None where they are not given."""
-    return with_options([*_SAMPLER, *_PICTURE], command)
+    return with_options([*_PROMPT, *_SAMPLER, *_PICTURE], command)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from zimage_jax import Memory, Result, ZImage
 
 MIB = 2**20
-STAGES = ("text", "context", "denoise", "decode")
+STAGES = ("text", "context", "encode", "denoise", "decode")
 PROMPT, SEED = "a red circle above a blue square", 7
 
 
@@ -105,5 +105,7 @@ def draw(pipe: "ZImage", job: dict) -> Drawn:
 
 def by_stage(runs: list[Drawn]) -> dict[str, float]:
     return {
-        s: round(statistics.median(run.result.ledger.seconds[s] for run in runs), 5) for s in STAGES
+        s: round(statistics.median(run.result.ledger.seconds[s] for run in runs), 5)
+        for s in STAGES
+        if s in runs[0].result.ledger.seconds
     }

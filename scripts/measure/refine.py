@@ -25,17 +25,18 @@ from zimage_jax.cli import use_compile_cache
 LEVELS = (0.2, 0.3, 0.5)
 # of one pass: arguments of ZImage.generate
 FIRST: dict[str, dict] = {
-    "one pass": {},
     "heun": {"sampler": "heun"},
     "res_multistep": {"sampler": "res_multistep"},
     "16 steps": {"steps": 16},
     **{f"text weight {w:g}": {"text_weight": w} for w in (0.9, 1.1, 1.25)},
 }
-# of a second one: times as large, noise level, whether in regions of the picture's own size
-SECOND = {
-    **{f"again from {level:g}": (1, level, False) for level in LEVELS},
-    **{f"twice as large from {level:g}": (2, level, False) for level in LEVELS[1:]},
-    **{f"twice as large in regions from {level:g}": (2, level, True) for level in LEVELS},
+# of a second one: times as large, noise level, whether in regions of the picture's own size; and
+# arguments of ZImage.generate
+SECOND: dict[str, tuple[tuple, dict]] = {
+    **{f"again from {level:g}": ((1, level, False), {}) for level in LEVELS},
+    **{f"twice as large from {level:g}": ((2, level, False), {}) for level in LEVELS[1:]},
+    **{f"twice as large in regions from {level:g}": ((2, level, True), {}) for level in LEVELS},
+    "again from 0.5, text weight 1.25": ((1, 0.5, False), {"text_weight": 1.25}),
 }
 
 
@@ -50,27 +51,30 @@ def again(pipe: ZImage, prompt: str, seed: int, picture, way: tuple, **options) 
     return np.asarray(small)
 
 
-def drawn(pipe: ZImage, prompt: str, seed: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(way, pixels) of every way to draw a prompt."""
-    pictures = {
-        name: pipe.generate(prompt, seed=seed, **job).pictures[0] for name, job in FIRST.items()
-    }
-    for name, picture in pictures.items():
-        yield name, picture.pixels
-    for name, way in SECOND.items():
-        yield name, again(pipe, prompt, seed, pictures["one pass"], way)
-    weighed = {"text_weight": 1.25}
-    yield (
-        "again from 0.5, text weight 1.25",
-        again(pipe, prompt, seed, pictures["one pass"], (1, 0.5, False), **weighed),
-    )
+def drawn(
+    pipe: ZImage, prompt: str, seed: int, parts: tuple[str, ...]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(way, pixels) of one pass, and of every way whose name contains one of `parts`."""
+
+    def is_asked(name: str) -> bool:
+        return not parts or any(part in name for part in parts)
+
+    (once,) = pipe.generate(prompt, seed=seed).pictures
+    yield "one pass", once.pixels
+    for name, job in FIRST.items():
+        if is_asked(name):
+            yield name, pipe.generate(prompt, seed=seed, **job).pictures[0].pixels
+    for name, (way, options) in SECOND.items():
+        if is_asked(name):
+            yield name, again(pipe, prompt, seed, once, way, **options)
 
 
 @click.command(help=__doc__)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 @click.option("--prompts", default=400, show_default=True)
+@click.option("--way", "parts", multiple=True, help="Only ways with this in their name.")
 @click.option("--glyphs", type=click.IntRange(1, 3), help="[default: one to three]")
-def main(output: Path, prompts: int, glyphs: int | None) -> None:
+def main(output: Path, prompts: int, parts: tuple[str, ...], glyphs: int | None) -> None:
     use_compile_cache()
     output.mkdir(parents=True, exist_ok=True)
     pipe, right = ZImage.load(), defaultdict(lambda: defaultdict(list))
@@ -80,7 +84,7 @@ def main(output: Path, prompts: int, glyphs: int | None) -> None:
         if found[0].kind == "text" and glyphs in (None, len(found[0].text))
     )
     for seed, (scene, _, caption) in enumerate(tqdm(islice(texts, prompts), total=prompts)):
-        for name, pixels in drawn(pipe, caption, seed):
+        for name, pixels in drawn(pipe, caption, seed, parts):
             for what, verdict in judge(pixels, scene).items():
                 right[name][what].append(bool(verdict))
     columns = sorted({what for of in right.values() for what in of})

@@ -28,7 +28,7 @@ def test_what_was_cut_is_blended_to_what_it_was(height, width, side):
     regions = Regions(height, width, side)
     canvas = np.random.default_rng(0).standard_normal((2, height, width, 3)).astype(np.float32)
     parts = regions.split(canvas)
-    assert parts.shape == (2 * len(regions), *regions.shape, 3)
+    assert parts.shape == (2 * regions.count, *regions.shape, 3)
     np.testing.assert_allclose(regions.blend(jnp.asarray(parts)), canvas, rtol=1e-5, atol=1e-6)
 
 

@@ -8,7 +8,8 @@ of a region, C channels.
 """
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,8 @@ from jax import Array, lax
 from jaxtyping import Float
 
 
-class Regions(NamedTuple):
+@dataclass(frozen=True)
+class Regions:
     """Where the regions of one picture are: rows of regions from the top, each from the left."""
 
     height: int  # of the canvas, in latents
@@ -33,7 +35,8 @@ class Regions(NamedTuple):
         h, w = self.shape
         return [(top, left) for top in starts(self.height, h) for left in starts(self.width, w)]
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
         return len(self.corners)
 
     def split(self, canvas: Any) -> Any:

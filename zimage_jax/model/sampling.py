@@ -161,7 +161,7 @@ def before_blocks(
     stem: dit.Stem, latents: Float[Array, "B h w C"], t: Float[Array, ""], *, is_guided: bool, dtype
 ) -> tuple[Float[Array, "G I D"], Float[Array, "G A"]]:
     """The part of an NFE before the blocks: image tokens of `dtype`, and the time embedding, for
-    each context. `t` is one of `times`."""
+    each context. `t` is an Update's."""
     batch = jnp.concatenate([latents, latents]) if is_guided else latents
     time = dit.embed_time(stem, jnp.broadcast_to(t, (batch.shape[0],)))
     return dit.embed_image(stem, batch, dtype), time

@@ -6,7 +6,9 @@ Everything is in host memory. A mask is the weight of the drawing at each pixel:
 
 import hashlib
 import math
+import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,7 @@ class Canvas:
     pixels: UInt8[np.ndarray, "H W 3"]
     mask: Float32[np.ndarray, "H W"] | None
     cut: Cut | None = None
+    enlarges: bool = False  # a small picture, whose composition is to be kept
     settings: dict[str, Any] = field(default_factory=dict)  # for the metadata: names, how it fits
 
     def __repr__(self) -> str:
@@ -80,25 +83,46 @@ class Canvas:
         """
         opened = image if isinstance(image, Opened) else open_picture(image, "image")
         fit = checks.one_of("fit", fit, FITS)
+        grow = checks.whole("mask_grow", mask_grow, 0, 512)
+        blur = checks.real("mask_blur", mask_blur, 0, 512)
         asked = (_side("width", width, multiple), _side("height", height, multiple))
-        soft = _mask_of(opened, mask, mask_grow, mask_blur, may_be_black=fit == "pad")
+        soft = _mask_of(opened, mask, grow, blur, may_be_black=fit == "pad")
         if crop_mask is None:
-            return cls(*_fitted(opened, soft, asked, multiple, fit))
-        context = checks.whole("crop_mask", crop_mask, 0, 4096)
-        if soft is None:
+            # without a size the ratio changes by less than `multiple` pixels: diffusers stretches
+            fit = fit if any(asked) else "stretch"
+            made = cls(*_fitted(opened, soft, asked, multiple, fit))
+        else:
+            crop_mask = checks.whole("crop_mask", crop_mask, 0, 4096)
+            if fit != "crop":
+                raise UsageError(f"fit {fit} has no effect with crop_mask")
+            made = cls._cropped(
+                opened, soft, crop_mask, tuple(side or model_side for side in asked)
+            )
+        return made.named(
+            image=_name(image),
+            mask=_name(mask),
+            fit=fit,
+            mask_blur=blur,
+            mask_grow=grow,
+            crop_mask=crop_mask,
+        )
+
+    @classmethod
+    def _cropped(
+        cls, opened: Opened, mask: np.ndarray | None, context: int, size: tuple[int | None, ...]
+    ) -> "Canvas":
+        if mask is None:
             raise UsageError("crop_mask needs a mask, or an image with transparent parts")
-        if fit != "crop":
-            raise UsageError(f"fit {fit} has no effect with crop_mask")
-        wide, high = (side or model_side for side in asked)
+        wide, high = size
         if wide is None or high is None:
             raise UsageError("crop_mask needs width and height")
         check_pixels("width and height", wide, high)
-        _check_redraws(soft)
-        left, top, right, bottom = region = _region(soft, context, wide, high)
+        _check_redraws(mask)
+        left, top, right, bottom = region = _region(mask, context, wide, high)
         inside = slice(top, bottom), slice(left, right)
-        drawn = _settled(_resized(soft[inside], wide, high))
+        drawn = _settled(_resized(mask[inside], wide, high))
         _check_redraws(drawn)
-        cut = Cut(opened.pixels, region, soft[inside])
+        cut = Cut(opened.pixels, region, mask[inside])
         return cls(_resized(opened.pixels[inside], wide, high), drawn, cut)
 
     def finish(self, drawn: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H0 W0 3"]:
@@ -151,6 +175,11 @@ class Canvas:
         return found.hexdigest()
 
 
+def _name(source: object) -> str | None:
+    """The name of a file, for the metadata; never its folder."""
+    return Path(source).name if isinstance(source, str | os.PathLike) else None
+
+
 def _side(name: str, value: object, multiple: int) -> int | None:
     if value is None:
         return None
@@ -172,8 +201,7 @@ def _fitted(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The whole picture and its mask at the size asked for, or at the picture's own."""
     width, height = _size(opened, asked, multiple)
-    # without a size the ratio changes by less than `multiple` pixels: diffusers stretches
-    place = _FIT["stretch" if asked == (None, None) else fit]
+    place = _FIT[fit]
     pixels = place(opened.pixels, width, height)
     if mask is None:
         return pixels, None
@@ -207,11 +235,9 @@ def _size(opened: Opened, asked: tuple[int | None, int | None], multiple: int) -
 
 
 def _mask_of(
-    opened: Opened, mask: object, mask_grow: object, mask_blur: object, *, may_be_black: bool
+    opened: Opened, mask: object, grow: int, blur: float, *, may_be_black: bool
 ) -> Float32[np.ndarray, "H W"] | None:
     """The mask in pixels of the image as given."""
-    grow = checks.whole("mask_grow", mask_grow, 0, 512)
-    blur = checks.real("mask_blur", mask_blur, 0, 512)
     if opened.alpha is not None and not opened.alpha.any():
         raise UsageError("image is wholly transparent: nothing of it can be seen")
     if mask is not None:

@@ -165,16 +165,16 @@ class Job:
     steps: int
     guidance: float
     noise: str
-    sampler: str = "euler"
-    sigmas: str = "simple"
+    sampler: str
+    sigmas: str
     shift: float
-    cfg_normalization: float = 0.0
-    cfg_truncation: float = 1.0
-    canvas: Canvas | None = None  # the picture to begin from, and its mask
-    strength: float | None = None  # None without a canvas
-    strength_rule: str = "noise"
-    differential: bool = False
-    region: int | None = None  # pixels of a region's side
+    cfg_normalization: float
+    cfg_truncation: float
+    canvas: Canvas | None  # the picture to begin from, and its mask
+    strength: float | None  # None without a canvas
+    strength_rule: str
+    differential: bool
+    region: int | None  # pixels of a region's side
     kv: KVPolicy
     attention: str
     prompt_weights: bool
@@ -262,8 +262,8 @@ class Job:
                 if value not in (None, own):
                     raise UsageError(f"{name} {checks.shown(value)}: the canvas has {own}")
             width, height = columns, rows
-            strength = (0.6 if canvas.mask is None else 1.0) if strength is None else strength
             region = region_of(config, columns, rows) if region is None else region
+            strength = _strength(canvas, region is not None) if strength is None else strength
         elif strength is not None:
             raise UsageError("strength needs an image: there is none to begin from")
         job = cls(
@@ -316,6 +316,16 @@ class Job:
                 if s >> 32
             ]
         return found
+
+
+def _strength(canvas: Canvas, in_regions: bool) -> float:
+    """The strength if none is given. A small picture that is enlarged keeps its composition
+    (scripts/results/pictures.md): a region sees a part of it and all of the prompt."""
+    if canvas.mask is not None:
+        return 1.0
+    if canvas.enlarges:
+        return 0.3 if in_regions else 0.5
+    return 0.6
 
 
 def _region(config: ModelConfig, value: object) -> int:

@@ -131,7 +131,7 @@ def read_png(path: Path, key: str) -> tuple[str, str | None, UInt8[np.ndarray, "
 
 
 _PIXELS = partial(checks.whole, low=1, high=65536)
-_KV_FIELDS: dict[str, Callable] = {
+KV_FIELDS: dict[str, Callable] = {
     "dtype?": lambda name, value: value is None or checks.text(name, value),
     "switch_t?": partial(checks.real, low=0, high=1000),
     "group?": checks.text,
@@ -173,7 +173,7 @@ FIELDS: dict[str, Callable] = {
     "region?": _PIXELS,
     "image?": lambda name, value: check_metadata(name, value, _IMAGE_FIELDS),
     "model": checks.text,
-    "kv?": lambda name, value: check_metadata(name, value, _KV_FIELDS, only_these=True),
+    "kv?": lambda name, value: check_metadata(name, value, KV_FIELDS, only_these=True),
     "versions": lambda name, value: check_metadata(name, value, {"zimage_jax": checks.text}),
 }
 

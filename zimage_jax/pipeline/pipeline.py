@@ -9,12 +9,10 @@ Axes: B pictures, h, w latent rows and columns, C latent channels.
 """
 
 import hashlib
-import os
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +39,13 @@ from ..weights.checkpoint import Checkpoint
 from ..weights.components import COMPONENTS
 from . import report as reports
 from .attempt import Attempt
-from .canvas import FITS, Canvas, enlarged_size
+from .canvas import Canvas, enlarged_size
 from .job import Job, Picture, Result, Step, ZImageWarning
 from .opened import Source, open_picture
 from .plans import Plans
 from .preview import Preview
 from .stages import STAGES
+from .turn import Turn
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -71,7 +70,7 @@ class ZImage:
         self._programs = Programs(checkpoint.storage, dtype, placement)
         self._plans = Plans(self._programs)
         self._store = ParameterStore(checkpoint, placement, self._programs)
-        self._preview, self._turn = Preview(checkpoint), _Turn()
+        self._preview, self._turn = Preview(checkpoint), Turn()
 
     @classmethod
     def load(
@@ -394,28 +393,17 @@ class ZImage:
 
         The arguments are those of `generate`. Raises UsageError.
         """
-        if width is None and height is None and crop_mask is None:
-            checks.one_of("fit", fit, FITS)
-            fit = "stretch"  # to its own size, floored; so that the metadata says how
-        given: dict[str, Any] = {
-            "fit": fit,
-            "mask_blur": mask_blur,
-            "mask_grow": mask_grow,
-            "crop_mask": crop_mask,
-        }
-        canvas = Canvas.of(
+        return Canvas.of(
             image,
             mask,
             width=width,
             height=height,
             multiple=self.config.pixel_multiple,
+            fit=fit,
+            mask_blur=mask_blur,
+            mask_grow=mask_grow,
+            crop_mask=crop_mask,
             model_side=self.config.vae.sample_size,
-            **given,
-        )
-        names = {"image": image, "mask": mask}
-        paths = (str, os.PathLike)
-        return canvas.named(
-            **{k: Path(v).name if isinstance(v, paths) else None for k, v in names.items()}, **given
         )
 
     def enlarged(
@@ -424,12 +412,13 @@ class ZImage:
         """A picture `factor` times as large, to be drawn again: a canvas for `generate`.
 
         Its sides are rounded to what the model draws. `options`: as for `canvas`, without a size.
-        Raises UsageError.
+        Without a `strength`, `generate` takes one that keeps the composition. Raises UsageError.
         """
         image = picture.pixels if isinstance(picture, Picture) else picture
         opened, multiple = open_picture(image, "picture"), self.config.pixel_multiple
         width, height = enlarged_size(opened, factor, multiple)
-        return self.canvas(image, width=width, height=height, **{"fit": "stretch", **options})
+        made = self.canvas(image, width=width, height=height, **{"fit": "stretch", **options})
+        return replace(made, enlarges=True)
 
     def _memory(self, memory: Memory | None) -> Memory:
         return self.memory if memory is None else checks.instance("memory", memory, Memory)
@@ -486,32 +475,6 @@ class ZImage:
         ]
         report = reports.report(attempt, common, each, warned, self._store.host_bytes)
         return Result(pictures, report, latents, attempt.work, attempt.plan, attempt.ledger)
-
-
-class _Turn:
-    """Runs one job at a time. A job that a callback of a running job starts could never run."""
-
-    def __init__(self) -> None:
-        self._lock, self._here = threading.Lock(), threading.local()
-
-    @contextmanager
-    def of_job(self) -> Iterator[None]:
-        """Raises UsageError inside a callback of the running job."""
-        if getattr(self._here, "in_callback", False):
-            raise UsageError(
-                "a callback asked its own model for another picture: "
-                "call generate after the first one has returned"
-            )
-        with self._lock:
-            yield
-
-    @contextmanager
-    def of_callback(self) -> Iterator[None]:
-        self._here.in_callback = True
-        try:
-            yield
-        finally:
-            self._here.in_callback = False
 
 
 def _warn(warned: list[str], message: str) -> None:

@@ -88,7 +88,7 @@ class Work:
     @property
     def views(self) -> int:
         """Pictures, or regions of all pictures."""
-        return self.batch * (1 if self.regions is None else len(self.regions))
+        return self.batch * (1 if self.regions is None else self.regions.count)
 
     def latents_bytes(self, channels: int, *, in_one_program: bool) -> int:
         """Bytes of the latents between programs, and of what else the steps need.

@@ -19,16 +19,13 @@ from .vae_stage import VAEChoice, VAEStage
 
 
 class Decode(VAEStage):
-    name, half, apply = "decode", "decoder", vae.decode
+    name, half, takes, apply = "decode", "decoder", "latents", vae.decode
 
     def shape(self, work: Work, config: VAEConfig) -> tuple[int, int, int, int]:
         return 1, work.h, work.w, config.latent_channels
 
-    def pictures(self, work: Work) -> int:
+    def count(self, work: Work) -> int:
         return work.batch
-
-    def activations(self, work: Work, config: VAEConfig) -> dict[str, int]:
-        return {"latents": work.h * work.w * config.latent_channels * 4}
 
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
         found = super().options(sizes, work, memory)

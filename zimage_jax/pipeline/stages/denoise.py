@@ -23,7 +23,7 @@ from ...planning.work import Work
 from ...runtime.programs import Programs
 from ...weights import components
 from ..attempt import Attempt
-from .sampler import COMPONENT, Ends, Scan, Sweep, abstract, floats, start_of
+from .denoise_run import COMPONENT, Ends, Scan, Sweep, abstract, floats, start_of
 
 
 @dataclass(frozen=True)

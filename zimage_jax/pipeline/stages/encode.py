@@ -18,16 +18,13 @@ from .vae_stage import VAEStage
 
 
 class Encode(VAEStage):
-    name, half, apply = "encode", "encoder", vae.encode
+    name, half, takes, apply = "encode", "encoder", "picture", vae.encode
 
     def shape(self, work: Work, config: VAEConfig) -> tuple[int, int, int, int]:
         return 1, work.h * config.scale, work.w * config.scale, config.in_channels
 
-    def pictures(self, work: Work) -> int:
+    def count(self, work: Work) -> int:
         return 1  # all pictures of a job begin from one
-
-    def activations(self, work: Work, config: VAEConfig) -> dict[str, int]:
-        return {"picture": 4 * int(np.prod(self.shape(work, config)))}
 
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
         return super().options(sizes, work, memory) if work.encodes else iter(())

@@ -3,6 +3,8 @@
 Axes: H, W pixels, C channels.
 """
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +13,7 @@ import jax
 import numpy as np
 
 from ...model import vae
+from ...model.config import VAEConfig
 from ...model.vae_strips import layer_costs, strip_programs
 from ...planning.plan import Choice, Memory, Option, Sizes
 from ...planning.seconds import Timing
@@ -31,37 +34,39 @@ class VAEChoice(Choice):
     tile: int | None = None
 
 
-class VAEStage:
-    """A stage that applies one half of the VAE to `inputs` of `count` pictures."""
+class VAEStage(ABC):
+    """A stage that applies one half of the VAE, to one picture at a time."""
 
     name: str
     half: str  # decoder or encoder
+    takes: str  # the half's input, in words
     apply: ClassVar[Callable[..., Any]]  # vae.decode or vae.encode
 
-    def shape(self, work: Work, config: Any) -> tuple[int, int, int, int]:
-        """Of the half's input for one picture."""
-        raise NotImplementedError
+    @abstractmethod
+    def shape(self, work: Work, config: VAEConfig) -> tuple[int, int, int, int]:
+        """Of the half's input for one picture: 1, rows, columns, channels."""
 
-    def pictures(self, work: Work) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def count(self, work: Work) -> int:
+        """How many pictures the half is applied to."""
+
+    @abstractmethod
+    def run(self, attempt: Attempt) -> Any:
+        """As of planning.plan.Stage."""
 
     # -- bytes -------------------------------------------------------------------------------------
 
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
         config = sizes.config.vae
         weights = {f"VAE {self.half}": sizes.storage.nbytes("vae", self.half)}
-        activations = self.activations(work, config)
+        held = {self.takes: 4 * math.prod(self.shape(work, config))}
         stays = frozenset({("vae", self.half)})
-        yield Option(VAEChoice(), weights, activations, stays)
+        yield Option(VAEChoice(), weights, held, stays)
         rows = work.h * config.scale // 2
         while rows >= config.scale:
             # in strips the input and the feature maps are on the host
             yield Option(VAEChoice(rows=rows), weights, {}, stays)
             rows //= 2
-
-    def activations(self, work: Work, config: Any) -> dict[str, int]:
-        """Bytes of the half's input on the device, by name."""
-        raise NotImplementedError
 
     def compiled(self, programs: Programs, work: Work, choice: VAEChoice) -> int:
         config, attend = programs.config.vae, programs.attend(work)
@@ -99,7 +104,7 @@ class VAEStage:
         products, elements = (sum(column) for column in zip(*costs, strict=True))
         crossing = 0 if choice.rows is None else elements * timing.sizes.compute_bytes
         each = 2 * products / timing.rates.flops + crossing / timing.rates.link
-        return timing.unit("vae", self.half) + self.pictures(work) * each
+        return timing.unit("vae", self.half) + self.count(work) * each
 
     # -- the run -----------------------------------------------------------------------------------
 

@@ -121,7 +121,9 @@ def blend(
 
 
 @dataclass
-class Sampler:
+class _Run:
+    """What both ways to run all NFEs share."""
+
     attempt: Attempt
     context: Context
     trajectory: Trajectory
@@ -133,7 +135,7 @@ class Sampler:
         return dit.grouped_keys(config, *work.view, lengths, work.bucket, kv_format)
 
 
-class Scan(Sampler):
+class Scan(_Run):
     """One compiled program for all NFEs."""
 
     def draw(self) -> Float[np.ndarray, "B h w C"]:
@@ -151,7 +153,7 @@ class Scan(Sampler):
             return np.asarray(programs.sampler(attempt.work)(attempt.ledger, model, latents, *rest))
 
 
-class Sweep(Sampler):
+class Sweep(_Run):
     """One sweep per NFE, with the parts of sampling.sample. A visit runs all micro-batches."""
 
     @cached_property
