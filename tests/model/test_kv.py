@@ -344,7 +344,7 @@ POLICIES = {
     "packed, grouped, reused": KVPolicy.parse("int6:k6v4", switch_t=600.0, group="1:2", reuse=2),
 }
 STEPS = {"steps": 6}
-UNDER = ["swap", "ring", "hybrid", "half a block", "disk", "one chunk"]
+UNDER = ["swap", "ring", "hybrid", "a chunk per block", "half a block", "disk", "one chunk"]
 
 
 @pytest.fixture(scope="module")

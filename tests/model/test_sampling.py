@@ -79,8 +79,8 @@ def test_the_norm_of_guidance_is_limited():
 
 def test_the_velocity_points_from_noise_to_picture():
     picture, noise = jnp.zeros((1, 2, 2, 1)), jnp.ones((1, 2, 2, 1))
-    (row,) = [Trajectory.of(1, 3.0).step(0)]
-    found = sampling.step(sampling.State(noise), picture - noise, row)
+    update = Trajectory.of(1, 3.0).step(0)
+    found = sampling.step(sampling.State(noise), picture - noise, update)
     np.testing.assert_allclose(found.latents, picture)
 
 

@@ -73,8 +73,7 @@ def test_a_lossless_model_draws_the_bits_of_a_bfloat16_one(case, latents):
 @pytest.mark.parametrize(
     "case",
     every(
-        # in float16 the lossless ones above
-        itertools.product(["int8", "int8-hadamard", MIX], UNDER, ["float32", "bfloat16"]),
+        itertools.product(["int8", "int8-hadamard", MIX], UNDER, DTYPES),
         [],
     ),
     ids=" in ".join,

@@ -1,6 +1,7 @@
 """Text features to refined contexts, once per job: they do not depend on time.
 
-Axes: G contexts (one per picture or region, and with guidance one more each), L caption tokens (a bucket), D width, E feature width.
+Axes: G contexts (one per picture or region, and with guidance one more each), L caption tokens (a
+bucket), D width, E feature width.
 """
 
 from collections.abc import Iterator
