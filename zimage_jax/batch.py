@@ -1,4 +1,4 @@
-"""python -m zimage_jax.batch JOBS -o FOLDER: many jobs, each drawn once, however often it is stopped."""
+"""python -m zimage_jax.batch JOBS -o FOLDER: draw each job once, however often it is stopped."""
 
 from . import interrupts
 
@@ -53,8 +53,8 @@ def command(
 ) -> None:
     """Draw the jobs of a file: one picture per line.
 
-    JOBS is JSON lines (.jsonl), whose keys are the arguments of ZImage.generate, as in {"prompt": "a
-    red circle", "seed": 7}, or text with a prompt per line. A line that is no job, or cannot be
+    JOBS is JSON lines (.jsonl), whose keys are the arguments of ZImage.generate, as in {"prompt":
+    "a red circle", "seed": 7}, or text with a prompt per line. A line that is no job, or cannot be
     drawn, is reported with its number, and the others are drawn.
     """
     lines = list(read(jobs))
@@ -221,7 +221,7 @@ def allowed() -> set[str]:
 
 @dataclass
 class Results:
-    """results.jsonl of a folder: a line per job that is drawn, on disk before the next job begins."""
+    """results.jsonl of a folder: a line per drawn job, on disk before the next job begins."""
 
     folder: Path
     file: BinaryIO

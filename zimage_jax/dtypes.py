@@ -1,5 +1,5 @@
-"""The one table of dtype names. Apart from `units`, because NumPy takes 0.1 s to import, and commands
-check their options before."""
+"""The one table of dtype names. Apart from `units`, because NumPy takes 0.1 s to import, and
+commands check their options before."""
 
 import ml_dtypes
 import numpy as np

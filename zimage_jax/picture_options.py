@@ -1,4 +1,4 @@
-"""The options about how prompts count, about samplers, and about pictures that a job begins from."""
+"""The options about prompts, about samplers, and about pictures that a job begins from."""
 
 from collections.abc import Callable
 

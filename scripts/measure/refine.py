@@ -1,11 +1,11 @@
 """Whether a second pass makes written glyphs more legible on the tiny model, by program.
 
-    python -m scripts.measure.refine -o runs/refine              400 held-out prompts with one to three glyphs
+    python -m scripts.measure.refine -o runs/refine              400 held-out prompts, 1 to 3 glyphs
     python -m scripts.measure.refine -o runs/refine --glyphs 3   with three alone
 
-Every picture is drawn once in several ways, then drawn again from itself, with its own prompt and seed:
-at its own size from a noise level, or enlarged, redrawn (whole, or in regions of its own size, which
-take the memory of one pass) and made small again. Writes table.md in the folder."""
+Every picture is drawn once in several ways, then drawn again from itself, with its own prompt and
+seed: at its own size from a noise level, or enlarged, redrawn (whole, or in regions of its own size,
+which take the memory of one pass) and made small again. Writes table.md in the folder."""
 
 from collections import defaultdict
 from collections.abc import Iterator

@@ -161,7 +161,7 @@ def quoted(text: str) -> tuple[tuple[int, int], ...]:
 def by_character(
     text: str, spans: tuple[Span, ...], text_weight: float = 1.0
 ) -> Float[np.ndarray, "N"]:
-    """The weight of each character of a plain text; `text_weight` multiplies that of quoted text."""
+    """The weight of each character of a plain text, with `text_weight` times that of quoted text."""
     weights = np.ones(len(text))
     for start, end, weight in spans:
         weights[start:end] = weight

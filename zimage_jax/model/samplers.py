@@ -31,7 +31,7 @@ TABLE = 1000  # noise levels that ComfyUI's schedules choose from
 
 
 def shifted(s: Any, shift: float) -> Any:
-    """Noise levels of uniform times `s` in 0..1: shift s / (1 + (shift - 1) s). (arXiv 2403.03206)"""
+    """Noise levels of times `s` in 0..1: shift s / (1 + (shift - 1) s). (arXiv 2403.03206)"""
     return shift * s / (1 + (shift - 1) * s)
 
 

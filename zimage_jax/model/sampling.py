@@ -31,9 +31,9 @@ def noise_torch(
 ) -> Float[np.ndarray, "h w C"]:
     """PyTorch's `torch.randn(1, C, h, w)` after `manual_seed(seed)` on a CPU, equal to 5e-7.
 
-    `draw`: how often it was called before. MT19937 seeded with the low 32 bits, 24-bit uniforms, and Box-Muller over runs of 16 numbers: 8
-    cosines, then 8 sines. Raises UsageError if h w C is not a multiple of 16; it is one if h and w
-    are even and C is a multiple of 4.
+    `draw`: how often it was called before. MT19937 seeded with the low 32 bits, 24-bit uniforms,
+    and Box-Muller over runs of 16 numbers: 8 cosines, then 8 sines. Raises UsageError if h w C is
+    not a multiple of 16; it is one if h and w are even and C is a multiple of 4.
     """
     count = h * w * channels
     if count % 16:
@@ -200,9 +200,10 @@ def sample(
 ) -> Float[Array, "#B H W C"]:
     """All NFEs, from the first `latents` to the last in float32: one lax.scan per phase.
 
-    With `regions`, `latents` and the result are whole pictures, all else is of regions. `updates` has a row per NFE, and `noises`, for a sampler that adds some, as well. `keys` has one
-    entry per phase (`dit.grouped_keys`). If the phase reuses K and V, the carry has those of every
-    main block. The program calls `on_step(index, latents)` on the host after each NFE.
+    With `regions`, `latents` and the result are whole pictures, all else is of regions. `updates`
+    has a row per NFE, and so have `noises`, for a sampler that adds some. `keys` has one entry per
+    phase (`dit.grouped_keys`). If the phase reuses K and V, the carry has those of every main
+    block. The program calls `on_step(index, latents)` on the host after each NFE.
     """
     state, first = State.first(latents, updates, regions), 0
     is_guided = updates.guidance is not None

@@ -394,7 +394,7 @@ def _pasted(under: np.ndarray, over: np.ndarray, mask: np.ndarray) -> np.ndarray
 def enlarged_size(opened: Opened, factor: object, multiple: int) -> tuple[int, int]:
     """Width and height of a picture `factor` times as large, each to the nearest multiple.
 
-    Raises UsageError for a `factor` that is not above 1 and at most 8, or if that is too many pixels.
+    Raises UsageError for a `factor` that is not above 1 and at most 8, or for too many pixels.
     """
     times = checks.real("factor", factor, 1, 8, above=True)
     height, width = (

@@ -60,7 +60,7 @@ def encode_png(picture: UInt8[np.ndarray, "H W 3"], metadata: dict | None = None
 
 
 def encode_png_with(picture: UInt8[np.ndarray, "H W 3"], texts: dict[str, str]) -> bytes:
-    """The bytes of a PNG with text chunks, and where there are any, the mark of a model's picture."""
+    """The bytes of a PNG with text chunks, and if there are any, the mark of a model's picture."""
     info = PngImagePlugin.PngInfo()
     for key, text in texts.items():
         info.add_itxt(key, text)

@@ -186,9 +186,9 @@ class ZImage:
 
         `prompt_weights`: brackets weigh words, as in "a (red:1.3) circle" (model.emphasis has the
         syntax); without it they are text. `text_weight`: weight of text in quotes, 0 to 4.
-        `variance`: noise on each prompt's features from the picture's seed, 0 to 1, so that pictures
-        of one prompt differ more. `kv`: how the DiT stores K and V (precision, groups, reuse), which
-        changes the picture. `attention`: the kernel (model.attention.Attend lists them), which
+        `variance`: noise on each prompt's features from the picture's seed, 0 to 1, so that
+        pictures of one prompt differ more. `kv`: how the DiT stores K and V (precision, groups,
+        reuse), which changes the picture. `attention`: the kernel (model.attention.Attend lists them), which
         changes last bits. `memory`: replaces, for this job, the one given to `load`.
 
         `on_plan(plan, budget)`, budget in bytes, is called before anything runs, and again if the

@@ -53,7 +53,7 @@ def check_size(config: ModelConfig, width: int, height: int, region: int | None 
 
 
 def region_of(config: ModelConfig, width: int, height: int) -> int | None:
-    """The side in pixels of the regions that a picture of this size is drawn in, if it begins from a
-    picture: the model's own. None if it is drawn whole."""
+    """The side in pixels of the regions that a picture of this size is drawn in, if it begins from
+    a picture: the model's own. None if it is drawn whole."""
     side = config.vae.sample_size
     return side if max(width, height) > WHOLE * side else None
