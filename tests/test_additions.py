@@ -141,7 +141,7 @@ class Doubled:
         made = []
         for pixels in attempt.results["decode"]:
             attempt.hold(pixels)
-            made.append(np.asarray(attempt.programs(twice)(attempt.ledger, pixels)))
+            made.append(np.asarray(attempt.programs(twice)(attempt.recorder, pixels)))
         return made
 
 

@@ -34,7 +34,7 @@ def draw(schedule: str, pictures: int, side: int, each: bool) -> dict:
         result = pipe.generate(
             "a red circle above a blue square", seed=seed, width=side, height=side
         )
-        held = sum(result.ledger.held.values())
+        held = sum(pipe.held.values())
         del result
         gc.collect()
         now = (held, tree_bytes(jax.live_arrays()), resident_bytes())

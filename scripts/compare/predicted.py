@@ -133,7 +133,7 @@ def chunk_speed(checkpoint: "Checkpoint", plan: "Plan", placement: "Placement") 
     import jax.numpy as jnp
     import numpy as np
 
-    from zimage_jax.runtime.ledger import Ledger
+    from zimage_jax.runtime.recorder import Recorder
     from zimage_jax.runtime.placement import HOST
     from zimage_jax.runtime.program import Program
     from zimage_jax.runtime.reader import read_units
@@ -147,14 +147,14 @@ def chunk_speed(checkpoint: "Checkpoint", plan: "Plan", placement: "Placement") 
         tuple(read_units(checkpoint, "transformer", units, placement, HOST).values())
         for units in largest[: max(1, CYCLED_BYTES // nbytes)]
     ]
-    copy, ledger = Program(placement, fill, donate=(0,)), Ledger()
+    copy, recorder = Program(placement, fill, donate=(0,)), Recorder()
 
     def copies(chunks: list) -> Callable[[], None]:
         slots = collections.deque(
             jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), chunks[0]) for _ in range(2)
         )
         turn = itertools.cycle(chunks)
-        return lambda: slots.append(copy(ledger, slots.popleft(), next(turn)))
+        return lambda: slots.append(copy(recorder, slots.popleft(), next(turn)))
 
     small = jax.tree.map(lambda a: jax.device_put(np.zeros(1, a.dtype), a.sharding), host[0])
     start = nbytes / _speed(nbytes, copies([small])).wall

@@ -12,7 +12,7 @@ from zimage_jax import Memory, ZImage, ZImageWarning
 from zimage_jax.errors import OutOfMemoryError
 from zimage_jax.pipeline import plans
 from zimage_jax.planning import cards, stored
-from zimage_jax.runtime.ledger import Ledger
+from zimage_jax.runtime.recorder import Recorder
 
 EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"
 
@@ -86,14 +86,15 @@ def test_micro_batches_give_what_single_runs_give(native, monkeypatch):
 @pytest.mark.parametrize("name", ["ring", "swap", "hybrid", "disk"])
 def test_nothing_is_left_on_the_device(name, under):
     pipe = under(name)
-    levels = [sum(pipe.generate("a", **JOB | {"seed": n}).ledger.held.values()) for n in range(3)]
-    assert levels == [0] * 3
+    for n in range(3):
+        pipe.generate("a", **JOB | {"seed": n})
+        assert not pipe.held
 
 
 @pytest.mark.parametrize("name", ["resident", "scan"])
 def test_what_stays_is_the_same_after_every_picture(name, under):
     pipe = under(name)
-    levels = [pipe.generate("a", **JOB | {"seed": n}).ledger.held for n in range(3)]
+    levels = [(pipe.generate("a", **JOB | {"seed": n}), pipe.held)[1] for n in range(3)]
     assert levels[0]
     assert levels[1:] == levels[:1] * 2
 
@@ -168,14 +169,14 @@ def test_out_of_memory_at_run_time_takes_the_next_smaller_plan(native, monkeypat
     """The device refuses everything above a level that only the program knows; the picture is the
     same."""
     expected = ZImage.load(native(MODEL)).generate("a", **JOB)
-    level, mark = expected.report["predicted_peak_bytes"] // 2, Ledger.mark
+    level, mark = expected.report["predicted_peak_bytes"] // 2, Recorder.mark
 
     def strict(self, more=0):
         mark(self, more)
         if sum(self.held.values()) + more > level:
             raise jax.errors.JaxRuntimeError(EXHAUSTED)
 
-    monkeypatch.setattr(Ledger, "mark", strict)
+    monkeypatch.setattr(Recorder, "mark", strict)
     plans = []
     with pytest.warns(
         ZImageWarning, match="out of device memory with a plan of .*; trying a smaller one"
@@ -194,7 +195,7 @@ def test_out_of_memory_while_programs_run_ahead_is_no_smaller_plan(
 ):
     expected, launched = (
         ZImage.load(native(MODEL), memory=SCHEDULES["ring"]).generate("a", **JOB),
-        Ledger.launched,
+        Recorder.launched,
     )
 
     def strict(self, *of):
@@ -202,7 +203,7 @@ def test_out_of_memory_while_programs_run_ahead_is_no_smaller_plan(
         if self.ahead:
             raise jax.errors.JaxRuntimeError(EXHAUSTED)
 
-    monkeypatch.setattr(Ledger, "launched", strict)
+    monkeypatch.setattr(Recorder, "launched", strict)
     plans, pipe = [], ZImage.load(native(MODEL), memory=SCHEDULES["ring"])
     with pytest.warns(
         ZImageWarning, match="out of device memory with a plan of .*; trying a program at a time"

@@ -9,7 +9,7 @@ import pytest
 
 from zimage_jax.model import attention
 from zimage_jax.model.attention import Attend
-from zimage_jax.runtime.ledger import Ledger
+from zimage_jax.runtime.recorder import Recorder
 from zimage_jax.runtime.placement import Placement, require_cudnn
 from zimage_jax.runtime.program import Program
 
@@ -42,7 +42,7 @@ def test_first_runs_beside_threads_that_place_arrays(wanted):
         for run in range(RUNS):  # of other lengths: each is compiled, and first run, anew
             dtype = np.float32 if placement.shares_memory else jnp.bfloat16
             q = np.ones((1, 32 * (run + 1), 2, 64), dtype)
-            out = program(Ledger(), q, q, q)
+            out = program(Recorder(), q, q, q)
             np.testing.assert_allclose(np.asarray(out, np.float32), 1, rtol=1e-2)
     finally:
         stop.set()

@@ -8,19 +8,19 @@ from tests.schedules import JOB, STORAGE
 from zimage_jax.runtime.ledger import Ledger
 from zimage_jax.runtime.placement import Placement
 from zimage_jax.runtime.program import Program
+from zimage_jax.runtime.recorder import Recorder
 
 
 def test_a_program_is_not_waited_for_while_it_runs_ahead():
-    program, ledger = (
-        Program(Placement.on(), lambda x: x + np.float32(1), donate=(0,)),
-        Ledger(ahead=1),
-    )
+    program = Program(Placement.on(), lambda x: x + np.float32(1), donate=(0,))
+    ledger = Ledger()
+    recorder = Recorder(ledger, ahead=1)
     x = np.zeros(4, np.float32)
     for count in range(4):
-        x = program(ledger, x)
+        x = program(recorder, x)
         # the first run is waited for, and every other when the one after it is given
         assert len(ledger.events) == max(1, count)
-    ledger.settle()
+    recorder.settle()
     assert len(ledger.events) == 4
     np.testing.assert_array_equal(x, np.full(4, 4, np.float32))
 

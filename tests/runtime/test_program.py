@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from zimage_jax.runtime.ledger import Ledger
+from zimage_jax.runtime.recorder import Recorder
 from zimage_jax.runtime.placement import Placement, is_exhausted
 from zimage_jax.runtime.program import BEYOND, Program
 
@@ -19,7 +19,7 @@ def test_products_of_float32_are_asked_for_in_full(precision, is_exact, monkeypa
         jax.stages.Lowered, "compile", lambda self: texts.append(self.as_text()) or compiled(self)
     )
     a = np.ones((4, 4), np.float32)
-    Program(HERE, lambda x: x @ x, precision=precision)(Ledger(), a)
+    Program(HERE, lambda x: x @ x, precision=precision)(Recorder(), a)
     assert ("HIGHEST" in texts[0]) == is_exact
 
 
@@ -31,14 +31,14 @@ def test_a_program_that_could_not_be_compiled_is_out_of_memory(monkeypatch):
     program, a = Program(HERE, lambda x: x), np.ones(4, np.float32)
     assert program.compiled(a) == (None, BEYOND)
     with pytest.raises(jax.errors.JaxRuntimeError) as fault:
-        program(Ledger(), a)
+        program(Recorder(), a)
     assert is_exhausted(fault.value)
 
 
 def test_a_program_is_compiled_once_per_shape():
-    program, ledger = Program(HERE, lambda x: x + np.float32(1)), Ledger()
+    program, recorder = Program(HERE, lambda x: x + np.float32(1)), Recorder()
     for size in (3, 3, 4):
         np.testing.assert_array_equal(
-            program(ledger, np.zeros(size, np.float32)), np.ones(size, np.float32)
+            program(recorder, np.zeros(size, np.float32)), np.ones(size, np.float32)
         )
     assert program.compilations == 2

@@ -7,7 +7,7 @@ import pytest
 from tests.schedules import BLOCK, JOB, MODEL, SCHEDULES
 from zimage_jax import Memory, ZImage
 from zimage_jax.errors import DamagedError, UsageError
-from zimage_jax.runtime.ledger import Ledger
+from zimage_jax.runtime.recorder import Recorder
 from zimage_jax.runtime.placement import Placement
 from zimage_jax.runtime.reader import WindowSource
 from zimage_jax.units import tree_bytes
@@ -24,8 +24,8 @@ def test_a_window_smaller_than_a_chunk(native):
 
 def test_a_window_larger_than_all_that_is_asked_for(native):
     source = WindowSource(Checkpoint(native(MODEL)), "transformer", Placement.on(), 2**50)
-    source.open([], Ledger()).close()  # a stage whose chunks are all pinned streams none
-    reader = source.open([("layers.0",)], Ledger())
+    source.open([], Recorder()).close()  # a stage whose chunks are all pinned streams none
+    reader = source.open([("layers.0",)], Recorder())
     assert [tree_bytes(block) for block in reader.take()] == [BLOCK]
     reader.close()
 

@@ -13,9 +13,11 @@ from zimage_jax.weights.checkpoint import Checkpoint
 
 
 def test_the_text_encoder_has_left_before_the_first_chunk(under):
-    ledger = under("ring").generate("a", **JOB).ledger
+    pipe, held = under("ring"), []
+    ledger = pipe.generate("a", **JOB, on_step=lambda _: held.append(pipe.held)).ledger
     assert ledger.peak_by_stage["text"] < ledger.peak_by_stage["denoise"]
-    assert not any("text" in name for name in ledger.held)
+    assert len(held) == JOB["steps"]
+    assert not any("text" in name for names in held for name in names)
 
 
 def test_the_ring_copies_ahead_across_nfes(under):
@@ -39,9 +41,9 @@ def test_the_first_chunk_computes_while_others_are_read(name, native, monkeypatc
             waited.append(has_run.wait(300))
         return read(self, component, unit, buffer)
 
-    def noted(self, ledger, *args, name="", **words):
-        result = call(self, ledger, *args, name=name, **words)
-        if ledger._stage == "denoise" and "chunk" in name:
+    def noted(self, recorder, *args, name="", **words):
+        result = call(self, recorder, *args, name=name, **words)
+        if recorder._stage == "denoise" and "chunk" in name:
             has_run.set()
         return result
 

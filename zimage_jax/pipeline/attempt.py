@@ -10,20 +10,21 @@ from jaxtyping import Float
 from ..model.config import ModelConfig
 from ..model.prompt import Encoded
 from ..model.samplers import Trajectory
-from ..planning.plan import Plan, StreamPlan
+from ..planning.plan import Plan
 from ..planning.work import Work
 from ..runtime.ledger import Ledger
 from ..runtime.placement import Placement
 from ..runtime.programs import Programs
+from ..runtime.recorder import Recorder
 from ..runtime.store import Loan
-from ..runtime.stream import Stream
 from .job import Job
 
 
 @dataclass(kw_only=True)
 class Attempt:
-    """One attempt at a job, under one plan. `results`: of finished stages, by name."""
+    """A job in flight, under one plan. `results`: of finished stages, by name."""
 
+    number: int  # of the job, in this process
     job: Job
     trajectory: Trajectory
     encoded: dict[str, Encoded]  # tokens of each distinct text
@@ -32,12 +33,15 @@ class Attempt:
     programs: Programs
     loan: Loan
     placement: Placement
+    recorder: Recorder
     ledger: Ledger
     observe: Callable[[int, np.ndarray], None]  # called after every NFE with its index and latents
+    admitted: float  # when the job came in flight, by time.perf_counter
     first_preview_seconds: float | None = (
         None  # until the first NFE's latents, from the job's start
     )
     results: dict[str, Any] = field(default_factory=dict)
+    whole: Any = None  # what the denoise stage goes on from, if its arrays on the device are lost
 
     @property
     def latents(self) -> Float[np.ndarray, "B h w C"]:
@@ -51,9 +55,14 @@ class Attempt:
     def config(self) -> ModelConfig:
         return self.programs.config
 
-    def stream(self, plan: StreamPlan, sweeps: int = 1, **rest) -> Stream:
-        return self.loan.stream(plan, sweeps, **rest)
+    def name(self, arrays: str) -> str:
+        """The name of this job's `arrays` among those of all jobs in flight."""
+        return f"{arrays} of job {self.number}"
 
     def hold(self, *arrays) -> None:
         """Count `arrays` as the stage's activations on the device, in place of the ones before."""
-        self.ledger.hold("activations", arrays)
+        self.recorder.hold(self.name("activations"), arrays)
+
+    def drop(self) -> None:
+        """The stage's activations have left the device."""
+        self.recorder.drop(self.name("activations"))

@@ -9,9 +9,10 @@ Axes: B pictures, h, w latent rows and columns, C latent channels.
 """
 
 import hashlib
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,36 +23,37 @@ import numpy as np
 from jaxtyping import Float
 
 from .. import checks
-from ..errors import NonFiniteError, OutOfMemoryError, UsageError
+from ..errors import OutOfMemoryError, UsageError
 from ..files import printable
 from ..model import emphasis
 from ..model import prompt as prompts_of
 from ..model.kv import KVPolicy
-from ..planning.plan import Memory, Plan
+from ..planning.plan import Memory, Plan, Stage
 from ..planning.work import Work
 from ..runtime.ledger import Ledger
-from ..runtime.placement import Placement, default_dtype, is_exhausted
+from ..runtime.placement import Placement, default_dtype
 from ..runtime.programs import Programs
+from ..runtime.recorder import Recorder
 from ..runtime.store import ParameterStore
-from ..units import COMPUTE, size
+from ..units import COMPUTE
 from ..weights import formats
 from ..weights.checkpoint import Checkpoint
 from ..weights.components import COMPONENTS
 from . import report as reports
-from .attempt import Attempt
 from .canvas import Canvas, enlarged_size
+from .engine import Engine
 from .job import Job, Picture, Result, Step, ZImageWarning
 from .opened import Source, open_picture
 from .plans import Plans
 from .preview import Preview
+from .request import Planned, Request
 from .stages import STAGES
-from .turn import Turn
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
 
 class ZImage:
-    """An opened model. Threads may share one: their jobs run one after the other.
+    """An opened model. Threads may share one: what is in flight together shares the weights.
 
     Parameters are read when they are first needed.
     """
@@ -70,7 +72,10 @@ class ZImage:
         self._programs = Programs(checkpoint.storage, dtype, placement)
         self._plans = Plans(self._programs)
         self._store = ParameterStore(checkpoint, placement, self._programs)
-        self._preview, self._turn = Preview(checkpoint), Turn()
+        self._engine = Engine(
+            self._programs, self._plans, self._store, placement, Preview(checkpoint)
+        )
+        self._planning = threading.Lock()
 
     @classmethod
     def load(
@@ -130,6 +135,11 @@ class ZImage:
             f"{held}; stored in {formats.names(self._checkpoint.storage)}, "
             f"computing in {self.dtype} on {self._placement.device.device_kind}"
         )
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Device bytes now, by array: parameters, slots, and what belongs to jobs in flight."""
+        return dict(self._engine.recorder.held)
 
     # -- the job -----------------------------------------------------------------------------------
 
@@ -199,175 +209,173 @@ class ZImage:
         model's own job; OutOfMemoryError if no plan fits; NonFiniteError if the latents are not
         finite.
         """
-        with self._turn.of_job(), jax.default_device(self._placement.device):
-            warned: list[str] = []
-            fitting: dict[str, Any] = {
-                "mask": mask,
-                "fit": fit,
-                "mask_blur": mask_blur,
-                "mask_grow": mask_grow,
-                "crop_mask": crop_mask,
-            }
-            given = {name: value for name, value in fitting.items() if value is not None}
-            if image is None or isinstance(image, Canvas):
-                canvas = image
-                for name in given:
-                    why = "there is none" if image is None else "a canvas has its own"
-                    raise UsageError(f"{name} needs an image: {why}")
-            else:
-                canvas = self.canvas(image, width=width, height=height, **given)
-            job = self._job(
-                warned,
-                prompt,
-                seed=seed,
-                negative_prompt=negative_prompt,
-                width=width,
-                height=height,
-                steps=steps,
-                sampler=sampler,
-                sigmas=sigmas,
-                shift=shift,
-                guidance=guidance,
-                cfg_normalization=cfg_normalization,
-                cfg_truncation=cfg_truncation,
-                noise=noise,
-                canvas=canvas,
-                strength=strength,
-                strength_rule=strength_rule,
-                differential=differential,
-                region=region,
-                kv=kv,
-                attention=attention,
-                prompt_weights=prompt_weights,
-                text_weight=text_weight,
-                variance=variance,
-            )
-            encoded, memory = self._tokens(job, warned), self._memory(memory)
-            return self._generate(job, encoded, memory, warned, on_plan, on_step)
-
-    def _generate(
-        self,
-        job: Job,
-        encoded: dict[str, prompts_of.Encoded],
-        memory: Memory,
-        warned: list[str],
-        on_plan: Callable[[Plan, int], None] | None,
-        on_step: Callable[[Step], None] | None,
-    ) -> Result:
-        began, work = time.perf_counter(), self._work(job, encoded)
-        budget = memory.max_vram_bytes or self._store.free_device_bytes()
-        ahead = self._placement.runs_ahead
-        ledger = Ledger(ahead)
-        self._store.read_ahead(budget, memory.host_bytes, ledger)
-        while True:
-            try:
-                plan = self._plans.plan(work, memory, budget)
-            except OutOfMemoryError as fault:
-                in_regions = job.in_regions(self.config)
-                if in_regions is None:
-                    raise
-                _warn(warned, f"{fault}; drawing in regions of {in_regions.region} pixels")
-                job = in_regions
-                work = self._work(job, encoded)
-                continue
-            if on_plan is not None:
-                with self._turn.of_callback():
-                    on_plan(plan, budget)
-            try:
-                attempt = self._attempt(job, encoded, work, plan, memory, ledger, on_step, began)
-                return self._draw(attempt, warned)
-            except jax.errors.JaxRuntimeError as fault:
-                if not is_exhausted(fault):
-                    raise
-                self._store.clear()
-            if ahead:  # two programs in flight may take the scratch of both
-                ahead, then = 0, "trying a program at a time"
-            else:  # the planner raises OutOfMemoryError when no plan is smaller
-                budget, then = plan.peak_bytes - 1, "trying a smaller one"
-            ledger = Ledger(ahead)
-            _warn(warned, f"out of device memory with a plan of {size(plan.peak_bytes)}; {then}")
-
-    def _attempt(
-        self,
-        job: Job,
-        encoded: dict,
-        work: Work,
-        plan: Plan,
-        memory: Memory,
-        ledger: Ledger,
-        on_step,
-        began: float,
-    ) -> Attempt:
-        path = job.trajectory
-
-        def observe(index: int, latents: np.ndarray) -> None:
-            if attempt.first_preview_seconds is None:
-                attempt.first_preview_seconds = round(time.perf_counter() - began, 4)
-            if not np.isfinite(latents).all():
-                raise NonFiniteError(
-                    f"the latents are not finite after NFE {index + 1} of {path.nfes} in "
-                    f"{self.dtype}; the weights are damaged or the dtype is too narrow "
-                    "(--dtype float32)"
-                )
-            if on_step is not None:
-                t = float(path.scheduler_times[index])
-                step = Step(index, path.nfes, t, latents, self._preview.pixels)
-                with self._turn.of_callback():
-                    on_step(step)
-
-        attempt = Attempt(
-            job=job,
-            trajectory=path,
-            encoded=encoded,
-            work=work,
-            plan=plan,
-            programs=self._programs,
-            loan=self._store.lend(ledger, kept=plan.kept, host_bytes=memory.host_bytes),
-            placement=self._placement,
-            ledger=ledger,
-            observe=observe,
+        request = self._request(
+            prompt,
+            seed=seed,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            steps=steps,
+            sampler=sampler,
+            sigmas=sigmas,
+            shift=shift,
+            guidance=guidance,
+            cfg_normalization=cfg_normalization,
+            cfg_truncation=cfg_truncation,
+            noise=noise,
+            image=image,
+            strength=strength,
+            strength_rule=strength_rule,
+            fit=fit,
+            mask=mask,
+            mask_blur=mask_blur,
+            mask_grow=mask_grow,
+            crop_mask=crop_mask,
+            differential=differential,
+            region=region,
+            kv=kv,
+            attention=attention,
+            prompt_weights=prompt_weights,
+            text_weight=text_weight,
+            variance=variance,
+            memory=memory,
         )
-        return attempt
+        if on_plan is not None:
+            with self._engine.callback():
+                on_plan(request.plan, request.budget)
+        request.wants_steps = on_step is not None
+        self._engine.submit(request)
+        return self._follow(request, on_plan, on_step)
 
-    def _draw(self, attempt: Attempt, warned: list[str]) -> Result:
-        ledger, began = attempt.ledger, time.perf_counter()
-        try:
-            for stage in STAGES:
-                if stage.name in attempt.plan.choices:
-                    self._run(stage, attempt)
-        finally:
-            attempt.loan.release()
-        ledger.seconds["total"] = time.perf_counter() - began
-        return self._result(attempt, warned)
+    def submit(self, prompt: str | Sequence[str], **options: Any) -> Request:
+        """Like `generate` without its callbacks, but returns at once; `result` of the Request waits.
 
-    @staticmethod
-    def _run(stage, attempt: Attempt) -> Any:
-        """Run a stage, then drop its arrays from the device, except kept parameters."""
-        with attempt.ledger.stage(stage.name):
-            attempt.results[stage.name] = stage.run(attempt)
-            attempt.ledger.drop("activations")
-            attempt.loan.release()
-        return attempt.results[stage.name]
+        Requests in flight together share every copy of the weights, and draw the same pictures as
+        alone. `options`: the arguments of `generate`. Raises UsageError and OutOfMemoryError.
+        """
+        return self.submit_all([{"prompt": prompt, **options}])[0]
+
+    def submit_all(self, jobs: Sequence[Mapping[str, Any]]) -> list[Request]:
+        """Submit jobs, each the arguments of `generate`, so that they begin together."""
+        requests = [self._request(**job) for job in jobs]
+        self._engine.submit(*requests)
+        return requests
 
     def encode(
         self, texts: Sequence[str], memory: Memory | None = None
     ) -> list[Float[np.ndarray, "T E"]]:
         """Features of each text: Qwen3's hidden_states[-2]. Raises like `generate`."""
-        with self._turn.of_job(), jax.default_device(self._placement.device):
-            warned: list[str] = []
-            job = self._job(warned, texts, seed=0, steps=1, guidance=0.0)
-            memory, encoded = self._memory(memory), self._tokens(job, warned)
+        text = next(stage for stage in STAGES if stage.name == "text")
+
+        def features(request: Request) -> list[Float[np.ndarray, "T E"]]:
+            assert request.attempt is not None
+            found = request.attempt.results[text.name]
+            return [found[text] for text in request.job.prompts]
+
+        request = self._prepared(
+            texts, memory, (text,), features, {"seed": 0, "steps": 1, "guidance": 0.0}
+        )
+        self._engine.submit(request)
+        return self._follow(request, None, None)
+
+    def _follow(
+        self,
+        request: Request,
+        on_plan: Callable[[Plan, int], None] | None,
+        on_step: Callable[[Step], None] | None,
+    ) -> Any:
+        """Call the callbacks until the request has ended. What they raise cancels it."""
+        try:
+            for event in request.events():
+                with self._engine.callback():
+                    if isinstance(event, str):
+                        warnings.warn(event, ZImageWarning, stacklevel=3)
+                    elif isinstance(event, Step) and on_step is not None:
+                        on_step(event)
+                    elif isinstance(event, Planned) and on_plan is not None:
+                        on_plan(event.plan, event.budget)
+        except BaseException:
+            request.cancel()
+            request.wait()
+            raise
+        return request.result()
+
+    def _request(
+        self,
+        prompt: Any,
+        *,
+        image: Source | Canvas | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        mask: Source | None = None,
+        fit: str | None = None,
+        mask_blur: float | None = None,
+        mask_grow: int | None = None,
+        crop_mask: int | None = None,
+        memory: Memory | None = None,
+        **options: Any,
+    ) -> Request:
+        """The request of a job. The arguments are those of `generate`."""
+        fitting: dict[str, Any] = {
+            "mask": mask,
+            "fit": fit,
+            "mask_blur": mask_blur,
+            "mask_grow": mask_grow,
+            "crop_mask": crop_mask,
+        }
+        given = {name: value for name, value in fitting.items() if value is not None}
+        self._engine.check_caller()
+        if image is None or isinstance(image, Canvas):
+            canvas = image
+            for name in given:
+                why = "there is none" if image is None else "a canvas has its own"
+                raise UsageError(f"{name} needs an image: {why}")
+        else:
+            canvas = self.canvas(image, width=width, height=height, **given)
+        options |= {"width": width, "height": height, "canvas": canvas}
+        return self._prepared(prompt, memory, tuple(STAGES), self._result, options)
+
+    def _prepared(
+        self,
+        prompt: Any,
+        memory: Memory | None,
+        stages: tuple[Stage, ...],
+        finish: Callable[[Request], Any],
+        options: dict[str, Any],
+    ) -> Request:
+        """A request, checked and planned. `options`: of Job.of."""
+        self._engine.check_caller()
+        began, warned, ledger = time.perf_counter(), list[str](), Ledger()
+        with jax.default_device(self._placement.device):
+            job = self._job(warned, prompt, **options)
+            encoded, memory = self._tokens(job, warned), self._memory(memory)
             work = self._work(job, encoded)
-            text_stage = next(stage for stage in STAGES if stage.name == "text")
-            budget = memory.max_vram_bytes or self._store.free_device_bytes()
-            plan = self._plans.planner.of([text_stage]).plan(work, memory, budget)
-            ledger = Ledger(self._placement.runs_ahead)
-            attempt = self._attempt(job, encoded, work, plan, memory, ledger, None, 0.0)
-            try:
-                features = self._run(text_stage, attempt)
-            finally:
-                attempt.loan.release()
-            return [features[text] for text in job.prompts]
+            budget = self._engine.budget(memory)
+            self._store.read_ahead(budget, memory.host_bytes, Recorder(ledger))
+            with self._planning:
+                try:
+                    plan = self._plans.plan(work, memory, budget, stages)
+                except OutOfMemoryError as fault:
+                    in_regions = job.in_regions(self.config)
+                    if in_regions is None:
+                        raise
+                    _warn(warned, f"{fault}; drawing in regions of {in_regions.region} pixels")
+                    job = in_regions
+                    work = self._work(job, encoded)
+                    plan = self._plans.plan(work, memory, budget, stages)
+        return Request(
+            job=job,
+            encoded=encoded,
+            work=work,
+            memory=memory,
+            stages=stages,
+            plan=plan,
+            budget=budget,
+            finish=finish,
+            ledger=ledger,
+            warned=warned,
+            began=began,
+        )
 
     # -- before the stages -------------------------------------------------------------------------
 
@@ -458,7 +466,9 @@ class ZImage:
 
     # -- after the stages --------------------------------------------------------------------------
 
-    def _result(self, attempt: Attempt, warned: list[str]) -> Result:
+    def _result(self, request: Request) -> Result:
+        attempt = request.attempt
+        assert attempt is not None
         job, latents = attempt.job, attempt.latents
         common = reports.metadata(attempt, self.name)
         each = [
@@ -473,7 +483,7 @@ class ZImage:
             Picture(pixels, {**own, **common})
             for pixels, own in zip(attempt.results[STAGES[-1].name], each, strict=True)
         ]
-        report = reports.report(attempt, common, each, warned, self._store.host_bytes)
+        report = reports.report(attempt, common, each, request.warned, self._store.host_bytes)
         return Result(pictures, report, latents, attempt.work, attempt.plan, attempt.ledger)
 
 

@@ -1,10 +1,11 @@
 """The plans of one model on its own device: the planner, its advice, and predicted seconds."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import OutOfMemoryError
 from ..planning import cards
-from ..planning.plan import Memory, Plan, Sizes
+from ..planning.plan import Memory, Plan, Sizes, Stage
 from ..planning.planner import Planner
 from ..planning.seconds import seconds
 from ..planning.stored import StoredCosts, has_published_widths
@@ -24,13 +25,15 @@ class Plans:
     def _planner(self, costs) -> Planner:
         return Planner(STAGES, self._programs.storage, self._programs.dtype.itemsize, costs)
 
-    def plan(self, work: Work, memory: Memory, budget: int) -> Plan:
+    def plan(
+        self, work: Work, memory: Memory, budget: int, stages: Sequence[Stage] = STAGES
+    ) -> Plan:
         """The fastest plan within the budget, with its seconds where they can be predicted.
 
         Raises OutOfMemoryError, which names the largest square picture that would fit.
         """
         try:
-            plan = self.planner.plan(work, memory, budget)
+            plan = self.planner.of(stages).plan(work, memory, budget)
             return replace(plan, seconds_by_stage=self._seconds(plan, work, memory))
         except OutOfMemoryError as fault:
             side = self._largest_side(work, memory, budget)
@@ -40,6 +43,24 @@ class Plans:
                 else "no smaller picture fits"
             )
             raise OutOfMemoryError(f"{fault}; raise --max-vram; {advice}", fault.needed) from None
+
+    def together(
+        self,
+        works: Sequence[Work],
+        alone: Sequence[Plan],
+        memory: Memory,
+        budget: int,
+        stages: Sequence[Stage] = STAGES,
+    ) -> tuple[Plan, ...]:
+        """The plans of jobs in flight together; their seconds are those that each takes alone.
+
+        Raises OutOfMemoryError if they do not fit.
+        """
+        plans = self.planner.of(stages).together(works, alone, memory, budget)
+        return tuple(
+            replace(plan, seconds_by_stage=own.seconds_by_stage)
+            for plan, own in zip(plans, alone, strict=True)
+        )
 
     def _seconds(self, plan: Plan, work: Work, memory: Memory) -> dict[str, float] | None:
         """Predicted seconds by stage, with parameters in host memory; None if a rate is unknown.

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import OutOfMemoryError, UsageError
 from ..units import size
@@ -49,17 +49,31 @@ class Planner:
         Raises OutOfMemoryError, with the bytes of the smallest plan, if that is over the budget
         too.
         """
-        candidates = {
-            stage.name: [
-                _Candidate(option, self._scratch(stage, work, option)) for option in options
-            ]
-            for stage in self._stages
-            if (options := list(stage.options(self._sizes, work, memory)))
-        }
+        return self._plan([work], self._candidates([work], memory), memory, budget)[0]
+
+    def together(
+        self, works: Sequence[Work], alone: Sequence[Plan], memory: Memory, budget: int
+    ) -> tuple[Plan, ...]:
+        """The plans of several jobs that share every sweep; their peaks and arrays are those of all.
+
+        `alone`: the plan that each has alone. What moves no blocks runs one job at a time, as it
+        does alone: the VAE's strips change last bits, which must not follow from a job's company.
+
+        Raises OutOfMemoryError if they do not fit together.
+        """
+        return self._plan(works, self._candidates(works, memory, alone), memory, budget)
+
+    def _plan(
+        self,
+        works: Sequence[Work],
+        candidates: dict[str, list["_Candidate"]],
+        memory: Memory,
+        budget: int,
+    ) -> tuple[Plan, ...]:
         if not memory.low_vram and (found := self._kept(candidates, budget)):
             first = {name: of_stage[0] for name, of_stage in candidates.items()}
             arrays, units = found
-            return self._filled(work, memory, first, arrays, kept=units)
+            return self._filled(works, memory, first, arrays, kept=units)
         candidates, staying = self._beside_what_stays(candidates)
         # a GPU's compiler takes seconds per stage: one thread each
         with ThreadPoolExecutor(len(candidates)) as pool:
@@ -77,10 +91,54 @@ class Planner:
                 peaks[worst],
             )
         arrays = {name: candidate.arrays for name, candidate in chosen.items()}
-        return self._filled(work, memory, chosen, arrays, kept=staying)
+        return self._filled(works, memory, chosen, arrays, kept=staying)
 
-    def _scratch(self, stage: Stage, work: Work, option: Option) -> Callable[[], int]:
-        return lambda: self._costs.scratch(stage, work, option.choice)
+    def _candidates(
+        self, works: Sequence[Work], memory: Memory, alone: Sequence[Plan] | None = None
+    ) -> dict[str, list["_Candidate"]]:
+        """The options of each stage, for all works together."""
+        found = {}
+        for stage in self._stages:
+            of = {w: list(stage.options(self._sizes, w, memory)) for w in dict.fromkeys(works)}
+            if not any(of.values()):
+                continue
+            combined: list[tuple[Option | None, ...]]
+            if alone is None:
+                combined = [(option,) for option in of[works[0]]]
+            elif any(option.choice.stream for options in of.values() for option in options):
+                combined = _of_one_stream([of[work] for work in works])
+            else:
+                chosen = [plan.choices.get(stage.name) for plan in alone]
+                combined = [
+                    tuple(
+                        next((o for o in of[work] if o.choice == choice), None)
+                        for work, choice in zip(works, chosen, strict=True)
+                    )
+                ]
+            found[stage.name] = [self._candidate(stage, works, options) for options in combined]
+        return found
+
+    def _candidate(
+        self, stage: Stage, works: Sequence[Work], options: tuple[Option | None, ...]
+    ) -> "_Candidate":
+        taken = {
+            work: option for work, option in zip(works, options, strict=True) if option is not None
+        }
+        activations: Counter[str] = Counter()
+        for option in options:
+            if option is None:
+                continue
+            if option.choice.stream is None:  # one job at a time
+                activations |= Counter(option.activations)
+            else:
+                activations.update(option.activations)
+        first = next(iter(taken.values()))
+
+        def scratch() -> int:
+            return max(self._costs.scratch(stage, w, o.choice) for w, o in taken.items())
+
+        choices = tuple(option and option.choice for option in options)
+        return _Candidate(choices, first.weights, activations, first.stays, first.always, scratch)
 
     def _kept(
         self, candidates: dict[str, list["_Candidate"]], budget: int
@@ -88,7 +146,7 @@ class Planner:
         """Arrays by stage if every parameter stays on the device, and the parameters' units; None
         if that does not fit."""
         largest = {name: found[0] for name, found in candidates.items()}
-        stays = [candidate.option.stays for candidate in largest.values()]
+        stays = [candidate.stays for candidate in largest.values()]
         units = frozenset[tuple[str, str]]().union(*(names for names in stays if names is not None))
         weights: Counter[str] = Counter()
         for component, unit in units:
@@ -105,8 +163,8 @@ class Planner:
         """The candidates with the parameters of other stages that always stay, and their units."""
         units: frozenset[tuple[str, str]] = frozenset()
         for name, found in candidates.items():
-            stays = found[0].option.stays
-            if not found[0].option.always or stays is None:
+            stays = found[0].stays
+            if not found[0].always or stays is None:
                 continue
             units |= stays
             nbytes = sum(self._sizes.storage.nbytes(*unit) for unit in stays)
@@ -117,36 +175,67 @@ class Planner:
 
     def _filled(
         self,
-        work: Work,
+        works: Sequence[Work],
         memory: Memory,
         chosen: dict[str, "_Candidate"],
         arrays: dict[str, dict[str, int]],
         *,
         kept: frozenset[tuple[str, str]],
-    ) -> Plan:
-        choices: dict[str, Choice] = {
-            name: candidate.option.choice for name, candidate in chosen.items()
-        }
-        return Plan(
-            nfes=work.steps,
-            choices=choices,
-            kept=kept,
-            host_window=memory.host_bytes,
-            arrays_by_stage=arrays,
-        )
+    ) -> tuple[Plan, ...]:
+        def plan(index: int, work: Work) -> Plan:
+            choices: dict[str, Choice] = {
+                name: candidate.choices[index]
+                for name, candidate in chosen.items()
+                if candidate.choices[index] is not None
+            }
+            return Plan(
+                nfes=work.steps,
+                choices=choices,
+                kept=kept,
+                host_window=memory.host_bytes,
+                arrays_by_stage=arrays,
+            )
+
+        return tuple(plan(index, work) for index, work in enumerate(works))
+
+
+def _of_one_stream(of: Sequence[Sequence[Option]]) -> list[tuple[Option | None, ...]]:
+    """One option of each work, all of the same stream, in the order of the work with most options.
+
+    `of`: the options of each work, or none. Works have the same streams, and of a stream some have
+    several options: there the n-th of one goes with the n-th, or the last, of the others.
+    """
+    by_stream: dict[int, dict[StreamPlan | None, list[Option]]] = {}
+    for options in of:
+        if id(options) not in by_stream:
+            own = by_stream[id(options)] = {}
+            for option in options:
+                own.setdefault(option.choice.stream, []).append(option)
+    found, counts = [], Counter[StreamPlan | None]()
+    for option in max(of, key=len):
+        stream = option.choice.stream
+        same = [by_stream[id(options)].get(stream) for options in of]
+        n, counts[stream] = counts[stream], counts[stream] + 1
+        found.append(tuple(o[min(n, len(o) - 1)] if o else None for o in same))
+    return found
 
 
 class _Candidate(NamedTuple):
-    option: Option
+    """One way to run a stage for all works: an Option of each, added up."""
+
+    choices: tuple[Any, ...]  # of each work; None if it lacks the stage
+    weights: Mapping[str, int]
+    activations: Mapping[str, int]
+    stays: frozenset[tuple[str, str]] | None
+    always: bool
     scratch: Callable[[], int]  # may compile for seconds: called only if `held` is in the budget
 
     def beside(self, more: Mapping[str, int]) -> "_Candidate":
-        weights = {**self.option.weights, **more}
-        return self._replace(option=self.option._replace(weights=weights))
+        return self._replace(weights={**self.weights, **more})
 
     @property
     def held(self) -> int:
-        return sum(self.option.weights.values()) + sum(self.option.activations.values())
+        return sum(self.weights.values()) + sum(self.activations.values())
 
     @property
     def peak(self) -> int:
@@ -154,10 +243,10 @@ class _Candidate(NamedTuple):
 
     @property
     def arrays(self) -> dict[str, int]:
-        return self.with_weights(self.option.weights)
+        return self.with_weights(self.weights)
 
     def with_weights(self, weights: Mapping[str, int]) -> dict[str, int]:
-        return {**weights, **self.option.activations, "temporaries": self.scratch()}
+        return {**weights, **self.activations, "temporaries": self.scratch()}
 
 
 def _first_that_fits(candidates: list[_Candidate], budget: int, smallest: bool) -> _Candidate:

@@ -122,6 +122,15 @@ class Placement:
         """
         return 0 if self.shares_memory else 1
 
+    @property
+    def spread(self) -> int:
+        """Over how many programs of a visit the copy of the next chunk is spread.
+
+        With four, a quarter of a block is copied under each: 4 ms of a PCIe 4 link, as long as a
+        block computes for a picture of 512x512 (rtx-4090, computed). Each part is a program more.
+        """
+        return 1 if self.shares_memory else 4
+
     def sharding(self, kind: str = DEVICE) -> SingleDeviceSharding:
         return SingleDeviceSharding(self.device, memory_kind=kind)
 

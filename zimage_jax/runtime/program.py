@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .ledger import Ledger
 from .placement import EXHAUSTED, Placement, is_exhausted
+from .recorder import Recorder
 
 # How a GPU's programs are compiled
 OPTIONS = {
@@ -47,7 +47,7 @@ class Program:
         **static,
     ):
         def with_token(*args):
-            # the ledger awaits this token, because the result itself may be donated to the next
+            # the recorder awaits this token, because the result itself may be donated to the next
             # program
             return function(*args, **static), jnp.zeros((), jnp.int8)
 
@@ -98,29 +98,29 @@ class Program:
         return executable, 0 if memory is None else scratch_bytes(memory)
 
     def __call__(
-        self, ledger: Ledger, *args, name: str = "", copied: tuple[str, int] | None = None
+        self, recorder: Recorder, *args, name: str = "", copied: tuple[str, int] | None = None
     ):
         """Run the program.
 
-        `name`: of the run in the ledger. `copied`: name and bytes of a copy that the program makes.
+        `name`: of the run in the ledgers. `copied`: name and bytes of a copy that the program makes.
         """
         executable, scratch = self.compiled(*args)
         if executable is None:
             raise jax.errors.JaxRuntimeError(
                 f"{EXHAUSTED}: the device ran out of memory while compiling {self.name}"
             )
-        ledger.mark(scratch)
+        recorder.mark(scratch)
         kinds = [("compute", name or self.name, 0), *([("copy", *copied)] if copied else [])]
         if id(executable) in self._has_run:
             result, token = executable(*args)
-            ledger.launched(token, *kinds)
+            recorder.launched(token, *kinds)
             return result
-        ledger.settle()
+        recorder.settle()
         args = self._placement.settled(args)
         with self._placement.gate.alone():
             result, token = executable(*args)
-            ledger.launched(token, *kinds)
-            ledger.settle()
+            recorder.launched(token, *kinds)
+            recorder.settle()
         self._has_run.add(id(executable))
         return result
 

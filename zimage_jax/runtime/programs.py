@@ -22,7 +22,7 @@ from ..planning.work import Work
 from ..weights.formats import Storage
 from .placement import HOST, Placement, require_cudnn
 from .program import Program
-from .stream import ring_step, run_chunk
+from .stream import replaced_by, ring_step, run_chunk
 
 
 class Observer:
@@ -171,12 +171,10 @@ class Programs:
             x, inputs, static = call(kind, units)
             chunk, static = on_device(units), static | {"trees": storage.trees(component, units)}
             if kind.copied:
-                ring, spare = (
-                    self(ring_step, donate=(1, 3), **static),
-                    on_device(plan.slot_of(kind.copied_kind)),
-                )
+                ring = self(ring_step, donate=(1, 3), **static)
                 copied = plan.like(kind.copied_kind, kind.copied)
                 following = tuple(on_host(unit, kind.without_kv) for unit in copied)
+                spare = replaced_by(on_device(plan.slot_of(kind.copied_kind)), following)
                 compiled = ring.compiled(chunk, spare, following, x, *inputs)
             else:
                 plain = self(run_chunk, donate=(1,), **static)

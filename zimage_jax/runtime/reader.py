@@ -14,8 +14,8 @@ from jax import Array
 from ..planning.seconds import read_ahead
 from ..weights import components
 from ..weights.checkpoint import Checkpoint
-from .ledger import Ledger
 from .placement import DEVICE, HOST, Placement
+from .recorder import Recorder
 
 Leaves = tuple[Array | None, ...]  # of one unit; None for a leaf that an NFE does not need
 Chunk = tuple[Leaves, ...]
@@ -97,12 +97,12 @@ class HostSource:
         kept = [unit for unit, leaves in list(self._kept.items()) if _is_done(leaves)]
         return self._checkpoint.storage.nbytes(self._component, *kept)
 
-    def open(self, order: Sequence[tuple[str, ...]], ledger: Ledger) -> "HostReader":
+    def open(self, order: Sequence[tuple[str, ...]], recorder: Recorder) -> "HostReader":
         """A job's reader. It starts to read all units of `order`, in that order."""
-        return HostReader(self, order, ledger)
+        return HostReader(self, order, recorder)
 
     def unit(
-        self, unit: str, ledger: Ledger, pool: ThreadPoolExecutor | None = None
+        self, unit: str, recorder: Recorder, pool: ThreadPoolExecutor | None = None
     ) -> Future[Leaves]:
         """A unit's leaves. One that was not read yet is read by `pool`, or else by the caller."""
         with self._lock:
@@ -111,9 +111,9 @@ class HostSource:
                 return future
             future = self._kept[unit] = Future()
         if pool is None:
-            self._fill(future, unit, ledger)
+            self._fill(future, unit, recorder)
         else:
-            pool.submit(self._fill, future, unit, ledger)
+            pool.submit(self._fill, future, unit, recorder)
         return future
 
     def of_half(self, name: str, leaves: Leaves) -> Leaves:
@@ -122,12 +122,12 @@ class HostSource:
             return leaves
         return self._checkpoint.storage.of_half(self._component, name, leaves)
 
-    def _fill(self, future: Future[Leaves], unit: str, ledger: Ledger) -> None:
+    def _fill(self, future: Future[Leaves], unit: str, recorder: Recorder) -> None:
         if not future.set_running_or_notify_cancel():
             return
         try:
             checkpoint, component = self._checkpoint, self._component
-            with ledger.event("tier", f"read {unit}", checkpoint.storage.nbytes(component, unit)):
+            with recorder.event("tier", f"read {unit}", checkpoint.storage.nbytes(component, unit)):
                 leaves = read_units(checkpoint, component, [unit], self._placement, HOST)
                 future.set_result(leaves[unit])
         except BaseException as fault:
@@ -145,11 +145,11 @@ def _is_done(future: Future) -> bool:
 class HostReader:
     """A job's reader of a HostSource."""
 
-    def __init__(self, source: HostSource, order: Sequence[tuple[str, ...]], ledger: Ledger):
+    def __init__(self, source: HostSource, order: Sequence[tuple[str, ...]], recorder: Recorder):
         self._source, self._order = source, iter(order)
         self._pool = ThreadPoolExecutor(READERS)
         units = dict.fromkeys(map(components.unit_of, itertools.chain.from_iterable(order)))
-        self._units = {unit: source.unit(unit, ledger, self._pool) for unit in units}
+        self._units = {unit: source.unit(unit, recorder, self._pool) for unit in units}
 
     def take(self, *, without_kv: bool = False) -> Chunk:
         blocks = {
@@ -184,21 +184,21 @@ class WindowSource:
         self.checkpoint, self.component, self.placement = checkpoint, component, placement
         self._nbytes = nbytes
 
-    def open(self, order: Sequence[tuple[str, ...]], ledger: Ledger) -> "WindowReader":
+    def open(self, order: Sequence[tuple[str, ...]], recorder: Recorder) -> "WindowReader":
         """A job's reader. Raises UsageError if the window is smaller than a chunk."""
         bytes_of = self.checkpoint.storage.nbytes
         largest = max((bytes_of(self.component, *units) for units in order), default=1)
         depth = WINDOW_CHUNKS if self._nbytes is None else read_ahead(self._nbytes, largest)
-        return WindowReader(self, order, depth, ledger)
+        return WindowReader(self, order, depth, recorder)
 
 
 class WindowReader:
     """A job's reader of a WindowSource."""
 
     def __init__(
-        self, source: WindowSource, order: Sequence[tuple[str, ...]], depth: int, ledger: Ledger
+        self, source: WindowSource, order: Sequence[tuple[str, ...]], depth: int, recorder: Recorder
     ):
-        self._source, self._order, self._ledger = source, iter(order), ledger
+        self._source, self._order, self._recorder = source, iter(order), recorder
         self._pool = ThreadPoolExecutor(READERS)
         self._ahead: collections.deque[Future[dict[str, Leaves]]] = collections.deque()
         for _ in range(min(depth, len(order))):
@@ -214,7 +214,7 @@ class WindowReader:
         return tuple(blocks.values())
 
     def used(self) -> None:
-        self._ledger.settle()
+        self._recorder.settle()
         self._read_ahead()
 
     def close(self) -> None:
@@ -229,7 +229,7 @@ class WindowReader:
     def _read(self, units: tuple[str, ...]) -> dict[str, Leaves]:
         checkpoint, component = self._source.checkpoint, self._source.component
         nbytes = checkpoint.storage.nbytes(component, *units)
-        with self._ledger.event("tier", f"read {units[0]}", nbytes):
+        with self._recorder.event("tier", f"read {units[0]}", nbytes):
             return read_units(checkpoint, component, units, self._source.placement, HOST)
 
 

@@ -1,5 +1,6 @@
 """The parameters of one model: on the device, in host memory, or on disk."""
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -10,10 +11,10 @@ from ..planning.plan import StreamPlan
 from ..units import tree_bytes
 from ..weights import components
 from ..weights.checkpoint import Checkpoint
-from .ledger import Ledger
 from .placement import DEVICE, Placement, free_host_bytes
 from .program import Program
 from .reader import READERS, HostSource, Leaves, Source, WindowSource, read_units, settled
+from .recorder import Recorder
 from .stream import Stream
 
 Unit = tuple[str, str]  # component, unit
@@ -22,7 +23,7 @@ Unit = tuple[str, str]  # component, unit
 class ParameterStore:
     """A model's parameters on the device and in host memory, kept between jobs.
 
-    One job uses it at a time. That job's state is in its `Loan`.
+    The jobs in flight use it through one `Loan`.
     """
 
     def __init__(
@@ -33,22 +34,23 @@ class ParameterStore:
         self.device: dict[Unit, Future[Leaves]] = {}
         self._host: dict[Unit, tuple[np.ndarray, ...]] = {}
         self._sources: dict[tuple[str, int | None], Source] = {}
+        self._lock = threading.Lock()
 
-    def lend(self, ledger: Ledger, *, kept: frozenset[Unit], host_bytes: int | None) -> "Loan":
-        """The loan of a job.
+    def lend(self, recorder: Recorder, *, kept: frozenset[Unit], host_bytes: int | None) -> "Loan":
+        """The loan of the jobs in flight.
 
-        `kept`: the units that its plan keeps on the device; others there are dropped.
+        `kept`: the units that their plans keep on the device; others there are dropped.
         `host_bytes`: read blocks through a window of this size instead of keeping them in host
         memory.
         """
-        loan = Loan(self, ledger, kept=kept, host_bytes=host_bytes)
+        loan = Loan(self, recorder, kept=kept, host_bytes=host_bytes)
         loan.release()
-        ledger.held |= {
+        recorder.held |= {
             f"{component} {unit}": self.nbytes((component, unit)) for component, unit in self.device
         }
         return loan
 
-    def read_ahead(self, budget: int, host_bytes: int | None, ledger: Ledger) -> None:
+    def read_ahead(self, budget: int, host_bytes: int | None, recorder: Recorder) -> None:
         """Start to read blocks into host memory, so that they are read while programs compile.
 
         Only if the blocks exceed `budget` and must stream from host memory.
@@ -62,11 +64,13 @@ class ParameterStore:
             if isinstance(source, HostSource):
                 for unit in self.checkpoint.units(component):
                     if "." in unit:  # a block
-                        source.unit(unit, ledger, self.readers)
+                        source.unit(unit, recorder, self.readers)
 
-    def clear(self) -> None:
+    def clear(self, recorder: Recorder) -> None:
         """Drop all parameters from the device."""
         settled(self.device)
+        for component, unit in self.device:
+            recorder.drop(f"{component} {unit}")
         self.device = {}
 
     def on_host(self, component: str, unit: str) -> tuple[np.ndarray, ...]:
@@ -81,6 +85,10 @@ class ParameterStore:
         Blocks are kept in host memory if they take at most 80 % of it. The transformer has
         priority, because it is streamed once per NFE and the text encoder once per job.
         """
+        with self._lock:
+            return self._source(component, host_bytes)
+
+    def _source(self, component: str, host_bytes: int | None) -> Source:
         if (component, host_bytes) not in self._sources:
             first = ("transformer",) if component == "transformer" else ("transformer", component)
             nbytes = sum(self.checkpoint.nbytes(c) for c in first)
@@ -107,17 +115,17 @@ class ParameterStore:
 
 
 class Loan:
-    """One job's use of the store's parameters, recorded in its ledger."""
+    """One job's use of the store's parameters, recorded in its recorder."""
 
     def __init__(
         self,
         store: ParameterStore,
-        ledger: Ledger,
+        recorder: Recorder,
         *,
         kept: frozenset[Unit],
         host_bytes: int | None,
     ):
-        self.store, self._ledger, self._kept, self._host_bytes = store, ledger, kept, host_bytes
+        self.store, self._recorder, self._kept, self._host_bytes = store, recorder, kept, host_bytes
         # units that are dropped from the device stay in host memory, so that the next job need not
         # read them. Not if the device's memory is the host's
         self._pins_from_host = not kept and host_bytes is None and not store.placement.shares_memory
@@ -131,7 +139,7 @@ class Loan:
         store = self.store
         for unit in units:
             if (component, unit) not in store.device:
-                self._ledger.hold(
+                self._recorder.hold(
                     f"{component} {unit}", store.checkpoint.storage.specs(component, unit)
                 )
                 store.device[component, unit] = store.readers.submit(self._read, component, unit)
@@ -142,11 +150,11 @@ class Loan:
         nbytes = store.nbytes((component, unit))
         source = store.source(component, None) if self._pins_from_host else None
         if isinstance(source, HostSource):
-            of_unit = source.unit(components.unit_of(unit), self._ledger).result()
+            of_unit = source.unit(components.unit_of(unit), self._recorder).result()
             leaves = source.of_half(unit, of_unit)
-            with self._ledger.event("copy", name, nbytes):
+            with self._recorder.event("copy", name, nbytes):
                 return store.placement.put(leaves)
-        with self._ledger.event("tier", name, nbytes), self._ledger.event("copy", name, nbytes):
+        with self._recorder.event("tier", name, nbytes), self._recorder.event("copy", name, nbytes):
             return read_units(store.checkpoint, component, [unit], store.placement, DEVICE)[unit]
 
     def module(self, component: str, unit: str):
@@ -172,9 +180,10 @@ class Loan:
             store.checkpoint.storage,
             sweeps,
             program=store.program,
-            ledger=self._ledger,
+            recorder=self._recorder,
             pin=lambda units: self.pin_ahead(plan.component, units),
             without_kv=without_kv,
+            spread=store.placement.spread,
         )
 
     def release(self, *, everything: bool = False) -> None:
@@ -182,5 +191,5 @@ class Loan:
         done = settled(self.store.device)
         kept = {} if everything else {u: done[u] for u in done.keys() & self._kept}
         for component, unit in self.store.device.keys() - kept.keys():
-            self._ledger.drop(f"{component} {unit}")
+            self._recorder.drop(f"{component} {unit}")
         self.store.device = kept

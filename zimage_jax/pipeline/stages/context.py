@@ -4,7 +4,7 @@ Axes: G contexts (one per picture or region, and with guidance one more each), L
 bucket), D width, E feature width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from ...planning.seconds import Timing
 from ...planning.stored import Figures
 from ...planning.work import Work
 from ...runtime.programs import Programs
+from ...runtime.stream import Call, Sweeps
 from ..attempt import Attempt
 from ..job import Job
 
@@ -93,7 +94,7 @@ class ContextStage:
 
         return timing.unit(COMPONENT, "stem") + timing.stream(choice.stream, run)
 
-    def run(self, attempt: Attempt) -> Context:
+    def run(self, attempt: Attempt) -> Generator[Sweeps | Call, list, Context]:
         work, config, programs = attempt.work, attempt.config, attempt.programs
         features = _features(attempt.job, attempt.results["text"])
         lengths = np.array([len(f) for f in features], np.int32)
@@ -103,18 +104,14 @@ class ContextStage:
         for row, f in zip(padded, features, strict=True):
             row[: len(f)] = ops.to_tokens(f, programs.dtype)
         inputs = dit.inputs(config.transformer, *work.view, lengths, work.bucket)
+        static = {"apply": dit.apply_blocks, "attend": programs.attend(work)}
+        yield Sweeps()
         stem = attempt.loan.module(COMPONENT, "stem")
-        x = programs(dit.embed_caption)(attempt.ledger, stem, padded, lengths)
+        x = programs(dit.embed_caption)(attempt.recorder, stem, padded, lengths)
         attempt.hold(inputs.caption, padded, x)
-        stream_plan = attempt.plan.choices[self.name].stream
-        static = {
-            "apply": dit.apply_blocks,
-            "attend": programs.attend(work),
-        }
         xs = [dit.Halfway(x, None, None)]
-        with attempt.stream(stream_plan) as stream:
-            for _ in stream_plan.chunks:
-                xs = stream.visit(xs, [(inputs.caption,)], **static)
+        for _ in attempt.plan.choices[self.name].stream.chunks:
+            xs = yield Call(xs, [(inputs.caption,)], static)
         found = Context(np.asarray(xs[0].x), inputs, lengths)
         regions = work.views // work.batch
         return found if regions == 1 else jax.tree.map(lambda a: np.repeat(a, regions, 0), found)

@@ -3,7 +3,7 @@
 Axes: B pictures, h, w latent rows and columns, C latent channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -21,9 +21,10 @@ from ...planning.seconds import Timing
 from ...planning.stored import Figures
 from ...planning.work import Work
 from ...runtime.programs import Programs
+from ...runtime.stream import Call, Sweeps
 from ...weights import components
 from ..attempt import Attempt
-from .denoise_run import COMPONENT, Ends, Scan, Sweep, abstract, floats, start_of
+from .denoise_run import COMPONENT, Ends, Run, Whole, abstract, floats, scan
 
 
 @dataclass(frozen=True)
@@ -232,10 +233,12 @@ class Denoise:
 
     # -- the run -----------------------------------------------------------------------------------
 
-    def run(self, attempt: Attempt) -> Float[np.ndarray, "B h w C"]:
-        start = start_of(attempt)
-        kind = Scan if attempt.plan.denoise.is_one_program else Sweep
-        return kind(attempt, attempt.results["context"], attempt.trajectory, start).draw()
+    def run(self, attempt: Attempt) -> Generator[Sweeps | Call, list, Float[np.ndarray, "B h w C"]]:
+        if attempt.whole is None:
+            attempt.whole = Whole.first(attempt)
+        if attempt.plan.denoise.is_one_program:
+            return scan(attempt)
+        return (yield from Run(attempt).draw())
 
 
 def _tokens_bytes(sizes: Sizes, work: Work) -> int:

@@ -5,7 +5,7 @@ Axes: B pictures, V views (pictures, or the regions of all), m views of a micro-
 channels, L caption tokens, D width, A adaLN width.
 """
 
-from dataclasses import dataclass
+from collections.abc import Generator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,52 +18,56 @@ from jaxtyping import Float
 from ...model import dit, sampling
 from ...model.kv import KVFormat, Nfe
 from ...model.regions import Regions
-from ...model.samplers import Trajectory
 from ...planning.work import Work
 from ...runtime.programs import Programs
-from ...runtime.stream import Stream
+from ...runtime.stream import Call, Sweeps
 from ..attempt import Attempt
-from .context import Context
 from .kv_cache import KVCache, kv_cache
 
 COMPONENT = "transformer"
 
 
-class Start(NamedTuple):
-    """The arrays that a sampler begins from, on the host."""
+class Whole(NamedTuple):
+    """What the sampler goes on from, on the host: all it needs for the NFEs after the first `done`.
 
+    Kept in the attempt, so that a run that lost its arrays on the device begins again from here.
+    """
+
+    done: int
     latents: Float[np.ndarray, "B h w C"]  # of whole pictures
+    # the sampler's memory of the last NFE, by micro-batch; None if it has none, or none yet
+    memories: list[Float[np.ndarray, "m h w C"]] | None
     kept: sampling.Kept | None  # of views
     # of views, one draw for each step that adds noise
     noises: Float[np.ndarray, "nfes V h w C"] | None
 
+    @classmethod
+    def first(cls, attempt: Attempt) -> "Whole":
+        """Noise, or the picture's latents with noise up to the first level."""
+        job, work, path = attempt.job, attempt.work, attempt.trajectory
+        shape = work.h, work.w, attempt.config.transformer.in_channels
 
-def start_of(attempt: Attempt) -> Start:
-    """The first latents: noise, or the picture's latents with noise up to the first level."""
-    job, work, path = attempt.job, attempt.work, attempt.trajectory
-    shape = work.h, work.w, attempt.config.transformer.in_channels
+        def draw(index: int) -> Float[np.ndarray, "B h w C"]:
+            return np.stack([sampling.NOISE[job.noise](seed, *shape, index) for seed in job.seeds])
 
-    def draw(index: int) -> Float[np.ndarray, "B h w C"]:
-        return np.stack([sampling.NOISE[job.noise](seed, *shape, index) for seed in job.seeds])
+        def of_views(pictures: np.ndarray) -> np.ndarray:
+            return pictures if work.regions is None else work.regions.split(pictures)
 
-    def of_views(pictures: np.ndarray) -> np.ndarray:
-        return pictures if work.regions is None else work.regions.split(pictures)
-
-    noise, kept, noises = draw(0), None, None
-    latents = noise
-    if work.encodes:
-        picture = np.broadcast_to(attempt.results["encode"], noise.shape)
-        level = np.float32(path.start)
-        latents = level * noise + (1 - level) * picture
-        if work.update.kept is not None:
-            assert job.canvas is not None
-            of_picture = job.canvas.latent_mask(attempt.config.vae.scale)
-            assert of_picture is not None
-            mask = np.broadcast_to(of_picture[None, :, :, None], (*noise.shape[:3], 1))
-            kept = sampling.Kept(*map(of_views, (picture, noise, mask)))
-    if work.update.noise is not None:
-        noises = np.stack([of_views(draw(index + 1)) for index in range(path.nfes)])
-    return Start(latents, kept, noises)
+        noise, kept, noises = draw(0), None, None
+        latents = noise
+        if work.encodes:
+            picture = np.broadcast_to(attempt.results["encode"], noise.shape)
+            level = np.float32(path.start)
+            latents = level * noise + (1 - level) * picture
+            if work.update.kept is not None:
+                assert job.canvas is not None
+                of_picture = job.canvas.latent_mask(attempt.config.vae.scale)
+                assert of_picture is not None
+                mask = np.broadcast_to(of_picture[None, :, :, None], (*noise.shape[:3], 1))
+                kept = sampling.Kept(*map(of_views, (picture, noise, mask)))
+        if work.update.noise is not None:
+            noises = np.stack([of_views(draw(index + 1)) for index in range(path.nfes)])
+        return cls(0, latents, None, kept, noises)
 
 
 def floats(*shape: int) -> jax.ShapeDtypeStruct:
@@ -120,41 +124,35 @@ def blend(
     return canvas, jnp.split(regions.split(canvas), len(parts))
 
 
-@dataclass
-class _Run:
-    """What both ways to run all NFEs share."""
-
-    attempt: Attempt
-    context: Context
-    trajectory: Trajectory
-    start: Start
-
-    def keys(self, kv_format: KVFormat, rows=slice(None)) -> dit.KeyTable | None:
-        work, config = self.attempt.work, self.attempt.config.transformer
-        lengths = self.context.lengths[rows]
-        return dit.grouped_keys(config, *work.view, lengths, work.bucket, kv_format)
+def _keys(attempt: Attempt, kv_format: KVFormat, rows=slice(None)) -> dit.KeyTable | None:
+    work, config = attempt.work, attempt.config.transformer
+    lengths = attempt.results["context"].lengths[rows]
+    return dit.grouped_keys(config, *work.view, lengths, work.bucket, kv_format)
 
 
-class Scan(_Run):
-    """One compiled program for all NFEs."""
+def scan(attempt: Attempt) -> Float[np.ndarray, "B h w C"]:
+    """All NFEs in one compiled program. An error in the attempt's `observe` is raised when the
+    program has ended."""
+    programs = attempt.programs
+    units = programs.storage.units(COMPONENT)
+    leaves = dict(zip(units, attempt.loan.pin(COMPONENT, units), strict=True))
+    model = programs.storage.assemble(COMPONENT, leaves)
+    keys = tuple(_keys(attempt, phase.kv_format) for phase in attempt.work.phases)
+    whole, (context, inputs, _) = attempt.whole, attempt.results["context"]
+    attempt.hold(whole.latents, context, inputs, keys, whole.kept, whole.noises)
+    rest = attempt.trajectory.update, context, inputs, keys, whole.noises, whole.kept
+    assert programs.observer is not None
+    with programs.observer.shows(attempt.observe):
+        sampler = programs.sampler(attempt.work)
+        return np.asarray(sampler(attempt.recorder, model, whole.latents, *rest))
 
-    def draw(self) -> Float[np.ndarray, "B h w C"]:
-        """An error in the attempt's `observe` is raised when the program has ended."""
-        attempt, programs = self.attempt, self.attempt.programs
-        units = programs.storage.units(COMPONENT)
-        leaves = dict(zip(units, attempt.loan.pin(COMPONENT, units), strict=True))
-        model = programs.storage.assemble(COMPONENT, leaves)
-        keys = tuple(self.keys(phase.kv_format) for phase in attempt.work.phases)
-        (latents, kept, noises), (context, inputs, _) = self.start, self.context
-        attempt.hold(latents, context, inputs, keys, kept, noises)
-        rest = self.trajectory.update, context, inputs, keys, noises, kept
-        assert programs.observer is not None
-        with programs.observer.shows(attempt.observe):
-            return np.asarray(programs.sampler(attempt.work)(attempt.ledger, model, latents, *rest))
 
+class Run:
+    """The NFEs of one attempt, with the parts of sampling.sample: each is a sweep, in which all
+    micro-batches are called on each chunk."""
 
-class Sweep(_Run):
-    """One sweep per NFE, with the parts of sampling.sample. A visit runs all micro-batches."""
+    def __init__(self, attempt: Attempt):
+        self.attempt = attempt
 
     @cached_property
     def groups(self) -> list[np.ndarray]:
@@ -167,48 +165,70 @@ class Sweep(_Run):
         """The given rows of every array in `tree`, on the device."""
         return self.attempt.placement.put(jax.tree.map(lambda a: a[rows], tree))
 
-    def draw(self) -> Float[np.ndarray, "B h w C"]:
+    def draw(self) -> Generator[Sweeps | Call, list, Float[np.ndarray, "B h w C"]]:
+        """Yields as `Sweeps` says, and returns the last latents."""
+        attempt, work, index = self.attempt, self.attempt.work, self.attempt.whole.done
+        yield Sweeps(work.nfes[index:])
+        states, latents, end = self._begin(), attempt.whole.latents, 0
+        for phase in work.phases:
+            begin, end = end, end + phase.steps
+            if index >= end:
+                continue
+            keys = [
+                self._rows(_keys(attempt, phase.kv_format, g), slice(None)) for g in self.groups
+            ]
+            with kv_cache(attempt, phase, len(self.groups)) as cache:
+                for nfe in list(phase.nfes())[index - begin :]:
+                    states = yield from self._nfe(index, nfe, cache, keys, states)
+                    latents, states = self._together(states)
+                    index += 1
+                    self._keep(index, latents, states)
+                    attempt.observe(index - 1, latents)
+                    if index < work.steps:
+                        yield Sweeps(work.nfes[index:])
+        return latents
+
+    def _begin(self) -> list[sampling.State]:
+        """Put on the device what every NFE needs. Returns the micro-batches' states."""
         attempt, work, groups = self.attempt, self.attempt.work, self.groups
+        whole, (context, inputs, _) = attempt.whole, attempt.results["context"]
         pictures = [g[: work.micro_batch] for g in groups]
-        latents = self.start.latents
-        parts = latents if work.regions is None else work.regions.split(latents)
-        states = [sampling.State.first(self._rows(parts, g), work.update) for g in pictures]
-        self._kept = [self._rows(self.start.kept, g) for g in pictures]
-        self._contexts = [self._rows(self.context.context, g) for g in groups]
-        inputs = self.context.inputs
+        self._kept = [self._rows(whole.kept, g) for g in pictures]
+        self._contexts = [self._rows(context, g) for g in groups]
         self._image = [self._rows(inputs.image, g) for g in groups]
         self._joint = [self._rows(inputs.joint, g) for g in groups]
         self._stem = attempt.loan.module(COMPONENT, "stem")
         self._ends = Ends(attempt.programs, work)
         self._room = self._tokens()
-        choice, nfes, index = attempt.plan.denoise, work.nfes, 0
+        latents = whole.latents
+        parts = latents if work.regions is None else work.regions.split(latents)
+        states = [sampling.State.first(self._rows(parts, g), work.update) for g in pictures]
+        if whole.memories is None:
+            return states
+        memories = attempt.placement.put(whole.memories)
+        return [s._replace(memory=m) for s, m in zip(states, memories, strict=True)]
 
-        def without_kv(chunk: int, sweep: int) -> bool:
-            return choice.blocks.without_kv(chunk, nfes[sweep])
-
-        with attempt.stream(choice.blocks, work.steps, without_kv=without_kv) as stream:
-            for phase in work.phases:
-                keys = [self._rows(self.keys(phase.kv_format, g), slice(None)) for g in groups]
-                with kv_cache(attempt, phase, len(groups)) as cache:
-                    for nfe in phase.nfes():
-                        states = self._nfe(stream, index, nfe, cache, keys, states)
-                        latents, states = self._together(states)
-                        attempt.observe(index, latents)
-                        index += 1
-        return latents
+    def _keep(self, index: int, latents: np.ndarray, states: list[sampling.State]) -> None:
+        """Go on from here if the device's arrays are lost; not if the next NFE needs this one's K
+        and V."""
+        attempt, nfes = self.attempt, self.attempt.work.nfes
+        if index < len(nfes) and not nfes[index].reuses:
+            has_memory = attempt.work.update.carry is not None
+            memories = [np.array(state.memory) for state in states] if has_memory else None
+            attempt.whole = attempt.whole._replace(done=index, latents=latents, memories=memories)
 
     def _together(self, states: list) -> tuple[Float[np.ndarray, "B h w C"], list]:
         """The latents of whole pictures on the host, and the states to go on with."""
         parts = [state.latents for state in states]
         if self.attempt.work.regions is None:
             return np.concatenate(parts), states
-        canvas, parts = self._ends.blend(self.attempt.ledger, parts)
+        canvas, parts = self._ends.blend(self.attempt.recorder, parts)
         states = [s._replace(latents=part) for s, part in zip(states, parts, strict=True)]
         return np.asarray(canvas), states
 
     def _tokens(self) -> list:
-        """The tokens and time embeddings of every micro-batch, abstract: the ledger counts them from
-        an NFE's beginning to its end."""
+        """The tokens and time embeddings of every micro-batch, abstract: they are counted from an
+        NFE's beginning to its end."""
         attempt, width = self.attempt, self.attempt.config.transformer.adaln_dim
         tokens = attempt.programs.tokens
         return [
@@ -220,60 +240,54 @@ class Sweep(_Run):
         ]
 
     def _nfe(
-        self, stream: Stream, index: int, nfe: Nfe, cache: KVCache | None, keys: list, states: list
-    ) -> list:
-        attempt, ledger, ends = self.attempt, self.attempt.ledger, self._ends
-        update, noises = self.trajectory.step(index), self._noises(index)
+        self, index: int, nfe: Nfe, cache: KVCache | None, keys: list, states: list
+    ) -> Generator[Call, list, list[sampling.State]]:
+        attempt, recorder, ends = self.attempt, self.attempt.recorder, self._ends
+        update, noises = attempt.trajectory.step(index), self._noises(index)
         of_step = states, noises, self._kept
         attempt.hold(self._room, self._contexts, of_step, self._image, self._joint, keys)
-        entered = [ends.enter(ledger, self._stem, s.latents, update.t) for s in states]
+        entered = [ends.enter(recorder, self._stem, s.latents, update.t) for s in states]
         xs, times = (list(column) for column in zip(*entered, strict=True))
         of_image = [
             (inputs._replace(time=time),) for inputs, time in zip(self._image, times, strict=True)
         ]
-        refine = self._static(attend=attempt.programs.attend(attempt.work))
+        static = {"apply": dit.apply_blocks, "attend": attempt.programs.attend(attempt.work)}
         for _ in range(attempt.plan.denoise.refiner_chunks):
-            xs = stream.visit(xs, of_image, **refine)
-        xs = [ends.join(ledger, x, c) for x, c in zip(xs, self._contexts, strict=True)]
+            xs = yield Call(xs, of_image, static)
+        xs = [ends.join(recorder, x, c) for x, c in zip(xs, self._contexts, strict=True)]
         of_joint = [
             (inputs._replace(time=time, keys=k),)
             for inputs, time, k in zip(self._joint, times, keys, strict=True)
         ]
-        xs = self._main_chunks(stream, nfe, cache, xs, of_joint)
+        xs = yield from self._main_chunks(nfe, cache, xs, of_joint, static)
         return [
-            ends.leave(ledger, self._stem, x, time, state, update, noise, kept)
+            ends.leave(recorder, self._stem, x, time, state, update, noise, kept)
             for x, time, state, noise, kept in zip(xs, times, *of_step, strict=True)
         ]
 
     def _noises(self, index: int) -> list:
         """The noise that a step adds, by micro-batch."""
-        noises, count = self.start.noises, self.attempt.work.micro_batch
+        noises, count = self.attempt.whole.noises, self.attempt.work.micro_batch
         if noises is None:
             return [None] * len(self.groups)
         return [self._rows(noises[index], rows[:count]) for rows in self.groups]
 
     def _main_chunks(
-        self, stream: Stream, nfe: Nfe, cache: KVCache | None, xs: list, inputs: list[tuple]
-    ) -> list:
-        attempt, taken = self.attempt, 0
-        static = self._static(attend=attempt.programs.attend(attempt.work))
-        for attentions in attempt.plan.denoise.attentions:
+        self, nfe: Nfe, cache: KVCache | None, xs: list, inputs: list[tuple], static: dict
+    ) -> Generator[Call, list, list]:
+        taken = 0
+        for attentions in self.attempt.plan.denoise.attentions:
             if not attentions:
-                xs = stream.visit(xs, inputs, **static)
+                xs = yield Call(xs, inputs, static)
                 continue
             attending = static | {"kv_format": nfe.kv_format}
             if cache is None or not (nfe.keeps or nfe.reuses):
-                xs = stream.visit(xs, inputs, **attending)
+                xs = yield Call(xs, inputs, attending)
                 continue
             carried = list(zip(xs, cache.take(taken, reads=nfe.reuses), strict=True))
             cached = attending | {"apply": dit.apply_blocks_cached, "reuses": nfe.reuses}
-            xs, held = (
-                list(column)
-                for column in zip(*stream.visit(carried, inputs, **cached), strict=True)
-            )
+            visited = yield Call(carried, inputs, cached)
+            xs, held = (list(column) for column in zip(*visited, strict=True))
             cache.put(taken, held, made=nfe.keeps)
             taken += 1
         return xs
-
-    def _static(self, **static) -> dict:
-        return {"apply": dit.apply_blocks, **static}

@@ -7,41 +7,41 @@ import jax
 
 from ...model import kv
 from ...model.kv import KV, KVFormat, Phase
-from ...runtime.ledger import Ledger
 from ...runtime.placement import HOST, Placement
+from ...runtime.recorder import Recorder
 from ...units import tree_bytes
 from ..attempt import Attempt
 
 Held = list[tuple[KV, ...]]  # a chunk's K and V: for each micro-batch, one KV per block
 
-NAME = "kv cache"
-
 
 class KVCache:
     def __init__(
         self,
+        name: str,
         kv_format: KVFormat,
         shape: tuple[int, int, int, int],
         groups: int,
         sizes: tuple[int, ...],
         placement: Placement,
         on_host: bool,
-        ledger: Ledger,
+        recorder: Recorder,
     ):
-        """`shape`: contexts of a micro-batch, tokens, heads, head width.
+        """`name`: in the recorder. `shape`: contexts of a micro-batch, tokens, heads, head width.
 
         `groups`: number of micro-batches. `sizes`: attentions of each chunk that has any; chunks
         without are not counted.
         """
         self._kv_format, self._shape, self._groups, self._sizes = kv_format, shape, groups, sizes
-        self._placement, self._on_host, self._ledger = placement, on_host, ledger
+        self._name, self._placement, self._on_host = name, placement, on_host
+        self._recorder = recorder
         self._held: dict[int, Held] = {}
         self._coming: dict[int, Held] = {}
         # the K and V that are being copied to the host: the device's arrays, and the host's
         self._leaving: tuple[Held, Held] | None = None
         if not on_host:
             self._held = {chunk: self._room(chunk) for chunk in range(len(sizes))}
-        ledger.hold(NAME, self._held)
+        recorder.hold(name, self._held)
 
     def _room(self, chunk: int) -> Held:
         blocks = range(self._sizes[chunk])
@@ -59,11 +59,11 @@ class KVCache:
             return self._held.pop(chunk)
         if chunk == 0:
             self._leave()
-        self._ledger.arrived()  # copied during the last visit; the caller may donate it
+        self._recorder.arrived()  # copied during the last visit; the caller may donate it
         held = self._coming.pop(chunk, None)
         if held is None and reads:
             held = self._bring(chunk)
-            self._ledger.arrived()
+            self._recorder.arrived()
         elif held is None:
             held = self._room(chunk)
         if reads and chunk + 1 in self._held:
@@ -87,7 +87,7 @@ class KVCache:
 
     def _bring(self, chunk: int) -> Held:
         held: Held = self._placement.send(self._held[chunk])
-        self._ledger.sent(held, f"{NAME} chunk {chunk}", tree_bytes(held))
+        self._recorder.sent(held, f"kv cache chunk {chunk}", tree_bytes(held))
         return held
 
     def _leave(self) -> None:
@@ -98,14 +98,14 @@ class KVCache:
 
     def _account(self, *held: Held) -> None:
         leaving = () if self._leaving is None else self._leaving[0]
-        self._ledger.hold(NAME, (held, self._coming, leaving))
+        self._recorder.hold(self._name, (held, self._coming, leaving))
 
     def clear(self) -> None:
         self._leave()
-        self._ledger.arrived()
+        self._recorder.arrived()
         self._held.clear()
         self._coming.clear()
-        self._ledger.drop(NAME)
+        self._recorder.drop(self._name)
 
 
 @contextmanager
@@ -117,13 +117,14 @@ def kv_cache(attempt: Attempt, phase: Phase, groups: int) -> Iterator[KVCache | 
     config, work, choice = attempt.config.transformer, attempt.work, attempt.plan.denoise
     shape = work.contexts // groups, work.tokens, config.n_heads, config.head_dim
     cache = KVCache(
+        attempt.name("kv cache"),
         phase.kv_format,
         shape,
         groups,
         tuple(n for n in choice.attentions if n),
         attempt.placement,
         choice.kv_on_host,
-        attempt.ledger,
+        attempt.recorder,
     )
     try:
         yield cache

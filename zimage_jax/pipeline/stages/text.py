@@ -3,7 +3,7 @@
 Axes: P distinct prompts, L caption tokens (a bucket), E feature width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,6 +21,7 @@ from ...planning.work import Work
 from ...runtime.placement import DEVICE, Placement
 from ...runtime.programs import Programs
 from ...runtime.reader import read_units
+from ...runtime.stream import Call, Sweeps
 from ..attempt import Attempt
 
 COMPONENT = "text_encoder"
@@ -72,25 +73,27 @@ class Text:
             choice.stream, lambda unit, nfe: layer(unit, work.prompts, work.bucket)
         )
 
-    def run(self, attempt: Attempt) -> dict[str, Float[np.ndarray, "T E"]]:
+    def run(
+        self, attempt: Attempt
+    ) -> Generator[Sweeps | Call, list, dict[str, Float[np.ndarray, "T E"]]]:
         """Features by text, without padding. The embedding table stays on the host."""
         ids, lengths = prompt.batch_ids(emphasis.to_run(attempt.encoded.values()))
         (table,) = attempt.loan.on_host(COMPONENT, "embed_tokens")
         x = ops.to_tokens(np.asarray(text_encoder.embed(table, ids)), attempt.programs.dtype)
         choice: TextChoice = attempt.plan.choices[self.name]
         if choice.stream is None:
-            attempt.ledger.mark()
+            attempt.recorder.mark()
             features = _on_host(attempt, x)
         else:
-            attempt.hold(x)
-            xs = [attempt.placement.put(x)]
             static = {
                 "apply": text_encoder.apply_blocks,
                 "attend": attempt.programs.attend(attempt.work),
             }
-            with attempt.stream(choice.stream) as stream:
-                for _ in choice.stream.chunks:
-                    xs = stream.visit(xs, [()], **static)
+            yield Sweeps()
+            attempt.hold(x)
+            xs = [attempt.placement.put(x)]
+            for _ in choice.stream.chunks:
+                xs = yield Call(xs, [()], static)
             features = np.asarray(xs[0])
         features = ops.from_tokens(features)
         found = [f[:n] for f, n in zip(features, lengths, strict=True)]

@@ -128,7 +128,7 @@ class VAEStage(ABC):
 
         def run(function, weights, *arrays, **static):
             attempt.hold(*arrays)
-            return attempt.programs(function, **static)(attempt.ledger, weights, *arrays)
+            return attempt.programs(function, **static)(attempt.recorder, weights, *arrays)
 
         if choice.rows is not None:
             found = strips(module, array, dtype, choice.rows, run, attend)
@@ -137,5 +137,5 @@ class VAEStage(ABC):
             found = tiles(module, array, dtype, choice.tile, run, attend)
         else:
             found = np.asarray(run(type(self).apply, module, array, dtype=dtype, attend=attend))
-        attempt.ledger.drop("activations")
+        attempt.drop()
         return found

@@ -1,0 +1,152 @@
+"""A job on its way through the engine, as its owner and the engine see it."""
+
+import itertools
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+from ..model.prompt import Encoded
+from ..planning.plan import Memory, Plan, Stage
+from ..planning.work import Work
+from ..runtime.ledger import Ledger
+from ..runtime.stream import Call, Sweeps
+from .attempt import Attempt
+from .job import Job, Step
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An event: the plan under which the job goes on, and the budget in bytes."""
+
+    plan: Plan
+    budget: int
+
+
+Event = Step | Planned | str  # a string is a warning
+
+
+@dataclass(kw_only=True, eq=False)
+class Request:
+    """A job that was submitted. Its owner reads `events` and `result`, and may `cancel` it.
+
+    `stages`: those that it runs. `finish(attempt)`: makes the result when they are done.
+    """
+
+    job: Job
+    encoded: dict[str, Encoded]
+    work: Work
+    memory: Memory
+    stages: tuple[Stage, ...]
+    plan: Plan  # of the job alone
+    budget: int
+    finish: Callable[["Request"], Any]
+    ledger: Ledger
+    warned: list[str] = field(default_factory=list)
+    wants_steps: bool = False
+    began: float = field(default_factory=time.perf_counter)
+    number: int = field(default_factory=lambda: next(_numbers))
+    is_cancelled: bool = False
+    # the engine's: its state in flight, and what its stage's generator asked for last
+    attempt: Attempt | None = None
+    running: Generator[Sweeps | Call, list, Any] | None = None
+    asked: Sweeps | Call | None = None
+    _future: Future = field(default_factory=Future)
+    _events: SimpleQueue = field(default_factory=SimpleQueue)
+
+    def __repr__(self) -> str:
+        state = (
+            "done" if self._future.done() else "waiting" if self.attempt is None else "in flight"
+        )
+        return f"<Request {self.number}: {self.work.batch} of {self.job.width}x{self.job.height}, {state}>"
+
+    # -- the owner's -------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """End the job within a chunk; `result` raises CancelledError then. Under `scan` it ends
+        when the program does."""
+        self.is_cancelled = True
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the result. Raises what ended the job, CancelledError after `cancel`, and
+        TimeoutError after `timeout` seconds."""
+        return self._future.result(timeout)
+
+    def wait(self) -> None:
+        """Wait until the job has ended, however it did."""
+        with suppress(CancelledError):
+            self._future.exception()
+
+    def events(self) -> Iterator[Event]:
+        """Its events until it has ended: warnings, other plans, and steps if it `wants_steps`."""
+        while (event := self._events.get()) is not None:
+            yield event
+
+    def when_done(self, call: Callable[["Request"], None]) -> None:
+        """Call `call(request)` when the job has ended, in the engine's thread: it must not wait."""
+        self._future.add_done_callback(lambda _: call(self))
+
+    # -- the engine's ------------------------------------------------------------------------------
+
+    @property
+    def key(self) -> tuple:
+        """Requests in flight together have the same: options about memory, and stages. One program
+        for all NFEs shares no sweep."""
+        denoise = self.plan.denoise
+        alone = self.number if denoise is not None and denoise.is_one_program else None
+        return self.memory, tuple(stage.name for stage in self.stages), alone
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage that it is at; None after the last."""
+        assert self.attempt is not None
+        attempt = self.attempt
+        return next(
+            (
+                s
+                for s in self.stages
+                if s.name in attempt.plan.choices and s.name not in attempt.results
+            ),
+            None,
+        )
+
+    def tell(self, event: Event) -> None:
+        if isinstance(event, str):
+            self.warned.append(event)
+        if self.wants_steps or not isinstance(event, Step):
+            self._events.put(event)
+
+    def advance(self, found: list | None) -> None:
+        """Give the stage's generator what it asked for; it asks for more, or its stage is done."""
+        assert self.attempt is not None
+        assert self.running is not None
+        assert self.stage is not None
+        try:
+            self.asked = self.running.send(found)  # type: ignore[arg-type]
+        except StopIteration as end:
+            self.attempt.results[self.stage.name] = end.value
+            self.running = self.asked = None
+
+    def leave_device(self) -> None:
+        """Drop the stage's arrays; it begins anew, or goes on from its last whole NFE."""
+        if self.running is not None:
+            self.running.close()
+        self.running = self.asked = None
+        if self.attempt is not None:
+            self.attempt.drop()
+
+    def end(self, result: Any = None, fault: BaseException | None = None) -> None:
+        self.attempt = None
+        if fault is not None:
+            self._future.set_exception(fault)
+        else:
+            self._future.set_result(result)
+        self._events.put(None)
