@@ -133,10 +133,10 @@ def chunk_speed(checkpoint: "Checkpoint", plan: "Plan", placement: "Placement") 
     import jax.numpy as jnp
     import numpy as np
 
-    from zimage_jax.runtime.recorder import Recorder
     from zimage_jax.runtime.placement import HOST
     from zimage_jax.runtime.program import Program
     from zimage_jax.runtime.reader import read_units
+    from zimage_jax.runtime.recorder import Recorder
     from zimage_jax.runtime.stream import fill
     from zimage_jax.units import tree_bytes
 

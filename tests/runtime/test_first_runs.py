@@ -9,9 +9,9 @@ import pytest
 
 from zimage_jax.model import attention
 from zimage_jax.model.attention import Attend
-from zimage_jax.runtime.recorder import Recorder
 from zimage_jax.runtime.placement import Placement, require_cudnn
 from zimage_jax.runtime.program import Program
+from zimage_jax.runtime.recorder import Recorder
 
 THREADS, RUNS = 4, 12
 

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from zimage_jax.runtime.recorder import Recorder
 from zimage_jax.runtime.placement import Placement, is_exhausted
 from zimage_jax.runtime.program import BEYOND, Program
+from zimage_jax.runtime.recorder import Recorder
 
 HERE = Placement.on()
 

@@ -7,9 +7,9 @@ import pytest
 from tests.schedules import BLOCK, JOB, MODEL, SCHEDULES
 from zimage_jax import Memory, ZImage
 from zimage_jax.errors import DamagedError, UsageError
-from zimage_jax.runtime.recorder import Recorder
 from zimage_jax.runtime.placement import Placement
 from zimage_jax.runtime.reader import WindowSource
+from zimage_jax.runtime.recorder import Recorder
 from zimage_jax.units import tree_bytes
 from zimage_jax.weights.checkpoint import Checkpoint
 
