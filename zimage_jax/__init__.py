@@ -8,6 +8,7 @@ if TYPE_CHECKING:
         ConfigError,
         ConversionError,
         DamagedError,
+        EngineError,
         ForeignError,
         NonFiniteError,
         OutOfMemoryError,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .pipeline.job import Picture, Result, Step, ZImageWarning
     from .pipeline.pipeline import ZImage
     from .planning.plan import Memory, Plan
+    from .process import ZImageProcess
 
     __version__: str
 
@@ -29,6 +31,7 @@ _MODULES = {
     "ConfigError": "errors",
     "ConversionError": "errors",
     "DamagedError": "errors",
+    "EngineError": "errors",
     "ForeignError": "errors",
     "KVPolicy": "model.kv",
     "Memory": "planning.plan",
@@ -42,6 +45,7 @@ _MODULES = {
     "UsageError": "errors",
     "ZImage": "pipeline.pipeline",
     "ZImageError": "errors",
+    "ZImageProcess": "process",
     "ZImageWarning": "pipeline.job",
 }
 
@@ -50,6 +54,7 @@ __all__ = [
     "ConfigError",
     "ConversionError",
     "DamagedError",
+    "EngineError",
     "ForeignError",
     "KVPolicy",
     "Memory",
@@ -63,6 +68,7 @@ __all__ = [
     "UsageError",
     "ZImage",
     "ZImageError",
+    "ZImageProcess",
     "ZImageWarning",
     "__version__",
 ]

@@ -8,6 +8,7 @@ ZImageError              exit code 1: the job failed
 │   └── ForeignError     a file or folder that is not a checkpoint, or is another model's
 ├── ConversionError      a source that is damaged, or has not exactly the expected tensors
 ├── OutputError          a file that cannot be written
+├── EngineError          an engine's process that died or hung, and what it was drawing
 ├── NonFiniteError       latents that became NaN or infinite while sampling
 └── OutOfMemoryError     no plan fits; names the smallest budget and the largest size that would fit
 """
@@ -45,6 +46,10 @@ class OutputError(ZImageError):
     pass
 
 
+class EngineError(ZImageError):
+    pass
+
+
 class NonFiniteError(ZImageError):
     pass
 
@@ -55,3 +60,6 @@ class OutOfMemoryError(ZImageError):
     def __init__(self, message: str, needed: int):
         super().__init__(message)
         self.needed = needed
+
+    def __reduce__(self):  # errors cross from the engine's process to its owner's
+        return type(self), (str(self), self.needed)

@@ -35,7 +35,7 @@ from .attempt import Attempt
 from .job import Step
 from .plans import Plans
 from .preview import Preview
-from .request import Planned, Request
+from .request import Planned, Request, Started
 
 MOST = 16  # requests in flight: each takes a copy's sixteenth, and a quarter of that is little more
 SHARED = "denoise"  # the stage whose sweeps requests join and leave
@@ -175,8 +175,11 @@ class Flight:
         """Let requests join in their order, as long as they fit."""
         while self._can_join():
             request = self._engine.take()
+            is_new = request.attempt is None
             self._requests.append(request)
             self._plan()
+            if is_new:
+                request.tell(Started())
 
     def _can_join(self) -> bool:
         """Whether the next request that waits fits beside those in flight."""

@@ -9,6 +9,7 @@ Axes: B pictures, h, w latent rows and columns, C latent channels.
 """
 
 import hashlib
+import inspect
 import threading
 import time
 import warnings
@@ -46,7 +47,7 @@ from .job import Job, Picture, Result, Step, ZImageWarning
 from .opened import Source, open_picture
 from .plans import Plans
 from .preview import Preview
-from .request import Planned, Request
+from .request import Event, Planned, Request
 from .stages import STAGES
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -247,13 +248,45 @@ class ZImage:
         self._engine.submit(request)
         return self._follow(request, on_plan, on_step)
 
-    def submit(self, prompt: str | Sequence[str], **options: Any) -> Request:
-        """Like `generate` without its callbacks, but returns at once; `result` of the Request waits.
+    def submit(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        on_event: Callable[[Event | None], None] | None = None,
+        **options: Any,
+    ) -> Request:
+        """Like `generate`, but returns at once; `result` of the Request waits.
 
         Requests in flight together share every copy of the weights, and draw the same pictures as
-        alone. `options`: the arguments of `generate`. Raises UsageError and OutOfMemoryError.
+        alone. `options`: the arguments of `generate`, without callbacks. `on_event(event)` is
+        called in the engine's thread, for which it must not wait: Started, Planned, Step, a
+        warning's text, and None at the end. Raises UsageError and OutOfMemoryError.
         """
-        return self.submit_all([{"prompt": prompt, **options}])[0]
+        request = self._request(prompt, **options)
+        request.listener, request.wants_steps = on_event, on_event is not None
+        self._engine.submit(request)
+        return request
+
+    def plan(self, prompt: str | Sequence[str], **options: Any) -> Planned:
+        """The plan that a job would have alone, and the budget in bytes; nothing runs.
+
+        `options`: the arguments of `generate`. Raises UsageError and OutOfMemoryError.
+        """
+        request = self._request(prompt, **options)
+        return Planned(request.plan, request.budget)
+
+    def read(self, plan: Plan) -> int:
+        """Read into host memory what a plan streams from there. Returns the bytes.
+
+        Without it the first picture waits for the disk.
+        """
+        streams = [choice.stream for choice in plan.choices.values() if choice.stream is not None]
+        units = [
+            (stream.component, stream.chunks[chunk])
+            for stream in streams
+            for chunk in stream.streamed
+        ]
+        return self._store.read(units, plan.host_window)
 
     def submit_all(self, jobs: Sequence[Mapping[str, Any]]) -> list[Request]:
         """Submit jobs, each the arguments of `generate`, so that they begin together."""
@@ -332,6 +365,10 @@ class ZImage:
                 raise UsageError(f"{name} needs an image: {why}")
         else:
             canvas = self.canvas(image, width=width, height=height, **given)
+        for name in options.keys() - inspect.signature(Job.of).parameters.keys():
+            raise UsageError(
+                f"no such argument: {printable(name, 40)}; ZImage.generate has them all"
+            )
         options |= {"width": width, "height": height, "canvas": canvas}
         return self._prepared(prompt, memory, tuple(STAGES), self._result, options)
 

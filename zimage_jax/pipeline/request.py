@@ -28,44 +28,25 @@ class Planned:
     budget: int
 
 
-Event = Step | Planned | str  # a string is a warning
+@dataclass(frozen=True)
+class Started:
+    """An event: the job has come in flight."""
+
+
+Event = Started | Planned | Step | str  # a string is a warning
 
 
 @dataclass(kw_only=True, eq=False)
-class Request:
-    """A job that was submitted. Its owner reads `events` and `result`, and may `cancel` it.
+class Handle:
+    """A submitted job, as its owner sees it: read `events` and `result`, and `cancel` it."""
 
-    `stages`: those that it runs. `finish(attempt)`: makes the result when they are done.
-    """
-
-    job: Job
-    encoded: dict[str, Encoded]
-    work: Work
-    memory: Memory
-    stages: tuple[Stage, ...]
-    plan: Plan  # of the job alone
-    budget: int
-    finish: Callable[["Request"], Any]
-    ledger: Ledger
-    warned: list[str] = field(default_factory=list)
     wants_steps: bool = False
-    began: float = field(default_factory=time.perf_counter)
-    number: int = field(default_factory=lambda: next(_numbers))
+    # called by the engine instead of filling `events`; None when the job has ended
+    listener: Callable[[Event | None], None] | None = None
     is_cancelled: bool = False
-    # the engine's: its state in flight, and what its stage's generator asked for last
-    attempt: Attempt | None = None
-    running: Generator[Sweeps | Call, list, Any] | None = None
-    asked: Sweeps | Call | None = None
+    warned: list[str] = field(default_factory=list)
     _future: Future = field(default_factory=Future)
     _events: SimpleQueue = field(default_factory=SimpleQueue)
-
-    def __repr__(self) -> str:
-        state = (
-            "done" if self._future.done() else "waiting" if self.attempt is None else "in flight"
-        )
-        return f"<Request {self.number}: {self.work.batch} of {self.job.width}x{self.job.height}, {state}>"
-
-    # -- the owner's -------------------------------------------------------------------------------
 
     def cancel(self) -> None:
         """End the job within a chunk; `result` raises CancelledError then. Under `scan` it ends
@@ -90,11 +71,52 @@ class Request:
         while (event := self._events.get()) is not None:
             yield event
 
-    def when_done(self, call: Callable[["Request"], None]) -> None:
-        """Call `call(request)` when the job has ended, in the engine's thread: it must not wait."""
-        self._future.add_done_callback(lambda _: call(self))
-
     # -- the engine's ------------------------------------------------------------------------------
+
+    def tell(self, event: Event) -> None:
+        if isinstance(event, str):
+            self.warned.append(event)
+        if self.wants_steps or not isinstance(event, Step):
+            self._pass_on(event)
+
+    def end(self, result: Any = None, fault: BaseException | None = None) -> None:
+        if fault is not None:
+            self._future.set_exception(fault)
+        else:
+            self._future.set_result(result)
+        self._pass_on(None)
+
+    def _pass_on(self, event: Event | None) -> None:
+        (self.listener or self._events.put)(event)
+
+
+@dataclass(kw_only=True, eq=False)
+class Request(Handle):
+    """A job in this process's engine.
+
+    `stages`: those that it runs. `finish(request)`: makes the result when they are done.
+    """
+
+    job: Job
+    encoded: dict[str, Encoded]
+    work: Work
+    memory: Memory
+    stages: tuple[Stage, ...]
+    plan: Plan  # of the job alone
+    budget: int
+    finish: Callable[["Request"], Any]
+    ledger: Ledger
+    began: float = field(default_factory=time.perf_counter)
+    number: int = field(default_factory=lambda: next(_numbers))
+    # its state in flight, and what its stage's generator asked for last
+    attempt: Attempt | None = None
+    running: Generator[Sweeps | Call, list, Any] | None = None
+    asked: Sweeps | Call | None = None
+
+    def __repr__(self) -> str:
+        state = "done" if self.done() else "waiting" if self.attempt is None else "in flight"
+        job = f"{self.work.batch} of {self.job.width}x{self.job.height}"
+        return f"<Request {self.number}: {job}, {state}>"
 
     @property
     def key(self) -> tuple:
@@ -118,12 +140,6 @@ class Request:
             None,
         )
 
-    def tell(self, event: Event) -> None:
-        if isinstance(event, str):
-            self.warned.append(event)
-        if self.wants_steps or not isinstance(event, Step):
-            self._events.put(event)
-
     def advance(self, found: list | None) -> None:
         """Give the stage's generator what it asked for; it asks for more, or its stage is done."""
         assert self.attempt is not None
@@ -145,8 +161,4 @@ class Request:
 
     def end(self, result: Any = None, fault: BaseException | None = None) -> None:
         self.attempt = None
-        if fault is not None:
-            self._future.set_exception(fault)
-        else:
-            self._future.set_result(result)
-        self._events.put(None)
+        super().end(result, fault)

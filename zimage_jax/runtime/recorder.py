@@ -30,6 +30,7 @@ class Recorder:
     def __init__(self, *ledgers: Ledger, ahead: int = 0):
         self.ahead = ahead
         self.held: dict[str, int] = {}  # device bytes now, by name
+        self.launches = 0  # programs so far: a sign of life
         self._ledgers, self._stage = ledgers, "load"
         self._running, self._sent = collections.deque[_Running](), collections.deque[_Running]()
 
@@ -88,6 +89,7 @@ class Recorder:
 
         `kinds`: lane, name and bytes of each of its events.
         """
+        self.launches += 1
         self._running.append(self._begun(result, kinds))
         self.settle(self.ahead)
 

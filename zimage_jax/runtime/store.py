@@ -66,6 +66,24 @@ class ParameterStore:
                     if "." in unit:  # a block
                         source.unit(unit, recorder, self.readers)
 
+    def read(self, units: Sequence[tuple[str, tuple[str, ...]]], host_bytes: int | None) -> int:
+        """Read blocks into host memory, where they stay. Returns their bytes: none that are read
+        through a window.
+
+        `units`: component and units, or halves, of each chunk.
+        """
+        reading = dict[Unit, Future[Leaves]]()
+        for component, chunk in units:
+            source = self.source(component, host_bytes)
+            if isinstance(source, HostSource):
+                for unit in map(components.unit_of, chunk):
+                    if (component, unit) not in reading:
+                        future = source.unit(unit, Recorder(), self.readers)
+                        reading[component, unit] = future
+        for future in reading.values():
+            future.result()
+        return sum(map(self.nbytes, reading))
+
     def clear(self, recorder: Recorder) -> None:
         """Drop all parameters from the device."""
         settled(self.device)

@@ -1,0 +1,324 @@
+"""The engine in a process of its own, which is started again when it dies or hangs."""
+
+import itertools
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from .errors import EngineError, UsageError
+from .model.config import ModelConfig
+from .pipeline.job import Step
+from .pipeline.request import Event, Handle, Started
+from .planning.plan import Memory
+
+PATIENCE = 600.0  # seconds without a launched program; a GPU's compiler takes minutes for a block
+TRIES = 5  # deaths of the process while a job was in flight, until the job is to blame
+STARTS = 3  # tries to start the process
+
+
+@dataclass(kw_only=True, eq=False)
+class Remote(Handle):
+    """A job in the other process. It is kept here until it has ended, and sent again after a death."""
+
+    word: str  # submit or plan
+    job: dict[str, Any]
+    ask: Callable[[tuple], None]
+    number: int = field(default_factory=itertools.count(1).__next__)
+    is_started: bool = False
+    deaths: int = 0  # of the process, while the job was in flight
+    _seen: int = -1  # NFEs
+
+    def __repr__(self) -> str:
+        state = "done" if self.done() else "in flight" if self.is_started else "waiting"
+        return f"<Remote {self.number}: {state}>"
+
+    def cancel(self) -> None:
+        super().cancel()
+        self.ask(("cancel", self.number))
+
+    def tell(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self.is_started = True
+            if self.deaths:
+                return
+        if isinstance(event, Step):
+            if event.index <= self._seen:  # drawn again, after a death
+                return
+            self._seen = event.index
+        super().tell(event)
+
+
+class ZImageProcess:
+    """A model in a process of its own: a crash, a hang or another budget starts it again, and every
+    job goes on. A job gives the same picture in any process.
+
+    `path`, `dtype`, `memory`: as of ZImage.load. `patience`: seconds without progress after which
+    the process counts as hung. `on_start(seconds, nbytes)` is called after each start: the seconds to
+    start the process, to open the model, to plan a picture and to read what it streams, and the
+    bytes read into host memory.
+
+    Raises what ZImage.load raises, and EngineError if the process cannot be started.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        *,
+        dtype: str | None = None,
+        memory: Memory | None = None,
+        patience: float = PATIENCE,
+        on_start: Callable[[dict[str, float], int], None] | None = None,
+    ):
+        if sys.platform == "win32":
+            raise UsageError("an engine in its own process needs Linux or macOS: use ZImage")
+        self._arguments = {"path": path, "dtype": dtype, "memory": memory}
+        self._patience, self._on_start = patience, on_start
+        self._lock, self._requests = threading.RLock(), dict[int, Remote]()
+        self.starts, self.held = 0, dict[str, int]()  # device bytes by array, a second old
+        self.seconds: dict[str, float] = {}  # of the last start: start, open, plan and read
+        self.host_bytes = 0  # read into host memory by the last start
+        self._is_closed = False
+        self._fault: Exception | None = None  # why there is no process
+        self._link: Connection | None = None  # None while there is no process
+        self._watcher = threading.Thread(
+            target=self._watch, args=[self._start()], name="zimage process", daemon=True
+        )
+        self._watcher.start()
+
+    config: ModelConfig
+    name: str  # of the model
+    description: str  # of the model, for a person
+
+    def __enter__(self) -> "ZImageProcess":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"<ZImageProcess {self._process.pid}: {len(self._requests)} jobs, {self.starts} starts>"
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def submit(
+        self,
+        prompt: str,
+        *,
+        on_event: Callable[[Event | None], None] | None = None,
+        **options: Any,
+    ) -> Remote:
+        """As ZImage.submit, but what is wrong with the job is raised by `result`. A seed of -1 is
+        drawn here, so that the job is the same in each process."""
+        seed = options.pop("seed", -1)
+        seeds = [seed] if isinstance(seed, int) else list(seed)
+        drawn = [secrets.randbits(32) if number == -1 else number for number in seeds]
+        options["seed"] = drawn[0] if isinstance(seed, int) else drawn
+        job = {"prompt": prompt, **options}
+        remote = Remote(
+            word="submit",
+            job=job,
+            ask=self._ask,
+            listener=on_event,
+            wants_steps=on_event is not None,
+        )
+        return self._sent(remote)
+
+    def plan(self, prompt: str, **options: Any) -> Remote:
+        """As ZImage.plan: its result is Planned."""
+        return self._sent(Remote(word="plan", job={"prompt": prompt, **options}, ask=self._ask))
+
+    def restart(self, memory: Memory | None = None) -> None:
+        """Start the process again, with other options about memory; every job goes on."""
+        if memory is not None:
+            self._arguments["memory"] = memory
+        self._process.kill()
+
+    def close(self) -> None:
+        """End the process, and all jobs that are not done."""
+        self._is_closed = True
+        self._process.kill()
+        self._watcher.join()
+        self._end_all(CancelledError("the engine was closed"))
+
+    # -- the process -------------------------------------------------------------------------------
+
+    def _start(self) -> Connection:
+        """Start the process and wait until the model is open. Raises what it cannot open."""
+        began = time.perf_counter()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "zimage_jax.worker", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+        link = Connection(ours.detach())
+        try:
+            if self._is_closed:  # meanwhile
+                self._process.kill()
+            link.send(self._arguments)
+            word, _, what = link.recv()
+            if word == "failed":
+                raise what
+        except (EOFError, OSError):
+            code = self._process.wait()
+            link.close()
+            raise EngineError(
+                f"the engine's process ended at its start ({_ending(code)})"
+            ) from None
+        except Exception:
+            self._process.wait()
+            link.close()
+            raise
+        self.config, self.name, self.description, self.seconds, self.host_bytes = what
+        self.seconds["start"] = time.perf_counter() - began - sum(self.seconds.values())
+        self.starts += 1
+        self._launches, self._progressed = -1, time.monotonic()
+        if self._on_start is not None:
+            self._on_start(self.seconds, self.host_bytes)
+        return link
+
+    def _watch(self, link: Connection) -> None:
+        """In a thread: hear the process, and start it again if it dies or hangs."""
+        self._send_all(link)
+        while True:
+            try:
+                if link.poll(1.0):
+                    self._hear(*link.recv())
+                elif self._is_hung():
+                    self._process.kill()
+                continue
+            except (EOFError, OSError):
+                fault: Exception | None = None
+            except Exception as error:  # a message that cannot be read: nothing is certain now
+                self._process.kill()
+                fault = EngineError(f"the engine's process sent nonsense ({error})")
+            with self._lock:
+                self._link = None
+            link.close()
+            code = self._process.wait()
+            again = None if fault or self._is_closed else self._start_again()
+            if again is None:
+                self._end_all(fault or self._fault or CancelledError("the engine was closed"))
+                return
+            link = again
+            self._blame(code)
+            self._send_all(link)
+
+    def _start_again(self) -> Connection | None:
+        for _ in range(STARTS):
+            try:
+                return self._start()
+            except Exception as fault:
+                if self._is_closed:
+                    return None
+                self._fault = EngineError(f"the engine cannot be started again: {fault}")
+        return None
+
+    def _blame(self, code: int) -> None:
+        """Count a death of the process for the jobs that were in flight, and end those to blame."""
+        with self._lock:
+            left = list(self._requests.values())
+        for remote in left:
+            remote.deaths += remote.is_started
+            remote.is_started = False
+            if remote.is_cancelled:
+                fault: BaseException = CancelledError("the request was cancelled")
+            elif remote.deaths >= TRIES:
+                fault = EngineError(
+                    f"the engine's process ended {TRIES} times during this job ({_ending(code)})"
+                )
+            else:
+                continue
+            with self._lock:
+                self._requests.pop(remote.number, None)
+            remote.end(fault=fault)
+
+    def _send_all(self, link: Connection) -> None:
+        """Send all jobs that are not done; those that are submitted from now on are sent at once."""
+        with self._lock:
+            self._link = link
+            for remote in self._requests.values():
+                self._ask((remote.word, remote.number, remote.job))
+
+    def _hear(self, word: str, number: int, what: Any) -> None:
+        if word == "beat":
+            launches, self.held = what
+            if launches != self._launches:
+                self._launches, self._progressed = launches, time.monotonic()
+            return
+        with self._lock:
+            remote = self._requests.get(number)
+            if word != "event":
+                self._requests.pop(number, None)
+        if remote is None:
+            return
+        if word == "event":
+            remote.tell(what)
+        else:
+            self._progressed = time.monotonic()
+            remote.end(**{"result" if word == "done" else "fault": what})
+
+    def _is_hung(self) -> bool:
+        with self._lock:
+            if not any(remote.is_started for remote in self._requests.values()):
+                self._progressed = time.monotonic()
+        return time.monotonic() - self._progressed > self._patience
+
+    def _end_all(self, fault: BaseException) -> None:
+        with self._lock:
+            left, self._requests = list(self._requests.values()), {}
+            self._is_closed = True
+        for remote in left:
+            remote.end(fault=fault)
+
+    def _sent(self, remote: Remote) -> Remote:
+        with self._lock:
+            if self._is_closed:
+                raise EngineError(
+                    f"the engine is closed{f' ({self._fault})' if self._fault else ''}"
+                )
+            self._requests[remote.number] = remote
+            self._ask((remote.word, remote.number, remote.job))
+        return remote
+
+    def _ask(self, message: tuple) -> None:
+        """Send a message. Jobs that a dead process did not get are sent to the next."""
+        with self._lock, suppress(OSError):
+            if self._link is not None:
+                self._link.send(message)
+
+
+def without_model(event: Event) -> Event:
+    """An event without what it holds of the model: its previews are made."""
+    if not isinstance(event, Step):
+        return event
+    return Step(event.index, event.steps, event.t, event.latents, _Made(event.previews()))
+
+
+class _Made:
+    """Previews, in place of the function that makes them."""
+
+    def __init__(self, pixels):
+        self._pixels = pixels
+
+    def __call__(self, latents):
+        return self._pixels
+
+
+def _ending(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
