@@ -7,14 +7,16 @@ if __name__ == "__main__":
 
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 import click
@@ -44,18 +46,33 @@ _PATHS = ("image", "mask")  # relative to the folder of JOBS
 @options.MODEL
 @options.DTYPE
 @options.memory_options
+@click.option(
+    "--in-flight",
+    type=click.IntRange(1, 64),
+    help="Most jobs that share the weights on their way over the device (default: 16).",
+)
 @click.option("--strict", is_flag=True, help="Draw nothing if any line is no job.")
 @click.option("--no-metadata", is_flag=True, help="Do not write prompt and settings into the PNGs.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print each line of results.jsonl as well.")
 def command(
-    jobs, output, model, dtype, strict, no_metadata, quiet, as_json, **memory_flags
+    jobs,
+    output,
+    model,
+    dtype,
+    in_flight,
+    strict,
+    no_metadata,
+    quiet,
+    as_json,
+    **memory_flags,
 ) -> None:
     """Draw the jobs of a file: one picture per line.
 
     JOBS is JSON lines (.jsonl), whose keys are the arguments of ZImage.generate, as in {"prompt":
     "a red circle", "seed": 7}, or text with a prompt per line. A line that is no job, or cannot be
-    drawn, is reported with its number, and the others are drawn.
+    drawn, is reported with its number, and the others are drawn. Jobs are drawn several at a time,
+    with one copy of the weights for all; each picture is the same as alone.
     """
     lines = list(read(jobs))
     for line in lines:
@@ -66,55 +83,101 @@ def command(
         raise UsageError(f"{failed} of {len(lines)} lines are no jobs: nothing is drawn")
     with Results.open(output) as results:
         todo = [line for line in lines if not line.fault and not results.has(line)]
+        done = len(lines) - failed - len(todo)
+        if done and not (quiet or as_json):
+            click.echo(f"{done} pictures are drawn already", err=True)
         talk = Talk(quiet or as_json, is_tiny=model is None)
         with talk.warnings():
             cli.start_jax()
             from .pipeline.pipeline import ZImage
 
             memory = options.memory_of(**memory_flags)
-            pipe = ZImage.load(model, dtype=dtype, memory=memory)
+            pipe = ZImage.load(model, dtype=dtype, memory=memory, in_flight=in_flight)
             talk.start(pipe, memory)
-            done = len(lines) - failed - len(todo)
-            with _bar(len(todo), done, silent=quiet or as_json) as bar:
-                for line in todo:
-                    fault = _draw(pipe, line, results, metadata=not no_metadata, as_json=as_json)
-                    if fault is not None:
+            with Progress(len(todo), silent=quiet or as_json) as progress:
+                for line, drawn in _draw_all(pipe, todo, ahead=2 * pipe.in_flight):
+                    if isinstance(drawn, ZImageError):
                         failed += 1
-                        with bar.external_write_mode():
-                            click.echo(f"error: {printable(jobs)}: {fault}", err=True)
-                    bar.update()
+                        progress.say(f"error: {printable(jobs)}: line {line.number}: {drawn}")
+                    else:
+                        row = results.save(line, drawn, metadata=not no_metadata)
+                        if as_json:
+                            click.echo(cli.to_json(row))
+                    progress.add(isinstance(drawn, ZImageError))
     if failed:
         raise click.ClickException(f"{failed} of {len(lines)} jobs were not drawn")
 
 
-def _bar(count: int, done: int, *, silent: bool) -> tqdm:
-    hidden = silent or not sys.stderr.isatty()
-    if done and not silent:
-        click.echo(f"{done} pictures are drawn already", err=True)
-    return tqdm(total=count, unit="picture", desc="batch", disable=hidden)
+class Progress:
+    """A bar with pictures a minute and the time left; where there is no terminal, a line at the
+    end."""
+
+    def __init__(self, count: int, *, silent: bool):
+        self._began, self._drawn, self._silent = time.perf_counter(), 0, silent
+        self._bar = tqdm(
+            total=count,
+            desc="batch",
+            disable=silent or not sys.stderr.isatty(),
+            bar_format="{desc} {n_fmt}/{total_fmt} |{bar}|{postfix}, {remaining} left",
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+        if self._bar.disable and not self._silent and self._drawn:
+            click.echo(f"{self._drawn} pictures, {self._rate:.1f} a minute", err=True)
+
+    @property
+    def _rate(self) -> float:
+        return 60 * self._drawn / (time.perf_counter() - self._began)
+
+    def say(self, line: str) -> None:
+        with self._bar.external_write_mode():
+            click.echo(line, err=True)
+
+    def add(self, failed: bool) -> None:
+        self._drawn += not failed
+        self._bar.set_postfix_str(f"{self._rate:.1f} a minute", refresh=False)
+        self._bar.update()
 
 
-def _draw(pipe, line: "Line", results: "Results", *, metadata: bool, as_json: bool) -> str | None:
-    """Draw a job and record it. Returns what is wrong with a job that cannot be drawn."""
-    interrupts.check()
+def _draw_all(pipe, lines: list["Line"], *, ahead: int) -> Iterator[tuple["Line", Any]]:
+    """Each line with its result, or with the error that its job cannot be drawn for, as they come.
+
+    `ahead`: jobs that are submitted and not done, so that those that wait can join together.
+    """
+    left, ended = iter(lines), SimpleQueue[Line]()
+    submitted: dict[int, Any] = {}
     try:
-        began = time.perf_counter()
-        result = pipe.generate(**line.arguments(), on_step=lambda _: interrupts.check())
-    except ZImageError as fault:
-        return f"line {line.number}: {fault}"
-    path = results.folder / f"{line.number:06}.png"
-    result.pictures[0].save(path, metadata=metadata, overwrite=True)
-    row = {
-        "line": line.number,
-        "job": line.key,
-        "file": path.name,
-        "seconds_of_job": round(time.perf_counter() - began, 4),
-        **result.report,
-    }
-    results.add(row)
-    if as_json:
-        click.echo(cli.to_json(row))
-    return None
+        while True:
+            interrupts.check()
+            for line in itertools.islice(left, ahead - len(submitted)):
+                try:
+                    submitted[line.number] = pipe.submit(
+                        **line.arguments(), on_event=_when_ended(ended, line)
+                    )
+                except ZImageError as fault:
+                    yield line, fault
+            if not submitted:
+                return
+            line = ended.get()
+            request = submitted.pop(line.number)
+            try:
+                drawn: Any = request.result()
+            except ZImageError as fault:
+                drawn = fault
+            yield line, drawn
+    finally:
+        for request in submitted.values():
+            request.cancel()
+        for request in submitted.values():
+            request.wait()
+
+
+def _when_ended(ended: SimpleQueue, line: "Line") -> Callable[[Any], None]:
+    return lambda event: ended.put(line) if event is None else None
 
 
 # -- the jobs --------------------------------------------------------------------------------------
@@ -269,6 +332,14 @@ class Results:
                 "choose another folder with -o"
             )
         return key is not None
+
+    def save(self, line: Line, result, *, metadata: bool) -> dict:
+        """Write a job's picture, then its line. Returns what the line says."""
+        path = self.folder / f"{line.number:06}.png"
+        result.pictures[0].save(path, metadata=metadata, overwrite=True)
+        row = {"line": line.number, "job": line.key, "file": path.name, **result.report}
+        self.add(row)
+        return row
 
     def add(self, row: dict) -> None:
         self.file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())

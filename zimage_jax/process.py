@@ -76,7 +76,7 @@ class ZImageProcess:
         *,
         dtype: str | None = None,
         memory: Memory | None = None,
-        patience: float = PATIENCE,
+        patience: float | int = PATIENCE,
         on_start: Callable[[dict[str, float], int], None] | None = None,
     ):
         if sys.platform == "win32":

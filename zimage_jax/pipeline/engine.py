@@ -37,7 +37,7 @@ from .plans import Plans
 from .preview import Preview
 from .request import Planned, Request, Started
 
-MOST = 16  # requests in flight: each takes a copy's sixteenth, and a quarter of that is little more
+IN_FLIGHT = 16  # requests at most: from there on a copy costs each of them little
 SHARED = "denoise"  # the stage whose sweeps requests join and leave
 
 
@@ -51,7 +51,7 @@ class Engine:
         store: ParameterStore,
         placement: Placement,
         preview: Preview,
-        most: int = MOST,
+        most: int,
     ):
         self.programs, self.plans, self.store = programs, plans, store
         self.placement, self.preview, self.most = placement, preview, most

@@ -42,7 +42,7 @@ from ..weights.checkpoint import Checkpoint
 from ..weights.components import COMPONENTS
 from . import report as reports
 from .canvas import Canvas, enlarged_size
-from .engine import Engine
+from .engine import IN_FLIGHT, Engine
 from .job import Job, Picture, Result, Step, ZImageWarning
 from .opened import Source, open_picture
 from .plans import Plans
@@ -66,6 +66,7 @@ class ZImage:
         dtype: str,
         memory: Memory,
         placement: Placement,
+        in_flight: int = IN_FLIGHT,
     ):
         self.config, self.name = checkpoint.config, checkpoint.path.resolve().name
         self.dtype, self.memory = jnp.dtype(dtype), memory
@@ -74,7 +75,7 @@ class ZImage:
         self._plans = Plans(self._programs)
         self._store = ParameterStore(checkpoint, placement, self._programs)
         self._engine = Engine(
-            self._programs, self._plans, self._store, placement, Preview(checkpoint)
+            self._programs, self._plans, self._store, placement, Preview(checkpoint), in_flight
         )
         self._planning = threading.Lock()
 
@@ -86,6 +87,7 @@ class ZImage:
         dtype: str | None = None,
         memory: Memory | None = None,
         device: jax.Device | None = None,
+        in_flight: int | None = None,
     ) -> "ZImage":
         """Open a native checkpoint; without a `path`, the tiny model inside the package.
 
@@ -93,7 +95,8 @@ class ZImage:
         float16 on a GPU without bfloat16 (before compute capability 8.0), and float32 on a CPU.
         With float16 the VAE computes in float32. `memory`: where parameters are and how they move;
         by default everything stays on the device if it fits. `device`: by default the process's
-        first.
+        first. `in_flight`: the most jobs that share the weights on their way over the device, 16 by
+        default.
 
         Raises CheckpointError if the folder is missing, foreign or damaged.
         """
@@ -116,6 +119,7 @@ class ZImage:
             dtype,
             memory,
             placement,
+            IN_FLIGHT if in_flight is None else checks.whole("in_flight", in_flight, 1, 64),
         )
 
     def __repr__(self) -> str:
@@ -136,6 +140,11 @@ class ZImage:
             f"{held}; stored in {formats.names(self._checkpoint.storage)}, "
             f"computing in {self.dtype} on {self._placement.device.device_kind}"
         )
+
+    @property
+    def in_flight(self) -> int:
+        """The most jobs that share the weights on their way over the device."""
+        return self._engine.most
 
     @property
     def held(self) -> dict[str, int]:
@@ -262,10 +271,7 @@ class ZImage:
         called in the engine's thread, for which it must not wait: Started, Planned, Step, a
         warning's text, and None at the end. Raises UsageError and OutOfMemoryError.
         """
-        request = self._request(prompt, **options)
-        request.listener, request.wants_steps = on_event, on_event is not None
-        self._engine.submit(request)
-        return request
+        return self.submit_all([{"prompt": prompt, "on_event": on_event, **options}])[0]
 
     def plan(self, prompt: str | Sequence[str], **options: Any) -> Planned:
         """The plan that a job would have alone, and the budget in bytes; nothing runs.
@@ -289,8 +295,14 @@ class ZImage:
         return self._store.read(units, plan.host_window)
 
     def submit_all(self, jobs: Sequence[Mapping[str, Any]]) -> list[Request]:
-        """Submit jobs, each the arguments of `generate`, so that they begin together."""
-        requests = [self._request(**job) for job in jobs]
+        """Submit jobs, each the arguments of `submit`, so that they begin together."""
+
+        def request(*, on_event=None, **job: Any) -> Request:
+            made = self._request(**job)
+            made.listener, made.wants_steps = on_event, on_event is not None
+            return made
+
+        requests = [request(**job) for job in jobs]
         self._engine.submit(*requests)
         return requests
 

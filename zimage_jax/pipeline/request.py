@@ -56,7 +56,7 @@ class Handle:
     def done(self) -> bool:
         return self._future.done()
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | int | None = None) -> Any:
         """Wait for the result. Raises what ended the job, CancelledError after `cancel`, and
         TimeoutError after `timeout` seconds."""
         return self._future.result(timeout)

@@ -1,7 +1,9 @@
 """A function compiled once per set of shapes, with the scratch bytes that the compiler reports."""
 
+import functools
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -30,11 +32,39 @@ OPTIONS = {
 BEYOND = 1 << 50  # scratch bytes that fit no device
 
 
+class Recent:
+    """The executables of a model in the order of their last use. Beyond `most` they are let go: a
+    process that draws ever new sizes would grow without end."""
+
+    def __init__(self, most: int):
+        self._most, self._lock = most, threading.Lock()
+        self._order: OrderedDict[tuple[Program, Any], None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def use(self, program: "Program", key: Any) -> None:
+        with self._lock:
+            self._order[program, key] = None
+            self._order.move_to_end((program, key))
+            while len(self._order) > self._most:
+                (oldest, of), _ = self._order.popitem(last=False)
+                oldest.let_go(of)
+
+
+class _Executable:
+    """An executable and its scratch bytes: None and BEYOND if the device ran out of memory."""
+
+    def __init__(self, executable: Any, scratch: int):
+        self.executable, self.scratch, self.has_run = executable, scratch, False
+
+
 class Program:
     """A function compiled once per set of shapes for one device.
 
     `donate`: indices of arguments that the results may overwrite. `static`: keyword arguments of
     the function, fixed for this program. `precision`: of float32 products; a GPU's default is TF32.
+    `recent`: takes note of each use.
     """
 
     def __init__(
@@ -44,6 +74,7 @@ class Program:
         *,
         donate: tuple[int, ...] = (),
         precision: str | None = None,
+        recent: Recent | None = None,
         **static,
     ):
         def with_token(*args):
@@ -52,50 +83,64 @@ class Program:
             return function(*args, **static), jnp.zeros((), jnp.int8)
 
         self.name = function.__name__.strip("_")
-        self._placement, self._precision = placement, precision
-        options = None if placement.shares_memory else OPTIONS
-        self._jitted = jax.jit(
-            with_token, donate_argnums=donate, keep_unused=True, compiler_options=options
-        )
-        self._compiled: dict[Any, tuple[Any, int]] = {}
+        self._placement, self._precision, self._recent = placement, precision, recent
+        self._function, self._donate = with_token, donate
+        self._compiled: dict[Any, _Executable] = {}
         self._lock, self._locks = threading.Lock(), dict[Any, threading.Lock]()
-        self._has_run = set[int]()
-        self.compile_seconds = 0.0
-
-    @property
-    def compilations(self) -> int:
-        return len(self._compiled)
+        self.compilations, self.compile_seconds = 0, 0.0
 
     def compiled(self, *args) -> tuple[Any, int]:
         """The executable for `args` (arrays or ShapeDtypeStructs), and its scratch bytes.
 
         None and BEYOND if the device ran out of memory while compiling.
         """
+        found = self._of(args)
+        return found.executable, found.scratch
+
+    def let_go(self, key: Any) -> None:
+        """Forget the executable for these shapes."""
+        with self._lock:
+            self._compiled.pop(key, None)
+            self._locks.pop(key, None)
+
+    def _of(self, args: tuple) -> _Executable:
         leaves, tree = jax.tree.flatten(args)
         key = (tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         with self._lock:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:  # stages may compile concurrently
-            if key not in self._compiled:
-                self._compiled[key] = self._compile(args)
-        return self._compiled[key]
+            found = self._compiled.get(key)
+            if found is None:
+                found = self._compiled[key] = self._compile(args)
+        if self._recent is not None:
+            self._recent.use(self, key)
+        return found
 
-    def _compile(self, args: tuple) -> tuple[Any, int]:
+    def _compile(self, args: tuple) -> _Executable:
         began = time.perf_counter()
+        self.compilations += 1
+        # of its own: JAX keeps what it traced as long as the jitted function lives
+        function = functools.wraps(self._function)(lambda *args: self._function(*args))
+        jitted = jax.jit(
+            function,
+            donate_argnums=self._donate,
+            keep_unused=True,
+            compiler_options=None if self._placement.shares_memory else OPTIONS,
+        )
         try:
             with (
                 jax.default_device(self._placement.device),
                 jax.default_matmul_precision(self._precision),
             ):
-                executable = self._jitted.lower(*args).compile()
+                executable = jitted.lower(*args).compile()
         except jax.errors.JaxRuntimeError as fault:  # a GPU's compiler loads the program too
             if not is_exhausted(fault):
                 raise
-            return None, BEYOND
+            return _Executable(None, BEYOND)
         finally:
             self.compile_seconds += time.perf_counter() - began
         memory = executable.memory_analysis()
-        return executable, 0 if memory is None else scratch_bytes(memory)
+        return _Executable(executable, 0 if memory is None else scratch_bytes(memory))
 
     def __call__(
         self, recorder: Recorder, *args, name: str = "", copied: tuple[str, int] | None = None
@@ -104,14 +149,15 @@ class Program:
 
         `name`: of the run in the ledgers. `copied`: name and bytes of a copy that the program makes.
         """
-        executable, scratch = self.compiled(*args)
+        own = self._of(args)
+        executable = own.executable
         if executable is None:
             raise jax.errors.JaxRuntimeError(
                 f"{EXHAUSTED}: the device ran out of memory while compiling {self.name}"
             )
-        recorder.mark(scratch)
+        recorder.mark(own.scratch)
         kinds = [("compute", name or self.name, 0), *([("copy", *copied)] if copied else [])]
-        if id(executable) in self._has_run:
+        if own.has_run:
             result, token = executable(*args)
             recorder.launched(token, *kinds)
             return result
@@ -121,7 +167,7 @@ class Program:
             result, token = executable(*args)
             recorder.launched(token, *kinds)
             recorder.settle()
-        self._has_run.add(id(executable))
+        own.has_run = True
         return result
 
 

@@ -21,8 +21,11 @@ from ..planning.plan import Stage, StreamPlan, VisitKind
 from ..planning.work import Work
 from ..weights.formats import Storage
 from .placement import HOST, Placement, require_cudnn
-from .program import Program
+from .program import Program, Recent
 from .stream import replaced_by, ring_step, run_chunk
+
+# executables that a model keeps: a size takes about thirty
+MOST_EXECUTABLES = 512
 
 
 class Observer:
@@ -65,6 +68,7 @@ class Programs:
     def __init__(self, storage: Storage, dtype, placement: Placement):
         self.storage, self.dtype, self.placement = storage, jnp.dtype(dtype), placement
         self._programs: dict[tuple, Program] = {}
+        self._recent = Recent(MOST_EXECUTABLES)
         self._lock = threading.Lock()
         self.observer = Observer()
 
@@ -81,7 +85,14 @@ class Programs:
 
     def _make(self, function: Callable, donate: tuple[int, ...], static: dict) -> Any:
         precision = "float32" if self.dtype == jnp.float32 else None
-        return Program(self.placement, function, donate=donate, precision=precision, **static)
+        return Program(
+            self.placement,
+            function,
+            donate=donate,
+            precision=precision,
+            recent=self._recent,
+            **static,
+        )
 
     @property
     def compile_seconds(self) -> float:
