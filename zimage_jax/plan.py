@@ -94,6 +94,12 @@ class Device:
     metavar="GB/S",
     help="Rate of the disk under --host-memory.  [default: from the card's file, else 3]",
 )
+@click.option(
+    "--in-flight",
+    type=click.IntRange(1, 64),
+    metavar="N",
+    help="Plan up to N such pictures in flight together, which share the weights on their way.",
+)
 @options.kv_options
 @options.memory_options
 @click.option("--explain", is_flag=True, help="Print what takes the device memory, array by array.")
@@ -108,6 +114,7 @@ def command(
     steps,
     strength,
     disk_gbps,
+    in_flight,
     explain,
     as_json,
     kv_dtype,
@@ -156,11 +163,14 @@ def command(
         guidance=storage.config.defaults.guidance,
         strength=strength,
     )
-    rows = list(_rows(storage, device, memory, kv, budget, pixels, path, strength is not None))
+    from_picture = strength is not None
+    rows = list(
+        _rows(storage, device, memory, kv, budget, pixels, path, from_picture, in_flight or 1)
+    )
     if wanted and is_encoded(storage) and not compiles:
         plain = uniform(storage.config, "bfloat16")
         as_plain = replace(device, costs=StoredCosts(plain, wanted))
-        found = _rows(plain, as_plain, memory, kv, budget, pixels, path, strength is not None)
+        found = _rows(plain, as_plain, memory, kv, budget, pixels, path, from_picture, 1)
         for row, other in zip(rows, found, strict=True):
             row["predicted_seconds_in_bfloat16"] = other["predicted_seconds"]
     result = {
@@ -334,6 +344,7 @@ def _rows(
     pixels: list,
     path: "Trajectory",
     from_picture: bool,
+    in_flight: int,
 ) -> Iterator[dict]:
     """One row per size. If no plan fits, it has no schedule, and the peak of the smallest plan."""
     import jax.numpy as jnp
@@ -375,6 +386,8 @@ def _rows(
             }
             continue
         by_stage = seconds(STAGES, plan, work, sizes, device.rates)
+        plans = planner.most_together(work, plan, memory, budget, in_flight)
+        of_all = seconds(STAGES, plans[0], work, sizes, device.rates, len(plans))
         yield row | {
             "schedule": plan.schedule,
             "chunks": len(plan.denoise.main_chunks),
@@ -387,6 +400,9 @@ def _rows(
             "predicted_seconds_by_stage": {
                 stage: round(value, 3) for stage, value in by_stage.items()
             },
+            "in_flight": len(plans),
+            "predicted_peak_bytes_in_flight": plans[0].peak_bytes,
+            "predicted_seconds_in_flight": round(sum(of_all.values()), 3),
             "bound_by": bound_by(STAGES, plan, work, sizes, device.rates),
             "link_bytes": round(
                 sum(seconds(STAGES, plan, work, sizes, Rates(math.inf, 1.0)).values())
@@ -437,6 +453,15 @@ def _print(result: dict) -> None:
         for row in result["sizes"]
         if row.get("predicted_seconds_in_bfloat16") is not None
     ]
+    together = [
+        f"{row['size']} {row['in_flight']} in {row['predicted_seconds_in_flight']:.1f} s and "
+        f"{_gib(row['predicted_peak_bytes_in_flight'])} GiB, "
+        f"{60 * row['in_flight'] / row['predicted_seconds_in_flight']:.1f} a minute"
+        for row in result["sizes"]
+        if row.get("in_flight", 1) > 1
+    ]
+    for line in together:
+        click.echo(f"in flight together: {line}")
     if plain:
         click.echo(f"stored as {result['format']}; in bfloat16: {', '.join(plain)}")
     none = "none of these sizes; a smaller one, or a larger budget"

@@ -27,7 +27,7 @@ from zimage_jax.planning.planner import Planner
 from zimage_jax.planning.seconds import Rates, Timing
 from zimage_jax.planning.stored import StoredCosts
 from zimage_jax.planning.work import Work
-from zimage_jax.units import GIB
+from zimage_jax.units import GIB, MIB
 from zimage_jax.weights import components
 from zimage_jax.weights.formats import parse, uniform
 
@@ -52,12 +52,14 @@ def test_a_timeline_that_copies_longer_than_it_computes():
     assert timeline("ring", 7.0, 5.0, Rates(1, 1, overlaps=False)) == 12 * (7 + 5)
     # what stays is needed before it is there in the first sweep alone
     assert timeline("resident", 7.0, 5.0) == 4 * 7 + 5 + 2 * 4 * 5
-    # a second micro-batch only computes
-    assert timeline("ring", 7.0, 5.0, groups=2) == 7 + 11 * 7 + 5 + 12 * 5
+    # a copy is spread over the micro-batches of a visit, but over four at most
+    assert timeline("ring", 7.0, 5.0, groups=2) == 7 + 12 * 2 * 5
+    assert timeline("ring", 24.0, 5.0, groups=2) == 24 + 11 * 24 + 2 * 5
+    assert timeline("ring", 28.0, 5.0, groups=8) == 28 + 11 * (28 + 4 * 5) + 8 * 5
     # every program takes its time to start: the first load's and the runs', of each micro-batch
     assert (
         timeline("ring", 7.0, 5.0, Rates(1, 1, dispatch=1.0), groups=2)
-        == 7 + 11 * 7 + 5 + 12 * 5 + 1 + 2 * 12
+        == 7 + 12 * 2 * 5 + 1 + 2 * 12
     )
 
 
@@ -326,3 +328,38 @@ def test_a_matrix_is_decoded_for_every_run_of_tokens():
         found[side] = fast.block("transformer", "layers.0", 1, work.tokens, width=3840)
     assert found[1024] == pytest.approx(2 * found[512])
     assert found[2048] == pytest.approx(8 * found[512])
+
+
+def test_jobs_in_flight_together_share_the_copies():
+    """Sixteen of 512x512 on an rtx-4090 with 1.5 GiB: nearly what a device that holds all computes."""
+    work, memory, budget = square(512), Memory(), int(1.5 * GIB)
+    rates, alone = cards.find("rtx-4090").rates, plan_of(memory, work, budget)
+    plans = planner().most_together(work, alone, memory, budget, 16)
+    assert len(plans) == 16
+    assert alone.schedule == "hybrid"
+    assert plans[0].peak_bytes <= budget
+    together = sum(seconds(plans[0], work, SIZES, rates, 16).values())
+    resident = plan_of(Memory(schedule="resident"), work)
+    assert resident.kept
+    computing = sum(seconds(resident, work, SIZES, rates._replace(link=math.inf)).values())
+    assert 16 * computing / together > 0.9
+    assert sum(seconds(alone, work, SIZES, rates).values()) / computing > 3, "the link bounds one"
+
+
+@pytest.mark.parametrize("more", [0, 150 * MIB, 4 * GIB])
+def test_as_many_fly_together_as_the_budget_holds(more):
+    work, memory = square(2048), Memory(low_vram=True)
+    least = plan_of(memory, work).peak_bytes
+    alone = plan_of(memory, work, least + more)
+    plans = planner().most_together(work, alone, memory, least + more, 8)
+    assert {0: len(plans) == 1, 150 * MIB: 1 < len(plans) < 8, 4 * GIB: len(plans) == 8}[more]
+    assert plans[0].peak_bytes <= least + more
+    of_one = (
+        sum(alone.arrays_by_stage["denoise"].values())
+        - alone.arrays_by_stage["denoise"]["temporaries"]
+    )
+    of_all = (
+        sum(plans[0].arrays_by_stage["denoise"].values())
+        - plans[0].arrays_by_stage["denoise"]["temporaries"]
+    )
+    assert of_all > of_one or len(plans) == 1

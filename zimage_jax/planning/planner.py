@@ -63,6 +63,24 @@ class Planner:
         """
         return self._plan(works, self._candidates(works, memory, alone), memory, budget)
 
+    def most_together(
+        self, work: Work, alone: Plan, memory: Memory, budget: int, most: int
+    ) -> tuple[Plan, ...]:
+        """The plans of as many jobs of one kind as fit together, at most `most`."""
+        found: tuple[Plan, ...] = (alone,)
+        least = 1
+        while least < most:
+            count = (least + most + 1) // 2
+            try:
+                plans = self.together([work] * count, [alone] * count, memory, budget)
+            except OutOfMemoryError:
+                plans = ()
+            if plans and plans[0].kept == alone.kept:
+                found, least = plans, count
+            else:
+                most = count - 1
+        return found
+
     def _plan(
         self,
         works: Sequence[Work],

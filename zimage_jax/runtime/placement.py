@@ -13,6 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 from ..errors import OutOfMemoryError, UsageError
 from ..model.attention import Target
+from ..planning.seconds import SPREAD
 from ..units import size, tree_bytes
 
 # XLA's allocator does not split a free piece if the rest would be under 128 MiB and under the
@@ -124,12 +125,8 @@ class Placement:
 
     @property
     def spread(self) -> int:
-        """Over how many programs of a visit the copy of the next chunk is spread.
-
-        With four, a quarter of a block is copied under each: 4 ms of a PCIe 4 link, as long as a
-        block computes for a picture of 512x512 (rtx-4090, computed). Each part is a program more.
-        """
-        return 1 if self.shares_memory else 4
+        """Over how many programs of a visit the copy of the next chunk is spread."""
+        return 1 if self.shares_memory else SPREAD
 
     def sharding(self, kind: str = DEVICE) -> SingleDeviceSharding:
         return SingleDeviceSharding(self.device, memory_kind=kind)

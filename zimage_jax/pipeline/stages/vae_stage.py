@@ -104,7 +104,7 @@ class VAEStage(ABC):
         products, elements = (sum(column) for column in zip(*costs, strict=True))
         crossing = 0 if choice.rows is None else elements * timing.sizes.compute_bytes
         each = 2 * products / timing.rates.flops + crossing / timing.rates.link
-        return timing.unit("vae", self.half) + self.count(work) * each
+        return timing.unit("vae", self.half) + timing.jobs * self.count(work) * each
 
     # -- the run -----------------------------------------------------------------------------------
 
