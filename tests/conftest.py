@@ -119,6 +119,12 @@ def reference_outputs(request):
 
 
 @pytest.fixture(scope="session")
+def cache_of_processes(worker_id) -> str:
+    """Where processes that tests start keep compiled programs: they write in place, and not beside another's tests."""
+    return str(CACHE.with_name(f"xla-{worker_id}"))
+
+
+@pytest.fixture(scope="session")
 def gpu_compiler():
     """Needs no GPU, but the compiler's wheels."""
     if not any(map(importlib.util.find_spec, deviceless.PLUGINS)):
