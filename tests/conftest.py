@@ -2,8 +2,10 @@
 (pyproject.toml)."""
 
 import functools
+import gc
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -22,31 +24,46 @@ import beartype  # noqa: E402
 import beartype.claw  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+from jax._src import lru_cache  # noqa: E402
+
+import tests.strict  # noqa: E402, F401
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# every test loads its own model, and most of their programs are the same
-CACHE = Path(__file__).parent.parent / ".pytest_cache"
-# one per process of pytest-xdist: JAX writes an entry in place, and another would read half of it
-jax.config.update(
-    "jax_compilation_cache_dir", str(CACHE / f"xla-{os.environ.get('PYTEST_XDIST_WORKER', '0')}")
-)
+# every test loads its own model, and most of their programs are the same, in both processes of pytest-xdist too
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-# from here on every function of ours checks its annotations. Where they name no arrays beartype alone does: jaxtyping
-# binds the arguments of every call, and a plan calls half a million functions
+# or the folder's path were a part of every key
+jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def put(self, key: str, value: bytes) -> None:
+    """In one step: JAX writes in place, and another process would read half of an entry."""
+    part = self.path / f"{key}-{os.getpid()}"
+    part.write_bytes(value)
+    part.replace(self.path / f"{key}{lru_cache._CACHE_SUFFIX}")
+
+
+lru_cache.LRUCache.put = put
+
+# from here on every function of ours checks its annotations, by beartype alone where a module names no arrays: jaxtyping
+# binds the arguments of every call. It also lets names pass that are imported for annotations alone
 ROOT = Path(__file__).parent.parent
-WITHOUT_ARRAYS = ("planning", "weights.components", "weights.formats")
-PARTS = {p.stem for p in (ROOT / "zimage_jax").iterdir()} - {"planning", "weights"}
-PARTS |= {f"weights.{p.stem}" for p in (ROOT / "zimage_jax" / "weights").iterdir()}
-PARTS -= set(WITHOUT_ARRAYS)
-jaxtyping.install_import_hook(
-    [*(f"zimage_jax.{part}" for part in PARTS), "checkpoints_convert"], "beartype.beartype"
-)
+PACKAGES = "zimage_jax", "checkpoints_convert"
+NEEDS_IT = re.compile("from jaxtyping import|if TYPE_CHECKING")
+CHECKED_BY_JAXTYPING = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in PACKAGES
+    for path in (ROOT / package).rglob("*.py")
+    if NEEDS_IT.search(path.read_text("utf-8"))
+]
 beartype.claw.beartype_packages(
-    tuple(f"zimage_jax.{part}" for part in WITHOUT_ARRAYS),
+    PACKAGES,
     # a TypeError, as jaxtyping's: what refuses a damaged manifest catches it
     conf=beartype.BeartypeConf(is_pep484_tower=True, violation_type=TypeError),
 )
+jaxtyping.install_import_hook(CHECKED_BY_JAXTYPING, "tests.strict.checked")
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
@@ -75,6 +92,11 @@ hypothesis.settings.load_profile("steady")
 GOLDENS = Path(__file__).parent / "goldens"
 
 
+def pytest_collection_finish():
+    """What was imported and collected stays: the garbage collector need not look at it again."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", params=["golden", pytest.param("live", marks=pytest.mark.live)])
 def reference_outputs(request):
     """Name of a configuration -> what PyTorch gives for it: read from the goldens, or computed
@@ -94,6 +116,12 @@ def reference_outputs(request):
             return reference.outputs(name)
 
     return functools.cache(compute)
+
+
+@pytest.fixture(scope="session")
+def cache_of_processes(worker_id) -> str:
+    """Where processes that tests start keep compiled programs: they write in place, and not beside another's tests."""
+    return str(CACHE.with_name(f"xla-{worker_id}"))
 
 
 @pytest.fixture(scope="session")

@@ -176,7 +176,8 @@ def our_model(
     for name, entry in rules.expected(TABLES[component], spec).items():
         for path, part in zip(entry.paths, np.split(tensors[name], len(entry.paths)), strict=True):
             arrays[path] = rules.to_native(part, entry.transform)
-    return with_arrays(spec, lambda path, leaf: jnp.asarray(arrays[path], dtype))
+    # rounded by numpy: JAX would compile a program for every shape
+    return with_arrays(spec, lambda path, leaf: jnp.asarray(arrays[path].astype(dtype)))
 
 
 def inputs(config: ModelConfig) -> dict[str, np.ndarray]:

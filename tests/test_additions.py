@@ -146,11 +146,11 @@ class Doubled:
 
 
 def test_a_stage_is_planned_accounted_timed_run_and_told_of(native, under, monkeypatch):
-    plain = under("ring", "bfloat16").generate("a red fox", **JOB).pictures[0].pixels
+    plain = under("swap", "bfloat16").generate("a red fox", **JOB).pictures[0].pixels
     monkeypatch.setattr(cards, "of_device", lambda kind: cards.find("rtx-4090"))
     STAGES.append(Doubled())
     try:
-        pipe = ZImage.load(native(MODEL), dtype="bfloat16", memory=Memory(schedule="ring"))
+        pipe = ZImage.load(native(MODEL), dtype="bfloat16", memory=Memory(schedule="swap"))
         result = pipe.generate("a red fox", **JOB)
     finally:
         STAGES.pop()

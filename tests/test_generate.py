@@ -234,42 +234,31 @@ def process(*words, **options):
     )
 
 
-def test_a_prompt_from_standard_input(native, tmp_path):
-    child = process(
-        "zimage_jax.generate",
-        "-",
-        "--model",
-        native("plain"),
-        *SMALL,
-        "-o",
-        "x.png",
-        "--json",
-        cwd=tmp_path,
-    )
-    out, err = child.communicate("a blue star\n", timeout=300)
-    assert child.returncode == 0, err
-    assert json.loads(out)["prompt"] == "a blue star"
-    assert (tmp_path / "zimage_jax" / "xla").is_dir(), (
-        "compiled programs are kept in the user's cache folder"
-    )
-
-
-def test_an_interrupt_leaves_finished_pictures(native, tmp_path):
-    words = ("--model", native("plain"), "--size", "64x64", "-n", 500, "-o", "{index}.png")
+def test_a_prompt_from_standard_input_and_an_interrupt_that_leaves_finished_pictures(
+    native, tmp_path
+):
+    words = ("--model", native("plain"), *SMALL, "-n", 5000, "-o", "{index}.png", "--json")
     # a shell that runs its jobs in the background has them ignore the signal, and children would
     # inherit that
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
-    child = process("zimage_jax.generate", "a", *words, cwd=tmp_path)
+    child = process("zimage_jax.generate", "-", *words, cwd=tmp_path)
     signal.signal(signal.SIGINT, ours)
+    child.stdin.write("a blue star\n")
+    child.stdin.close()
+    child.stdin = None
     deadline = time.monotonic() + 300
     while (
         not (tmp_path / "1.png").exists() and time.monotonic() < deadline and child.poll() is None
     ):
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=120)
+    out, err = child.communicate(timeout=120)
     assert child.returncode == 130, err[-2000:]
     assert err.splitlines()[-1] == "interrupted"
+    assert json.loads(out.splitlines()[0])["prompt"] == "a blue star"
+    assert (tmp_path / "zimage_jax" / "xla").is_dir(), (
+        "compiled programs are kept in the user's cache folder"
+    )
     names = {p.name for p in tmp_path.iterdir()} - {"zimage_jax"}
     assert "1.png" in names
     assert all(name.endswith(".png") and not name.startswith(".") for name in names), (

@@ -73,8 +73,8 @@ def test_no_folder_has_a_cycle():
         arrows = {
             name: {
                 other
-                for other in files
                 for i in imported(path, "zimage_jax")
+                for other in files
                 if i == other or i.startswith(other + ".")
             }
             - {name}

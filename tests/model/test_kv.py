@@ -121,7 +121,8 @@ def test_groups_have_their_true_count_and_centre(rows, columns, group):
     x = np.zeros((1, tokens, 1, 2), np.float32)
     x[0, : rows * columns, 0] = position
     x[0, rows * columns :] = 7
-    pooled, bias = np.asarray(kv.pool(jnp.asarray(x), how)), kv.score_bias(how, how.keys(tokens))
+    pooled = np.asarray(jax.jit(partial(kv.pool, kv_format=how))(x))
+    bias = kv.score_bias(how, how.keys(tokens))
     assert pooled.shape[1] == how.keys(tokens) == len(bias)
     centres = np.stack(
         np.meshgrid(kv.centres(rows, group), kv.centres(columns, group), indexing="ij"), -1
@@ -129,6 +130,13 @@ def test_groups_have_their_true_count_and_centre(rows, columns, group):
     np.testing.assert_allclose(pooled[0, :-3, 0], centres, rtol=1e-6)
     np.testing.assert_array_equal(pooled[0, -3:], x[0, -3:])
     np.testing.assert_allclose(np.exp(bias).sum(), tokens, rtol=1e-6)
+
+
+@partial(jax.jit, static_argnames=("how", "attend"))
+def attended(q, k, v, keys: KeyTable, how: KVFormat, attend: Attend):
+    """Attention to K and V that are pooled before."""
+    held = KV(kv.pool(k, how), kv.pool(v, how)) if how.group > 1 else KV(k, v)
+    return kv.attention(q, held, keys, how, jnp.float32, attend)
 
 
 @pytest.mark.parametrize("attend", [Attend(), Attend(query_chunk=32)])
@@ -150,15 +158,12 @@ def test_groups_of_equal_tokens_attend_as_the_tokens_do(grid, group, attend):
     k, v = np.moveaxis(
         np.concatenate([image, rng.standard_normal((2, captions, 2, 8, 2), np.float32)], 1), -1, 0
     )
-    q = jnp.asarray(rng.standard_normal((2, tokens, 2, 8), np.float32))
+    q = rng.standard_normal((2, tokens, 2, 8), np.float32)
     lengths, pooled = np.array([13, 20], np.int32), how.keys(tokens) - captions
-    whole, plain = KVFormat("float32"), KV(jnp.asarray(k), jnp.asarray(v))
     keys = table(tokens, lengths + np.int32(rows * columns))
-    expected = kv.attention(q, plain, keys, whole, jnp.float32, attend)
-    held = KV(kv.pool(jnp.asarray(k), how), kv.pool(jnp.asarray(v), how))
+    expected = attended(q, k, v, keys, KVFormat("float32"), attend)
     keys = table(how.keys(tokens), lengths + np.int32(pooled))
-    found = kv.attention(q, held, keys, how, jnp.float32, attend)
-    assert relative(found, expected) <= 1e-5
+    assert relative(attended(q, k, v, keys, how, attend), expected) <= 1e-5
 
 
 def test_grouped_keys_take_the_centres_of_their_groups():
@@ -237,8 +242,13 @@ def packed(how: KVFormat, keys: KeyTable, heads: int, width: int) -> KV:
     k, v = (
         jnp.asarray(rng.standard_normal((batch, tokens, heads, width), np.float32)) for _ in "kv"
     )
-    kept = kv.keep_keys(k, keys.cos, keys.sin, keys.valid, how)
-    return KV(kept, kv.keep(v, keys.valid, how.stored[1]))
+
+    @jax.jit
+    def keep(k, v):
+        kept = kv.keep_keys(k, keys.cos, keys.sin, keys.valid, how)
+        return KV(kept, kv.keep(v, keys.valid, how.stored[1]))
+
+    return keep(k, v)
 
 
 @pytest.mark.parametrize("compute", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -247,11 +257,16 @@ def test_packed_keys_and_values_attend_as_what_they_decode_to(dtype, compute):
     """20 heads, two at a time; keys are rotated when they are read."""
     how, keys = KVFormat(dtype), table(70, np.array([70, 37], np.int32))
     held = packed(how, keys, 20, 8)
-    q = jnp.asarray(np.random.default_rng(2).standard_normal((2, 33, 20, 8)), compute)
-    k, v = (kv_codes.decode(codes, how, 8) for codes, how in zip(held, how.stored, strict=True))
-    plain = KV(ops.rotate_pairs(k, keys.cos, keys.sin).astype(compute), v.astype(compute))
+    q = np.random.default_rng(2).standard_normal((2, 33, 20, 8)).astype(compute)
     name = {"float32": "float32", "bfloat16": "bf16", "float16": "fp16"}[jnp.dtype(compute).name]
-    expected = kv.attention(q, plain, keys, KVFormat(name), compute, Attend())
+
+    @jax.jit
+    def decoded(held):
+        k, v = (kv_codes.decode(codes, of, 8) for codes, of in zip(held, how.stored, strict=True))
+        return KV(ops.rotate_pairs(k, keys.cos, keys.sin).astype(compute), v.astype(compute))
+
+    plain = jax.jit(lambda q, at: kv.attention(q, at, keys, KVFormat(name), compute, Attend()))
+    expected = plain(q, decoded(held))
     found = jax.jit(lambda q, held: kv.attention(q, held, keys, how, compute, Attend()))(q, held)
     assert found.dtype == compute
     tolerance = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-3}[jnp.dtype(compute).name]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zimage_jax import units
 from zimage_jax.model import ops
 
 
@@ -26,11 +27,16 @@ def test_group_norm_is_the_definition(groups):
 # few shapes: each is compiled
 @given(rows=st.sampled_from([1, 5]), columns=st.sampled_from([1, 4]), channels=st.integers(1, 2))
 def test_patches_come_back(rows, columns, channels):
-    x = jnp.arange(2 * rows * 2 * columns * 2 * channels, dtype=jnp.float32).reshape(
-        2, 2 * rows, 2 * columns, channels
-    )
-    patches = ops.patchify(x)
-    np.testing.assert_array_equal(ops.unpatchify(patches, 2 * rows, 2 * columns), x)
+    shape = 2, 2 * rows, 2 * columns, channels
+    x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+    @jax.jit
+    def there_and_back(x):
+        patches = ops.patchify(x)
+        return patches, ops.unpatchify(patches, 2 * rows, 2 * columns)
+
+    patches, back = there_and_back(x)
+    np.testing.assert_array_equal(back, x)
     np.testing.assert_array_equal(patches[0, 0].reshape(2, 2, channels), x[0, :2, :2])
 
 
@@ -61,9 +67,11 @@ def test_the_rope_table_keeps_far_positions_exact():
     np.testing.assert_allclose(sin[0], np.sin(angle), atol=1e-4)
 
 
-def test_a_shape_that_does_not_fit_its_annotation_is_refused():
+def test_a_value_that_does_not_fit_its_annotation_is_refused():
     with pytest.raises(Exception, match=r"(?i)type-check"):
         ops.product(jnp.zeros((2, 3)), jnp.zeros((4, 5)), jnp.float32)
+    with pytest.raises(TypeError, match="violates type hint"):  # where a module names no arrays
+        units.size("5 MiB")
     assert jax.config.jax_numpy_dtype_promotion == "strict"
 
 

@@ -66,7 +66,7 @@ def test_the_checkpoints_own_steps_and_guidance_count_where_none_are_given(tmp_p
     tokenizer = small.tokenizer().to_str().encode()
     pipe = ZImage.load(save(tmp_path / "m", uniform(config, "float32"), models, tokenizer, {}))
     for given, expected in (({}, (2, 1.5)), ({"steps": 1, "guidance": 0.0}, (1, 0.0))):
-        report = pipe.generate("a star", seed=3, width=64, height=64, **given).report
+        report = pipe.generate("a star", seed=3, width=32, height=32, **given).report
         assert (report["steps"], report["guidance"]) == expected
 
 

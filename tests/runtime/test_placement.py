@@ -130,14 +130,14 @@ print("done")
 
 
 @pytest.mark.parametrize("schedules", every([("ring",), ("resident", "scan")], []))
-def test_a_model_lies_on_the_device_it_was_given(schedules, native):
+def test_a_model_lies_on_the_device_it_was_given(schedules, native, cache_of_processes):
     """Of two, which only another process can have. Bits are the first one's."""
     program = ANOTHER.replace("PATH", repr(str(native("plain")))).replace(
         "SCHEDULES", repr(schedules)
     )
     environment = os.environ | {
         "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+        "JAX_COMPILATION_CACHE_DIR": cache_of_processes,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     words = [sys.executable, "-c", program]

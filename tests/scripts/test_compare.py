@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import click
-import jax
 import pytest
 
 from scripts.bench import convert as bench_convert
@@ -103,12 +102,12 @@ def test_rows_survive_an_interruption_but_not_damage(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Path:
+def results(tmp_path_factory, cache_of_processes) -> Path:
     """The rows of SMALL, by processes as a user starts them."""
     folder = tmp_path_factory.mktemp("compare")
     changed = {
         "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+        "JAX_COMPILATION_CACHE_DIR": cache_of_processes,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changed.items():

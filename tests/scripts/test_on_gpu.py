@@ -5,7 +5,6 @@ import os
 import time
 from pathlib import Path
 
-import jax
 import pytest
 from click.testing import CliRunner
 
@@ -61,12 +60,12 @@ def test_a_process_that_is_no_longer_wanted_ends(stand_in):
 
 
 @pytest.fixture(scope="module")
-def dry(tmp_path_factory) -> Path:
+def dry(tmp_path_factory, cache_of_processes) -> Path:
     """The folder that a dry run filled."""
     folder = tmp_path_factory.mktemp("dry")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", cache_of_processes)
         words = [str(folder), "--dry", "--card-out", str(folder / "mine.json")]
         rows.main.main(words, standalone_mode=False)
     return folder
@@ -167,10 +166,10 @@ def test_questions_have_names_of_their_own_and_an_order():
 
 @pytest.mark.parametrize("rival", ["", pytest.param("diffusers", marks=pytest.mark.live)])
 @pytest.mark.exhaustive
-def test_the_second_command_dry(rival, tmp_path, monkeypatch):
+def test_the_second_command_dry(rival, tmp_path, monkeypatch, cache_of_processes):
     """The sweep, and whole programs: ours, and diffusers."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", cache_of_processes)
     own, cut, theirs = (schedules.SWEEPS / "gpu_dry.toml").read_text().rpartition("[[program]]")
     (tmp_path / "gpu_dry.toml").write_text(own + (cut + theirs if rival else ""))
     monkeypatch.setattr(schedules, "SWEEPS", tmp_path)
