@@ -267,3 +267,27 @@ def test_threads_share_the_weights(under, alone):
     for number, latents in found.items():
         np.testing.assert_array_equal(latents, alone(number))
     np.testing.assert_array_equal(features, pipe.encode(["a red fox"])[0])
+
+
+def test_what_stays_is_not_copied_again_when_another_joins(under, native, alone):
+    """Resident chunks stay on the device while others' text is encoded, as far as the plan's peak allows."""
+    pipe = ZImage.load(native(MODEL), memory=SCHEDULES["hybrid"])
+    joined: list = []
+
+    def join(event):
+        if hasattr(event, "latents") and event.index == 1 and not joined:
+            joined.append(threading.Thread(target=lambda: joined.append(pipe.submit(**JOBS[1]))))
+            joined[0].start()
+
+    first = pipe.submit(**JOBS[0] | {"steps": 60}, on_event=join)
+    result = first.result()
+    np.testing.assert_array_equal(joined[1].result().latents, alone(1))
+    pinned = [
+        e
+        for e in result.ledger.events
+        if e.lane == "copy" and e.name.startswith("transformer layers")
+    ]
+    # two chunks in each of three runs of sweeps: before the other joins, with it, after it has left
+    assert 2 <= len(pinned) < 3 * 2
+    assert result.ledger.peak <= max(result.plan.peak_bytes, joined[1].result().plan.peak_bytes)
+    assert not pipe.held

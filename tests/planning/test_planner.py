@@ -3,18 +3,21 @@
 import math
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import small
-from tests.planning.jobs import one_phase
+from tests.planning.jobs import one_phase, plan_of, planner, square
 from zimage_jax.errors import OutOfMemoryError
+from zimage_jax.model.kv import KVPolicy
 from zimage_jax.model.samplers import SAMPLERS, Trajectory
 from zimage_jax.pipeline.stages import STAGES
 from zimage_jax.planning import schedule
 from zimage_jax.planning.plan import Memory, Stage
 from zimage_jax.planning.planner import Planner
 from zimage_jax.planning.work import Work
+from zimage_jax.units import GIB
 from zimage_jax.weights.formats import uniform
 
 STORAGE = uniform(small.CONFIGS["five_blocks"], "float32")
@@ -130,3 +133,26 @@ def test_the_smallest_plan_holds_no_more_than_any(job):
         assert not isinstance(least, int)
         smallest, other = (plan.denoise.blocks.device_bytes for plan in (least, found))
         assert smallest <= other
+
+
+@pytest.mark.parametrize("memory", [Memory(), Memory(schedule="ring"), Memory(low_vram=True)])
+def test_one_job_together_is_that_job_alone(memory):
+    work = square(512)
+    alone = plan_of(memory, work, GIB)
+    assert planner().together([work], [alone], memory, GIB) == (alone,)
+
+
+def test_jobs_of_different_kinds_share_streams_and_keep_their_own_strips():
+    """What moves no blocks is run as alone, for the VAE's strips change last bits."""
+    works = [square(512), square(1024, kv=KVPolicy(reuse=2)), square(768)]
+    memory, budget = Memory(schedule="ring"), int(1.5 * GIB)
+    alone = [plan_of(memory, work, budget) for work in works]
+    plans = planner().together(works, alone, memory, 16 * GIB)
+    for name in ("text", "context", "denoise"):
+        assert len({plan.choices[name].stream for plan in plans}) == 1
+    for plan, own in zip(plans, alone, strict=True):
+        assert plan.choices["decode"] == own.choices["decode"]
+    largest = max(own.arrays_by_stage["denoise"]["tokens"] for own in alone)
+    assert plans[0].arrays_by_stage["denoise"]["tokens"] > largest
+    with pytest.raises(OutOfMemoryError):
+        planner().together(works * 5, alone * 5, memory, budget // 2)

@@ -354,12 +354,3 @@ def test_as_many_fly_together_as_the_budget_holds(more):
     plans = planner().most_together(work, alone, memory, least + more, 8)
     assert {0: len(plans) == 1, 150 * MIB: 1 < len(plans) < 8, 4 * GIB: len(plans) == 8}[more]
     assert plans[0].peak_bytes <= least + more
-    of_one = (
-        sum(alone.arrays_by_stage["denoise"].values())
-        - alone.arrays_by_stage["denoise"]["temporaries"]
-    )
-    of_all = (
-        sum(plans[0].arrays_by_stage["denoise"].values())
-        - plans[0].arrays_by_stage["denoise"]["temporaries"]
-    )
-    assert of_all > of_one or len(plans) == 1

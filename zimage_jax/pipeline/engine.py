@@ -97,11 +97,10 @@ class Engine:
     def next(self) -> Request | None:
         """The request that has waited longest. Those that were cancelled meanwhile end."""
         with self._lock:
-            while self._waiting:
-                if not self._waiting[0].is_cancelled:
-                    return self._waiting[0]
-                _ended(self._waiting.popleft())
-            return None
+            for request in [request for request in self._waiting if request.is_cancelled]:
+                self._waiting.remove(request)
+                _ended(request)
+            return self._waiting[0] if self._waiting else None
 
     def take(self) -> Request:
         with self._lock:
@@ -155,6 +154,16 @@ class Flight:
         self._recorder.ahead = engine.placement.runs_ahead
 
     def run(self) -> None:
+        """Fly until all are done. A fault of the engine itself ends all who are in flight."""
+        try:
+            self._fly()
+        except Exception as fault:
+            if self._loan is not None:
+                self._loan.release()
+            for request in self._requests:
+                request.end(fault=fault)
+
+    def _fly(self) -> None:
         while True:
             self._admit()
             if not self._requests:
@@ -263,10 +272,17 @@ class Flight:
         )
         return attempt
 
+    def _remove(self, request: Request) -> None:
+        """The request is no longer in flight, and neither are its arrays on the device."""
+        request.leave_device()
+        self._requests.remove(request)
+        if not self._requests and self._loan is not None:
+            self._loan.release()
+
     def _finish(self) -> None:
         """Let requests leave whose stages are all done."""
-        for request in [r for r in self._requests if r.stage is None]:
-            self._requests.remove(request)
+        for request in [request for request in self._requests if request.stage is None]:
+            self._remove(request)
             assert request.attempt is not None
             request.ledger.seconds["total"] = time.perf_counter() - request.attempt.admitted
             try:
@@ -286,28 +302,40 @@ class Flight:
         return max(order, key=lambda stage: (stage.name != SHARED, order.index(stage)))
 
     def _run_stage(self, stage: Stage, requests: list[Request]) -> None:
-        """Run a stage for requests, then drop its arrays from the device, except kept parameters.
+        """Run a stage for requests, then drop their arrays from the device.
 
         The denoise stage may end before they are done, if others may join or are done.
         """
+        self._make_room(stage)
+        with self._recorder.stage(stage.name, [request.ledger for request in requests]):
+            for request in requests:
+                self._begin(stage, request)
+            going = [r for r in self._going(requests) if r.running is not None]
+            if going:
+                self._sweep(stage, going)
+            for request in requests:
+                request.leave_device()
+
+    def _make_room(self, stage: Stage) -> None:
+        """Drop parameters of other stages from the device. Of those that the next sweep needs, so
+        many stay that the stage's peak beside them is no larger than the plan's."""
         assert self._loan is not None
-        try:
-            with self._recorder.stage(stage.name, [request.ledger for request in requests]):
-                for request in requests:
-                    self._begin(stage, request)
-                going = self._going(requests)
-                if any(request.running is not None for request in going):
-                    self._sweep(stage, [r for r in going if r.running is not None])
-                for request in requests:
-                    request.leave_device()
-        finally:
+        plan = self._requests[0].attempt.plan  # type: ignore[union-attr]
+        waits = [r for r in self._requests if SHARED in r.attempt.plan.choices]  # type: ignore[union-attr]
+        if all(SHARED in r.attempt.results for r in waits):  # type: ignore[union-attr]
             self._loan.release()
+            return
+        stream = waits[0].attempt.plan.choices[SHARED].stream  # type: ignore[union-attr]
+        resident = [stream.chunks[chunk] for chunk in sorted(stream.schedule.resident)]
+        wanted = {(stream.component, unit) for units in (("stem",), *resident) for unit in units}
+        peak = 0 if stage.name == SHARED else plan.peak_bytes_by_stage[stage.name]
+        self._loan.release(wanted=wanted, room=plan.peak_bytes - peak)
 
     def _going(self, requests: Sequence[Request]) -> list[Request]:
         """Those still in flight. Whoever was cancelled ends, once the last program is done."""
         for request in [r for r in requests if r.is_cancelled and r in self._requests]:
             self._recorder.settle()
-            self._requests.remove(request)
+            self._remove(request)
             _ended(request)
         return [request for request in requests if request in self._requests]
 
@@ -333,8 +361,7 @@ class Flight:
         except Exception as fault:
             if isinstance(fault, jax.errors.JaxRuntimeError) and is_exhausted(fault):
                 raise
-            self._requests.remove(request)
-            request.leave_device()
+            self._remove(request)
             request.end(fault=fault)
 
     def _sweep(self, stage: Stage, requests: list[Request]) -> None:
@@ -388,7 +415,7 @@ class Flight:
                 self._shrink()
             return
         for request in [r for r in of if r in self._requests]:
-            self._requests.remove(request)
+            self._remove(request)
             request.end(fault=fault)
 
     def _shrink(self) -> None:
@@ -404,7 +431,8 @@ class Flight:
                 self._plan()
                 break
             except OutOfMemoryError as fault:
-                last = self._requests.pop()
+                last = self._requests[-1]
+                self._remove(last)
                 if not self._requests:
                     last.end(fault=fault)
                     return

@@ -1,7 +1,7 @@
 """The parameters of one model: on the device, in host memory, or on disk."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -39,16 +39,10 @@ class ParameterStore:
     def lend(self, recorder: Recorder, *, kept: frozenset[Unit], host_bytes: int | None) -> "Loan":
         """The loan of the jobs in flight.
 
-        `kept`: the units that their plans keep on the device; others there are dropped.
-        `host_bytes`: read blocks through a window of this size instead of keeping them in host
-        memory.
+        `kept`: the units that their plans keep on the device. `host_bytes`: read blocks through a
+        window of this size instead of keeping them in host memory.
         """
-        loan = Loan(self, recorder, kept=kept, host_bytes=host_bytes)
-        loan.release()
-        recorder.held |= {
-            f"{component} {unit}": self.nbytes((component, unit)) for component, unit in self.device
-        }
-        return loan
+        return Loan(self, recorder, kept=kept, host_bytes=host_bytes)
 
     def read_ahead(self, budget: int, host_bytes: int | None, recorder: Recorder) -> None:
         """Start to read blocks into host memory, so that they are read while programs compile.
@@ -204,10 +198,18 @@ class Loan:
             spread=store.placement.spread,
         )
 
-    def release(self, *, everything: bool = False) -> None:
-        """Drop parameters from the device, but for those that the plan keeps, or `everything`."""
-        done = settled(self.store.device)
-        kept = {} if everything else {u: done[u] for u in done.keys() & self._kept}
+    def release(self, *, wanted: Container[Unit] = (), room: int = 0) -> None:
+        """Drop parameters from the device, but for those that the plan keeps.
+
+        Of the `wanted` units, those stay that were pinned first and take at most `room` bytes.
+        """
+        kept = {}
+        for of, future in settled(self.store.device).items():
+            if of in self._kept:
+                kept[of] = future
+            elif of in wanted and self.store.nbytes(of) <= room:
+                room -= self.store.nbytes(of)
+                kept[of] = future
         for component, unit in self.store.device.keys() - kept.keys():
             self._recorder.drop(f"{component} {unit}")
         self.store.device = kept
