@@ -13,7 +13,6 @@ from tests.schedules import JOB, MODEL, SCHEDULES, every
 from zimage_jax import KVPolicy, Memory, ZImage
 from zimage_jax.errors import NonFiniteError, OutOfMemoryError
 from zimage_jax.pipeline.request import Planned, Started
-from zimage_jax.planning.plan import Memory as Options
 from zimage_jax.runtime.placement import EXHAUSTED
 from zimage_jax.runtime.program import Program
 from zimage_jax.runtime.recorder import Recorder
@@ -47,9 +46,7 @@ def together(pipe: ZImage, jobs: list[dict]) -> list:
     return [request.result() for request in pipe.submit_all(jobs)]
 
 
-@pytest.mark.parametrize(
-    "name", every([n for n in SCHEDULES if n != "text on the host"], ["ring", "hybrid", "disk"])
-)
+@pytest.mark.parametrize("name", every(SCHEDULES, ["ring"]))
 def test_every_job_has_the_same_bits_in_company(name, under, alone):
     """Of other sizes, steps, guidance, samplers, K/V policies, and from a picture."""
     pipe, rng = under(name), random.Random(name)
@@ -212,13 +209,12 @@ def test_out_of_memory_loses_no_request(name, native, alone, monkeypatch):
         assert steps == list(range(JOBS[number]["steps"])), "each once, though some ran again"
 
 
-def test_a_large_request_is_not_overtaken(native):
+def test_a_large_request_is_not_overtaken(under):
     """It waits until the small ones before it are done; those behind it wait for it."""
-    pipe = ZImage.load(native(MODEL))
-    large = JOB | {"prompt": "b", "width": 96, "height": 96, "steps": 2}
-    small = SMALL | {"prompt": "a", "steps": 2}
-    least = pipe.plan(**large, memory=Options(low_vram=True)).plan.peak_bytes
-    memory = Memory(schedule="swap", chunks=10, max_vram_bytes=least)
+    pipe = under("swap")
+    large, small = JOB | {"prompt": "b", "steps": 2}, SMALL | {"prompt": "a", "steps": 2}
+    least = pipe.plan(**large).plan.peak_bytes
+    memory = Memory(schedule="swap", max_vram_bytes=least)
     order: list[str] = []
 
     def noted(name: str):
@@ -281,6 +277,7 @@ def test_what_stays_is_not_copied_again_when_another_joins(under, native, alone)
 
     first = pipe.submit(**JOBS[0] | {"steps": 60}, on_event=join)
     result = first.result()
+    joined[0].join()
     np.testing.assert_array_equal(joined[1].result().latents, alone(1))
     pinned = [
         e
