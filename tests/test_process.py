@@ -139,7 +139,7 @@ def test_a_job_that_kills_it_every_time_is_ended(engine, monkeypatch):
     request = engine.submit(**JOB | {"prompt": "a", "steps": 500})
     until(lambda: request.is_started)
     os.kill(engine.pid, signal.SIGSEGV)
-    with pytest.raises(EngineError, match=r"ended 1 times during this job \(signal 11\)"):
+    with pytest.raises(EngineError, match=r"ended 1 times before an NFE of this job \(signal 11\)"):
         request.result(60)
     assert engine.submit(**JOB, prompt="a").result(60)
 

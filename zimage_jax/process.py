@@ -22,7 +22,7 @@ from .pipeline.request import Event, Handle, Started
 from .planning.plan import Memory
 
 PATIENCE = 600.0  # seconds without a launched program; a GPU's compiler takes minutes for a block
-TRIES = 5  # deaths of the process while a job was in flight, until the job is to blame
+TRIES = 5  # deaths of the process without an NFE of a job in flight, until the job is to blame
 STARTS = 3  # tries to start the process
 
 
@@ -35,7 +35,8 @@ class Remote(Handle):
     ask: Callable[[tuple], None]
     number: int = field(default_factory=itertools.count(1).__next__)
     is_started: bool = False
-    deaths: int = 0  # of the process, while the job was in flight
+    restarts: int = 0  # of the process, while the job was in flight
+    deaths: int = 0  # those since its last NFE
     _seen: int = -1  # NFEs
 
     def __repr__(self) -> str:
@@ -49,12 +50,12 @@ class Remote(Handle):
     def tell(self, event: Event) -> None:
         if isinstance(event, Started):
             self.is_started = True
-            if self.deaths:
+            if self.restarts:
                 return
         if isinstance(event, Step):
             if event.index <= self._seen:  # drawn again, after a death
                 return
-            self._seen = event.index
+            self._seen, self.deaths = event.index, 0
         super().tell(event)
 
 
@@ -234,13 +235,15 @@ class ZImageProcess:
         with self._lock:
             left = list(self._requests.values())
         for remote in left:
+            remote.restarts += remote.is_started
             remote.deaths += remote.is_started
             remote.is_started = False
             if remote.is_cancelled:
                 fault: BaseException = CancelledError("the request was cancelled")
             elif remote.deaths >= TRIES:
                 fault = EngineError(
-                    f"the engine's process ended {TRIES} times during this job ({_ending(code)})"
+                    f"the engine's process ended {TRIES} times before an NFE of this job "
+                    f"({_ending(code)})"
                 )
             else:
                 continue

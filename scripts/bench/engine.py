@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from scripts.bench.memory import resident_bytes
-from zimage_jax import KVPolicy, Memory, ZImage, ZImageError, ZImageProcess
+from zimage_jax import KVPolicy, Memory, ZImage, ZImageError, ZImageProcess, cli
 from zimage_jax.planning import schedule
 from zimage_jax.runtime.placement import EXHAUSTED
 from zimage_jax.runtime.recorder import Recorder
@@ -37,6 +37,7 @@ SIDES = (32, 48, 64, 80, 96)
 @click.group()
 def main() -> None:
     """Each command prints a table and exits with 1 if a promise was broken."""
+    cli.start_jax()
 
 
 def random_job(rng: random.Random) -> dict[str, Any]:
@@ -234,7 +235,7 @@ def kills(kills: int, requests: int) -> None:
         killed = 0
         while killed < kills and not all(handle.done() for handle in handles):
             starts = engine.starts
-            time.sleep(rng.uniform(0.05, 1.0))
+            time.sleep(rng.uniform(0.1, 4.0))
             os.kill(engine.pid, signal.SIGKILL)
             killed += 1
             while engine.starts == starts:
