@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from zimage_jax.errors import ForeignError
+from zimage_jax.errors import ForeignError, UsageError
 from zimage_jax.files import kind_of, printable
 from zimage_jax.model.config import TURBO_SHIFT
 from zimage_jax.units import size
@@ -108,6 +108,71 @@ def convert(
                 f"shift is {shift:g}, Turbo's is {TURBO_SHIFT:g}: this looks like the base model; "
                 f"its defaults are --steps {defaults.steps} --guidance {defaults.guidance:g}"
             )
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True, metavar="[REPO] DST")
+@click.option(
+    "--hub",
+    type=click.Choice(["huggingface", "modelscope"]),
+    default="huggingface",
+    show_default=True,
+    help="HF_ENDPOINT or MODELSCOPE_DOMAIN may name a mirror; HF_TOKEN or MODELSCOPE_API_TOKEN is "
+    "sent to the hub and to nobody else.",
+)
+@click.option("--revision", help="A branch, tag or commit.  [default: main, on ModelScope master]")
+@click.option(
+    "--convert",
+    "converts",
+    is_flag=True,
+    help="DST becomes a native checkpoint: each shard is converted when it is there, and removed.",
+)
+@click.option(
+    "--format", "form", metavar="FORMAT", help="As of a conversion, with --convert; not lossless."
+)
+@click.option(
+    "--connections", type=click.IntRange(1, 16), default=4, show_default=True, help="At once."
+)
+@click.option("--quiet", is_flag=True, help="Show neither progress nor summary.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
+def fetch(names, hub, revision, converts, form, connections, quiet, as_json) -> None:
+    """Download Z-Image-Turbo, or the Z-Image in REPO, into the folder DST in diffusers layout.
+
+    REPO is OWNER/NAME on the hub. Every file is verified: those of Tongyi-MAI/Z-Image-Turbo with
+    the published MD5 sums, others (and with --revision) with the hub's checksums.
+    After an interruption, run the same command again to resume.
+    """
+    try:
+        from . import fetch as fetching
+        from .hub import Limits
+    except ModuleNotFoundError as fault:
+        raise UsageError(
+            f"fetching needs {fault.name}: install it with pip install 'zimage_jax[fetch]'"
+        ) from None
+    if len(names) > 2:
+        raise click.UsageError(f"expected [REPO] DST, got {len(names)} arguments")
+    if form and not converts:
+        raise click.UsageError("--format is for --convert")
+    repo, dst = (names[0] if len(names) == 2 else fetching.PUBLISHED), Path(names[-1])
+    began = time.monotonic()
+    given = {
+        "hub": hub,
+        "revision": revision,
+        "limits": Limits(connections=connections),
+        "quiet": quiet or as_json,
+    }
+    if converts:
+        found = fetching.fetch_and_convert(repo, dst, form or "bfloat16", **given)
+    else:
+        found = fetching.fetch(repo, dst, **given)
+    found["seconds"] = round(time.monotonic() - began, 3)
+    if as_json:
+        click.echo(json.dumps(found))
+    elif not quiet:
+        click.echo(
+            f"{dst}: {found['files']} files of {repo}, {size(found['downloaded'])} of "
+            f"{size(found['bytes'])} downloaded now, {found['seconds']:.1f} s"
+        )
 
 
 @click.command()
