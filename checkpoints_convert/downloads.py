@@ -43,7 +43,7 @@ class Download:
 
     def __init__(self, remote: RemoteFile, path: Path, block: int):
         self.remote, self.path, self._block = remote, path, block
-        self.partial = path.with_name(path.name + ".partial")
+        self.partial = _partial(path)
         self._map = path.with_name(path.name + ".partial.map")
         self.blocks = -(-remote.nbytes // block)
         self.goal = 0  # blocks wanted so far, from the first on
@@ -455,3 +455,15 @@ def present(path: Path, remote: RemoteFile, seen: Callable[[int], Any] = id) -> 
         raise OutputError(f"{path}: has {found}, the hub's has {remote.digest}; move it away")
     path.with_name(path.name + ".partial.map").unlink(missing_ok=True)
     return True
+
+
+def nbytes_taken(path: Path) -> int:
+    """Bytes of the disk that an unfinished download to `path` takes; it has holes."""
+    try:
+        return os.lstat(_partial(path)).st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")

@@ -26,7 +26,7 @@ from zimage_jax.weights.writer import Lock
 
 from . import sources
 from .convert import convert
-from .downloads import Download, Downloads, present
+from .downloads import Download, Downloads, nbytes_taken, present
 from .hub import Digest, Limits, RemoteFile, Repository, open_repository
 from .sources import COMPONENTS, Source, Tensor
 
@@ -265,6 +265,8 @@ def _arriving(
             there = sum(r.nbytes for p, r in remotes.items() if os.path.lexists(p))
             with _bar("verify", quiet or not there, there) as bar:
                 missing = {p: r for p, r in remotes.items() if not present(p, r, bar.update)}
+            for path, remote in missing.items():  # before: a map has a byte for each block
+                _refuse_full(folder, remote.nbytes - nbytes_taken(path))
             return {path: downloads.add(remote, path) for path, remote in missing.items()}
 
         small = open_all(_small_names(repository), _LARGEST_SMALL)
@@ -320,7 +322,7 @@ def _header_reader(
         downloads.wait_for_start(download, 8)
         with download.partial.open("rb") as f:
             nbytes = int.from_bytes(f.read(8), "little")
-        if nbytes > min(_LARGEST_HEADER, download.remote.nbytes):
+        if download.remote.nbytes < 8 or nbytes > min(_LARGEST_HEADER, download.remote.nbytes):
             raise DownloadError(f"{download.remote.name}: not a safetensors file")
         downloads.wait_for_start(download, 8 + nbytes)
         # the file has its size already, and holes where nothing came yet
