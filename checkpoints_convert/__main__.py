@@ -12,7 +12,7 @@ def main() -> None:
 
     from . import commands
 
-    named = {"inspect": commands.inspect, "fetch": commands.fetch}
+    named = {"inspect": commands.inspect, "fetch": commands.fetch, "export": commands.export}
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in named:
         run(named[word], sys.argv[2:], f"python -m checkpoints_convert {word}")

@@ -15,6 +15,8 @@ from zimage_jax.weights.checkpoint import Checkpoint
 from . import sources
 from .convert import convert as convert_source
 from .convert import reencode
+from .export import LAYOUTS
+from .export import export as export_checkpoint
 from .inspect import inspect as inspect_path
 
 FILE = click.Path(path_type=Path)
@@ -92,8 +94,7 @@ def convert(
         source = sources.open_source(src, given, config_folder, tokenizer, variant)
         convert_source(source, dst, form, quiet=quiet or as_json)
         config = source.config
-    nbytes = sum(f.stat().st_size for f in dst.rglob("*") if f.is_file())
-    seconds = time.monotonic() - began
+    nbytes, seconds = _nbytes(dst), time.monotonic() - began
     if as_json:
         click.echo(
             json.dumps(
@@ -173,6 +174,38 @@ def fetch(names, hub, revision, converts, form, connections, quiet, as_json) -> 
             f"{dst}: {found['files']} files of {repo}, {size(found['downloaded'])} of "
             f"{size(found['bytes'])} downloaded now, {found['seconds']:.1f} s"
         )
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.argument("dst", type=FILE)
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    required=True,
+    help="diffusers: a folder that ZImagePipeline.from_pretrained reads. comfyui: the files of "
+    "ComfyUI's models folder.",
+)
+@click.option("--quiet", is_flag=True, help="Show neither progress nor summary.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
+def export(model: Path, dst: Path, layout: str, quiet: bool, as_json: bool) -> None:
+    """Write a native checkpoint MODEL as PyTorch's files, in bfloat16, into the folder DST.
+
+    From bfloat16 and lossless the tensors have the same bits; float32 is rounded. From int8 nothing
+    is made: it has lost bits.
+    """
+    began = time.monotonic()
+    export_checkpoint(Checkpoint(model), dst, layout, quiet=quiet or as_json)
+    nbytes, seconds = _nbytes(dst), time.monotonic() - began
+    if as_json:
+        found = {"path": str(dst), "bytes": nbytes, "seconds": round(seconds, 3), "layout": layout}
+        click.echo(json.dumps(found))
+    elif not quiet:
+        click.echo(f"{dst}: {size(nbytes)} in {layout}'s layout, {seconds:.1f} s")
+
+
+def _nbytes(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
 @click.command()

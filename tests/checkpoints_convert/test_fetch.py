@@ -10,13 +10,16 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save
 
 from checkpoints_convert import commands, downloads, fetch, hub, sources
+from checkpoints_convert import convert as converting
 from checkpoints_convert.convert import convert
 from checkpoints_convert.downloads import Download
 from checkpoints_convert.hub import Limits
 from tests.checkpoints_convert.local_hub import REPO, LocalHub
 from tests.checkpoints_convert.test_downloads import environment  # noqa: F401
+from tests.schedules import every
 from zimage_jax import cli
 from zimage_jax.errors import ConfigError, ConversionError, DownloadError, OutputError, UsageError
 from zimage_jax.weights.writer import Writer, partial_folder
@@ -133,6 +136,7 @@ def small_only(server, files) -> bool:
         (SHARD.format(1), b"\2" + b"\0" * 7 + b"{}" + b"\0" * 90, ConversionError, "not a whole"),
         (SHARD.format(2), b"\2" + b"\0" * 7 + b"{}", ConversionError, "missing"),
     ],
+    ids=["json", "keys", "index", "words", "empty", "holes", "no tensors"],
 )
 def test_another_model(server, files, tmp_path, name, data, kind, expected):
     server.files[name] = data
@@ -234,24 +238,62 @@ def test_int8_while_it_comes(server, published, tmp_path):
     assert contents(tmp_path / "native") == contents(expected)
 
 
-def test_a_shard_is_removed_when_it_is_converted(server, tmp_path, monkeypatch):
-    """Of what is in the native files already, at most one shard is still there."""
-    seen, write = [], Writer.write
+def test_a_shard_is_removed_when_it_is_converted(server, published, tmp_path, monkeypatch):
+    """Shards in the model's order, as the published ones: two are on the disk at most, and of what
+    is in native files already no more than one shard and the unit that two share."""
+    tensors = {
+        name: array
+        for file in sorted((published / "transformer").glob("*.safetensors"))
+        for name, array in load_file(file).items()
+    }
+    names, share = sorted(tensors, key=place_in_the_model), -(-len(tensors) // 3)
+    parts = {SHARD.format(k + 1): names[k * share : (k + 1) * share] for k in range(3)}
+    for shard, own in parts.items():
+        server.files[shard] = save({n: tensors[n] for n in own})
+    index = {n: shard.rpartition("/")[2] for shard, own in parts.items() for n in own}
+    server.files[INDEX] = json.dumps({"weight_map": index}).encode()
+    written, seen, write = set(), [], Writer.write
 
     def watched(self, component, unit, pieces):
         write(self, component, unit, pieces)
-        seen.append({p.name for p in (tmp_path / "native.fetch").rglob("*.safetensors")})
+        written.add(unit)
+        here = [s for s in parts if (tmp_path / "native.fetch" / s).exists()]
+        twice = [n for s in here for n in parts[s] if unit_of(n) in written]
+        seen.append((len(here), sum(tensors[n].nbytes for n in twice)))
 
     monkeypatch.setattr(Writer, "write", watched)
-    get_native(tmp_path / "native")
-    shards = [name.rpartition("/")[2] for name in server.files if name.endswith(".safetensors")]
-    # the fixture's transformer has tensors of each unit in all shards: they wait for one another
-    assert {SHARD.format(k).rpartition("/")[2] for k in (1, 2, 3)} <= seen[0]
-    assert set(shards) > seen[-1]
-    assert len(seen[-1]) == 1
+    monkeypatch.setattr(converting, "_WORKERS", 1)
+    get_native(tmp_path / "native", "float32")
+    by_unit = dict.fromkeys(map(unit_of, names), 0)
+    for name, array in tensors.items():
+        by_unit[unit_of(name)] += array.nbytes
+    assert max(count for count, _ in seen) == 2
+    largest = max(sum(tensors[n].nbytes for n in own) for own in parts.values())
+    assert largest / 2 < max(twice for _, twice in seen) <= largest + max(by_unit.values())
+    assert seen[-1][0] == 0  # the VAE came last
+    expected = convert(
+        sources.open_source(published, {}, None, None), tmp_path / "expected", "float32", quiet=True
+    )
+    before, after = (contents(p) for p in (expected, tmp_path / "native"))
+    assert {n: d for n, d in before.items() if "manifest" not in n} == {
+        n: d for n, d in after.items() if "manifest" not in n
+    }
 
 
-@pytest.mark.parametrize("at", [0, 5, 9, 12])
+def unit_of(name: str) -> str:
+    first, number = name.split(".")[:2] if "." in name else (name, "")
+    is_block = first in ("layers", "noise_refiner", "context_refiner")
+    return f"{first}.{number}" if is_block else "stem"
+
+
+def place_in_the_model(name: str) -> tuple:
+    """The stem, the refiners, and the layers by their numbers."""
+    unit = unit_of(name)
+    first, _, number = unit.partition(".")
+    return ["stem", "noise_refiner", "context_refiner", "layers"].index(first), int(number or 0)
+
+
+@pytest.mark.parametrize("at", every([0, 5, 9, 12], [9]))
 def test_an_interrupted_conversion_goes_on(server, converted, tmp_path, monkeypatch, at):
     count, write = [0], Writer.write
 
