@@ -148,7 +148,7 @@ def fetch(names, hub, revision, converts, form, connections, quiet, as_json) -> 
         from .hub import Limits
     except ModuleNotFoundError as fault:
         raise UsageError(
-            f"fetching needs {fault.name}: install it with pip install 'zimage_jax[fetch]'"
+            f"fetching needs {fault.name}: run scripts/setup fetch, or pip install {fault.name}"
         ) from None
     if len(names) > 2:
         raise click.UsageError(f"expected [REPO] DST, got {len(names)} arguments")

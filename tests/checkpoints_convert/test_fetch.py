@@ -438,7 +438,7 @@ def test_without_requests(server, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as leaving:
         cli.run(commands.fetch, [REPO, str(tmp_path / "model")], "fetch")
     assert leaving.value.code == 2
-    assert "pip install 'zimage_jax[fetch]'" in capsys.readouterr().err
+    assert "needs requests: run scripts/setup fetch" in capsys.readouterr().err
 
 
 def test_threads_write_nothing_after_the_end(server, tmp_path):
