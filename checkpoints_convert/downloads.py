@@ -121,8 +121,10 @@ class Download:
     def _begin(self) -> None:
         """Nothing of the file is there."""
         self._held, self._etag = bytearray(self.blocks), None
+        # first the blocks, so that none counts for the file that the header is of
+        if os.fstat(self._map_file).st_size > _HEADER:
+            os.ftruncate(self._map_file, _HEADER)
         self._put_header()
-        os.ftruncate(self._map_file, _HEADER)
         os.pwrite(self._map_file, self._held, _HEADER)
 
     def _put_header(self) -> None:

@@ -206,22 +206,32 @@ class Death(BaseException):
     """The process is killed: nothing after this system call happens."""
 
 
+def die_at(at: int, calls: tuple[str, ...]) -> pytest.MonkeyPatch:
+    """After `at` of these calls each raises Death, in every thread."""
+    count, lock, patch = [0], threading.Lock(), pytest.MonkeyPatch()
+
+    def deadly(call):
+        def dying(*args):
+            with lock:
+                count[0] += 1
+                if count[0] > at:
+                    raise Death
+                return call(*args)
+
+        return dying
+
+    for call in calls:
+        patch.setattr(os, call, deadly(getattr(os, call)))
+    return patch
+
+
 @pytest.mark.parametrize("at", [*range(12), 30, 61, 100, 149, 150])
-def test_a_death_at_any_write(server, tmp_path, monkeypatch, at):
+def test_a_death_at_any_write(server, tmp_path, at):
     """After it the rest is fetched, and nothing that is there."""
-    count, pwrite, lock = [0], os.pwrite, threading.Lock()
-
-    def deadly(*args):
-        with lock:
-            count[0] += 1
-            if count[0] > at:
-                raise Death
-            return pwrite(*args)
-
-    monkeypatch.setattr(os, "pwrite", deadly)
+    deaths = die_at(at, ("pwrite",))
     with pytest.raises(Death):
         download(tmp_path / "file")
-    monkeypatch.setattr(os, "pwrite", pwrite)
+    deaths.undo()
     assert "file" not in os.listdir(tmp_path)
     held = (tmp_path / "file.partial.map").read_bytes()[4096:].count(1)
     server.forget()
@@ -231,6 +241,25 @@ def test_a_death_at_any_write(server, tmp_path, monkeypatch, at):
     blocks = -(-len(DATA) // 4096)
     assert -(-came // 4096) == blocks - held
     assert server.sent[NAME] == came
+
+
+@pytest.mark.parametrize("at", range(18, 28))
+def test_a_death_while_another_version_begins(server, tmp_path, at):
+    """Its map never counts a block of the version before."""
+
+    def of_before(handler: Handler, name: str) -> None:
+        server.files[name] = DATA[::-1]
+        handler.send_file(name)
+        server.files[name] = DATA
+
+    server.faults = [some(1, of_before)]
+    deaths = die_at(at, ("pwrite", "ftruncate"))
+    with pytest.raises(Death):
+        download(tmp_path / "file", limits=replace(LIMITS, connections=1))
+    deaths.undo()
+    server.faults = []
+    download(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == DATA
 
 
 @pytest.mark.parametrize("call", ["ftruncate", "fsync", "replace"])
