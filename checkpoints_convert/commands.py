@@ -1,4 +1,5 @@
-"""The commands: convert PyTorch checkpoints to native ones, and inspect a checkpoint."""
+"""The commands: convert PyTorch checkpoints to native ones, fetch the published one, export native
+ones, and inspect any."""
 
 import json
 import time
@@ -23,8 +24,9 @@ FILE = click.Path(path_type=Path)
 
 
 @click.command(
-    epilog="python -m checkpoints_convert inspect PATH shows the contents of a file, a diffusers "
-    "folder or a native checkpoint."
+    epilog="Further commands: fetch [REPO] DST downloads the published model, export MODEL DST writes "
+    "PyTorch's files again, and inspect PATH shows the contents of a file, a diffusers folder or a "
+    "native checkpoint. Each has its own --help."
 )
 @click.argument("paths", nargs=-1, required=True, type=FILE, metavar="[SRC] DST")
 @click.option(
