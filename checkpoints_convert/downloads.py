@@ -153,9 +153,12 @@ class Download:
         if found != self.remote.digest:
             with self._lock:
                 self._begin()
+            newer = ""
+            if found.kind == "md5":  # the published sums are this package's, not the hub's
+                newer = ", or with --revision if the hub has a newer version"
             raise DownloadError(
                 f"{self.path}: expected {self.remote.digest}, got {found}; what came was dropped: "
-                "run the same command again"
+                f"run the same command again{newer}"
             )
         if os.path.lexists(self.path):
             raise OutputError(f"{self.path}: has appeared meanwhile; move it away")
@@ -170,7 +173,8 @@ class Download:
     def want(self, nbytes: int | None = None) -> None:
         """Let connections fetch at least the first `nbytes` bytes; without it, the whole file."""
         self.is_wanted |= nbytes is None
-        self.goal = self.blocks if nbytes is None else max(self.goal, -(-nbytes // self._block))
+        wanted = self.blocks if nbytes is None else -(-nbytes // self._block)
+        self.goal = min(self.blocks, max(self.goal, wanted))
 
     @property
     def is_complete(self) -> bool:
@@ -347,11 +351,11 @@ class Downloads:
             self._bar.update(download.nbytes_held)
         return download
 
-    def want(self, *downloads: Download) -> None:
-        """Fetch these, and do not wait for it."""
+    def want(self, *downloads: Download, nbytes: int | None = None) -> None:
+        """Fetch these, or at least their first `nbytes` bytes, and do not wait for it."""
         with self._changed:
             for download in downloads:
-                download.want()
+                download.want(nbytes)
             self._changed.notify_all()
 
     def wait(self, *downloads: Download) -> None:
@@ -362,9 +366,7 @@ class Downloads:
     def wait_for_start(self, download: Download, nbytes: int) -> None:
         """Until the first bytes of one are there. Raises DownloadError, OutputError."""
         nbytes = min(nbytes, download.remote.nbytes)
-        with self._changed:
-            download.want(nbytes)
-            self._changed.notify_all()
+        self.want(download, nbytes=nbytes)
         self._wait(lambda: download.has(nbytes))
 
     def _wait(self, is_reached: Callable[[], bool]) -> None:

@@ -277,6 +277,7 @@ def _arriving(
         _refuse_lossless(storage)
         by_component = {c: _weight_names(repository, folder, c) for c in COMPONENTS}
         shards = open_all([name for names in by_component.values() for name in names])
+        downloads.want(*shards.values(), nbytes=1)  # all first blocks at once
         read = _header_reader(downloads, shards)
         parts = {
             c: sources.open_files(c, [folder / name for name in names], read)

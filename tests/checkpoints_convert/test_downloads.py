@@ -228,9 +228,10 @@ def die_at(at: int, calls: tuple[str, ...]) -> pytest.MonkeyPatch:
 @pytest.mark.parametrize("at", [*range(12), 30, 61, 100, 149, 150])
 def test_a_death_at_any_write(server, tmp_path, at):
     """After it the rest is fetched, and nothing that is there."""
+    limits = replace(LIMITS, connections=3 if at % 2 else 1)
     deaths = die_at(at, ("pwrite",))
     with pytest.raises(Death):
-        download(tmp_path / "file")
+        download(tmp_path / "file", limits=limits)
     deaths.undo()
     assert "file" not in os.listdir(tmp_path)
     held = (tmp_path / "file.partial.map").read_bytes()[4096:].count(1)
@@ -240,7 +241,8 @@ def test_a_death_at_any_write(server, tmp_path, at):
     assert os.listdir(tmp_path) == ["file"]
     blocks = -(-len(DATA) // 4096)
     assert -(-came // 4096) == blocks - held
-    assert server.sent[NAME] == came
+    if limits.connections == 1:  # else the first client's last requests may count here
+        assert server.sent[NAME] == came
 
 
 @pytest.mark.parametrize("at", range(18, 28))
@@ -293,7 +295,7 @@ def test_killed_processes(server, tmp_path, seed):
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     slow = some(10**6, lambda h, n: (time.sleep(0.01), h.send_file(n)))
     server.faults, deaths = [slow], 0
-    while deaths < 2:
+    while deaths < 1 + min(seed, 2):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, root, str(path)],
             env=os.environ | {"HF_ENDPOINT": server.url},
