@@ -248,35 +248,22 @@ def _arriving(
         stack.enter_context(_locked(folder))
         bar = stack.enter_context(_bar("fetch", quiet, 0))
         downloads = stack.enter_context(Downloads(repository.web, limits, say, bar))
-        files: dict[Path, RemoteFile] = {}
-
-        def open_all(names: list[str], largest: int | None = None) -> dict[Path, Download]:
-            """The downloads of those that are not there."""
-            remotes = {
-                _place(folder, n): _with_published(repository.file(n), published) for n in names
-            }
-            for remote in remotes.values():
-                if largest is not None and remote.nbytes > largest:
-                    raise DownloadError(
-                        f"{repo}: {remote.name}: expected {size(largest)} at most, the hub lists "
-                        f"{size(remote.nbytes)}"
-                    )
-            files.update(remotes)
-            there = sum(r.nbytes for p, r in remotes.items() if os.path.lexists(p))
-            with _bar("verify", quiet or not there, there) as bar:
-                missing = {p: r for p, r in remotes.items() if not present(p, r, bar.update)}
-            for path, remote in missing.items():  # before: a map has a byte for each block
-                _refuse_full(folder, remote.nbytes - nbytes_taken(path))
-            return {path: downloads.add(remote, path) for path, remote in missing.items()}
-
-        small = open_all(_small_names(repository), _LARGEST_SMALL)
-        _refuse_full(folder, sum(d.remote.nbytes - d.nbytes_held for d in small.values()))
+        remotes = _remotes(repository, folder, _small_names(repository), published)
+        for remote in remotes.values():
+            if remote.nbytes > _LARGEST_SMALL:
+                raise DownloadError(
+                    f"{repo}: {remote.name}: expected {size(_LARGEST_SMALL)} at most, the hub "
+                    f"lists {size(remote.nbytes)}"
+                )
+        small = _opened(downloads, folder, remotes, quiet)
         downloads.wait(*small.values())
         config = sources.read_configs(folder)
         storage = formats.parse(config, form or "bfloat16")
         _refuse_lossless(storage)
         by_component = {c: _weight_names(repository, folder, c) for c in COMPONENTS}
-        shards = open_all([name for names in by_component.values() for name in names])
+        names = [name for own in by_component.values() for name in own]
+        weights = _remotes(repository, folder, names, published)
+        shards = _opened(downloads, folder, weights, quiet)
         downloads.want(*shards.values(), nbytes=1)  # all first blocks at once
         read = _header_reader(downloads, shards)
         parts = {
@@ -285,7 +272,32 @@ def _arriving(
         }
         source = Source(parts, config, folder / _TOKENIZER)
         source.check()
-        yield Arrival(folder, source, storage, files, shards, downloads)
+        yield Arrival(folder, source, storage, remotes | weights, shards, downloads)
+
+
+def _remotes(
+    repository: Repository, folder: Path, names: list[str], published: dict[str, str]
+) -> dict[Path, RemoteFile]:
+    """The files of these names, by their paths. `published`: MD5 sums that this package has."""
+    found = {}
+    for name in names:
+        remote = repository.file(name)
+        if name in published:
+            remote = replace(remote, digest=Digest("md5", published[name]))
+        found[_place(folder, name)] = remote
+    return found
+
+
+def _opened(
+    downloads: Downloads, folder: Path, remotes: dict[Path, RemoteFile], quiet: bool
+) -> dict[Path, Download]:
+    """The downloads of those that are not there; those that are, are verified."""
+    there = sum(r.nbytes for path, r in remotes.items() if os.path.lexists(path))
+    with _bar("verify", quiet or not there, there) as bar:
+        missing = {path: r for path, r in remotes.items() if not present(path, r, bar.update)}
+    for path, remote in missing.items():  # before: a map has a byte for each block
+        _refuse_full(folder, remote.nbytes - nbytes_taken(path))
+    return {path: downloads.add(remote, path) for path, remote in missing.items()}
 
 
 def _small_names(repository: Repository) -> list[str]:
@@ -303,12 +315,6 @@ def _weight_names(repository: Repository, folder: Path, component: str) -> list[
         shards = sources.shard_names(folder / _index(component))
         return [f"{component}/{shard}" for shard in shards]
     return [f"{component}/{sources.WEIGHTS[component]}.safetensors"]
-
-
-def _with_published(remote: RemoteFile, published: dict[str, str]) -> RemoteFile:
-    """With the MD5 that this package has for the file, if it has one."""
-    known = published.get(remote.name)
-    return replace(remote, digest=Digest("md5", known)) if known else remote
 
 
 def _header_reader(

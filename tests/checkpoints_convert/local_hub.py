@@ -9,9 +9,20 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import numpy as np
+from tqdm import tqdm
+
+from checkpoints_convert import hub as hubs
+from checkpoints_convert.downloads import Downloads
+from checkpoints_convert.hub import Limits
+
 REPO = "someone/z-image"
+NAME = "vae/diffusion_pytorch_model.safetensors"
+DATA = np.random.default_rng(0).bytes(300_123)
+LIMITS = Limits(connections=3, timeout=0.5, retries=5, backoff=0.01, block=4096, segment=32768)
 Fault = Callable[["Handler", str], bool]  # True if it answered
 
 
@@ -145,3 +156,31 @@ def _sibling(name: str, data: bytes) -> dict:
     if name.endswith(".safetensors"):
         entry["lfs"] = {"sha256": sha(data), "size": len(data), "pointerSize": 134}
     return entry
+
+
+# -- what tests do with it -------------------------------------------------------------------------
+
+
+def download(path: Path, name=NAME, limits=LIMITS, where="huggingface", said=None) -> int:
+    """Fetch one file to `path`; returns the bytes that came."""
+    said = [] if said is None else said
+    repository = hubs.open_repository(where, REPO, None, limits, said.append)
+    bar = tqdm(total=0, disable=True)
+    with Downloads(repository.web, limits, said.append, bar) as all_:
+        all_.wait(all_.add(repository.file(name), path))
+    return all_.nbytes
+
+
+def some(count: int, answer):
+    """A fault of the first `count` requests of a file."""
+    left, lock = [count], threading.Lock()
+
+    def fault(handler: Handler, name: str) -> bool:
+        with lock:
+            left[0] -= 1
+            if left[0] < 0:
+                return False
+        answer(handler, name)
+        return True
+
+    return fault

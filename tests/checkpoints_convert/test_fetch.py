@@ -18,7 +18,6 @@ from checkpoints_convert.convert import convert
 from checkpoints_convert.downloads import Download
 from checkpoints_convert.hub import Limits
 from tests.checkpoints_convert.local_hub import REPO, LocalHub
-from tests.checkpoints_convert.test_downloads import environment  # noqa: F401
 from tests.schedules import every
 from zimage_jax import cli
 from zimage_jax.errors import ConfigError, ConversionError, DownloadError, OutputError, UsageError
