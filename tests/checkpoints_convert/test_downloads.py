@@ -118,6 +118,21 @@ def test_modelscope(server, tmp_path):
 # -- another version -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("prefix", ["", "W/"])
+def test_parts_are_of_the_version_that_came_first(server, tmp_path, prefix):
+    """If-Range names its ETag, after a death too; HTTP allows no weak one there."""
+    etag = f'{prefix}"{sha(DATA)}"'
+    server.etag = lambda name: etag
+    deaths = die_at(30, ("pwrite",))
+    with pytest.raises(Death):
+        download(tmp_path / "file", limits=replace(LIMITS, connections=1))
+    deaths.undo()
+    download(tmp_path / "file")
+    conditions = [h.get("If-Range") for path, h in server.log if path.endswith(NAME)]
+    assert conditions[0] is None
+    assert set(conditions[1:]) == {None if prefix else etag}
+
+
 @pytest.mark.parametrize("is_weak", [False, True])
 def test_another_version_on_the_way(server, tmp_path, is_weak):
     """The first parts are of the version before: they are dropped with its ETag."""
