@@ -1,4 +1,5 @@
-"""The commands: convert PyTorch checkpoints to native ones, and inspect a checkpoint."""
+"""The commands: convert PyTorch checkpoints to native ones, fetch the published one, export native
+ones, and inspect any."""
 
 import json
 import time
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from zimage_jax.errors import ForeignError
+from zimage_jax.errors import ForeignError, UsageError
 from zimage_jax.files import kind_of, printable
 from zimage_jax.model.config import TURBO_SHIFT
 from zimage_jax.units import size
@@ -15,14 +16,17 @@ from zimage_jax.weights.checkpoint import Checkpoint
 from . import sources
 from .convert import convert as convert_source
 from .convert import reencode
+from .export import LAYOUTS
+from .export import export as export_checkpoint
 from .inspect import inspect as inspect_path
 
 FILE = click.Path(path_type=Path)
 
 
 @click.command(
-    epilog="python -m checkpoints_convert inspect PATH shows the contents of a file, a diffusers "
-    "folder or a native checkpoint."
+    epilog="Further commands: fetch [REPO] DST downloads the published model, export MODEL DST writes "
+    "PyTorch's files again, and inspect PATH shows the contents of a file, a diffusers folder or a "
+    "native checkpoint. Each has its own --help."
 )
 @click.argument("paths", nargs=-1, required=True, type=FILE, metavar="[SRC] DST")
 @click.option(
@@ -92,8 +96,7 @@ def convert(
         source = sources.open_source(src, given, config_folder, tokenizer, variant)
         convert_source(source, dst, form, quiet=quiet or as_json)
         config = source.config
-    nbytes = sum(f.stat().st_size for f in dst.rglob("*") if f.is_file())
-    seconds = time.monotonic() - began
+    nbytes, seconds = _nbytes(dst), time.monotonic() - began
     if as_json:
         click.echo(
             json.dumps(
@@ -108,6 +111,103 @@ def convert(
                 f"shift is {shift:g}, Turbo's is {TURBO_SHIFT:g}: this looks like the base model; "
                 f"its defaults are --steps {defaults.steps} --guidance {defaults.guidance:g}"
             )
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True, metavar="[REPO] DST")
+@click.option(
+    "--hub",
+    type=click.Choice(["huggingface", "modelscope"]),
+    default="huggingface",
+    show_default=True,
+    help="HF_ENDPOINT or MODELSCOPE_DOMAIN may name a mirror; HF_TOKEN or MODELSCOPE_API_TOKEN is "
+    "sent to the hub and to nobody else.",
+)
+@click.option("--revision", help="A branch, tag or commit.  [default: main, on ModelScope master]")
+@click.option(
+    "--convert",
+    "converts",
+    is_flag=True,
+    help="DST becomes a native checkpoint: each shard is converted when it is there, and removed.",
+)
+@click.option(
+    "--format", "form", metavar="FORMAT", help="As of a conversion, with --convert; not lossless."
+)
+@click.option(
+    "--connections", type=click.IntRange(1, 16), default=4, show_default=True, help="At once."
+)
+@click.option("--quiet", is_flag=True, help="Show neither progress nor summary.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
+def fetch(names, hub, revision, converts, form, connections, quiet, as_json) -> None:
+    """Download Z-Image-Turbo, or the Z-Image in REPO, into the folder DST in diffusers layout.
+
+    REPO is OWNER/NAME on the hub. Every file is verified: those of Tongyi-MAI/Z-Image-Turbo with
+    the published MD5 sums, others (and with --revision) with the hub's checksums.
+    After an interruption, run the same command again to resume.
+    """
+    try:
+        from . import fetch as fetching
+        from .hub import Limits
+    except ModuleNotFoundError as fault:
+        raise UsageError(
+            f"fetching needs {fault.name}: run scripts/setup fetch, or pip install {fault.name}"
+        ) from None
+    if len(names) > 2:
+        raise click.UsageError(f"expected [REPO] DST, got {len(names)} arguments")
+    if form and not converts:
+        raise click.UsageError("--format is for --convert")
+    repo, dst = (names[0] if len(names) == 2 else fetching.PUBLISHED), Path(names[-1])
+    began = time.monotonic()
+    given = {
+        "hub": hub,
+        "revision": revision,
+        "limits": Limits(connections=connections),
+        "quiet": quiet or as_json,
+    }
+    if converts:
+        found = fetching.fetch_and_convert(repo, dst, form or "bfloat16", **given)
+    else:
+        found = fetching.fetch(repo, dst, **given)
+    found["seconds"] = round(time.monotonic() - began, 3)
+    if as_json:
+        click.echo(json.dumps(found))
+    elif not quiet:
+        click.echo(
+            f"{dst}: {found['files']} files of {repo}, {size(found['downloaded'])} of "
+            f"{size(found['bytes'])} downloaded now, {found['seconds']:.1f} s"
+        )
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.argument("dst", type=FILE)
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    required=True,
+    help="diffusers: a folder that ZImagePipeline.from_pretrained reads. comfyui: the files of "
+    "ComfyUI's models folder.",
+)
+@click.option("--quiet", is_flag=True, help="Show neither progress nor summary.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one line of JSON.")
+def export(model: Path, dst: Path, layout: str, quiet: bool, as_json: bool) -> None:
+    """Write a native checkpoint MODEL as PyTorch's files, in bfloat16, into the folder DST.
+
+    From bfloat16 and lossless the tensors have the same bits; float32 is rounded. From int8 nothing
+    is made: it has lost bits.
+    """
+    began = time.monotonic()
+    export_checkpoint(Checkpoint(model), dst, layout, quiet=quiet or as_json)
+    nbytes, seconds = _nbytes(dst), time.monotonic() - began
+    if as_json:
+        found = {"path": str(dst), "bytes": nbytes, "seconds": round(seconds, 3), "layout": layout}
+        click.echo(json.dumps(found))
+    elif not quiet:
+        click.echo(f"{dst}: {size(nbytes)} in {layout}'s layout, {seconds:.1f} s")
+
+
+def _nbytes(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
 @click.command()

@@ -5,7 +5,7 @@ two units are.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from zimage_jax import interrupts
 from zimage_jax.errors import ConversionError, UsageError
 from zimage_jax.files import LARGEST_JSON, read_regular
 from zimage_jax.model.prompt import Prompts
-from zimage_jax.weights import formats
+from zimage_jax.weights import components, formats
 from zimage_jax.weights import names as rules
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.encodings import Encoding, Lossless
@@ -48,15 +48,35 @@ class Unit(Protocol):
         """The tree of the parameter, if it is stored in just this encoding."""
 
 
-def convert(source: Source, dst: Path, form: str = "bfloat16", *, quiet: bool = False) -> Path:
+@runtime_checkable
+class Supply(Protocol):
+    """Files of a source that come, and go again, while it is converted."""
+
+    def identity(self) -> dict[Path, list]:
+        """File -> [name, bytes, what tells its contents from others], JSON."""
+
+    def batches(self, needs: dict[tuple[str, str], set[Path]]) -> Iterator[list[tuple[str, str]]]:
+        """The units of `needs`, which has each unit's files. The files of a batch are there until
+        the next batch is asked for."""
+
+
+def convert(
+    source: Source,
+    dst: Path,
+    form: str = "bfloat16",
+    *,
+    quiet: bool = False,
+    supply: Supply | None = None,
+) -> Path:
     """Write the native checkpoint `dst` from `source`, stored in `form` (see formats.parse).
     Returns `dst`.
 
-    After an interruption, call it again to resume. Raises ConversionError before anything is
+    `supply`: brings the files, if they are not all there; `form` must then not be lossless, which
+    reads every matrix twice. After an interruption, call it again to resume. Raises ConversionError before anything is
     written if a tensor is unknown, missing, duplicate or misshapen, and later if one has NaN or
     infinity; UsageError if a file of the source is inside DST.partial; OutputError (see Writer).
     """
-    files = {f: f.stat() for c in COMPONENTS for f in source.components[c].files}
+    files = supply.identity() if supply else _identity(source)
     _refuse_inside(partial_folder(dst), [*files, source.tokenizer])
     source.check()
     tokenizer = read_regular(source.tokenizer, LARGEST_JSON, ConversionError)
@@ -66,16 +86,27 @@ def convert(source: Source, dst: Path, form: str = "bfloat16", *, quiet: bool = 
             f"{source.tokenizer}: has {vocabulary} tokens, the text encoder "
             f"{source.config.text_encoder.vocab_size}; it belongs to another model"
         )
-    fingerprint = [[f.name, s.st_size, s.st_mtime_ns] for f, s in files.items()]
     provenance = {
         "layouts": {c: source.components[c].layout for c in COMPONENTS},
-        "files": {f"{f.parent.name}/{f.name}": s.st_size for f, s in files.items()},
+        "files": {f"{f.parent.name}/{f.name}": nbytes for f, (_, nbytes, _) in files.items()},
     }
     origins = {c: _Origins(source, c) for c in COMPONENTS}
     storage = _fitted(formats.parse(source.config, form), lambda c, _: origins[c], quiet)
-    with Writer(dst, storage, {"files": fingerprint}) as writer:
-        _write_units(writer, lambda c, _: origins[c], quiet)
+    with Writer(dst, storage, {"files": list(files.values())}) as writer:
+
+        def batches(units: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+            if supply is None:
+                yield units
+            else:
+                yield from supply.batches({(c, u): origins[c].files(u) for c, u in units})
+
+        _write_units(writer, lambda c, _: origins[c], quiet, batches)
         return writer.finish(tokenizer, provenance)
+
+
+def _identity(source: Source) -> dict[Path, list]:
+    files = {f: f.stat() for c in COMPONENTS for f in source.components[c].files}
+    return {f: [f.name, s.st_size, s.st_mtime_ns] for f, s in files.items()}
 
 
 def reencode(source: Checkpoint, dst: Path, form: str, *, quiet: bool = False) -> Path:
@@ -92,11 +123,11 @@ def reencode(source: Checkpoint, dst: Path, form: str, *, quiet: bool = False) -
     fingerprint = xxhash.xxh3_64_hexdigest(manifest.read_bytes())
     provenance = source.provenance | {"formats before": formats.describe(source.storage)}
 
-    def unit(component: str, name: str) -> "_Stored":
-        return _Stored(source, component, name)
+    def unit(component: str, name: str) -> "Stored":
+        return Stored(source, component, name)
 
     wanted = formats.parse(source.config, form)
-    _refuse_widening(source, wanted)
+    refuse_widening(source, wanted)
     storage = _fitted(wanted, unit, quiet)
     with Writer(dst, storage, {"manifest": fingerprint}) as writer:
         _write_units(writer, unit, quiet)
@@ -114,7 +145,7 @@ def _refuse_inside(partial: Path, files: list[Path]) -> None:
                 )
 
 
-def _refuse_widening(source: Checkpoint, wanted: Storage) -> None:
+def refuse_widening(source: Checkpoint, wanted: Storage) -> None:
     """Raises ConversionError if a parameter in int8 is wanted in another format."""
     for component in COMPONENTS:
         for unit in wanted.units(component):
@@ -172,7 +203,14 @@ def _fitted(storage: Storage, unit_of_source: Callable[[str, str], Unit], quiet:
     return replace(storage, special=(*storage.special, *rows))
 
 
-def _write_units(writer: Writer, unit_of_source: Callable[[str, str], Unit], quiet: bool) -> None:
+def _write_units(
+    writer: Writer,
+    unit_of_source: Callable[[str, str], Unit],
+    quiet: bool,
+    batches: Callable[[list[tuple[str, str]]], Iterable[list[tuple[str, str]]]] = lambda u: [u],
+) -> None:
+    """Write the units that an earlier writer has not, in the batches that `batches` makes of
+    them."""
     storage = writer.storage
     units = [(c, unit) for c in COMPONENTS for unit in storage.units(c)]
     total = sum(storage.nbytes(*unit) for unit in units)
@@ -189,16 +227,25 @@ def _write_units(writer: Writer, unit_of_source: Callable[[str, str], Unit], qui
                 yield run
 
         def write(component: str, unit: str) -> None:
-            if writer.resumed and writer.done(component, unit):
-                bar.update(storage.nbytes(component, unit))
-                return
             pieces = _pieces(storage, component, unit, unit_of_source(component, unit))
             writer.write(component, unit, ((path, counted(runs)) for path, runs in pieces))
 
-        try:
-            for job in [pool.submit(write, *unit) for unit in units]:
-                job.result()
+        def is_done(component: str, unit: str) -> bool:
+            found = writer.resumed and writer.done(component, unit)
+            bar.update(storage.nbytes(component, unit) if found else 0)
+            return found
+
+        def each(function: Callable[[str, str], Any], batch: list[tuple[str, str]]) -> list:
+            results = []
+            for job in [pool.submit(function, *unit) for unit in batch]:
+                results.append(job.result())
                 interrupts.check()  # Python drops a KeyboardInterrupt raised in a destructor
+            return results
+
+        try:
+            done = each(is_done, units)
+            for batch in batches([u for u, is_ in zip(units, done, strict=True) if not is_]):
+                each(write, batch)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -226,7 +273,7 @@ def _whole(source: Unit, path: str, encoding: Encoding) -> np.ndarray:
 # -- native sources --------------------------------------------------------------------------------
 
 
-class _Stored:
+class Stored:
     """A unit of a native checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, component: str, unit: str):
@@ -268,6 +315,10 @@ class _Origins:
             for name, entry in source.entries(component).items()
             for part, path in enumerate(entry.paths)
         }
+
+    def files(self, unit: str) -> set[Path]:
+        """The files of a unit's tensors."""
+        return {o.tensor.file for path, o in self._of.items() if components.unit_of(path) == unit}
 
     def encoded(self, path: str, encoding: Encoding) -> None:
         return None

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,14 @@ from zimage_jax.weights import components
 from zimage_jax.weights import names as rules
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
-_CONFIGS: dict[str, tuple[Any, str]] = {
+CONFIGS: dict[str, tuple[Any, str]] = {
     "transformer": (DiTConfig, "transformer/config.json"),
     "text_encoder": (TextEncoderConfig, "text_encoder/config.json"),
     "vae": (VAEConfig, "vae/config.json"),
     "scheduler": (SigmasConfig, "scheduler/scheduler_config.json"),
 }
 _FLAGS = {"transformer": "--dit", "text_encoder": "--text-encoder", "vae": "--vae"}
-_WEIGHTS = {
+WEIGHTS = {
     "transformer": "diffusion_pytorch_model",
     "text_encoder": "model",
     "vae": "diffusion_pytorch_model",
@@ -261,7 +261,7 @@ def open_source(
 def read_configs(folder: Path) -> ModelConfig:
     """The configs of a folder in diffusers layout. Raises ConfigError."""
     parts = {}
-    for name, (kind, path) in _CONFIGS.items():
+    for name, (kind, path) in CONFIGS.items():
         data = read_json(folder / path, fault=ConfigError)
         parts[name] = kind.from_json(data, str(folder / path))
     try:
@@ -276,23 +276,12 @@ def open_component_folder(component: str, folder: Path) -> Component:
     Raises ConversionError if there are neither or they are damaged, ForeignError if the tensors are
     another model's.
     """
-    stem = _WEIGHTS[component]
+    stem = WEIGHTS[component]
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
     if kind_of(index, ConversionError):
-        names = read_json(index, _LARGEST_INDEX, ConversionError).get("weight_map")
-        files = list(names.values()) if isinstance(names, dict) else []
-        if not files or not all(isinstance(file, str) for file in files):
-            raise ConversionError(
-                f"{index}: expected a weight_map from tensor names to shard files"
-            )
-        shards = sorted(set(files))
-        if bad := [s for s in shards if Path(s).name != s or len(s) > 255 or not s.isprintable()]:
-            raise ConversionError(
-                f"{index}: '{printable(bad[0])}' is not the name of a file beside it"
-            )
-        return _collect(component, [folder / s for s in shards])
+        return open_files(component, [folder / shard for shard in shard_names(index)])
     if kind_of(single, ConversionError):
-        return _collect(component, [single])
+        return open_files(component, [single])
     pickles = [p.name for p in folder.glob("*.bin")]
     hint = (
         f"{printable(pickles[0])} is a pickle and is not opened; save as safetensors"
@@ -302,14 +291,35 @@ def open_component_folder(component: str, folder: Path) -> Component:
     raise ConversionError(f"{folder}: expected {single.name} or {index.name}; {hint}")
 
 
+def shard_names(index: Path) -> list[str]:
+    """The names of the files beside an index that it lists, sorted. Raises ConversionError."""
+    names = read_json(index, _LARGEST_INDEX, ConversionError).get("weight_map")
+    files = list(names.values()) if isinstance(names, dict) else []
+    if not files or not all(isinstance(file, str) for file in files):
+        raise ConversionError(f"{index}: expected a weight_map from tensor names to shard files")
+    shards = sorted(set(files))
+    for shard in shards:
+        is_name = Path(shard).name == shard and shard.isprintable() and len(shard) <= 200
+        if not is_name or not shard.endswith(".safetensors"):
+            raise ConversionError(
+                f"{index}: '{printable(shard)}' is not the name of a safetensors file beside it"
+            )
+    return shards
+
+
 def open_file(component: str, path: Path) -> Component:
     """A component from one file, which may have the others too. Raises as open_component_folder."""
-    return _collect(component, [path])
+    return open_files(component, [path])
 
 
-def _collect(component: str, files: list[Path]) -> Component:
-    """A component from its files; tensors of other components in the same files are skipped."""
-    tensors = [tensor for file in files for tensor in read_header(file)]
+def open_files(
+    component: str, files: list[Path], read: Callable[[Path], list["Tensor"]] | None = None
+) -> Component:
+    """A component from its files; tensors of other components in the same files are skipped.
+
+    `read`: gives a file's tensors instead of `read_header`. Raises as open_component_folder.
+    """
+    tensors = [tensor for file in files for tensor in (read or read_header)(file)]
     own = [t for t in tensors if not t.name.startswith(_OF_OTHER_MODELS[component])]
     result = Component(component, "")
     for tensor in own:
@@ -388,6 +398,16 @@ def published_md5() -> dict[str, str]:
     return {name: digest for digest, name in (line.split() for line in lines)}
 
 
+def hash_file(file: Path, digest: Any, seen: Callable[[int], Any] = id) -> str:
+    """The hex digest of a file's bytes, added to `digest` (hashlib's). `seen` is called with every
+    number of bytes read. Raises UsageError for anything but a regular file."""
+    with open_regular(file) as f:
+        while run := f.read(1 << 22):
+            digest.update(run)
+            seen(len(run))
+    return digest.hexdigest()
+
+
 def verify(folder: Path, *, quiet: bool = False) -> None:
     """Compare a folder's files with the published MD5 sums. Raises ConversionError, which lists all
     files that differ or are missing."""
@@ -398,12 +418,9 @@ def verify(folder: Path, *, quiet: bool = False) -> None:
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=quiet) as bar:
         for name in present:
             digest = hashlib.md5(usedforsecurity=False)
-            with open_regular(folder / name) as f:
-                while run := f.read(1 << 22):
-                    digest.update(run)
-                    bar.update(len(run))
-            if digest.hexdigest() != published[name]:
-                wrong.append(f"{name} has MD5 {digest.hexdigest()}, published is {published[name]}")
+            found = hash_file(folder / name, digest, bar.update)
+            if found != published[name]:
+                wrong.append(f"{name} has MD5 {found}, published is {published[name]}")
     if wrong:
         raise ConversionError(
             f"{folder}: not the published files:\n" + "\n".join(f"  {w}" for w in wrong)

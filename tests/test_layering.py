@@ -23,7 +23,10 @@ FLOORS = [
         *("talk", "worker", "process", "generate", "batch", "plan", "__main__"),
     ),
 ]
-CONVERTER_ORDER = ["sources", "convert", "inspect", "commands", "__main__"]
+CONVERTER_ORDER = [
+    *("sources", "convert", "inspect", "export", "hub", "downloads", "fetch"),
+    *("commands", "__main__"),
+]
 FLOOR = {name: index for index, names in enumerate(FLOORS) for name in names}
 
 

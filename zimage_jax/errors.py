@@ -7,6 +7,7 @@ ZImageError              exit code 1: the job failed
 │   ├── DamagedError     a file whose bytes are not what was written
 │   └── ForeignError     a file or folder that is not a checkpoint, or is another model's
 ├── ConversionError      a source that is damaged, or has not exactly the expected tensors
+├── DownloadError        a hub that cannot be reached, or has not what it should have
 ├── OutputError          a file that cannot be written
 ├── EngineError          an engine's process that died or hung, and what it was drawing
 ├── NonFiniteError       latents that became NaN or infinite while sampling
@@ -39,6 +40,10 @@ class ForeignError(CheckpointError):
 
 
 class ConversionError(ZImageError):
+    pass
+
+
+class DownloadError(ZImageError):
     pass
 
 

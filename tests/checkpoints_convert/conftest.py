@@ -1,12 +1,14 @@
 """The published folder of a small model."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import save_file
 
+from tests.checkpoints_convert.local_hub import DATA, NAME, LocalHub
 from tests.checkpoints_convert.published import STEMS, published_like, write_configs
 
 
@@ -36,3 +38,20 @@ def published(tmp_path_factory) -> Path:
 def folder(published, tmp_path) -> Path:
     """A copy to damage."""
     return shutil.copytree(published, tmp_path / "published")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """No hub, token or proxy of the machine."""
+    names = [n for n in os.environ if n.upper().endswith("_PROXY")]
+    for name in (*names, "HF_ENDPOINT", "HF_TOKEN", "MODELSCOPE_DOMAIN", "MODELSCOPE_API_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    made = LocalHub({NAME: DATA, "config.json": b"{}", "empty.json": b""})
+    monkeypatch.setenv("HF_ENDPOINT", made.url)
+    monkeypatch.setenv("MODELSCOPE_DOMAIN", made.url)
+    yield made
+    made.close()

@@ -44,7 +44,7 @@ def published_like(component: str, dtype=np.float32) -> dict[str, np.ndarray]:
 
 
 def write_configs(folder: Path) -> None:
-    for name, (_, place) in sources._CONFIGS.items():
+    for name, (_, place) in sources.CONFIGS.items():
         part, file = CONFIG.to_json()[name], folder / place
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(part))

@@ -261,7 +261,7 @@ def test_hostile_names_of_tensors_are_escaped_and_cut(folder, tmp_path):
                 f / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
             ).write_text('{"weight_map": {"a": "../../etc/passwd"}}'),
             ConversionError,
-            "not the name of a file beside it",
+            "not the name of a safetensors file beside it",
         ),
     ],
 )

@@ -420,7 +420,7 @@ def test_an_empty_folder_is_taken(tmp_path):
 
 def test_one_writer_at_a_time(tmp_path):
     with Writer(tmp_path / "m", STORAGE):
-        with pytest.raises(OutputError, match="another conversion is writing it"):
+        with pytest.raises(OutputError, match="another process is writing it"):
             Writer(tmp_path / "m", STORAGE)
         with Writer(tmp_path / "other", STORAGE):
             pass

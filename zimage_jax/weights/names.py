@@ -49,6 +49,17 @@ def to_native(tensor: np.ndarray, transform: str) -> np.ndarray:
     return tensor
 
 
+def to_source(array: np.ndarray, transform: str) -> np.ndarray:
+    """A view of an array of ours in PyTorch's order of axes: the inverse of `to_native`."""
+    if transform == LINEAR:
+        return array.T
+    if transform == CONV:
+        return array.transpose(3, 2, 0, 1)
+    if transform == POINTWISE:
+        return array.T[:, :, None, None]
+    return array
+
+
 def source_shape(shape: tuple[int, ...], transform: str, parts: int = 1) -> tuple[int, ...]:
     """The PyTorch shape of `parts` arrays of native `shape`, fused along PyTorch's first axis."""
     if transform == LINEAR:

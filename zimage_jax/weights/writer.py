@@ -59,11 +59,11 @@ class Writer:
         self._dst, self._folder = dst, partial_folder(dst)
         self._records: dict[str, dict[str, dict[str, Record]]] = {c: {} for c in COMPONENTS}
         self._journal_lock = threading.Lock()
-        self._lock: _Lock | None = None
+        self._lock: Lock | None = None
         self._refuse_existing()
         with _disk_errors(f"{dst}: cannot be written", "choose another place"):
             dst.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _Lock(dst)
+            self._lock = Lock(dst)
         try:
             self._refuse_existing()  # the previous holder of the lock may have finished just now
             self._begin(source)
@@ -307,7 +307,7 @@ def save_manifest(folder: Path, manifest: dict) -> None:
     _sync(folder / "manifest" / "manifest.json")
 
 
-class _Lock:
+class Lock:
     """DST.partial.lock, an empty file locked by one process. `release` removes it.
 
     Raises OutputError if another process has the lock, or if the file is not a writer's.
@@ -338,7 +338,7 @@ class _Lock:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(
-                f"{dst}: another conversion is writing it; wait for it or choose another name"
+                f"{dst}: another process is writing it; wait for it or choose another name"
             ) from None
         except OSError as error:
             # some network filesystems have no locks: there two writers are the user's risk
