@@ -153,19 +153,20 @@ def test_what_cannot_be_opened_is_said(model, tmp_path, monkeypatch):
         ZImageProcess(model)
 
 
-def test_a_closed_engine_takes_no_jobs(model):
-    with ZImageProcess(model, memory=RING) as engine:
-        waiting = engine.submit(**JOB | {"prompt": "a", "steps": 500})
-        pid = engine.pid
+def test_errors_cross_processes():
+    fault = OutOfMemoryError("too little", 7)
+    again = pickle.loads(pickle.dumps(fault))
+    assert (str(again), again.needed) == ("too little", 7)
+
+
+def test_a_closed_engine_takes_no_jobs(engine):
+    """The last test of this engine: it may be closed twice."""
+    waiting = engine.submit(**JOB | {"prompt": "a", "steps": 500})
+    pid = engine.pid
+    engine.close()
     with pytest.raises(CancelledError):
         waiting.result(1)
     with pytest.raises(EngineError, match="closed"):
         engine.submit("a")
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-
-
-def test_errors_cross_processes():
-    fault = OutOfMemoryError("too little", 7)
-    again = pickle.loads(pickle.dumps(fault))
-    assert (str(again), again.needed) == ("too little", 7)
