@@ -1,7 +1,9 @@
 """Programs compiled for cards that are not there, where the GPU compiler is installed; and what is stored of them."""
 
 import json
+from functools import partial
 
+import jax
 import pytest
 
 from tests.planning.jobs import STORAGE, square
@@ -11,11 +13,13 @@ from zimage_jax.model.samplers import Trajectory
 from zimage_jax.pipeline.stages.denoise import Denoise, DenoiseChoice
 from zimage_jax.planning import cards, schedule, stored
 from zimage_jax.planning.plan import Sizes, stream_plan
+from zimage_jax.planning.seconds import SPREAD
 from zimage_jax.planning.stored import StoredCosts
 from zimage_jax.planning.work import Work
 from zimage_jax.runtime.deviceless import CardPrograms, order
+from zimage_jax.runtime.placement import HOST
 from zimage_jax.runtime.programs import CompiledCosts
-from zimage_jax.runtime.stream import ring_step
+from zimage_jax.runtime.stream import parts, replaced_by, ring_step
 from zimage_jax.units import MIB
 from zimage_jax.weights import components
 from zimage_jax.weights.formats import Storage, parse
@@ -82,6 +86,37 @@ def test_a_ring_step_compiled_for_a_card_copies_while_it_computes(gpu_compiler):
     assert len(steps) == 2, "K and V in bfloat16, then in float16"
     for step in steps:
         assert_overlaps(order(step))
+
+
+def test_a_part_of_a_chunk_is_copied_while_a_ring_step_computes(gpu_compiler):
+    """With several in flight, each copies a part of the next chunk: in no more scratch, and awaited
+    after the last kernel."""
+    card, work, choice = cards.sheet("rtx-4090"), square(512), ring_of_blocks()
+    programs = CardPrograms(STORAGE, "bfloat16", card)
+    kind = next(kind for *_, kind in choice.blocks.visits(work.nfes) if kind.copied)
+    units = choice.blocks.like(kind.kind, kind.units)
+    x, inputs, static = Denoise()._visit(programs, work, 1, kind, units)
+    chunk = tuple(STORAGE.specs("transformer", unit) for unit in units)
+    on_host = partial(jax.ShapeDtypeStruct, sharding=programs.placement.sharding(HOST))
+    following = tuple(tuple(on_host(leaf.shape, leaf.dtype) for leaf in block) for block in chunk)
+    static |= {"trees": STORAGE.trees("transformer", units)}
+    ring = programs(ring_step, donate=(1, 3), **static)
+
+    def compiled(part):
+        return ring.compiled(chunk, replaced_by(chunk, part), part, x, *inputs)
+
+    _, whole = compiled(following)
+    copied = 0
+    for part in parts(following, SPREAD):
+        executable, scratch = compiled(part)
+        assert scratch <= whole
+        runs = order(executable)
+        last, awaited = runs[-1]
+        assert last == "done"
+        assert [kind for kind, _ in runs].count("done") == 1
+        assert next(count for kind, count in reversed(runs) if kind == "compute") > 4
+        copied += awaited
+    assert copied == sum(leaf.ndim > 1 for leaf in following[0])
 
 
 @pytest.mark.parametrize(("side", "most"), [(512, 212), (1024, 514)])

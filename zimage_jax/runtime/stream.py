@@ -58,7 +58,7 @@ def with_leaves(slot: Chunk, filled: Chunk) -> Chunk:
     return (*blocks, *slot[len(filled) :])
 
 
-def parts(following: Chunk, count: int) -> list[Chunk]:
+def parts(following: tuple, count: int) -> list[tuple]:
     """The leaves of a chunk in at most `count` parts of about the same bytes. A part has None for
     the leaves of the others."""
     total, before, number = tree_bytes(following), 0, []
