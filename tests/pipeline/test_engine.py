@@ -288,3 +288,26 @@ def test_what_stays_is_not_copied_again_when_another_joins(under, native, alone)
     assert 2 <= len(pinned) < 3 * 2
     assert result.ledger.peak <= max(result.plan.peak_bytes, joined[1].result().plan.peak_bytes)
     assert not pipe.held
+
+
+def test_whoever_is_in_flight_gets_a_sweep_while_others_keep_coming(under, alone):
+    """Also one that reuses K and V, and so cannot leave the device after every NFE."""
+    pipe, coming, drawn = under("ring"), threading.Event(), []
+
+    def feed(event):
+        if event is None and not coming.is_set():
+            drawn.append(threading.Thread(target=lambda: pipe.submit(**JOBS[1], on_event=feed)))
+            drawn[-1].start()
+
+    for _ in range(3):
+        pipe.submit(**JOBS[1], on_event=feed)
+    long = [pipe.submit(**JOBS[0] | {"steps": 12}), pipe.submit(**JOBS[4])]
+    results = [request.result(120) for request in long]
+    coming.set()
+    np.testing.assert_array_equal(results[1].latents, alone(4))
+    assert results[0].ledger.most_jobs > 1
+    assert len(drawn) > 3, "others were drawn meanwhile"
+    for thread in drawn:
+        thread.join()
+    pipe.generate(**SMALL | {"prompt": "a"})
+    assert not pipe.held
