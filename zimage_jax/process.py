@@ -239,7 +239,7 @@ class ZImageProcess:
             remote.deaths += remote.is_started
             remote.is_started = False
             if remote.is_cancelled:
-                fault: BaseException = CancelledError("the request was cancelled")
+                fault: BaseException = remote.cancelled()
             elif remote.deaths >= TRIES:
                 fault = EngineError(
                     f"the engine's process ended {TRIES} times before an NFE of this job "

@@ -311,3 +311,14 @@ def test_whoever_is_in_flight_gets_a_sweep_while_others_keep_coming(under, alone
         thread.join()
     pipe.generate(**SMALL | {"prompt": "a"})
     assert not pipe.held
+
+
+def test_a_listener_that_raises_ends_its_own_request(under, alone):
+    def fails(event):
+        raise ValueError("a listener's own fault")
+
+    bad, good = under("ring").submit_all([JOBS[1] | {"on_event": fails}, JOBS[0]])
+    with pytest.raises(CancelledError) as raised:
+        bad.result(60)
+    assert "a listener's own fault" in str(raised.value.__cause__)
+    np.testing.assert_array_equal(good.result(60).latents, alone(0))

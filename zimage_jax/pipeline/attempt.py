@@ -36,7 +36,7 @@ class Attempt:
     recorder: Recorder
     ledger: Ledger
     observe: Callable[[int, np.ndarray], None]  # called after every NFE with its index and latents
-    admitted: float  # when the job came in flight, by time.perf_counter
+    began: float  # when the job came in flight, by time.perf_counter
     first_preview_seconds: float | None = (
         None  # until the first NFE's latents, from the job's start
     )

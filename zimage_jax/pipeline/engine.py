@@ -16,7 +16,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -130,7 +129,7 @@ class Engine:
 def _ended(request: Request) -> None:
     """End a request that was cancelled."""
     request.leave_device()
-    request.end(fault=CancelledError("the request was cancelled"))
+    request.end(fault=request.cancelled())
 
 
 class _OwnError(Exception):
@@ -184,7 +183,7 @@ class Flight:
         """Let requests join in their order, as long as they fit."""
         while self._can_join():
             request = self._engine.take()
-            is_new = request.attempt is None
+            is_new = not request.has_begun
             self._requests.append(request)
             self._plan()
             if is_new:
@@ -206,7 +205,7 @@ class Flight:
             self._refused = asked
             return False
         # what is on the device for good stays: where nothing is streamed there is nothing to share
-        fits = plans[0].kept == self._requests[0].attempt.plan.kept  # type: ignore[union-attr]
+        fits = plans[0].kept == self._requests[0].attempt.plan.kept
         self._refused = None if fits else asked
         return fits
 
@@ -231,13 +230,12 @@ class Flight:
             self._recorder, kept=plans[0].kept, host_bytes=self._memory.host_bytes
         )
         for request, plan in zip(self._requests, plans, strict=True):
-            if request.attempt is None:
-                request.attempt = self._attempt(request, plan)
+            if not request.has_begun:
+                request.begin(self._attempt(request, plan))
             request.attempt.plan, request.attempt.loan = plan, self._loan
 
     def _attempt(self, request: Request, plan: Plan) -> Attempt:
         engine, path, seen = self._engine, request.job.trajectory, set[int]()
-        admitted = time.perf_counter()
 
         def observe(index: int, latents: np.ndarray) -> None:
             if index in seen:  # done again, after the device had lost it
@@ -268,7 +266,7 @@ class Flight:
             recorder=self._recorder,
             ledger=request.ledger,
             observe=observe,
-            admitted=admitted,
+            began=time.perf_counter(),
         )
         return attempt
 
@@ -283,8 +281,7 @@ class Flight:
         """Let requests leave whose stages are all done."""
         for request in [request for request in self._requests if request.stage is None]:
             self._remove(request)
-            assert request.attempt is not None
-            request.ledger.seconds["total"] = time.perf_counter() - request.attempt.admitted
+            request.ledger.seconds["total"] = time.perf_counter() - request.attempt.began
             try:
                 result = request.finish(request)
             except Exception as fault:
@@ -320,12 +317,12 @@ class Flight:
         """Drop parameters of other stages from the device. Of those that the next sweep needs, so
         many stay that the stage's peak beside them is no larger than the plan's."""
         assert self._loan is not None
-        plan = self._requests[0].attempt.plan  # type: ignore[union-attr]
-        waits = [r for r in self._requests if SHARED in r.attempt.plan.choices]  # type: ignore[union-attr]
-        if all(SHARED in r.attempt.results for r in waits):  # type: ignore[union-attr]
+        plan = self._requests[0].attempt.plan
+        waits = [r for r in self._requests if SHARED in r.attempt.plan.choices]
+        if all(SHARED in r.attempt.results for r in waits):
             self._loan.release()
             return
-        stream = waits[0].attempt.plan.choices[SHARED].stream  # type: ignore[union-attr]
+        stream = waits[0].attempt.plan.choices[SHARED].stream
         resident = [stream.chunks[chunk] for chunk in sorted(stream.schedule.resident)]
         wanted = {(stream.component, unit) for units in (("stem",), *resident) for unit in units}
         peak = 0 if stage.name == SHARED else plan.peak_bytes_by_stage[stage.name]
@@ -341,7 +338,6 @@ class Flight:
 
     def _begin(self, stage: Stage, request: Request) -> None:
         """Start a stage: it is done, or asks for sweeps."""
-        assert request.attempt is not None
         if request.is_cancelled:
             return
         with self._ends_alone(request):
@@ -367,8 +363,8 @@ class Flight:
     def _sweep(self, stage: Stage, requests: list[Request]) -> None:
         """Sweeps over the stage's chunks for all `requests`, until one is done or another joins."""
         assert self._loan is not None
-        plan = requests[0].attempt.plan.choices[stage.name].stream  # type: ignore[union-attr]
-        coming = [request.asked.nfes for request in requests]  # type: ignore[union-attr]
+        plan = requests[0].attempt.plan.choices[stage.name].stream
+        coming = [cast(Sweeps, request.asked).nfes for request in requests]
 
         def without_kv(chunk: int, sweep: int) -> bool:
             wanted = [nfes[sweep] for nfes in coming if sweep < len(nfes)]
@@ -420,7 +416,7 @@ class Flight:
 
     def _shrink(self) -> None:
         """Try with a program at a time, then with a smaller plan, then with fewer requests."""
-        before = self._requests[0].attempt.plan  # type: ignore[union-attr]
+        before = self._requests[0].attempt.plan
         peak = before.peak_bytes
         if self._recorder.ahead:  # two programs in flight may take the scratch of both
             self._recorder.ahead, then = 0, "trying a program at a time"
@@ -439,7 +435,6 @@ class Flight:
                 then, self._most = "trying with fewer requests in flight", len(self._requests)
                 self._engine.put_back(last)
         for request in self._requests:
-            assert request.attempt is not None
             request.tell(f"out of device memory with a plan of {size(peak)}; {then}")
             request.tell(Planned(request.attempt.plan, self._budget))
 

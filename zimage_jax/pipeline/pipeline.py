@@ -313,7 +313,6 @@ class ZImage:
         text = next(stage for stage in STAGES if stage.name == "text")
 
         def features(request: Request) -> list[Float[np.ndarray, "T E"]]:
-            assert request.attempt is not None
             found = request.attempt.results[text.name]
             return [found[text] for text in request.job.prompts]
 
@@ -517,7 +516,6 @@ class ZImage:
 
     def _result(self, request: Request) -> Result:
         attempt = request.attempt
-        assert attempt is not None
         job, latents = attempt.job, attempt.latents
         common = reports.metadata(attempt, self.name)
         each = [

@@ -47,6 +47,7 @@ class Handle:
     warned: list[str] = field(default_factory=list)
     _future: Future = field(default_factory=Future)
     _events: SimpleQueue = field(default_factory=SimpleQueue)
+    _listener_fault: Exception | None = None
 
     def cancel(self) -> None:
         """End the job within a chunk; `result` raises CancelledError then. Under `scan` it ends
@@ -86,8 +87,17 @@ class Handle:
             self._future.set_result(result)
         self._pass_on(None)
 
+    def cancelled(self) -> CancelledError:
+        """What `result` raises after `cancel`, or after a listener that raised."""
+        fault = CancelledError("the request was cancelled")
+        fault.__cause__ = self._listener_fault
+        return fault
+
     def _pass_on(self, event: Event | None) -> None:
-        (self.listener or self._events.put)(event)
+        try:
+            (self.listener or self._events.put)(event)
+        except Exception as fault:  # the engine serves others too
+            self.is_cancelled, self._listener_fault = True, fault
 
 
 @dataclass(kw_only=True, eq=False)
@@ -108,13 +118,13 @@ class Request(Handle):
     ledger: Ledger
     began: float = field(default_factory=time.perf_counter)
     number: int = field(default_factory=lambda: next(_numbers))
-    # its state in flight, and what its stage's generator asked for last
-    attempt: Attempt | None = None
+    # what its stage's generator asked for last
     running: Generator[Sweeps | Call, list, Any] | None = None
     asked: Sweeps | Call | None = None
+    _attempt: Attempt | None = None
 
     def __repr__(self) -> str:
-        state = "done" if self.done() else "waiting" if self.attempt is None else "in flight"
+        state = "done" if self.done() else "in flight" if self.has_begun else "waiting"
         job = f"{self.work.batch} of {self.job.width}x{self.job.height}"
         return f"<Request {self.number}: {job}, {state}>"
 
@@ -127,9 +137,22 @@ class Request(Handle):
         return self.memory, tuple(stage.name for stage in self.stages), alone
 
     @property
+    def has_begun(self) -> bool:
+        """Whether it is in flight, or was and waits to go on."""
+        return self._attempt is not None
+
+    @property
+    def attempt(self) -> Attempt:
+        """Its state in flight."""
+        assert self._attempt is not None
+        return self._attempt
+
+    def begin(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+
+    @property
     def stage(self) -> Stage | None:
         """The stage that it is at; None after the last."""
-        assert self.attempt is not None
         attempt = self.attempt
         return next(
             (
@@ -142,7 +165,6 @@ class Request(Handle):
 
     def advance(self, found: list | None) -> None:
         """Give the stage's generator what it asked for; it asks for more, or its stage is done."""
-        assert self.attempt is not None
         assert self.running is not None
         assert self.stage is not None
         try:
@@ -156,9 +178,9 @@ class Request(Handle):
         if self.running is not None:
             self.running.close()
         self.running = self.asked = None
-        if self.attempt is not None:
+        if self.has_begun:
             self.attempt.drop()
 
     def end(self, result: Any = None, fault: BaseException | None = None) -> None:
-        self.attempt = None
+        self._attempt = None
         super().end(result, fault)
