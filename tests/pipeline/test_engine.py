@@ -1,5 +1,6 @@
 """Requests in flight together: the bits of each are those of its single run, and the weights are copied once for all."""
 
+import functools
 import random
 import threading
 import time
@@ -29,15 +30,27 @@ JOBS = [
 ]
 
 
+# of those under which tests/pipeline/test_memory.py asks the bits of single runs
+COMPANY = [
+    "ring",
+    "resident",
+    "hybrid",
+    "swap",
+    "disk",
+    "low_vram",
+    "half a block, two copied ahead",
+    "one chunk streamed",
+    "text on the host",
+]
+
+
 @pytest.fixture(scope="module")
 def alone(under):
-    """Number of a job -> its latents when it is alone on the device."""
-    found: dict[int, np.ndarray] = {}
+    """Number of a job, and a schedule -> its latents when it is alone on the device."""
 
-    def latents(number: int) -> np.ndarray:
-        if number not in found:
-            found[number] = under("resident").generate(**JOBS[number]).latents
-        return found[number]
+    @functools.cache
+    def latents(number: int, name: str = "resident") -> np.ndarray:
+        return under(name).generate(**JOBS[number]).latents
 
     return latents
 
@@ -46,7 +59,7 @@ def together(pipe: ZImage, jobs: list[dict]) -> list:
     return [request.result() for request in pipe.submit_all(jobs)]
 
 
-@pytest.mark.parametrize("name", every(SCHEDULES, ["ring"]))
+@pytest.mark.parametrize("name", every(COMPANY, ["ring"]))
 def test_every_job_has_the_same_bits_in_company(name, under, alone):
     """Of other sizes, steps, guidance, samplers, K/V policies, and from a picture."""
     pipe, rng = under(name), random.Random(name)
@@ -58,15 +71,25 @@ def test_every_job_has_the_same_bits_in_company(name, under, alone):
         requests.append(pipe.submit(**JOBS[number]))
     results = [request.result() for request in requests]
     for number, result in zip(order, results, strict=True):
-        np.testing.assert_array_equal(result.latents, alone(number), err_msg=JOBS[number]["prompt"])
+        # the VAE's strips change last bits of what a picture begins from
+        expected = alone(number, name) if "image" in JOBS[number] else alone(number)
+        np.testing.assert_array_equal(result.latents, expected, err_msg=JOBS[number]["prompt"])
     assert max(result.ledger.most_jobs for result in results) > 1
     if pipe.memory.schedule != "resident" and name not in ("auto", "text staged"):
         assert not pipe.held, "nothing stays"
 
 
-@pytest.mark.parametrize("count", every([2, 4, 8, 16], [4]))
-@pytest.mark.parametrize("name", every(["ring", "hybrid", "swap"], ["ring"]))
-def test_the_weights_are_copied_once_for_all(count, name, under):
+QUICK = ("ring", 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        pytest.param(*case, marks=() if case == QUICK else pytest.mark.exhaustive)
+        for case in (QUICK, ("ring", 16), ("hybrid", 8), ("swap", 2))
+    ],
+)
+def test_the_weights_are_copied_once_for_all(name, count, under):
     pipe = under(name)
     (single,) = together(pipe, [JOB | {"prompt": "a"}])
     results = together(pipe, [JOB | {"prompt": "a", "seed": n} for n in range(count)])
