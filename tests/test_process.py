@@ -83,6 +83,27 @@ def test_a_job_is_cancelled_there(engine):
         request.result(60)
 
 
+def test_a_job_is_cancelled_before_it_is_there(engine):
+    request = engine.submit(**JOB | {"prompt": "a", "steps": 500})
+    request.cancel()
+    with pytest.raises(CancelledError):
+        request.result(60)
+
+
+def test_what_cannot_go_to_another_process_is_refused(engine, alone):
+    with pytest.raises(UsageError, match="go to another process"):
+        engine.submit("a", **JOB, image=lambda: None)
+    assert checksums([engine.submit(**JOBS[0])]) == alone[:1]
+
+
+def test_a_listener_that_raises_cancels_its_job(engine):
+    def fails(event):
+        raise ValueError("a listener's own fault")
+
+    with pytest.raises(CancelledError):
+        engine.submit(**JOB | {"prompt": "a", "steps": 500}, on_event=fails).result(60)
+
+
 def killed(engine: ZImageProcess, kills: int, rng: random.Random) -> None:
     """Kill the process, `kills` times while jobs are in flight."""
     for _ in range(kills):

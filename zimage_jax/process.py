@@ -1,6 +1,7 @@
 """The engine in a process of its own, which is started again when it dies or hangs."""
 
 import itertools
+import pickle
 import secrets
 import socket
 import subprocess
@@ -10,11 +11,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
+from . import checks
 from .errors import EngineError, UsageError
 from .model.config import ModelConfig
 from .pipeline.job import Step
@@ -30,10 +33,10 @@ STARTS = 3  # tries to start the process
 class Remote(Handle):
     """A job in the other process. It is kept here until it has ended, and sent again after a death."""
 
-    word: str  # submit or plan
-    job: dict[str, Any]
-    ask: Callable[[tuple], None]
-    number: int = field(default_factory=itertools.count(1).__next__)
+    number: int
+    message: bytes  # as it was when it was submitted
+    ask: Callable[[bytes], None]
+    is_planning: bool = False  # the process plans it
     is_started: bool = False
     restarts: int = 0  # of the process, while the job was in flight
     deaths: int = 0  # those since its last NFE
@@ -45,7 +48,7 @@ class Remote(Handle):
 
     def cancel(self) -> None:
         super().cancel()
-        self.ask(("cancel", self.number))
+        self.ask(pickle.dumps(("cancel", self.number, None)))
 
     def tell(self, event: Event) -> None:
         if isinstance(event, Started):
@@ -85,12 +88,13 @@ class ZImageProcess:
         self._arguments = {"path": path, "dtype": dtype, "memory": memory}
         self._patience, self._on_start = patience, on_start
         self._lock, self._requests = threading.RLock(), dict[int, Remote]()
+        self._numbers = itertools.count(1)
         self.starts, self.held = 0, dict[str, int]()  # device bytes by array, a second old
         self.seconds: dict[str, float] = {}  # of the last start: start, open, plan and read
         self.host_bytes = 0  # read into host memory by the last start
-        self._is_closed = False
+        self._is_closed = self._is_wanted = False  # the process is to end; and to start again
         self._fault: Exception | None = None  # why there is no process
-        self._link: Connection | None = None  # None while there is no process
+        self._outbox: SimpleQueue[bytes | None] | None = None  # None while there is no process
         self._watcher = threading.Thread(
             target=self._watch, args=[self._start()], name="zimage process", daemon=True
         )
@@ -128,24 +132,17 @@ class ZImageProcess:
         seeds = [seed] if isinstance(seed, int) else list(seed)
         drawn = [secrets.randbits(32) if number == -1 else number for number in seeds]
         options["seed"] = drawn[0] if isinstance(seed, int) else drawn
-        job = {"prompt": prompt, **options}
-        remote = Remote(
-            word="submit",
-            job=job,
-            ask=self._ask,
-            listener=on_event,
-            wants_steps=on_event is not None,
-        )
-        return self._sent(remote)
+        return self._sent("submit", {"prompt": prompt, **options}, on_event)
 
     def plan(self, prompt: str, **options: Any) -> Remote:
         """As ZImage.plan: its result is Planned."""
-        return self._sent(Remote(word="plan", job={"prompt": prompt, **options}, ask=self._ask))
+        return self._sent("plan", {"prompt": prompt, **options}, None)
 
     def restart(self, memory: Memory | None = None) -> None:
         """Start the process again, with other options about memory; every job goes on."""
         if memory is not None:
-            self._arguments["memory"] = memory
+            self._arguments["memory"] = checks.instance("memory", memory, Memory)
+        self._is_wanted = True
         self._process.kill()
 
     def close(self) -> None:
@@ -173,18 +170,19 @@ class ZImageProcess:
                 self._process.kill()
             link.send(self._arguments)
             word, _, what = link.recv()
-            if word == "failed":
-                raise what
-        except (EOFError, OSError):
+        except BaseException as fault:
+            self._process.kill()
             code = self._process.wait()
             link.close()
+            if not isinstance(fault, EOFError | OSError):
+                raise
             raise EngineError(
                 f"the engine's process ended at its start ({_ending(code)})"
             ) from None
-        except Exception:
+        if word == "failed":
             self._process.wait()
             link.close()
-            raise
+            raise what
         self.config, self.name, self.description, self.seconds, self.host_bytes = what
         self.seconds["start"] = time.perf_counter() - began - sum(self.seconds.values())
         self.starts += 1
@@ -200,7 +198,7 @@ class ZImageProcess:
             try:
                 if link.poll(1.0):
                     self._hear(*link.recv())
-                elif self._is_hung():
+                if self._is_hung():
                     self._process.kill()
                 continue
             except (EOFError, OSError):
@@ -209,7 +207,9 @@ class ZImageProcess:
                 self._process.kill()
                 fault = EngineError(f"the engine's process sent nonsense ({error})")
             with self._lock:
-                self._link = None
+                assert self._outbox is not None
+                self._outbox.put(None)
+                self._outbox = None
             link.close()
             code = self._process.wait()
             again = None if fault or self._is_closed else self._start_again()
@@ -231,13 +231,14 @@ class ZImageProcess:
         return None
 
     def _blame(self, code: int) -> None:
-        """Count a death of the process for the jobs that were in flight, and end those to blame."""
+        """Count a death of the process for the jobs that it planned or drew, and end those to
+        blame."""
         with self._lock:
-            left = list(self._requests.values())
+            left, wanted, self._is_wanted = list(self._requests.values()), self._is_wanted, False
         for remote in left:
             remote.restarts += remote.is_started
-            remote.deaths += remote.is_started
-            remote.is_started = False
+            remote.deaths += (remote.is_planning or remote.is_started) and not wanted
+            remote.is_planning = remote.is_started = False
             if remote.is_cancelled:
                 fault: BaseException = remote.cancelled()
             elif remote.deaths >= TRIES:
@@ -252,11 +253,24 @@ class ZImageProcess:
             remote.end(fault=fault)
 
     def _send_all(self, link: Connection) -> None:
-        """Send all jobs that are not done; those that are submitted from now on are sent at once."""
+        """Send all jobs that are not done; those that are submitted from now on are sent at once.
+
+        A thread sends, for a process that hangs reads nothing.
+        """
+        outbox: SimpleQueue[bytes | None] = SimpleQueue()
+
+        def send() -> None:
+            with suppress(OSError):  # its jobs are sent to the next process
+                while (message := outbox.get()) is not None:
+                    link.send_bytes(message)
+
         with self._lock:
-            self._link = link
+            self._outbox = outbox
             for remote in self._requests.values():
-                self._ask((remote.word, remote.number, remote.job))
+                outbox.put(remote.message)
+                if remote.is_cancelled:
+                    remote.cancel()
+        threading.Thread(target=send, name="zimage sender", daemon=True).start()
 
     def _hear(self, word: str, number: int, what: Any) -> None:
         if word == "beat":
@@ -266,11 +280,13 @@ class ZImageProcess:
             return
         with self._lock:
             remote = self._requests.get(number)
-            if word != "event":
+            if word in ("done", "failed"):
                 self._requests.pop(number, None)
         if remote is None:
             return
-        if word == "event":
+        if word == "planning":
+            remote.is_planning = what
+        elif word == "event":
             remote.tell(what)
         else:
             self._progressed = time.monotonic()
@@ -278,7 +294,7 @@ class ZImageProcess:
 
     def _is_hung(self) -> bool:
         with self._lock:
-            if not any(remote.is_started for remote in self._requests.values()):
+            if not any(r.is_started or r.is_planning for r in self._requests.values()):
                 self._progressed = time.monotonic()
         return time.monotonic() - self._progressed > self._patience
 
@@ -289,21 +305,35 @@ class ZImageProcess:
         for remote in left:
             remote.end(fault=fault)
 
-    def _sent(self, remote: Remote) -> Remote:
+    def _sent(
+        self, word: str, job: dict[str, Any], on_event: Callable[[Event | None], None] | None
+    ) -> Remote:
+        number = next(self._numbers)
+        try:
+            message = pickle.dumps((word, number, job))
+        except Exception as fault:
+            raise UsageError(f"a job's arguments go to another process: {fault}") from None
+        remote = Remote(
+            number=number,
+            message=message,
+            ask=self._ask,
+            listener=on_event,
+            wants_steps=on_event is not None,
+        )
         with self._lock:
             if self._is_closed:
                 raise EngineError(
                     f"the engine is closed{f' ({self._fault})' if self._fault else ''}"
                 )
-            self._requests[remote.number] = remote
-            self._ask((remote.word, remote.number, remote.job))
+            self._requests[number] = remote
+            self._ask(message)
         return remote
 
-    def _ask(self, message: tuple) -> None:
+    def _ask(self, message: bytes) -> None:
         """Send a message. Jobs that a dead process did not get are sent to the next."""
-        with self._lock, suppress(OSError):
-            if self._link is not None:
-                self._link.send(message)
+        with self._lock:
+            if self._outbox is not None:
+                self._outbox.put(message)
 
 
 def without_model(event: Event) -> Event:

@@ -27,6 +27,7 @@ class Worker:
     def __init__(self, pipe, link: Connection):
         self._pipe, self._link = pipe, link
         self._requests: dict[int, Any] = {}
+        self._cancelled, self._lock = set[int](), threading.Lock()
         self._out: queue.SimpleQueue = queue.SimpleQueue()
         # plans are made here, in order, while the engine draws and the socket is read
         self._planners = ThreadPoolExecutor(1)
@@ -36,27 +37,31 @@ class Worker:
         threading.Thread(target=self._beat, daemon=True).start()
         while True:
             try:
-                word, number, *rest = self._link.recv()
+                word, number, job = self._link.recv()
             except (EOFError, OSError):  # the owner has gone
                 os._exit(0)
             if word == "cancel":
-                request = self._requests.get(number)
+                with self._lock:
+                    self._cancelled.add(number)
+                    request = self._requests.get(number)
                 if request is not None:
                     request.cancel()
             else:
-                self._planners.submit(getattr(self, f"_{word}"), number, *rest)
+                self._planners.submit(self._answer, word, number, job)
 
-    def _submit(self, number: int, job: dict[str, Any]) -> None:
+    def _answer(self, word: str, number: int, job: dict[str, Any]) -> None:
+        """Plan a job, and submit it unless the plan alone is asked for."""
+        self._out.put(("planning", number, True))
         try:
-            self._requests[number] = self._pipe.submit(
-                **job, on_event=lambda event: self._heard(number, event)
-            )
-        except Exception as fault:
-            self._out.put(("failed", number, fault))
-
-    def _plan(self, number: int, job: dict[str, Any]) -> None:
-        try:
-            self._out.put(("done", number, self._pipe.plan(**job)))
+            if word == "plan":
+                self._out.put(("done", number, self._pipe.plan(**job)))
+                return
+            request = self._pipe.submit(**job, on_event=lambda event: self._heard(number, event))
+            with self._lock:
+                self._requests[number] = request
+                if number in self._cancelled:
+                    request.cancel()
+            self._out.put(("planning", number, False))
         except Exception as fault:
             self._out.put(("failed", number, fault))
 
@@ -67,32 +72,33 @@ class Worker:
     def _send_all(self) -> None:
         while True:
             word, number, what = self._out.get()
-            if word == "event" and what is None:
-                word, what = self._end(number)
-            elif word == "event":
-                what = without_model(what)
-            self._send(word, number, what)
+            try:
+                if word == "event" and what is None:
+                    word, what = self._end(number)
+                elif word == "event":
+                    what = without_model(what)
+                data = pickle.dumps((word, number, what))
+                if word == "failed":
+                    pickle.loads(data)  # a library's exception may not come back
+            except Exception:
+                data = pickle.dumps(("failed", number, RuntimeError(repr(what))))
+            self._link.send_bytes(data)
 
     def _end(self, number: int) -> tuple[str, Any]:
         while number not in self._requests:  # it ended before `submit` returned
             time.sleep(0.001)
+        with self._lock:
+            self._cancelled.discard(number)
+            request = self._requests.pop(number)
         try:
-            return "done", self._requests.pop(number).result()
+            return "done", request.result()
         except BaseException as fault:
             return "failed", fault
-
-    def _send(self, word: str, number: int, what: Any) -> None:
-        try:
-            data = pickle.dumps((word, number, what))
-        except Exception as fault:  # an exception of a library, say
-            data = pickle.dumps(("failed", number, RuntimeError(f"{what!r} ({fault})")))
-        self._link.send_bytes(data)
 
     def _beat(self) -> None:
         """Signs of life: what the engine has launched so far, and the device bytes by array."""
         while True:
-            recorder = self._pipe._engine.recorder
-            self._out.put(("beat", 0, (recorder.launches, dict(recorder.held))))
+            self._out.put(("beat", 0, (self._pipe.signs_of_life, self._pipe.held)))
             time.sleep(BEAT)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.schedules import JOB, MODEL, SCHEDULES, every
 from zimage_jax import KVPolicy, Memory, ZImage
-from zimage_jax.errors import NonFiniteError, OutOfMemoryError
+from zimage_jax.errors import NonFiniteError, OutOfMemoryError, UsageError
 from zimage_jax.pipeline.request import Planned, Started
 from zimage_jax.runtime.placement import EXHAUSTED
 from zimage_jax.runtime.program import Program
@@ -345,3 +345,76 @@ def test_a_listener_that_raises_ends_its_own_request(under, alone):
         bad.result(60)
     assert "a listener's own fault" in str(raised.value.__cause__)
     np.testing.assert_array_equal(good.result(60).latents, alone(0))
+
+
+def test_jobs_without_nfes_do_not_hold_back_those_with(native):
+    pipe = ZImage.load(native(MODEL), memory=SCHEDULES["ring"], in_flight=2)
+    order: list[str] = []
+
+    def noted(name: str):
+        return lambda event: order.append(name) if event is None else None
+
+    plain = SMALL | {"prompt": "b", "image": PICTURE, "strength": 0.0}
+    jobs = [JOBS[1] | {"on_event": noted("drawn")}]
+    jobs += [plain | {"on_event": noted("encoded")} for _ in range(6)]
+    for request in pipe.submit_all(jobs):
+        request.result(120)
+    assert order.index("drawn") <= 3, "a sweep after each round of other stages"
+
+
+def test_a_listener_may_not_ask_the_engine_that_calls_it(under):
+    pipe, faults = under("ring"), []
+
+    def ask(event):
+        if event is None:
+            with pytest.raises(UsageError, match="a callback asked its own model") as fault:
+                pipe.submit(**JOBS[1])
+            faults.append(fault)
+
+    first, waiting = pipe.submit_all(
+        [JOBS[1], JOBS[1] | {"memory": Memory(schedule="swap"), "on_event": ask}]
+    )
+    waiting.cancel()
+    first.result(60)
+    waiting.wait()
+    assert faults
+
+
+def test_who_has_left_shares_no_more_copies(under):
+    pipe, alone = under("ring"), under("ring").generate(**JOBS[0]).report["copied_bytes"]
+
+    def leave(event):
+        if hasattr(event, "latents") and requests:
+            requests[1].cancel()
+
+    requests: list = []
+    requests += pipe.submit_all([JOBS[0] | {"on_event": leave}, JOBS[0] | {"seed": 9, "steps": 9}])
+    copied = requests[0].result(60).report["copied_bytes"]
+    assert copied > 0.55 * alone, "the other had a share of the first steps only"
+
+
+def test_latents_in_a_callback_are_for_reading(under, alone):
+    def write(step):
+        with pytest.raises(ValueError, match="read-only"):
+            step.latents[:] = 0
+
+    np.testing.assert_array_equal(
+        under("ring").generate(**JOBS[0], on_step=write).latents, alone(0)
+    )
+
+
+def test_what_stays_on_the_device_is_counted_after_a_fault(native, monkeypatch):
+    pipe, call = ZImage.load(native(MODEL)), Program.__call__
+    pipe.generate(**JOBS[1])
+    before = pipe.held
+
+    def faulty(self, recorder, *args, name="", **words):
+        if name == "transformer chunk 1":
+            raise RuntimeError("a program's own fault")
+        return call(self, recorder, *args, name=name, **words)
+
+    monkeypatch.setattr(Program, "__call__", faulty)
+    with pytest.raises(RuntimeError, match="own fault"):
+        pipe.generate(**JOBS[1])
+    assert pipe.held == before
+    assert before

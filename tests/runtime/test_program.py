@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from zimage_jax.runtime.placement import Placement, is_exhausted
-from zimage_jax.runtime.program import BEYOND, Program
+from zimage_jax.runtime.program import BEYOND, Program, Recent
 from zimage_jax.runtime.recorder import Recorder
 
 HERE = Placement.on()
@@ -42,3 +42,20 @@ def test_a_program_is_compiled_once_per_shape():
             program(recorder, np.zeros(size, np.float32)), np.ones(size, np.float32)
         )
     assert program.compilations == 2
+
+
+def test_executables_that_were_not_used_lately_are_let_go():
+    recent = Recent(2)
+    program = Program(HERE, lambda x: x + np.float32(1), recent=recent)
+    recorder = Recorder()
+
+    def run(size: int) -> int:
+        np.testing.assert_array_equal(
+            program(recorder, np.zeros(size, np.float32)), np.ones(size, np.float32)
+        )
+        return program.compilations
+
+    assert [run(1), run(2), run(1), run(3)] == [1, 2, 2, 3]
+    assert len(recent) == 2
+    assert run(1) == 3, "used lately"
+    assert run(2) == 4, "let go, and compiled again"

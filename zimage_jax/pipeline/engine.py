@@ -7,8 +7,8 @@ same memory options. They join and leave between two sweeps; there the stages ot
 too, for all requests that have reached them, and whoever goes on leaves the device meanwhile.
 
 Nobody starves: requests join in the order in which they came, and one that does not fit beside the
-others holds back those behind it until it does. Whoever is in flight gets a sweep after each round
-of other stages.
+others holds back those behind it until it does. Between two sweeps they join once, so that whoever
+is in flight gets the next one.
 """
 
 import inspect
@@ -96,10 +96,13 @@ class Engine:
     def next(self) -> Request | None:
         """The request that has waited longest. Those that were cancelled meanwhile end."""
         with self._lock:
-            for request in [request for request in self._waiting if request.is_cancelled]:
+            cancelled = [request for request in self._waiting if request.is_cancelled]
+            for request in cancelled:
                 self._waiting.remove(request)
-                _ended(request)
-            return self._waiting[0] if self._waiting else None
+            first = self._waiting[0] if self._waiting else None
+        for request in cancelled:  # outside of the lock: a listener may do anything
+            _end_cancelled(request)
+        return first
 
     def take(self) -> Request:
         with self._lock:
@@ -111,6 +114,7 @@ class Engine:
             self._waiting.appendleft(request)
 
     def _run(self) -> None:
+        self._here.is_inside = True  # listeners are called in this thread
         with jax.default_device(self.placement.device):
             while True:
                 first = self.next()
@@ -126,7 +130,7 @@ class Engine:
                         self._free = None
 
 
-def _ended(request: Request) -> None:
+def _end_cancelled(request: Request) -> None:
     """End a request that was cancelled."""
     request.leave_device()
     request.end(fault=request.cancelled())
@@ -163,10 +167,10 @@ class Flight:
                 request.end(fault=fault)
 
     def _fly(self) -> None:
-        while True:
-            self._admit()
-            if not self._requests:
-                return
+        """Requests join at the beginning and after each sweep alone, so that whoever is in flight
+        gets one in between."""
+        self._admit()
+        while self._requests:
             stage = self._next_stage()
             here = [request for request in self._requests if request.stage is stage]
             try:
@@ -176,38 +180,40 @@ class Flight:
                 self._recover(own.fault, [own.request])
             except Exception as fault:
                 self._recover(fault, here)
+            if self._requests and stage.name == SHARED:
+                self._admit()
 
     # -- who is in flight --------------------------------------------------------------------------
 
     def _admit(self) -> None:
         """Let requests join in their order, as long as they fit."""
-        while self._can_join():
+        while (plans := self._with_next()) is not None:
             request = self._engine.take()
             is_new = not request.has_begun
             self._requests.append(request)
-            self._plan()
+            self._go_by(plans)
             if is_new:
                 request.tell(Started())
 
-    def _can_join(self) -> bool:
-        """Whether the next request that waits fits beside those in flight."""
+    def _with_next(self) -> Sequence[Plan] | None:
+        """The plans of those in flight and of the next that waits; None if it may not join."""
         request = self._engine.next()
-        if request is None or len(self._requests) >= self._most:
-            return False
+        if request is None or len(self._requests) >= self._most or request.key != self._key:
+            return None
         if not self._requests:
-            return request.key == self._key
+            return self._together([request])
         asked = request, *self._requests
-        if request.key != self._key or asked == self._refused:
-            return False
+        if asked == self._refused:
+            return None
         try:
             plans = self._together([*self._requests, request])
         except OutOfMemoryError:
             self._refused = asked
-            return False
+            return None
         # what is on the device for good stays: where nothing is streamed there is nothing to share
         fits = plans[0].kept == self._requests[0].attempt.plan.kept
         self._refused = None if fits else asked
-        return fits
+        return plans if fits else None
 
     def _together(self, requests: Sequence[Request]) -> Sequence[Plan]:
         if len(requests) == 1:
@@ -223,10 +229,9 @@ class Flight:
             requests[0].stages,
         )
 
-    def _plan(self) -> None:
-        """Give all requests the plans that they have together. Raises OutOfMemoryError."""
-        plans, engine = self._together(self._requests), self._engine
-        self._loan = engine.store.lend(
+    def _go_by(self, plans: Sequence[Plan]) -> None:
+        """Give all requests the plans that they have together."""
+        self._loan = self._engine.store.lend(
             self._recorder, kept=plans[0].kept, host_bytes=self._memory.host_bytes
         )
         for request, plan in zip(self._requests, plans, strict=True):
@@ -273,6 +278,7 @@ class Flight:
     def _remove(self, request: Request) -> None:
         """The request is no longer in flight, and neither are its arrays on the device."""
         request.leave_device()
+        self._recorder.leave(request.ledger)
         self._requests.remove(request)
         if not self._requests and self._loan is not None:
             self._loan.release()
@@ -314,12 +320,13 @@ class Flight:
                 request.leave_device()
 
     def _make_room(self, stage: Stage) -> None:
-        """Drop parameters of other stages from the device. Of those that the next sweep needs, so
-        many stay that the stage's peak beside them is no larger than the plan's."""
+        """Drop parameters of other stages from the device. If others are in flight, parameters for
+        the next sweep stay as long as the stage's peak beside them is within the plan's."""
         assert self._loan is not None
         plan = self._requests[0].attempt.plan
         waits = [r for r in self._requests if SHARED in r.attempt.plan.choices]
-        if all(SHARED in r.attempt.results for r in waits):
+        is_alone = stage.name != SHARED and len(self._requests) == 1
+        if is_alone or all(SHARED in r.attempt.results for r in waits):
             self._loan.release()
             return
         stream = waits[0].attempt.plan.choices[SHARED].stream
@@ -333,7 +340,7 @@ class Flight:
         for request in [r for r in requests if r.is_cancelled and r in self._requests]:
             self._recorder.settle()
             self._remove(request)
-            _ended(request)
+            _end_cancelled(request)
         return [request for request in requests if request in self._requests]
 
     def _begin(self, stage: Stage, request: Request) -> None:
@@ -385,7 +392,7 @@ class Flight:
                     self._advance(requests, found)
                 requests = [r for r in self._going(requests) if r.running is not None]
                 may_stop = sweep + 1 < count and _may_stop(requests)
-                if not requests or (may_stop and self._can_join()):
+                if not requests or (may_stop and self._with_next()):
                     return
 
     def _advance(self, requests: Sequence[Request], found: Sequence[list | None]) -> None:
@@ -407,6 +414,7 @@ class Flight:
                 request.leave_device()
         if isinstance(fault, jax.errors.JaxRuntimeError) and is_exhausted(fault):
             self._engine.store.clear(self._recorder)
+            self._recorder.held.clear()
             if self._requests:
                 self._shrink()
             return
@@ -424,7 +432,7 @@ class Flight:
             self._budget, then = peak - 1, "trying a smaller one"
         while True:
             try:
-                self._plan()
+                self._go_by(self._together(self._requests))
                 break
             except OutOfMemoryError as fault:
                 last = self._requests[-1]

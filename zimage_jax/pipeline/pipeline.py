@@ -147,6 +147,11 @@ class ZImage:
         return self._engine.most
 
     @property
+    def signs_of_life(self) -> int:
+        """Programs that were compiled or launched so far."""
+        return self._engine.recorder.launches + self._programs.compilations
+
+    @property
     def held(self) -> dict[str, int]:
         """Device bytes now, by array: parameters, slots, and what belongs to jobs in flight."""
         return dict(self._engine.recorder.held)
@@ -254,7 +259,6 @@ class ZImage:
             with self._engine.callback():
                 on_plan(request.plan, request.budget)
         request.wants_steps = on_step is not None
-        self._engine.submit(request)
         return self._follow(request, on_plan, on_step)
 
     def submit(
@@ -319,7 +323,6 @@ class ZImage:
         request = self._prepared(
             texts, memory, (text,), features, {"seed": 0, "steps": 1, "guidance": 0.0}
         )
-        self._engine.submit(request)
         return self._follow(request, None, None)
 
     def _follow(
@@ -328,7 +331,9 @@ class ZImage:
         on_plan: Callable[[Plan, int], None] | None,
         on_step: Callable[[Step], None] | None,
     ) -> Any:
-        """Call the callbacks until the request has ended. What they raise cancels it."""
+        """Submit a request and call the callbacks until it has ended. What they raise cancels
+        it."""
+        self._engine.submit(request)
         try:
             for event in request.events():
                 with self._engine.callback():

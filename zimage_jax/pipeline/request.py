@@ -97,7 +97,8 @@ class Handle:
         try:
             (self.listener or self._events.put)(event)
         except Exception as fault:  # the engine serves others too
-            self.is_cancelled, self._listener_fault = True, fault
+            self._listener_fault = fault
+            self.cancel()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -175,11 +176,13 @@ class Request(Handle):
 
     def leave_device(self) -> None:
         """Drop the stage's arrays; it begins anew, or goes on from its last whole NFE."""
-        if self.running is not None:
-            self.running.close()
-        self.running = self.asked = None
-        if self.has_begun:
-            self.attempt.drop()
+        try:
+            if self.running is not None:
+                self.running.close()
+        finally:
+            self.running = self.asked = None
+            if self.has_begun:
+                self.attempt.drop()
 
     def end(self, result: Any = None, fault: BaseException | None = None) -> None:
         self._attempt = None

@@ -140,7 +140,9 @@ class Planner:
         self, stage: Stage, works: Sequence[Work], options: tuple[Option | None, ...]
     ) -> "_Candidate":
         taken = {
-            work: option for work, option in zip(works, options, strict=True) if option is not None
+            (work, id(option)): option
+            for work, option in zip(works, options, strict=True)
+            if option is not None
         }
         activations: Counter[str] = Counter()
         for option in options:
@@ -153,7 +155,7 @@ class Planner:
         first = next(iter(taken.values()))
 
         def scratch() -> int:
-            return max(self._costs.scratch(stage, w, o.choice) for w, o in taken.items())
+            return max(self._costs.scratch(stage, w, o.choice) for (w, _), o in taken.items())
 
         choices = tuple(option and option.choice for option in options)
         return _Candidate(choices, first.weights, activations, first.stays, first.always, scratch)

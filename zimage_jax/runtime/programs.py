@@ -24,8 +24,8 @@ from .placement import HOST, Placement, require_cudnn
 from .program import Program, Recent
 from .stream import replaced_by, ring_step, run_chunk
 
-# executables that a model keeps: a size takes about thirty
-MOST_EXECUTABLES = 512
+# executables that a model keeps: a size takes about thirty, and sixteen may be in flight
+MOST_EXECUTABLES = 1024
 
 
 class Observer:

@@ -115,10 +115,13 @@ class Recorder:
             _note(copy.kinds, copy.stage, copy.ledgers, copy.begin, time.perf_counter())
 
     def abandon(self) -> None:
-        """Forget what is in flight, and all arrays: after an error nothing on the device counts."""
+        """Forget the programs and copies in flight, after an error."""
         self._running.clear()
         self._sent.clear()
-        self.held.clear()
+
+    def leave(self, ledger: Ledger) -> None:
+        """Record no more in the ledger of a job that has left: the others share what is to come."""
+        self._ledgers = tuple(other for other in self._ledgers if other is not ledger)
 
     def _begun(self, result, kinds: tuple[tuple[str, str, int], ...]) -> _Running:
         return _Running(result, kinds, self._stage, self._ledgers, time.perf_counter())

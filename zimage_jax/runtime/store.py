@@ -30,7 +30,8 @@ class ParameterStore:
         self, checkpoint: Checkpoint, placement: Placement, program: Callable[..., Program]
     ):
         self.checkpoint, self.placement, self.program = checkpoint, placement, program
-        self.readers = ThreadPoolExecutor(READERS)
+        # a pin waits for a read: in one pool, pins before their reads would wait for ever
+        self.readers, self.pinners = ThreadPoolExecutor(READERS), ThreadPoolExecutor(READERS)
         self.device: dict[Unit, Future[Leaves]] = {}
         self._host: dict[Unit, tuple[np.ndarray, ...]] = {}
         self._sources: dict[tuple[str, int | None], Source] = {}
@@ -120,7 +121,7 @@ class ParameterStore:
 
     def free_device_bytes(self) -> int:
         """Device bytes that a plan may use: the free ones, and those of parameters there."""
-        return self.placement.free_bytes() + sum(map(self.nbytes, self.device))
+        return self.placement.free_bytes() + sum(map(self.nbytes, list(self.device)))
 
     def nbytes(self, unit: Unit) -> int:
         return self.checkpoint.storage.nbytes(*unit)
@@ -154,7 +155,7 @@ class Loan:
                 self._recorder.hold(
                     f"{component} {unit}", store.checkpoint.storage.specs(component, unit)
                 )
-                store.device[component, unit] = store.readers.submit(self._read, component, unit)
+                store.device[component, unit] = store.pinners.submit(self._read, component, unit)
         return [store.device[component, unit] for unit in units]
 
     def _read(self, component: str, unit: str) -> Leaves:

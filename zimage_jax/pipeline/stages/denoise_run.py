@@ -181,6 +181,7 @@ class Run:
                 for nfe in list(phase.nfes())[index - begin :]:
                     states = yield from self._nfe(index, nfe, cache, keys, states)
                     latents, states = self._together(states)
+                    latents.flags.writeable = False  # a callback sees the sampler's own
                     index += 1
                     self._keep(index, latents, states)
                     attempt.observe(index - 1, latents)

@@ -101,11 +101,13 @@ class KVCache:
         self._recorder.hold(self._name, (held, self._coming, leaving))
 
     def clear(self) -> None:
-        self._leave()
-        self._recorder.arrived()
-        self._held.clear()
-        self._coming.clear()
-        self._recorder.drop(self._name)
+        try:
+            self._leave()
+            self._recorder.arrived()
+        finally:
+            self._held.clear()
+            self._coming.clear()
+            self._recorder.drop(self._name)
 
 
 @contextmanager
