@@ -267,10 +267,10 @@ def test_a_picture_that_does_not_fit_is_drawn_in_regions(monkeypatch):
     large = {"image": photo(96, 64), "steps": 2, "seed": 3, "width": 2 * side, "height": side}
     plan = pipe._plans.plan
 
-    def only_regions(work, memory, budget):
+    def only_regions(work, memory, budget, stages):
         if work.regions is None:
             raise OutOfMemoryError("too large", 1)
-        return plan(work, memory, budget)
+        return plan(work, memory, budget, stages)
 
     monkeypatch.setattr(pipe._plans, "plan", only_regions)
     with pytest.warns(ZImageWarning, match=f"too large; drawing in regions of {side} pixels"):
