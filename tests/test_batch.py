@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from zimage_jax import batch
+from zimage_jax.runtime.program import Program
 
 JOBS = [
     {"prompt": "a red circle", "seed": 7, "width": 32, "height": 32},
@@ -45,6 +47,7 @@ def test_jobs_become_pictures_and_are_not_drawn_again(draw, tmp_path):
     code, _, err = draw(JOBS)
     assert code == 0, err
     found = rows(tmp_path / "out")
+    found.sort(key=lambda row: row["line"])  # they are there in the order in which they are done
     assert [(row["line"], row["file"]) for row in found] == [
         (n, f"{n:06}.png") for n in range(1, 5)
     ]
@@ -106,6 +109,23 @@ def test_bad_lines_are_named_and_the_rest_is_drawn(draw, tmp_path):
     ):
         assert message in err
     assert [row["line"] for row in rows(tmp_path / "out")] == [7]
+
+
+def test_warnings_and_faults_that_nobody_expected_are_of_their_line(draw, tmp_path, monkeypatch):
+    call = Program.__call__
+
+    def faulty(self, recorder, *args, name="", **words):
+        if any(getattr(leaf, "shape", ())[:2] == (1, 6) for leaf in jax.tree.leaves(args)):
+            raise RuntimeError("a program's own fault")
+        return call(self, recorder, *args, name=name, **words)
+
+    monkeypatch.setattr(Program, "__call__", faulty)
+    lines = [JOBS[0] | {"negative_prompt": "blue"}, JOBS[0] | {"width": 48, "height": 48}]
+    code, _, err = draw(lines)
+    assert code == 1
+    assert "warning: jobs.jsonl: line 1: the negative prompt has no effect" in err
+    assert "error: jobs.jsonl: line 2: a program's own fault" in err
+    assert [row["line"] for row in rows(tmp_path / "out")] == [1]
 
 
 def test_text_has_a_prompt_per_line(run, tmp_path):

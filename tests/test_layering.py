@@ -20,7 +20,7 @@ FLOORS = [
     ("pipeline",),
     (
         *("__init__", "interrupts", "cli", "options", "picture_options", "naming", "origin"),
-        *("talk", "worker", "process", "generate", "batch", "plan", "__main__"),
+        *("talk", "worker", "process", "generate", "batch", "devices", "plan", "__main__"),
     ),
 ]
 CONVERTER_ORDER = [

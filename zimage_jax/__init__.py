@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .model.kv import KVPolicy
     from .pipeline.job import Picture, Result, Step, ZImageWarning
     from .pipeline.pipeline import ZImage
+    from .pipeline.request import Planned, Request, Started
     from .planning.plan import Memory, Plan
     from .process import ZImageProcess
 
@@ -42,7 +43,10 @@ _MODULES = {
     "OutputError": "errors",
     "Picture": "pipeline.job",
     "Plan": "planning.plan",
+    "Planned": "pipeline.request",
+    "Request": "pipeline.request",
     "Result": "pipeline.job",
+    "Started": "pipeline.request",
     "Step": "pipeline.job",
     "UsageError": "errors",
     "ZImage": "pipeline.pipeline",
@@ -66,7 +70,10 @@ __all__ = [
     "OutputError",
     "Picture",
     "Plan",
+    "Planned",
+    "Request",
     "Result",
+    "Started",
     "Step",
     "UsageError",
     "ZImage",

@@ -95,15 +95,19 @@ def command(
             pipe = ZImage.load(model, dtype=dtype, memory=memory, in_flight=in_flight)
             talk.start(pipe, memory)
             with Progress(len(todo), silent=quiet or as_json) as progress:
-                for line, drawn in _draw_all(pipe, todo, ahead=2 * pipe.in_flight):
-                    if isinstance(drawn, ZImageError):
+                for line, found in _draw_all(pipe, todo, ahead=2 * pipe.in_flight):
+                    where = f"{printable(jobs)}: line {line.number}"
+                    if isinstance(found, str):
+                        progress.say(f"warning: {where}: {found}")
+                        continue
+                    if isinstance(found, Exception):
                         failed += 1
-                        progress.say(f"error: {printable(jobs)}: line {line.number}: {drawn}")
+                        progress.say(f"error: {where}: {found}")
                     else:
-                        row = results.save(line, drawn, metadata=not no_metadata)
+                        row = results.save(line, found, metadata=not no_metadata)
                         if as_json:
                             click.echo(cli.to_json(row))
-                    progress.add(isinstance(drawn, ZImageError))
+                    progress.add(isinstance(found, Exception))
     if failed:
         raise click.ClickException(f"{failed} of {len(lines)} jobs were not drawn")
 
@@ -144,11 +148,12 @@ class Progress:
 
 
 def _draw_all(pipe, lines: list["Line"], *, ahead: int) -> Iterator[tuple["Line", Any]]:
-    """Each line with its result, or with the error that its job cannot be drawn for, as they come.
+    """Each line with its result, or with the error that its job cannot be drawn for, as they come;
+    and before, with its warnings.
 
     `ahead`: jobs that are submitted and not done, so that those that wait can join together.
     """
-    left, ended = iter(lines), SimpleQueue[Line]()
+    left, heard = iter(lines), SimpleQueue[tuple[Line, Any]]()
     submitted: dict[int, Any] = {}
     try:
         while True:
@@ -156,19 +161,19 @@ def _draw_all(pipe, lines: list["Line"], *, ahead: int) -> Iterator[tuple["Line"
             for line in itertools.islice(left, ahead - len(submitted)):
                 try:
                     submitted[line.number] = pipe.submit(
-                        **line.arguments(), on_event=_when_ended(ended, line)
+                        **line.arguments(), on_event=_listener(heard, line)
                     )
                 except ZImageError as fault:
                     yield line, fault
             if not submitted:
                 return
-            line = ended.get()
-            request = submitted.pop(line.number)
-            try:
-                drawn: Any = request.result()
-            except ZImageError as fault:
-                drawn = fault
-            yield line, drawn
+            line, event = heard.get()
+            if event is None:
+                try:
+                    event = submitted.pop(line.number).result()
+                except Exception as fault:  # its own: the others are drawn
+                    event = fault
+            yield line, event
     finally:
         for request in submitted.values():
             request.cancel()
@@ -176,8 +181,12 @@ def _draw_all(pipe, lines: list["Line"], *, ahead: int) -> Iterator[tuple["Line"
             request.wait()
 
 
-def _when_ended(ended: SimpleQueue, line: "Line") -> Callable[[Any], None]:
-    return lambda event: ended.put(line) if event is None else None
+def _listener(heard: SimpleQueue, line: "Line") -> Callable[[Any], None]:
+    def hear(event: Any) -> None:
+        if event is None or isinstance(event, str):
+            heard.put((line, event))
+
+    return hear
 
 
 # -- the jobs --------------------------------------------------------------------------------------
@@ -284,7 +293,7 @@ def allowed() -> set[str]:
 
 @dataclass
 class Results:
-    """results.jsonl of a folder: a line per drawn job, on disk before the next job begins."""
+    """results.jsonl of a folder: a line per drawn job, on disk after its picture."""
 
     folder: Path
     file: BinaryIO

@@ -24,7 +24,7 @@ from .pipeline.job import Step
 from .pipeline.request import Event, Handle, Started
 from .planning.plan import Memory
 
-PATIENCE = 600.0  # seconds without a launched program; a GPU's compiler takes minutes for a block
+PATIENCE = 600.0  # seconds without a program compiled or launched; compiling takes minutes
 TRIES = 5  # deaths of the process without an NFE of a job in flight, until the job is to blame
 STARTS = 3  # tries to start the process
 
@@ -170,26 +170,34 @@ class ZImageProcess:
                 self._process.kill()
             link.send(self._arguments)
             word, _, what = link.recv()
-        except BaseException as fault:
-            self._process.kill()
-            code = self._process.wait()
-            link.close()
-            if not isinstance(fault, EOFError | OSError):
-                raise
+        except (EOFError, OSError):
+            code = self._end(link)
             raise EngineError(
                 f"the engine's process ended at its start ({_ending(code)})"
             ) from None
+        except BaseException:
+            self._end(link)
+            raise
         if word == "failed":
-            self._process.wait()
-            link.close()
+            self._end(link)
             raise what
         self.config, self.name, self.description, self.seconds, self.host_bytes = what
         self.seconds["start"] = time.perf_counter() - began - sum(self.seconds.values())
         self.starts += 1
-        self._launches, self._progressed = -1, time.monotonic()
-        if self._on_start is not None:
-            self._on_start(self.seconds, self.host_bytes)
+        self._signs, self._progressed = -1, time.monotonic()
+        try:
+            if self._on_start is not None:
+                self._on_start(self.seconds, self.host_bytes)
+        except BaseException:
+            self._end(link)
+            raise
         return link
+
+    def _end(self, link: Connection) -> int:
+        """End the process, if it has not ended. Returns its exit code."""
+        self._process.kill()
+        link.close()
+        return self._process.wait()
 
     def _watch(self, link: Connection) -> None:
         """In a thread: hear the process, and start it again if it dies or hangs."""
@@ -201,20 +209,15 @@ class ZImageProcess:
                 if self._is_hung():
                     self._process.kill()
                 continue
-            except (EOFError, OSError):
-                fault: Exception | None = None
-            except Exception as error:  # a message that cannot be read: nothing is certain now
-                self._process.kill()
-                fault = EngineError(f"the engine's process sent nonsense ({error})")
+            except Exception:  # it has died, or sent what cannot be read
+                code = self._end(link)
             with self._lock:
                 assert self._outbox is not None
                 self._outbox.put(None)
                 self._outbox = None
-            link.close()
-            code = self._process.wait()
-            again = None if fault or self._is_closed else self._start_again()
+            again = None if self._is_closed else self._start_again()
             if again is None:
-                self._end_all(fault or self._fault or CancelledError("the engine was closed"))
+                self._end_all(self._fault or CancelledError("the engine was closed"))
                 return
             link = again
             self._blame(code)
@@ -274,9 +277,9 @@ class ZImageProcess:
 
     def _hear(self, word: str, number: int, what: Any) -> None:
         if word == "beat":
-            launches, self.held = what
-            if launches != self._launches:
-                self._launches, self._progressed = launches, time.monotonic()
+            signs, self.held = what
+            if signs != self._signs:
+                self._signs, self._progressed = signs, time.monotonic()
             return
         with self._lock:
             remote = self._requests.get(number)

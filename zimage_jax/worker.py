@@ -4,6 +4,7 @@ SOCKET is the inherited descriptor of a socket to the owner. The first message h
 ZImage.load; messages are answered until the socket closes.
 """
 
+import functools
 import os
 import pickle
 import queue
@@ -11,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -26,8 +27,8 @@ class Worker:
 
     def __init__(self, pipe, link: Connection):
         self._pipe, self._link = pipe, link
-        self._requests: dict[int, Any] = {}
-        self._cancelled, self._lock = set[int](), threading.Lock()
+        self._requests: dict[int, Any] = {}  # None until it is planned
+        self._cancelled, self._lock = set[int](), threading.Lock()  # before they were planned
         self._out: queue.SimpleQueue = queue.SimpleQueue()
         # plans are made here, in order, while the engine draws and the socket is read
         self._planners = ThreadPoolExecutor(1)
@@ -41,32 +42,45 @@ class Worker:
             except (EOFError, OSError):  # the owner has gone
                 os._exit(0)
             if word == "cancel":
-                with self._lock:
-                    self._cancelled.add(number)
-                    request = self._requests.get(number)
-                if request is not None:
-                    request.cancel()
+                self._cancel(number)
             else:
+                self._requests[number] = None
                 self._planners.submit(self._answer, word, number, job)
+
+    def _cancel(self, number: int) -> None:
+        with self._lock:
+            request = self._requests.get(number)
+            if request is not None:
+                request.cancel()
+            elif number in self._requests:
+                self._cancelled.add(number)
 
     def _answer(self, word: str, number: int, job: dict[str, Any]) -> None:
         """Plan a job, and submit it unless the plan alone is asked for."""
         self._out.put(("planning", number, True))
         try:
+            if number in self._cancelled:
+                raise CancelledError("the request was cancelled")
             if word == "plan":
-                self._out.put(("done", number, self._pipe.plan(**job)))
-                return
-            request = self._pipe.submit(**job, on_event=lambda event: self._heard(number, event))
-            with self._lock:
-                self._requests[number] = request
-                if number in self._cancelled:
-                    request.cancel()
-            self._out.put(("planning", number, False))
+                done = "done", number, self._pipe.plan(**job)
+            else:
+                heard = functools.partial(self._heard, number)
+                request = self._pipe.submit(**job, on_event=heard)
+                done = "planning", number, False
+                with self._lock:
+                    self._requests[number] = request
+                    if number in self._cancelled:
+                        request.cancel()
         except Exception as fault:
-            self._out.put(("failed", number, fault))
+            done = "failed", number, fault
+        with self._lock:
+            self._cancelled.discard(number)
+            if done[0] != "planning":
+                del self._requests[number]
+        self._out.put(done)
 
     def _heard(self, number: int, event) -> None:
-        """In the engine's thread."""
+        """In the engine's thread, or for warnings in that of `_answer`."""
         self._out.put(("event", number, event))
 
     def _send_all(self) -> None:
@@ -85,10 +99,9 @@ class Worker:
             self._link.send_bytes(data)
 
     def _end(self, number: int) -> tuple[str, Any]:
-        while number not in self._requests:  # it ended before `submit` returned
+        while self._requests[number] is None:  # it ended before `submit` returned
             time.sleep(0.001)
         with self._lock:
-            self._cancelled.discard(number)
             request = self._requests.pop(number)
         try:
             return "done", request.result()

@@ -168,7 +168,9 @@ def soak(requests: int, width: int) -> None:
     while left or going:
         while left and len(going) < width:
             number, job = left.pop(0)
-            if rng.random() < 0.05:  # its own fault: a callback of the engine's that raises
+            if (
+                rng.random() < 0.05
+            ):  # its own fault: no noise levels, so latents that are not finite
                 job = job | {"shift": 1e-30, "guidance": 100.0}
             handle = pipe.submit(
                 **job, on_event=lambda event: gate.release() if event is None else None

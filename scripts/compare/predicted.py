@@ -32,7 +32,7 @@ class Speed(NamedTuple):
 
 def seconds_of(cell: dict, result: "Result", against: list[Drawn]) -> dict:
     """By the planner's model of cost, with this machine's rates: compute as fast in each stage as
-    the resident run in turn was, or without one as plan.measure says; chunks at the speed of the
+    the resident run in turn was, or without one as devices.measure says; chunks at the speed of the
     driver's own copies, and in the stages whose parameters are read from the checkpoint each time
     at the speed of such reading. Outside its stages a job takes as long as the resident one.
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.schedules import JOB, MODEL, SCHEDULES, every
-from zimage_jax import KVPolicy, Memory, ZImage
+from zimage_jax import KVPolicy, Memory, ZImage, ZImageWarning
 from zimage_jax.errors import NonFiniteError, OutOfMemoryError, UsageError
 from zimage_jax.pipeline.request import Planned, Started
 from zimage_jax.runtime.placement import EXHAUSTED
@@ -98,7 +98,7 @@ def test_the_weights_are_copied_once_for_all(name, count, under):
         events = len([e for e in result.ledger.events if e.lane == "copy"])
         assert copied / count - events <= result.report["copied_bytes"] <= copied / count
         assert result.ledger.peak == result.plan.peak_bytes, "as planned for all"
-        assert result.ledger.most_jobs == count
+        assert result.report["most_jobs_in_flight"] == count
 
 
 def test_copies_are_spread_over_the_programs_of_a_visit(under, native, as_on_a_gpu):
@@ -378,6 +378,22 @@ def test_a_listener_may_not_ask_the_engine_that_calls_it(under):
     first.result(60)
     waiting.wait()
     assert faults
+
+
+def test_warnings_are_events(under):
+    pipe, events = under("ring"), []
+    job = SMALL | {"prompt": "a", "steps": 1, "negative_prompt": "blue"}
+    result = pipe.submit(**job, on_event=events.append).result(60)
+    (text,) = result.report["warnings"]
+    assert "no effect" in text
+    assert events[0] == text
+    with pytest.warns(ZImageWarning, match="no effect"):
+        pipe.generate(**job)
+    request = pipe.submit(**job)
+    assert next(iter(request.events())) == text
+    assert list(request.events()) == [], "given once"
+    with pytest.raises(UsageError, match="go to on_event"):
+        next(pipe.submit(**job, on_event=events.append).events())
 
 
 def test_who_has_left_shares_no_more_copies(under):

@@ -8,7 +8,7 @@ import pytest
 from tests.planning.test_cards import MINE
 from tests.schedules import every
 from zimage_jax import __main__ as commands
-from zimage_jax import cli, plan
+from zimage_jax import cli, devices, plan
 from zimage_jax.model.config import TURBO
 from zimage_jax.planning.cards import CARDS, find
 from zimage_jax.units import GIB, MIB
@@ -52,7 +52,7 @@ def test_every_card_has_a_row_per_size(run, card):
     result = told(run, "--card", card)
     assert result["card"] == card
     assert result["model"] == "turbo"
-    assert [row["size"] for row in result["sizes"]] == list(plan.SIZES)
+    assert [row["size"] for row in result["sizes"]] == list(devices.SIZES)
     for row in result["sizes"]:
         assert row.keys() >= KEYS
         if row["schedule"] is not None:
@@ -302,8 +302,8 @@ def test_it_is_among_the_commands(run):
 def test_a_card_without_bfloat16_computes_in_float16():
     card = find("rtx-3060")
     turing = replace(card, name="rtx-2060", capability=(7, 5))
-    assert plan._for_card(card, uniform(TURBO, "bfloat16"), False).compute == "bfloat16"
-    assert plan._for_card(turing, uniform(TURBO, "bfloat16"), False).compute == "float16"
+    assert devices.of_card(card, uniform(TURBO, "bfloat16"), False).compute == "bfloat16"
+    assert devices.of_card(turing, uniform(TURBO, "bfloat16"), False).compute == "float16"
 
 
 @pytest.mark.exhaustive

@@ -62,6 +62,9 @@ class Engine:
 
     def submit(self, *requests: Request) -> None:
         """Let requests wait their turn. Those that come together may join together."""
+        for request in requests:
+            for text in request.warned:
+                request.pass_on(text)
         with self._lock:
             self._waiting.extend(requests)
             if self._is_running:
@@ -115,19 +118,28 @@ class Engine:
 
     def _run(self) -> None:
         self._here.is_inside = True  # listeners are called in this thread
-        with jax.default_device(self.placement.device):
-            while True:
-                first = self.next()
-                with self._lock:
-                    if first is None and not self._waiting:
-                        self._is_running = False
-                        return
-                if first is not None:
-                    self._free = self.store.free_device_bytes()
-                    try:
-                        Flight(self, first).run()
-                    finally:
-                        self._free = None
+        try:
+            with jax.default_device(self.placement.device):
+                self._serve()
+        except BaseException as fault:
+            with self._lock:
+                left, self._waiting, self._is_running = self._waiting, deque(), False
+            for request in left:
+                request.end(fault=fault)
+
+    def _serve(self) -> None:
+        while True:
+            first = self.next()
+            with self._lock:
+                if first is None and not self._waiting:
+                    self._is_running = False
+                    return
+            if first is not None:
+                self._free = self.store.free_device_bytes()
+                try:
+                    Flight(self, first).run()
+                finally:
+                    self._free = None
 
 
 def _end_cancelled(request: Request) -> None:

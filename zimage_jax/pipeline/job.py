@@ -129,6 +129,7 @@ class Report(TypedDict):
     copied_bytes: int  # from host to device
     copied_bytes_by_stage: dict[str, int]
     copied_bytes_saved_by_reuse: int
+    most_jobs_in_flight: int  # that shared a stage with this one, itself included
     kv_bytes: int  # the most K and V held at once
     kv_bytes_without_policy: int
     kv_bytes_of_a_block_by_nfe: list[int]

@@ -10,8 +10,6 @@ Axes: B pictures, h, w latent rows and columns, C latent channels.
 
 import hashlib
 import inspect
-import threading
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,17 +22,13 @@ import numpy as np
 from jaxtyping import Float
 
 from .. import checks
-from ..errors import OutOfMemoryError, UsageError
+from ..errors import UsageError
 from ..files import printable
-from ..model import emphasis
 from ..model import prompt as prompts_of
 from ..model.kv import KVPolicy
-from ..planning.plan import Memory, Plan, Stage
-from ..planning.work import Work
-from ..runtime.ledger import Ledger
+from ..planning.plan import Memory, Plan
 from ..runtime.placement import Placement, default_dtype
 from ..runtime.programs import Programs
-from ..runtime.recorder import Recorder
 from ..runtime.store import ParameterStore
 from ..units import COMPUTE
 from ..weights import formats
@@ -43,6 +37,7 @@ from ..weights.components import COMPONENTS
 from . import report as reports
 from .canvas import Canvas, enlarged_size
 from .engine import IN_FLIGHT, Engine
+from .intake import Intake
 from .job import Job, Picture, Result, Step, ZImageWarning
 from .opened import Source, open_picture
 from .plans import Plans
@@ -70,14 +65,14 @@ class ZImage:
     ):
         self.config, self.name = checkpoint.config, checkpoint.path.resolve().name
         self.dtype, self.memory = jnp.dtype(dtype), memory
-        self._checkpoint, self._prompts, self._placement = checkpoint, prompts, placement
+        self._checkpoint, self._placement = checkpoint, placement
         self._programs = Programs(checkpoint.storage, dtype, placement)
         self._plans = Plans(self._programs)
         self._store = ParameterStore(checkpoint, placement, self._programs)
         self._engine = Engine(
             self._programs, self._plans, self._store, placement, Preview(checkpoint), in_flight
         )
-        self._planning = threading.Lock()
+        self._intake = Intake(prompts, self._programs, self._plans, self._store, self._engine)
 
     @classmethod
     def load(
@@ -320,9 +315,8 @@ class ZImage:
             found = request.attempt.results[text.name]
             return [found[text] for text in request.job.prompts]
 
-        request = self._prepared(
-            texts, memory, (text,), features, {"seed": 0, "steps": 1, "guidance": 0.0}
-        )
+        options = {"seed": 0, "steps": 1, "guidance": 0.0}
+        request = self._intake.request(texts, self._memory(memory), (text,), features, options)
         return self._follow(request, None, None)
 
     def _follow(
@@ -386,57 +380,10 @@ class ZImage:
                 f"no such argument: {printable(name, 40)}; ZImage.generate has them all"
             )
         options |= {"width": width, "height": height, "canvas": canvas}
-        return self._prepared(prompt, memory, tuple(STAGES), self._result, options)
+        memory = self._memory(memory)
+        return self._intake.request(prompt, memory, tuple(STAGES), self._result, options)
 
-    def _prepared(
-        self,
-        prompt: Any,
-        memory: Memory | None,
-        stages: tuple[Stage, ...],
-        finish: Callable[[Request], Any],
-        options: dict[str, Any],
-    ) -> Request:
-        """A request, checked and planned. `options`: of Job.of."""
-        self._engine.check_caller()
-        began, warned, ledger = time.perf_counter(), list[str](), Ledger()
-        with jax.default_device(self._placement.device):
-            job = self._job(warned, prompt, **options)
-            encoded, memory = self._tokens(job, warned), self._memory(memory)
-            work = self._work(job, encoded)
-            budget = self._engine.budget(memory)
-            self._store.read_ahead(budget, memory.host_bytes, Recorder(ledger))
-            with self._planning:
-                try:
-                    plan = self._plans.plan(work, memory, budget, stages)
-                except OutOfMemoryError as fault:
-                    in_regions = job.in_regions(self.config)
-                    if in_regions is None:
-                        raise
-                    _warn(warned, f"{fault}; drawing in regions of {in_regions.region} pixels")
-                    job = in_regions
-                    work = self._work(job, encoded)
-                    plan = self._plans.plan(work, memory, budget, stages)
-        return Request(
-            job=job,
-            encoded=encoded,
-            work=work,
-            memory=memory,
-            stages=stages,
-            plan=plan,
-            budget=budget,
-            finish=finish,
-            ledger=ledger,
-            warned=warned,
-            began=began,
-        )
-
-    # -- before the stages -------------------------------------------------------------------------
-
-    def _job(self, warned: list[str], prompt, **options) -> Job:
-        job = Job.of(self.config, prompt, **options)
-        for remark in job.remarks:
-            _warn(warned, remark)
-        return job
+    # -- pictures to begin from --------------------------------------------------------------------
 
     def canvas(
         self,
@@ -484,39 +431,6 @@ class ZImage:
     def _memory(self, memory: Memory | None) -> Memory:
         return self.memory if memory is None else checks.instance("memory", memory, Memory)
 
-    def _tokens(self, job: Job, warned: list[str]) -> dict[str, prompts_of.Encoded]:
-        """The tokens of each distinct text, with a warning for one that is cut."""
-        encoded = {
-            text: emphasis.encode(
-                self._prompts, text, has_weights=job.prompt_weights, text_weight=job.text_weight
-            )
-            for text in job.texts
-        }
-        for e in encoded.values():
-            if e.cut:
-                _warn(
-                    warned,
-                    f"the prompt is longer than {prompts_of.MAX_TOKENS} tokens; "
-                    f"cut off: {printable(e.cut)!r}",
-                )
-        return encoded
-
-    def _work(self, job: Job, encoded: dict[str, prompts_of.Encoded]) -> Work:
-        return Work.of(
-            self.config,
-            job.width,
-            job.height,
-            job.trajectory,
-            job.kv,
-            self.dtype,
-            bucket=prompts_of.bucket(max(len(e.ids) for e in encoded.values())),
-            batch=len(job.prompts),
-            prompts=len(emphasis.to_run(encoded.values())),
-            encodes=job.canvas is not None,
-            region=job.region,
-            attention=job.attention,
-        )
-
     # -- after the stages --------------------------------------------------------------------------
 
     def _result(self, request: Request) -> Result:
@@ -537,8 +451,3 @@ class ZImage:
         ]
         report = reports.report(attempt, common, each, request.warned, self._store.host_bytes)
         return Result(pictures, report, latents, attempt.work, attempt.plan, attempt.ledger)
-
-
-def _warn(warned: list[str], message: str) -> None:
-    warned.append(message)
-    warnings.warn(message, ZImageWarning, stacklevel=4)

@@ -94,6 +94,7 @@ def report(
         "copied_bytes": ledger.copied_bytes,
         "copied_bytes_by_stage": ledger.copied_by_stage,
         "copied_bytes_saved_by_reuse": ledger.saved_bytes,
+        "most_jobs_in_flight": ledger.most_jobs,
         "kv_bytes": work.kv_bytes(config),
         "kv_bytes_without_policy": work.without_policy(programs.dtype).kv_bytes(config),
         "kv_bytes_of_a_block_by_nfe": work.kv_bytes_by_nfe(config),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
+from ..errors import UsageError
 from ..model.prompt import Encoded
 from ..planning.plan import Memory, Plan, Stage
 from ..planning.work import Work
@@ -68,9 +69,15 @@ class Handle:
             self._future.exception()
 
     def events(self) -> Iterator[Event]:
-        """Its events until it has ended: warnings, other plans, and steps if it `wants_steps`."""
+        """Its events until it has ended: warnings, other plans, and steps if it `wants_steps`.
+
+        Each is given once. Raises UsageError if a listener gets them.
+        """
+        if self.listener is not None:
+            raise UsageError("the events go to on_event")
         while (event := self._events.get()) is not None:
             yield event
+        self._events.put(None)  # for who asks again
 
     # -- the engine's ------------------------------------------------------------------------------
 
@@ -78,14 +85,14 @@ class Handle:
         if isinstance(event, str):
             self.warned.append(event)
         if self.wants_steps or not isinstance(event, Step):
-            self._pass_on(event)
+            self.pass_on(event)
 
     def end(self, result: Any = None, fault: BaseException | None = None) -> None:
         if fault is not None:
             self._future.set_exception(fault)
         else:
             self._future.set_result(result)
-        self._pass_on(None)
+        self.pass_on(None)
 
     def cancelled(self) -> CancelledError:
         """What `result` raises after `cancel`, or after a listener that raised."""
@@ -93,7 +100,8 @@ class Handle:
         fault.__cause__ = self._listener_fault
         return fault
 
-    def _pass_on(self, event: Event | None) -> None:
+    def pass_on(self, event: Event | None) -> None:
+        """Give an event to the owner. A listener that raises cancels the job."""
         try:
             (self.listener or self._events.put)(event)
         except Exception as fault:  # the engine serves others too
