@@ -18,9 +18,11 @@ FLOORS = [
     ("planning",),
     ("runtime",),
     ("pipeline",),
+    ("process",),
+    ("server",),
     (
         *("__init__", "interrupts", "cli", "options", "picture_options", "naming", "origin"),
-        *("talk", "worker", "process", "generate", "batch", "plan", "__main__"),
+        *("talk", "worker", "generate", "batch", "serve", "plan", "__main__"),
     ),
 ]
 CONVERTER_ORDER = ["sources", "convert", "inspect", "commands", "__main__"]
@@ -65,7 +67,7 @@ def test_a_folder_imports_only_from_folders_above_it(path):
 
 
 def test_no_folder_has_a_cycle():
-    for folder in ("model", "weights", "planning", "runtime", "pipeline"):
+    for folder in ("model", "weights", "planning", "runtime", "pipeline", "server"):
         files = {
             ".".join(p.relative_to(ROOT / "zimage_jax").with_suffix("").parts): p
             for p in (ROOT / "zimage_jax" / folder).rglob("*.py")
