@@ -83,6 +83,16 @@ def test_a_job_is_cancelled_there(engine):
         request.result(60)
 
 
+def test_jobs_are_cancelled_before_they_are_planned(engine):
+    before = engine.submit(**JOB | {"prompt": "a", "steps": 500})
+    waiting = [engine.submit(**JOB | {"prompt": "a", "steps": 500}) for _ in range(40)]
+    for request in (*waiting, before):
+        request.cancel()
+    for request in (*waiting, before):
+        with pytest.raises(CancelledError):
+            request.result(60)
+
+
 def killed(engine: ZImageProcess, kills: int, rng: random.Random) -> None:
     """Kill the process, `kills` times while jobs are in flight."""
     for _ in range(kills):

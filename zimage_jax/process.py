@@ -44,7 +44,8 @@ class Remote(Handle):
 
     def cancel(self) -> None:
         super().cancel()
-        self.ask(("cancel", self.number))
+        if not self.done():
+            self.ask(("cancel", self.number))
 
     def tell(self, event: Event) -> None:
         if isinstance(event, Started):

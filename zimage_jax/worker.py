@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,6 +27,7 @@ class Worker:
     def __init__(self, pipe, link: Connection):
         self._pipe, self._link = pipe, link
         self._requests: dict[int, Any] = {}
+        self._cancelled: set[int] = set()  # some of them before their turn to be planned
         self._out: queue.SimpleQueue = queue.SimpleQueue()
         # plans are made here, in order, while the engine draws and the socket is read
         self._planners = ThreadPoolExecutor(1)
@@ -40,17 +41,24 @@ class Worker:
             except (EOFError, OSError):  # the owner has gone
                 os._exit(0)
             if word == "cancel":
-                request = self._requests.get(number)
-                if request is not None:
-                    request.cancel()
+                self._cancelled.add(number)
+                self._cancel(number)
             else:
                 self._planners.submit(getattr(self, f"_{word}"), number, *rest)
 
+    def _cancel(self, number: int) -> None:
+        request = self._requests.get(number)
+        if request is not None and number in self._cancelled:
+            request.cancel()
+
     def _submit(self, number: int, job: dict[str, Any]) -> None:
         try:
+            if number in self._cancelled:
+                raise CancelledError("the request was cancelled")
             self._requests[number] = self._pipe.submit(
                 **job, on_event=lambda event: self._heard(number, event)
             )
+            self._cancel(number)  # meanwhile
         except Exception as fault:
             self._out.put(("failed", number, fault))
 
@@ -87,6 +95,8 @@ class Worker:
         except Exception as fault:  # an exception of a library, say
             data = pickle.dumps(("failed", number, RuntimeError(f"{what!r} ({fault})")))
         self._link.send_bytes(data)
+        if word != "event":
+            self._cancelled.discard(number)
 
     def _beat(self) -> None:
         """Signs of life: what the engine has launched so far, and the device bytes by array."""

@@ -30,16 +30,14 @@ _SAMPLERS = {A1111[name].lower(): name for name in SAMPLERS}
 _SCHEDULES = {A1111[name].lower(): name for name in SCHEDULES} | {"automatic": "simple"}
 _FITS = ("stretch", "crop", "pad")  # by resize_mode
 _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {}, "None")
-# keys that must have one of those values, or one of these
-_NEUTRAL: dict[str, tuple[Any, ...]] = dict.fromkeys(
-    """
+_OFF = """
     enable_hr firstphase_width firstphase_height styles subseed_strength seed_resize_from_h
     seed_resize_from_w restore_faces tiling script_name override_settings script_args save_images
     alwayson_scripts s_churn s_tmin s_tmax s_min_uncond refiner_checkpoint inpainting_mask_invert
     include_init_images infotext
-    """.split(),
-    (),
-)
+"""
+# keys that must have one of those values, or one of these
+_NEUTRAL: dict[str, tuple[Any, ...]] = dict.fromkeys(_OFF.split(), ())
 _NEUTRAL |= {"send_images": (True,), "eta": (1,), "s_noise": (1,)}
 _NEUTRAL |= {"inpainting_fill": (1,), "initial_noise_multiplier": (1,)}
 # keys that are accepted with any value: parts of what must be off, and what happens to files there
@@ -48,7 +46,7 @@ _IGNORED = """
     hr_sampler_name hr_scheduler hr_prompt hr_negative_prompt subseed do_not_save_samples
     do_not_save_grid override_settings_restore_afterwards image_cfg_scale refiner_switch_at
     force_task_id comments
-    """.split()
+"""
 
 
 class Txt2Img(Body):
@@ -124,7 +122,7 @@ class Img2Img(Txt2Img):
 
 
 def _with_neutral(model: type[Txt2Img]) -> Any:
-    neutral: dict[str, Any] = dict.fromkeys([*_NEUTRAL, *_IGNORED], (Any, None))
+    neutral: dict[str, Any] = dict.fromkeys([*_NEUTRAL, *_IGNORED.split()], (Any, None))
     return create_model(model.__name__, __base__=model, **neutral)
 
 
