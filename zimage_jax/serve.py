@@ -63,8 +63,10 @@ def command(host, port, data, api_key, hosts, most, model, dtype, **memory_flags
     A job that was accepted is drawn, even if the server is killed: the next one with the same --data
     goes on.
     """
-    if api_key is not None and len(api_key) < 8:
-        raise UsageError("--api-key: expected 8 characters or more")
+    if api_key is not None and not (
+        len(api_key) >= 8 and api_key.isascii() and api_key.isprintable()
+    ):
+        raise UsageError("--api-key: expected 8 or more ASCII characters")
     if api_key is None and not _is_loopback(host):
         raise UsageError(
             f"--host {host}: other machines could use this server; give it an --api-key, or listen "

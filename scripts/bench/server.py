@@ -121,6 +121,13 @@ def run_threads(count: int, work: Callable[[int], None]) -> None:
         raise faults[0]
 
 
+def end_of(server: LiveServer, job: str) -> str:
+    """The state in which a job ends."""
+    with server.events(f"/jobs/{job}/events") as events:
+        *_, (state, _) = events
+    return state
+
+
 def post_patiently(server: LiveServer, job: dict[str, Any], refused: Counter) -> str:
     """The id of a job; while the queue is full, come again later."""
     while True:
@@ -153,7 +160,7 @@ def clients(jobs: int, clients: int) -> None:
                 with lock:
                     accepted.add(made)
                 if way == "wait":
-                    check(server.wait(made)["state"] == "done", "a job was not done")
+                    check(end_of(server, made) == "done", "a job was not done")
                 elif way == "cancel":
                     time.sleep(rng.uniform(0, 0.5))
                     check(
@@ -255,8 +262,7 @@ def soak(jobs: int, clients: int) -> None:
                             (number, *figures(server.process.pid), *figures(server.engine()))
                         )
                 made = post_patiently(server, random_job(random.Random(number)), Counter())
-                with server.events(f"/jobs/{made}/events") as events:
-                    *_, (state, _) = events
+                state = end_of(server, made)
                 check(state == "done", f"job {made} is {state}")
 
         run_threads(clients, client)

@@ -29,7 +29,7 @@ def pictures(server: LiveServer, job: str) -> list[bytes]:
 
 
 def test_after_kill_9_every_accepted_job_is_drawn_once(server, picture):
-    jobs = [JOB | {"seed": n, "count": 1 + n % 2} for n in range(6)]
+    jobs = [JOB | {"seed": n, "count": 1 + n % 2, "steps": 5 + 20 * n} for n in range(4)]
     accepted = [server.post("/jobs", job)["id"] for job in jobs]
     unseeded = server.post("/jobs", JOB)
     image = {"image": base64.b64encode(picture).decode(), "strength": 0.5}
@@ -37,6 +37,7 @@ def test_after_kill_9_every_accepted_job_is_drawn_once(server, picture):
         "id"
     ]
     server.wait(accepted[0])
+    assert server.get(f"/jobs/{accepted[-1]}")["state"] == "running"
     server.kill()
     ours = (
         server.data / "inputs" / f"{'0' * 24}-image",
@@ -108,7 +109,8 @@ def test_what_cannot_be_served_is_said_in_a_line(server, tmp_path, run):
         (["--port", server.port], 2, "cannot listen there"),
         (["--host", "0.0.0.0", "--port", 0], 2, "give it an --api-key"),
         (["--host", "192.0.2.1", "--api-key", "12345678"], 2, "cannot listen there"),
-        (["--api-key", "short"], 2, "expected 8 characters"),
+        (["--api-key", "schlüssel"], 2, "expected 8 or more ASCII"),
+        (["--api-key", "short"], 2, "expected 8 or more"),
         (["--port", 0, "--data", tmp_path / "data", "--model", tmp_path / "none"], 1, "none"),
     ]:
         found, out, error = run(*arguments, command=serve.command)
@@ -131,3 +133,16 @@ def test_without_an_engine_the_server_ends_and_keeps_its_jobs(start, native, tmp
         (tmp_path / "elsewhere").rename(model)
         server.start()
         assert server.get(f"/jobs/{job}")["state"] in ("queued", "running")
+
+
+@pytest.mark.exhaustive
+def test_a_picture_that_cannot_be_kept_is_drawn_another_time(start, tmp_path):
+    with start(tmp_path / "data") as server:
+        (server.data / "pictures").rmdir()
+        (server.data / "pictures").write_bytes(b"")
+        job = server.post("/jobs", JOB)["id"]
+        assert server.process.wait(PATIENCE) == 1
+        assert "cannot be written" in server.log.read_text()
+        (server.data / "pictures").unlink()
+        server.start()
+        assert pictures(server, job)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import math
 import secrets
+import sqlite3
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine
@@ -16,7 +17,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import EngineError, OutOfMemoryError, UsageError, ZImageError
+from ..errors import EngineError, OutOfMemoryError, OutputError, UsageError, ZImageError
 from ..pipeline.job import Result, Step
 from ..pipeline.picture import encode_png
 from ..pipeline.request import Event, Planned, Started
@@ -238,11 +239,12 @@ class Jobs:
         self._waiting.append(live)
 
     def _leave(self, live: Live, state: str) -> None:
-        live.state = state
+        was_queued, live.state = live.state == QUEUED, state
         self.live.pop(live.id, None)
         live.ended.set()
         live.change()
-        self._tell_waiting()
+        if was_queued:
+            self._tell_waiting()
 
     def _tell_waiting(self) -> None:
         for other in self.live.values():
@@ -311,6 +313,8 @@ class Jobs:
                 live.change()
         except CancelledError:  # by `_end`, or by a stop
             return
+        except (OutputError, sqlite3.Error) as fault:  # a full disk, say: it is drawn another time
+            self._break(fault)
         except ZImageError as fault:
             if self.engine.is_closed:
                 self._break(fault)
@@ -358,7 +362,7 @@ class Jobs:
         self._leave(live, state)
 
     def _break(self, fault: Exception) -> None:
-        """The engine cannot be started: the jobs stay stored, and the server ends."""
+        """Nothing can be drawn or kept any more: the jobs stay stored, and the server ends."""
         if not self.is_stopping and self.fault is None:
             self.fault = str(fault)
             self.stop_wanted.set()
