@@ -3,13 +3,14 @@
 import base64
 import contextlib
 import socket
+import time
 import zlib
 
 import numpy as np
 import pytest
 
 from tests.server.conftest import png
-from zimage_jax.server.guard import session_of
+from zimage_jax.server.guard import MOST_BYTES, session_of
 from zimage_jax.server.order import LARGEST_BODY
 
 KEY = "a key of some length"
@@ -113,6 +114,21 @@ def test_a_body_that_grows_too_large_is_not_read_on(server):
             for _ in range((LARGEST_BODY >> 20) + 1):
                 raw.sendall(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
         assert b" 413 " in raw.recv(4096).partition(b"\r\n")[0]
+
+
+def test_bodies_that_are_read_at_once_have_a_limit(server):
+    with contextlib.ExitStack() as stack:
+        for _ in range(MOST_BYTES // LARGEST_BODY):
+            raw = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+            raw.sendall(head(f"Content-Length: {LARGEST_BODY}"))
+        deadline = time.monotonic() + 30
+        while (found := server.ask("POST", "/jobs", {"prompt": ""}))[0] == 400:
+            assert time.monotonic() < deadline
+        status, headers, _ = found
+        assert (status, headers["retry-after"]) == (503, "5")
+        assert server.ask("GET", "/jobs")[0] == 200
+    while server.ask("POST", "/jobs", {"prompt": ""})[0] == 503:
+        assert time.monotonic() < deadline
 
 
 def bomb(side: int) -> bytes:

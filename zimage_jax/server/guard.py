@@ -14,8 +14,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import RefusedError
+from .order import LARGEST_BODY
 
 COOKIE = "zimage_session"
+MOST_BYTES = 8 * LARGEST_BODY  # of all bodies that are in memory at once
 OPEN = ("/health", "/sign-in")  # paths that need no key
 
 
@@ -24,19 +26,28 @@ class Guard:
     localhost and addresses."""
 
     def __init__(self, app: ASGIApp, key: str | None, hosts: Collection[str] = ()):
-        self._app, self._key = app, key
+        self._app, self._key, self._bytes = app, key, 0
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            try:
-                self._check(scope["path"], Headers(scope=scope))
-            except RefusedError as refusal:
-                await refusal.response(scope["path"])(scope, receive, send)
-                return
-        elif scope["type"] != "lifespan":  # there are no web sockets here
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        if scope["type"] != "http":  # there are no web sockets here
             return
-        await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        nbytes = _size(headers)
+        try:
+            self._check(scope["path"], headers)
+            if self._bytes + nbytes > MOST_BYTES:
+                raise RefusedError(503, "too many large requests at once", "busy", retry_after=5)
+        except RefusedError as refusal:
+            await refusal.response(scope["path"])(scope, receive, send)
+            return
+        self._bytes += nbytes
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._bytes -= nbytes
 
     def _check(self, path: str, headers: Headers) -> None:
         host = headers.get("host", "")
@@ -82,6 +93,14 @@ class Guard:
         except CookieError:
             return False
         return cookie is not None and same(cookie.value, session_of(self._key))
+
+
+def _size(headers: Headers) -> int:
+    """The most bytes that a body can have: it is refused beyond LARGEST_BODY."""
+    length = headers.get("content-length", "")
+    if "transfer-encoding" in headers or len(length) > 18:
+        return LARGEST_BODY
+    return min(int(length), LARGEST_BODY) if length.isdecimal() else 0
 
 
 def same(given: str, key: str) -> bool:
