@@ -62,9 +62,9 @@ def random_job(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def check_pictures(server: LiveServer, drawn: dict[str, str]) -> Counter:
+def check_pictures(server: LiveServer, drawn: dict[str, str]) -> dict[str, str]:
     """Every job has ended; those that are done have their pictures, whole, and the same bytes for the same arguments;
-    there is no other file. `drawn`: checksums by arguments, to which these are added."""
+    there is no other file. Returns the states by job. `drawn`: checksums by arguments, to which these are added."""
     jobs, before = [], ""
     while found := server.get(f"/jobs?limit=200{before}")["jobs"]:
         jobs += found
@@ -95,7 +95,11 @@ def check_pictures(server: LiveServer, drawn: dict[str, str]) -> Counter:
     files = {path.name for path in (server.data / "pictures").iterdir()}
     check(files == expected, f"files that no job has: {files ^ expected}")
     check(not list((server.data / "inputs").iterdir()), "inputs are left")
-    return Counter(job["state"] for job in jobs)
+    return {job["id"]: job["state"] for job in jobs}
+
+
+def count(states: dict[str, str]) -> dict[str, int]:
+    return dict(Counter(states.values()))
 
 
 def until_idle(server: LiveServer) -> None:
@@ -163,11 +167,12 @@ def clients(jobs: int, clients: int) -> None:
                     check(end_of(server, made) == "done", "a job was not done")
                 elif way == "cancel":
                     time.sleep(rng.uniform(0, 0.5))
-                    check(
-                        server.ask("DELETE", f"/jobs/{made}")[0] in (200, 409),
-                        "a job cannot be deleted",
-                    )
-                    seen["deleted"] += 1
+                    status, _, found = server.ask("DELETE", f"/jobs/{made}")
+                    check(status in (200, 409), f"{status}: {found}")
+                    if found.get("state") == "removed":  # it was done already
+                        with lock:
+                            accepted.remove(made)
+                            seen["removed"] += 1
                 else:
                     with server.events(f"/jobs/{made}/events") as events:
                         next(events)
@@ -177,10 +182,11 @@ def clients(jobs: int, clients: int) -> None:
         until_idle(server)
         seconds = time.perf_counter() - began
         states = check_pictures(server, {})
+        check(accepted <= states.keys(), f"lost: {accepted - states.keys()}")
         log = server.log.read_text()
         check(not log, f"the server wrote: {log[:500]}")
         click.echo(
-            f"{jobs} jobs of {clients} clients in {seconds:.0f} s: {dict(seen)}; left: {dict(states)}"
+            f"{jobs} jobs of {clients} clients in {seconds:.0f} s: {dict(seen)}; left: {count(states)}"
         )
 
 
@@ -229,10 +235,10 @@ def kills(runs: int, jobs: int) -> None:
             check_pictures(server, drawn)
             click.echo(f"run {run + 1}: {what}", err=True)
         states = check_pictures(server, drawn)
-        lost = [job for job in accepted if server.get(f"/jobs/{job}")["state"] != "done"]
+        lost = [job for job in accepted if states.get(job) != "done"]
         check(not lost, f"lost: {lost}")
     click.echo(
-        f"{dict(killed)} killed: {len(accepted)} jobs accepted, {dict(states)}, {len(drawn)} pictures differ"
+        f"{dict(killed)} killed: {len(accepted)} jobs accepted, {count(states)}, {len(drawn)} pictures differ"
     )
 
 
@@ -261,7 +267,12 @@ def soak(jobs: int, clients: int) -> None:
                         rows.append(
                             (number, *figures(server.process.pid), *figures(server.engine()))
                         )
-                made = post_patiently(server, random_job(random.Random(number)), Counter())
+                job = random_job(random.Random(number)) | {
+                    "width": 32,
+                    "height": 32,
+                    "steps": 1 + number % 2,
+                }
+                made = post_patiently(server, job, Counter())
                 state = end_of(server, made)
                 check(state == "done", f"job {made} is {state}")
 

@@ -119,6 +119,12 @@ def test_what_cannot_be_served_is_said_in_a_line(server, tmp_path, run):
         assert message in error
 
 
+def test_ctrl_c_ends_it_as_it_ends_the_other_commands(server):
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(PATIENCE) == 130
+    assert server.log.read_text().endswith("interrupted\n")
+
+
 @pytest.mark.exhaustive
 def test_without_an_engine_the_server_ends_and_keeps_its_jobs(start, native, tmp_path):
     model = tmp_path / "model"
