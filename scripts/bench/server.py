@@ -238,7 +238,7 @@ def kills(runs: int, jobs: int) -> None:
         lost = [job for job in accepted if states.get(job) != "done"]
         check(not lost, f"lost: {lost}")
     click.echo(
-        f"{dict(killed)} killed: {len(accepted)} jobs accepted, {count(states)}, {len(drawn)} pictures differ"
+        f"{dict(killed)} killed: {len(accepted)} jobs accepted, {count(states)}, {len(drawn)} different pictures"
     )
 
 
