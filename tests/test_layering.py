@@ -18,9 +18,11 @@ FLOORS = [
     ("planning",),
     ("runtime",),
     ("pipeline",),
+    ("process",),
+    ("server",),
     (
         *("__init__", "interrupts", "cli", "options", "picture_options", "naming", "origin"),
-        *("talk", "worker", "process", "generate", "batch", "devices", "plan", "__main__"),
+        *("talk", "worker", "generate", "batch", "serve", "devices", "plan", "__main__"),
     ),
 ]
 CONVERTER_ORDER = [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from . import batch, cli, generate, plan
+from . import batch, cli, generate, plan, serve
 from .options import FILE
 
 
@@ -21,6 +21,7 @@ def command() -> None:
 command.add_command(generate.command, "generate")
 command.add_command(plan.command, "plan")
 command.add_command(batch.command, "batch")
+command.add_command(serve.command, "serve")
 
 
 @command.command()

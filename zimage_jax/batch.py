@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from . import cli, options
 from .errors import OutputError, UsageError, ZImageError
-from .files import open_regular, parse_json, printable
+from .files import lock, open_regular, parse_json, printable
 from .options import FILE
 from .talk import Talk
 
@@ -312,7 +312,7 @@ class Results:
             os.close(handle)
             raise OutputError(f"{printable(path)}: expected a file, found a device, pipe or socket")
         file = os.fdopen(handle, "r+b")
-        if not _lock(file):
+        if not lock(file):
             file.close()
             raise OutputError(f"{printable(folder)}: another batch draws into this folder")
         keys = {}
@@ -354,25 +354,6 @@ class Results:
         self.file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         self.file.flush()
         os.fsync(self.file.fileno())
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Lock a file against other processes until it is closed; False if another has it."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def main() -> None:

@@ -60,11 +60,12 @@ class NonFiniteError(ZImageError):
 
 
 class OutOfMemoryError(ZImageError):
-    """`needed`: the smallest budget that would fit, in bytes."""
+    """`needed`: the smallest budget that would fit, in bytes. `side`: of the largest square that
+    fits the budget, in pixels; 0 if none is known."""
 
-    def __init__(self, message: str, needed: int):
+    def __init__(self, message: str, needed: int, side: int = 0):
         super().__init__(message)
-        self.needed = needed
+        self.needed, self.side = needed, side
 
     def __reduce__(self):  # errors cross from the engine's process to its owner's
-        return type(self), (str(self), self.needed)
+        return type(self), (str(self), self.needed, self.side)

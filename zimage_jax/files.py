@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import stat
+import sys
 import tempfile
 import tomllib
 from pathlib import Path
@@ -204,6 +205,25 @@ def _place(temporary: Path, path: Path, overwrite: bool) -> Path:
                 os.replace(temporary, candidate)
                 return candidate
     raise OutputError(f"{path}: every name up to -{1 << 20} is taken")
+
+
+def lock(file: BinaryIO) -> bool:
+    """Lock a file against other processes until it is closed; False if another has it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 @functools.cache  # reading the umask sets it briefly, for all threads

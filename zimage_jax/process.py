@@ -116,6 +116,11 @@ class ZImageProcess:
         )
 
     @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more jobs: it was closed, or cannot be started again."""
+        return self._is_closed
+
+    @property
     def pid(self) -> int:
         return self._process.pid
 

@@ -4,6 +4,7 @@ A mask has a weight for each pixel: 0 (black) is kept, 1 (white) is redrawn. Axe
 """
 
 import io
+import math
 import os
 import re
 import warnings
@@ -69,15 +70,24 @@ def open_picture(source: object, name: str) -> Opened:
         data = read_regular(path, _LARGEST_FILE)
     except UsageError as fault:
         raise UsageError(f"{name} {fault}") from None
+    return decode(data, where)
+
+
+def decode(data: bytes, where: str, most_pixels: int = MOST_PIXELS) -> Opened:
+    """The picture in the bytes of a file, as `open_picture` takes it. `where` begins each message.
+
+    Raises UsageError, for more than `most_pixels` before they are decoded.
+    """
     fitting = [(k, reader) for k, magic, reader in _READERS if re.match(magic, data, re.DOTALL)]
     if not fitting:
         raise UsageError(f"{where}: expected a PNG, JPEG, WEBP, BMP, TIFF or GIF picture")
     kind, reader = fitting[0]
     if kind == "WEBP" and data[15:16] == b"X":  # its reader allocates before it tells the size
         width, height = (int.from_bytes(data[i : i + 3], "little") + 1 for i in (24, 27))
-        check_pixels(where, width, height)
+        check_pixels(where, width, height, most_pixels)
     with _reading(where, kind):
         image = reader(io.BytesIO(data))
+    check_pixels(where, *image.size, most_pixels)
     return _from_image(image, where)
 
 
@@ -89,7 +99,11 @@ def open_mask(source: object, name: str) -> Float32[np.ndarray, "H W"]:
     if isinstance(source, np.ndarray) and source.ndim == 2 and source.dtype.kind == "f":
         _check_array(source, name)
         return source.astype(np.float32)
-    opened = open_picture(source, name)
+    return mask_of(open_picture(source, name))
+
+
+def mask_of(opened: Opened) -> Float32[np.ndarray, "H W"]:
+    """The mask that a picture is: its grey, over black where transparent."""
     grey = np.asarray(Image.fromarray(opened.pixels).convert("L")) / np.float32(255)
     return grey if opened.alpha is None else grey * (opened.alpha / np.float32(255))
 
@@ -168,11 +182,12 @@ def _without_bomb_warning(image: Image.Image) -> Iterator[None]:
         yield
 
 
-def check_pixels(where: str, width: int, height: int) -> None:
+def check_pixels(where: str, width: int, height: int, most: int = MOST_PIXELS) -> None:
     if not width or not height:
         raise UsageError(f"{where}: a picture without pixels ({width}x{height})")
-    if max(width, height) > LONGEST_SIDE or width * height > MOST_PIXELS:
+    if max(width, height) > LONGEST_SIDE or width * height > most:
+        square = math.isqrt(most)
         raise UsageError(
-            f"{where}: {width}x{height} pixels are too many (at most {MOST_PIXELS}, as in "
-            f"16384x16384, and {LONGEST_SIDE} per side)"
+            f"{where}: {width}x{height} pixels are too many (at most {most}, as in "
+            f"{square}x{square}, and {LONGEST_SIDE} per side)"
         )

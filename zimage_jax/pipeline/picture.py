@@ -33,7 +33,7 @@ _XMP = (
 )
 _LARGEST_FILE = 256 << 20  # bytes
 # AUTOMATIC1111's names of samplers and schedules
-_A1111 = {
+A1111 = {
     "euler": "Euler",
     "dpmpp_2m": "DPM++ 2M",
     "res_multistep": "Res Multistep",
@@ -79,8 +79,8 @@ def parameters(metadata: dict) -> str:
 
     fields = {
         "Steps": metadata["steps"],
-        "Sampler": _A1111[metadata.get("sampler", "euler")],
-        "Schedule type": _A1111[metadata.get("sigmas", "simple")],
+        "Sampler": A1111[metadata.get("sampler", "euler")],
+        "Schedule type": A1111[metadata.get("sigmas", "simple")],
         "CFG scale": metadata["guidance"] + 1,
         "Seed": metadata["seed"],
         "Size": f"{metadata['width']}x{metadata['height']}",

@@ -42,7 +42,8 @@ class Plans:
                 if side
                 else "no smaller picture fits"
             )
-            raise OutOfMemoryError(f"{fault}; raise --max-vram; {advice}", fault.needed) from None
+            message = f"{fault}; raise --max-vram; {advice}"
+            raise OutOfMemoryError(message, fault.needed, side) from None
 
     def together(
         self,
