@@ -40,7 +40,7 @@ def seconds_of(cell: dict, result: "Result", against: list[Drawn]) -> dict:
     resident run's and those of the copies."""
     import jax.numpy as jnp
 
-    from zimage_jax import plan as planning
+    from zimage_jax import devices
     from zimage_jax.pipeline.pipeline import TINY
     from zimage_jax.runtime.placement import Placement, default_dtype
     from zimage_jax.weights.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ def seconds_of(cell: dict, result: "Result", against: list[Drawn]) -> dict:
         return {"predicted_seconds": None, "predicted_cpu_seconds": None}
     checkpoint, placement = Checkpoint(path_of(cell) or TINY), Placement.on()
     dtype = jnp.dtype(cell.get("dtype") or default_dtype(placement.target))
-    rates = planning.measure(placement, dtype.name)
+    rates = devices.measure(placement, dtype.name)
     chunks = chunk_speed(checkpoint, result.plan, placement)
     is_cpu = placement.shares_memory
     # from host memory too, where the device has its own

@@ -390,7 +390,7 @@ def test_warnings_are_events(under):
     with pytest.warns(ZImageWarning, match="no effect"):
         pipe.generate(**job)
     request = pipe.submit(**job)
-    assert next(iter(request.events())) == text
+    assert text in list(request.events())
     assert list(request.events()) == [], "given once"
     with pytest.raises(UsageError, match="go to on_event"):
         next(pipe.submit(**job, on_event=events.append).events())
