@@ -1,6 +1,5 @@
 """The device that a plan is for: this machine's own, or a card that need not be here."""
 
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,6 @@ if TYPE_CHECKING:
     from .planning.cards import Card, MeasuredCard
     from .planning.plan import Costs
     from .planning.seconds import Rates
-    from .runtime.placement import Placement
     from .weights.formats import Storage
 
 SIZES = ("512x512", "768x768", "1024x1024", "1280x720", "720x1280", "1536x1536", "2048x2048")
@@ -78,6 +76,7 @@ def own(storage: "Storage") -> Device:
     from .planning.cards import ASSUMED_DISK, DISK_ASSUMED, context_bytes
     from .runtime.placement import Placement, default_dtype
     from .runtime.programs import CompiledCosts, Programs
+    from .runtime.rates import measure
 
     config, placement = storage.config, Placement.on()
     side, is_cpu = config.vae.sample_size, placement.shares_memory
@@ -103,28 +102,3 @@ def own(storage: "Storage") -> Device:
         DISK_ASSUMED,
         shares_memory=is_cpu,
     )
-
-
-def measure(placement: "Placement", dtype: str) -> "Rates":
-    """Measure this device: matrix products for 0.2 s, and the best of three copies of 64 MiB."""
-    import jax
-    import jax.numpy as jnp
-
-    from .planning.seconds import Rates
-    from .runtime.placement import HOST
-
-    is_cpu = placement.shares_memory
-    side = 1024 if is_cpu else 4096  # 0.2 s of a core, 0.2 ms of an H100
-    a, multiply = placement.put(jnp.ones((side, side), dtype)), jax.jit(jnp.matmul)
-    multiply(a, a).block_until_ready()
-    began, products = time.perf_counter(), 0
-    while (spent := time.perf_counter() - began) < 0.2 or not products:
-        jax.block_until_ready([multiply(a, a) for _ in range(8)])
-        products += 8
-    host = placement.put(jnp.zeros(2**26, jnp.uint8), HOST)
-    copies = []
-    for _ in range(3):
-        copy_began = time.perf_counter()
-        placement.put(host)
-        copies.append(time.perf_counter() - copy_began)
-    return Rates(products * 2 * side**3 / spent, host.nbytes / min(copies), overlaps=not is_cpu)

@@ -85,7 +85,7 @@ class ZImageProcess:
     ):
         if sys.platform == "win32":
             raise UsageError("an engine in its own process needs Linux or macOS: use ZImage")
-        self._arguments = {"path": path, "dtype": dtype, "memory": memory}
+        self._arguments: dict[str, Any] = {"path": path, "dtype": dtype, "memory": memory}
         self._patience, self._on_start = patience, on_start
         self._lock, self._requests = threading.RLock(), dict[int, Remote]()
         self._numbers = itertools.count(1)
@@ -119,6 +119,11 @@ class ZImageProcess:
     def is_closed(self) -> bool:
         """Whether it takes no more jobs: it was closed, or cannot be started again."""
         return self._is_closed
+
+    @property
+    def memory(self) -> Memory:
+        """The options about memory of jobs that set none."""
+        return self._arguments["memory"] or Memory()
 
     @property
     def pid(self) -> int:

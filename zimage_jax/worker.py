@@ -124,6 +124,7 @@ def main() -> None:
             from .pipeline.pipeline import ZImage
 
             pipe = ZImage.load(**arguments)
+            pipe.measure()
             opened = time.perf_counter()
             plan = pipe.plan("a", seed=0).plan
             planned = time.perf_counter()

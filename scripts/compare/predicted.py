@@ -32,7 +32,7 @@ class Speed(NamedTuple):
 
 def seconds_of(cell: dict, result: "Result", against: list[Drawn]) -> dict:
     """By the planner's model of cost, with this machine's rates: compute as fast in each stage as
-    the resident run in turn was, or without one as devices.measure says; chunks at the speed of the
+    the resident run in turn was, or without one as runtime.rates says; chunks at the speed of the
     driver's own copies, and in the stages whose parameters are read from the checkpoint each time
     at the speed of such reading. Outside its stages a job takes as long as the resident one.
 
@@ -40,16 +40,16 @@ def seconds_of(cell: dict, result: "Result", against: list[Drawn]) -> dict:
     resident run's and those of the copies."""
     import jax.numpy as jnp
 
-    from zimage_jax import devices
     from zimage_jax.pipeline.pipeline import TINY
     from zimage_jax.runtime.placement import Placement, default_dtype
+    from zimage_jax.runtime.rates import measure
     from zimage_jax.weights.checkpoint import Checkpoint
 
     if result.plan.choices["text"].stream is None:  # the host's text encoder is not predicted
         return {"predicted_seconds": None, "predicted_cpu_seconds": None}
     checkpoint, placement = Checkpoint(path_of(cell) or TINY), Placement.on()
     dtype = jnp.dtype(cell.get("dtype") or default_dtype(placement.target))
-    rates = devices.measure(placement, dtype.name)
+    rates = measure(placement, dtype.name)
     chunks = chunk_speed(checkpoint, result.plan, placement)
     is_cpu = placement.shares_memory
     # from host memory too, where the device has its own

@@ -23,6 +23,7 @@ from ..files import open_regular, parse_json, printable
 from ..model import emphasis
 from ..model.samplers import SAMPLERS, SCHEDULES, STRENGTH_RULES
 from .canvas import FITS
+from .opened import decode
 
 KEY = "zimage_jax"
 _XMP = (
@@ -101,6 +102,25 @@ def parameters(metadata: dict) -> str:
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata of one of our pictures, checked by FIELDS. Raises UsageError."""
     where, text, _ = read_png(path, KEY)
+    return _checked(text, where)
+
+
+def metadata_in(data: bytes, where: str, most_pixels: int) -> dict[str, Any]:
+    """As `read_metadata`, of the bytes of a file. Also refuses more than `most_pixels`."""
+    decode(data, where, most_pixels)  # what is no whole picture is refused
+    if not data.startswith(b"\x89PNG"):
+        raise UsageError(f"{where}: expected a PNG of ours, which keeps its settings")
+    return _checked(texts_in(data).get(KEY), where)
+
+
+def texts_in(png: bytes) -> dict[str, str]:
+    """The text chunks of a PNG that can be decoded."""
+    with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+        image.load()  # they may come after the pixels
+        return {str(key): text for key, text in image.info.items() if isinstance(text, str)}
+
+
+def _checked(text: str | None, where: str) -> dict[str, Any]:
     if text is None:
         raise UsageError(
             f"{where}: no zimage_jax metadata in this picture "

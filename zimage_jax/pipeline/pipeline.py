@@ -120,6 +120,11 @@ class ZImage:
     def __repr__(self) -> str:
         return f"<ZImage {self.name}: {self.describe()}>"
 
+    def measure(self) -> None:
+        """Measure the device's rates, for half a second, where no table has them: plans have
+        predicted seconds then."""
+        self._plans.measure()
+
     def describe(self) -> str:
         """One line for a person: the model's sizes, its formats, its compute dtype and its
         device."""

@@ -11,6 +11,7 @@ from ..planning.seconds import seconds
 from ..planning.stored import StoredCosts, has_published_widths
 from ..planning.work import Work
 from ..runtime.programs import CompiledCosts, Programs
+from ..runtime.rates import measure
 from .stages import STAGES
 
 
@@ -21,6 +22,9 @@ class Plans:
         self._programs = programs
         self._sizes = Sizes(programs.storage, programs.dtype.itemsize)
         self.planner = self._planner(CompiledCosts(programs))
+        card = cards.of_device(programs.placement.device.device_kind)
+        # of cards in the table, computing in 16 bits; others are known once they are measured
+        self.rates = card.rates if card is not None and programs.dtype.itemsize == 2 else None
 
     def _planner(self, costs) -> Planner:
         return Planner(STAGES, self._programs.storage, self._programs.dtype.itemsize, costs)
@@ -45,6 +49,11 @@ class Plans:
             message = f"{fault}; raise --max-vram; {advice}"
             raise OutOfMemoryError(message, fault.needed, side) from None
 
+    def measure(self) -> None:
+        """Measure this device, unless its rates are known: plans have seconds then."""
+        if self.rates is None:
+            self.rates = measure(self._programs.placement, self._programs.dtype.name)
+
     def together(
         self,
         works: Sequence[Work],
@@ -66,15 +75,13 @@ class Plans:
     def _seconds(self, plan: Plan, work: Work, memory: Memory) -> dict[str, float] | None:
         """Predicted seconds by stage, with parameters in host memory; None if a rate is unknown.
 
-        Rates are known for cards of the table computing in 16 bits; the CPU's (text encoder on the
-        host) and the disk's (a host window) are not.
+        Those of the CPU (text encoder on the host) and of the disk (a host window) are not known.
         """
-        card = cards.of_device(self._programs.placement.device.device_kind)
         text = plan.choices.get("text")
         on_host = text is not None and text.stream is None
-        if card is None or self._programs.dtype.itemsize != 2 or on_host or memory.host_bytes:
+        if self.rates is None or on_host or memory.host_bytes:
             return None
-        return seconds(STAGES, plan, work, self._sizes, card.rates)
+        return seconds(STAGES, plan, work, self._sizes, self.rates)
 
     def _largest_side(self, work: Work, memory: Memory, budget: int) -> int:
         """The largest square that fits: its side in pixels, from 2048 down to 64; 0 if none fits.

@@ -16,7 +16,7 @@ from pydantic import Field, create_model
 from ..errors import UsageError
 from ..model.samplers import SAMPLERS, SCHEDULES
 from ..pipeline.opened import decode
-from ..pipeline.picture import A1111
+from ..pipeline.picture import A1111, texts_in
 from .errors import RefusedError
 from .jobs import RUNNING, Jobs, Live
 from .order import MOST_PIXELS, Base64, Count, Order, Seed, Text, from_base64, order, seed_to_json
@@ -300,7 +300,5 @@ def _png_info(body: PngInfo) -> dict[str, Any]:
     decode(data, "image", MOST_PIXELS)
     if not data.startswith(b"\x89PNG"):
         return {"info": "", "items": {}, "parameters": {}}
-    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-        image.load()
-        items = {key: text for key, text in image.info.items() if isinstance(text, str)}
+    items = texts_in(data)
     return {"info": items.pop("parameters", ""), "items": items, "parameters": {}}

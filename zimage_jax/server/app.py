@@ -23,6 +23,7 @@ from .errors import RefusedError, invalid, refusal_of
 from .guard import COOKIE, Guard, same, session_of
 from .jobs import Jobs
 from .order import LARGEST_BODY
+from .page import page
 from .store import Store
 
 CONNECTIONS = 1000  # beyond, clients are asked to come again
@@ -49,6 +50,7 @@ def make_app(jobs: Jobs, key: str | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _plain)
     if key is not None:
         _add_sign_in(app, key)
+    page.mount(app, jobs)
     return app
 
 

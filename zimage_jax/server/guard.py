@@ -1,6 +1,7 @@
 """Who may talk to the server: the Host, the Origin and the key of every request, before its body is
 read. Plain ASGI, so that event streams are not held back."""
 
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -8,9 +9,11 @@ from base64 import b64decode
 from binascii import Error as NotBase64
 from collections.abc import Collection
 from http.cookies import CookieError, SimpleCookie
+from importlib.resources import files
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.responses import HTMLResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import RefusedError
@@ -41,6 +44,9 @@ class Guard:
             if self._bytes + nbytes > MOST_BYTES:
                 raise RefusedError(503, "too many large requests at once", "busy", retry_after=5)
         except RefusedError as refusal:
+            if refusal.status == 401 and scope["path"] == "/" and scope["method"] == "GET":
+                await HTMLResponse(_sign_in(), 401)(scope, receive, send)
+                return
             await refusal.response(scope["path"])(scope, receive, send)
             return
         self._bytes += nbytes
@@ -93,6 +99,12 @@ class Guard:
         except CookieError:
             return False
         return cookie is not None and same(cookie.value, session_of(self._key))
+
+
+@functools.cache
+def _sign_in() -> str:
+    """The page that asks a person for the key."""
+    return (files(__package__) / "page" / "sign_in.html").read_text("utf-8")
 
 
 def _size(headers: Headers) -> int:

@@ -5,9 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..errors import OutOfMemoryError
 from ..pipeline.request import Planned
+from ..pipeline.size import WHOLE
 from ..planning.plan import Plan
 from .jobs import Jobs
+from .order import Order
 
 
 def plan_to_json(planned: Planned) -> dict[str, Any]:
@@ -40,6 +43,34 @@ def _streams(plan: Plan) -> dict[str, dict[str, int]]:
                 "streamed_bytes": nbytes,
             }
     return found
+
+
+async def estimate(jobs: Jobs, order: Order) -> dict[str, Any]:
+    """What a job would take, and the largest square that fits now."""
+    found: dict[str, Any]
+    try:
+        planned = await jobs.plan(order)
+    except OutOfMemoryError as fault:
+        found = {"fits": False, "message": str(fault), "needed_bytes": fault.needed}
+        side = fault.side
+    else:
+        found = {"fits": True, **plan_to_json(planned)}
+        side = await _largest(jobs, order)
+    return found | {"largest": {"width": side, "height": side} if side else None}
+
+
+async def _largest(jobs: Jobs, order: Order) -> int:
+    """The side of the largest square that fits, up to the largest that the model draws whole."""
+    config = jobs.engine.config
+    widest = min(config.transformer.axes_lens[1:]) * config.pixel_multiple
+    side = min(WHOLE * config.vae.sample_size, widest)
+    if order.canvas is not None:
+        return 0  # its size is the picture's
+    try:
+        await jobs.plan(order.with_size(side, side))
+    except OutOfMemoryError as fault:
+        return fault.side
+    return side
 
 
 def report(jobs: Jobs) -> dict[str, Any]:

@@ -2,17 +2,15 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import PlainTextResponse
 
-from ..errors import OutOfMemoryError
-from ..pipeline.size import WHOLE
 from .errors import RefusedError
 from .jobs import RUNNING, Jobs, Live
-from .memory import plan_to_json, report
+from .memory import estimate, report
 from .order import Drawing, Order, from_base64, given, order, seed_to_json
 from .pictures import FORMATS, encoded, to_base64
 from .store import ACCEPTED, STATES, Record
@@ -65,16 +63,19 @@ def live_or_record(jobs: Jobs, job: str) -> Live | Record:
     return found
 
 
-def make_order(jobs: Jobs, body: Any, origin: str = "native") -> Order:
-    """The order of a Drawing: call it in a thread. Raises UsageError."""
+def make_order(
+    jobs: Jobs, body: Any, origin: str = "native", files: Mapping[str, bytes] | None = None
+) -> Order:
+    """The order of a Drawing: call it in a thread. `files`: image and mask, if they are not in the
+    body. Raises UsageError."""
     said = given(body)
-    inputs = {
+    inputs = dict(files or {}) | {
         name: from_base64(name, data)
         for name in ("image", "mask")
         if (data := said.pop(name, None)) is not None
     }
-    seed, count = said.pop("seed", -1), said.pop("count", 1)
-    return order(jobs.engine.config, origin, said, seed=seed, count=count, inputs=inputs)
+    own = {name: said.pop(name) for name in ("seed", "count", "enlarge") if name in said}
+    return order(jobs.engine.config, origin, said, inputs=inputs, **own)
 
 
 def router(jobs: Jobs) -> APIRouter:
@@ -179,17 +180,7 @@ def _machine(routes: APIRouter, jobs: Jobs) -> None:
     @routes.post("/plan")
     async def plan(body: Drawing):  # type: ignore[valid-type]
         """What a job would take, and the largest square that fits now. Nothing is drawn."""
-        made = await jobs.aside(make_order, jobs, body)
-        found: dict[str, Any]
-        try:
-            planned = await jobs.plan(made)
-        except OutOfMemoryError as fault:
-            found = {"fits": False, "message": str(fault), "needed_bytes": fault.needed}
-            side = fault.side
-        else:
-            found = {"fits": True, **plan_to_json(planned)}
-            side = await _largest(jobs, made)
-        return found | {"largest": {"width": side, "height": side} if side else None}
+        return await estimate(jobs, await jobs.aside(make_order, jobs, body))
 
     @routes.get("/memory")
     async def memory():
@@ -222,17 +213,3 @@ def _machine(routes: APIRouter, jobs: Jobs) -> None:
             "running": len(jobs.live) - jobs.queued,
             "engine_starts": jobs.engine.starts,
         }
-
-
-async def _largest(jobs: Jobs, made: Order) -> int:
-    """The side of the largest square that fits, up to the largest that the model draws whole."""
-    config = jobs.engine.config
-    widest = min(config.transformer.axes_lens[1:]) * config.pixel_multiple
-    side = min(WHOLE * config.vae.sample_size, widest)
-    if made.canvas is not None:
-        return 0  # its size is the picture's
-    try:
-        await jobs.plan(made.with_size(side, side))
-    except OutOfMemoryError as fault:
-        return fault.side
-    return side

@@ -14,7 +14,7 @@ from .. import checks
 from ..errors import UsageError
 from ..model.config import ModelConfig
 from ..model.kv import KVPolicy
-from ..pipeline.canvas import Canvas
+from ..pipeline.canvas import Canvas, enlarged_size
 from ..pipeline.job import Job
 from ..pipeline.opened import decode, mask_of
 from ..pipeline.pipeline import ZImage
@@ -67,6 +67,10 @@ Drawing = request_of(
     mask=(Base64 | None, None),
     kv=(KV | None, None),
     memory=(MemoryOptions | None, None),
+    enlarge=(
+        float | None,
+        Field(None, description="draw the image again, so many times as large; it sets the size"),
+    ),
 )
 _FITTING = inspect.signature(ZImage.canvas).parameters.keys() - {
     "self",
@@ -108,13 +112,17 @@ def order(
     seed: int | str | None = -1,
     count: int = 1,
     inputs: Mapping[str, bytes] | None = None,
+    enlarge: float | None = None,
 ) -> Order:
     """Check a request as ZImage.generate would. This decodes pictures, so call it in a thread.
 
-    `given`: arguments of generate as JSON, those that are None left out. Raises UsageError.
+    `given`: arguments of generate as JSON, those that are None left out. `enlarge`: as the factor of
+    ZImage.enlarged. Raises UsageError.
     """
     arguments = {name: value for name, value in given.items() if value is not None}
     inputs, seeds = dict(inputs or {}), _seeds(seed, count)
+    if enlarge is not None:
+        arguments |= _enlarged(config, inputs, arguments, enlarge)
     job = as_arguments(arguments)
     job.pop("memory", None)
     fitting = {name: job.pop(name) for name in _FITTING & job.keys()}
@@ -132,9 +140,27 @@ def order(
             multiple=config.pixel_multiple,
             model_side=config.vae.sample_size,
         )
+        canvas = replace(canvas, enlarges=enlarge is not None)
         job |= dict.fromkeys(size)
-    Job.of(config, job.pop("prompt"), seed=seeds[0], canvas=canvas, **job)
+    checked = Job.of(config, job.pop("prompt"), seed=seeds[0], canvas=canvas, **job)
+    if enlarge is not None:
+        arguments["strength"] = (
+            checked.strength
+        )  # the engine gets a picture that is enlarged already
     return Order(origin=origin, arguments=arguments, seeds=seeds, inputs=inputs, canvas=canvas)
+
+
+def _enlarged(
+    config: ModelConfig, inputs: Mapping[str, bytes], arguments: Mapping[str, Any], factor: float
+) -> dict[str, Any]:
+    if "image" not in inputs:
+        raise UsageError("enlarge needs an image: there is none")
+    for name in ("width", "height"):
+        if name in arguments:
+            raise UsageError(f"enlarge sets the size: {name} cannot be given")
+    opened = decode(inputs["image"], "image", MOST_PIXELS)
+    width, height = enlarged_size(opened, factor, config.pixel_multiple)
+    return {"fit": "stretch", "width": width, "height": height}
 
 
 def as_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

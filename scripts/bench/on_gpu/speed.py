@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from scripts.bench.on_gpu.models import folder_of
-from zimage_jax import devices
 from zimage_jax.model.attention import Attend, attention
 from zimage_jax.planning.cards import context_bytes
 from zimage_jax.runtime.placement import HOST, Placement
+from zimage_jax.runtime.rates import measure
 from zimage_jax.runtime.reader import read_units
 from zimage_jax.weights.checkpoint import Checkpoint
 
@@ -119,7 +119,7 @@ def rates(cell: dict) -> dict:
     """What planning.cards.MeasuredCard holds of a device, but for what reads files."""
     before = _used_bytes()
     placement = Placement.on()
-    found = devices.measure(placement, cell["dtype"])
+    found = measure(placement, cell["dtype"])
     stats = placement.device.memory_stats() or {}
     capability = placement.target.capability or tuple(cell["capability"])
     taken, memory = _used_bytes(), _total_bytes()
