@@ -1,11 +1,13 @@
-"""python -m zimage_jax.serve: draw pictures for programs, by OpenAI's API, A1111's and our own."""
+"""python -m zimage_jax.serve: a page for people; for programs OpenAI's API, A1111's and our own."""
 
 from . import interrupts
 
 if __name__ == "__main__":
     interrupts.install()  # before the imports below, which take a third of a second
 
+import importlib.util
 import ipaddress
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -54,10 +56,13 @@ from .options import Number
     show_default=True,
     help="Most jobs that may wait.",
 )
+@click.option(
+    "--page/--no-page", "has_page", default=True, help="Show the page at /, or only APIs."
+)
 @options.MODEL
 @options.DTYPE
 @options.memory_options
-def command(host, port, data, api_key, hosts, most, model, dtype, **memory_flags) -> None:
+def command(host, port, data, api_key, hosts, most, has_page, model, dtype, **memory_flags) -> None:
     """Serve pictures until Ctrl-C or SIGTERM.
 
     A job that was accepted is drawn, even if the server is killed: the next one with the same --data
@@ -76,6 +81,11 @@ def command(host, port, data, api_key, hosts, most, model, dtype, **memory_flags
     with interrupts.at_once():
         try:
             from .server import app
+
+            if has_page and importlib.util.find_spec("gradio") is None:
+                raise ImportError("No module named 'gradio'")
+            if has_page:  # its import takes 5 seconds, in which the engine can start
+                threading.Thread(target=app.page).start()
         except ImportError as fault:
             raise UsageError(
                 f'{fault}: the server needs more packages; pip install "zimage_jax[serve]"'
@@ -86,7 +96,7 @@ def command(host, port, data, api_key, hosts, most, model, dtype, **memory_flags
         closing(app.Store(data)) as store,
         ZImageProcess(model, dtype=dtype, memory=memory) as engine,
     ):
-        app.serve(engine, store, listener, most=most, key=api_key, hosts=hosts)
+        app.serve(engine, store, listener, most=most, key=api_key, hosts=hosts, has_page=has_page)
 
 
 def _is_loopback(host: str) -> bool:

@@ -18,7 +18,9 @@ def start(native, cache_of_processes):
 
     def call(data, *arguments, **environment) -> LiveServer:
         own = {"JAX_COMPILATION_CACHE_DIR": cache_of_processes, **environment}
-        return LiveServer(data, "--model", native(MODEL), *arguments, environment=own)
+        # the page's import takes 5 seconds of a core: its tests ask for it
+        given = "--model", native(MODEL), "--no-page", *arguments
+        return LiveServer(data, *given, environment=own)
 
     return call
 

@@ -9,6 +9,8 @@ from PIL import Image
 
 webuiapi = pytest.importorskip("webuiapi")
 
+pytestmark = pytest.mark.exhaustive  # a server of its own
+
 SMALL = {"width": 64, "height": 48, "steps": 3, "cfg_scale": 1.0, "sampler_name": "Euler"}
 
 

@@ -28,6 +28,7 @@ def pictures(server: LiveServer, job: str) -> list[bytes]:
     return [server.get(picture["url"]) for picture in done["pictures"]]
 
 
+@pytest.mark.exhaustive
 def test_after_kill_9_every_accepted_job_is_drawn_once(server, picture):
     jobs = [JOB | {"seed": n, "count": 1 + n % 2, "steps": 5 + 20 * n} for n in range(4)]
     accepted = [server.post("/jobs", job)["id"] for job in jobs]
@@ -60,6 +61,7 @@ def test_after_kill_9_every_accepted_job_is_drawn_once(server, picture):
     assert files == {url.removeprefix("/pictures/") for url in listed}
 
 
+@pytest.mark.exhaustive
 def test_an_engine_that_is_killed_costs_time_and_no_picture(server):
     starts = server.get("/health")["engine_starts"]
     job = server.post("/jobs", JOB | {"steps": 300, "seed": 1})["id"]
@@ -69,6 +71,7 @@ def test_an_engine_that_is_killed_costs_time_and_no_picture(server):
     assert server.get("/health")["engine_starts"] == starts + 1
 
 
+@pytest.mark.exhaustive
 def test_sigterm_stores_what_runs(server):
     job = server.post("/jobs", LONG | {"seed": 1})["id"]
     server.wait(job, "running")
@@ -89,6 +92,7 @@ def test_sigterm_stores_what_runs(server):
     assert server.ask("DELETE", f"/jobs/{job}")[0] == 200
 
 
+@pytest.mark.exhaustive
 def test_a_second_signal_ends_it_at_once(server):
     job = server.post("/jobs", LONG)["id"]
     server.wait(job, "running")
@@ -113,7 +117,7 @@ def test_what_cannot_be_served_is_said_in_a_line(server, tmp_path, run):
         (["--api-key", "short"], 2, "expected 8 or more"),
         (["--port", 0, "--data", tmp_path / "data", "--model", tmp_path / "none"], 1, "none"),
     ]:
-        found, out, error = run(*arguments, command=serve.command)
+        found, out, error = run("--no-page", *arguments, command=serve.command)
         assert (found, out, error.count("\n")) == (code, "", 1), error
         assert error.startswith("error: ")
         assert message in error

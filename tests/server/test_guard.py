@@ -13,6 +13,8 @@ from tests.server.conftest import png
 from zimage_jax.server.guard import MOST_BYTES, session_of
 from zimage_jax.server.order import LARGEST_BODY
 
+pytestmark = pytest.mark.exhaustive  # a server of its own
+
 KEY = "a key of some length"
 JSON = {"Content-Type": "application/json"}
 

@@ -23,7 +23,7 @@ PATIENCE = 60_000  # milliseconds
 @pytest.fixture(scope="module")
 def server(start, tmp_path_factory):
     data = tmp_path_factory.mktemp("page") / "data"
-    with start(data, ZIMAGE_API_KEY=KEY) as made:
+    with start(data, "--page", ZIMAGE_API_KEY=KEY) as made:
         yield made
 
 

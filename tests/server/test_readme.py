@@ -4,7 +4,10 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 from PIL import Image
+
+pytestmark = pytest.mark.exhaustive  # a server of its own
 
 PAGE = Path(__file__).parent.parent.parent / "zimage_jax" / "server" / "README.md"
 

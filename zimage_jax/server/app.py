@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Collection, Iterator
+from types import ModuleType
 
 import uvicorn
 from fastapi import FastAPI, Form
@@ -23,14 +25,13 @@ from .errors import RefusedError, invalid, refusal_of
 from .guard import COOKIE, Guard, same, session_of
 from .jobs import Jobs
 from .order import LARGEST_BODY
-from .page import page
 from .store import Store
 
 CONNECTIONS = 1000  # beyond, clients are asked to come again
 _CLOSING = 2  # seconds that open connections have at a stop, after the jobs'
 
 
-def make_app(jobs: Jobs, key: str | None = None) -> FastAPI:
+def make_app(jobs: Jobs, key: str | None = None, *, has_page: bool) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await jobs.start()
@@ -50,8 +51,14 @@ def make_app(jobs: Jobs, key: str | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _plain)
     if key is not None:
         _add_sign_in(app, key)
-    page.mount(app, jobs)
+    if has_page:
+        page().mount(app, jobs)
     return app
+
+
+def page() -> ModuleType:
+    """The module of the page: Gradio takes 5 seconds to import."""
+    return importlib.import_module(".page.page", __package__)
 
 
 def _add_sign_in(app: FastAPI, key: str) -> None:
@@ -151,6 +158,7 @@ def serve(
     most: int,
     key: str | None = None,
     hosts: Collection[str] = (),
+    has_page: bool = True,
 ) -> None:
     """Serve until a signal. Raises EngineError if the engine cannot be started again, and
     KeyboardInterrupt after Ctrl-C."""
@@ -158,8 +166,9 @@ def serve(
     jobs = Jobs(engine, store, most=most)
     host, port = listener.getsockname()[:2]
     place = f"[{host}]" if ":" in host else host
-    line = f"listening on http://{place}:{port} (API: /docs); model {engine.name}, data in {store.folder}"
-    server = Server(Guard(make_app(jobs, key), key, hosts), jobs, line)
+    what = "a page for people, " if has_page else ""
+    line = f"listening on http://{place}:{port} ({what}/docs for programs); model {engine.name}, data in {store.folder}"
+    server = Server(Guard(make_app(jobs, key, has_page=has_page), key, hosts), jobs, line)
     server.run(sockets=[listener])
     if jobs.fault is not None:
         raise EngineError(f"{jobs.fault}; the jobs are stored, and drawn after the next start")

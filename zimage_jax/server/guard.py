@@ -21,6 +21,7 @@ from .order import LARGEST_BODY
 
 COOKIE = "zimage_session"
 MOST_BYTES = 8 * LARGEST_BODY  # of all bodies that are in memory at once
+_FOR_PEOPLE = ("/", "/docs")  # who come without the key are asked for it
 OPEN = ("/health", "/sign-in")  # paths that need no key
 
 
@@ -44,7 +45,7 @@ class Guard:
             if self._bytes + nbytes > MOST_BYTES:
                 raise RefusedError(503, "too many large requests at once", "busy", retry_after=5)
         except RefusedError as refusal:
-            if refusal.status == 401 and scope["path"] == "/" and scope["method"] == "GET":
+            if refusal.status == 401 and scope["path"] in _FOR_PEOPLE and scope["method"] == "GET":
                 await HTMLResponse(_sign_in(), 401)(scope, receive, send)
                 return
             await refusal.response(scope["path"])(scope, receive, send)
