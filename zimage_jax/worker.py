@@ -121,13 +121,11 @@ class Worker:
 
 def _check_device(number: str | None = None) -> None:
     """Raises UsageError if JAX fell back to the CPU."""
-    import jax
+    from .runtime.placement import Placement
 
-    if (
-        number is not None
-        and jax.default_backend() == "cpu"
-        and os.environ["JAX_PLATFORMS"] != "cpu"
-    ):
+    if number is None or os.environ["JAX_PLATFORMS"] == "cpu":
+        return
+    if Placement.on().shares_memory:
         raise UsageError(
             f"device {number}: JAX finds no such GPU (JAX_PLATFORMS=cpu: a process on the CPU for "
             "each number)"
