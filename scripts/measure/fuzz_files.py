@@ -14,11 +14,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from checkpoints_convert import sources
 from checkpoints_convert.inspect import inspect
 from zimage_jax.errors import ZImageError
 from zimage_jax.model.prompt import Prompts
 from zimage_jax.pipeline.pipeline import TINY
+from zimage_jax.weights import sources
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.writer import Writer
 
@@ -49,7 +49,7 @@ def targets(folder: Path) -> dict:
     """File -> what reads it."""
     tiny, vae, dst = shutil.copytree(TINY, folder / "tiny"), folder / "vae", folder / "dst"
     storage, found = Checkpoint(tiny).storage, {}
-    for part, (_, place) in sources._CONFIGS.items():
+    for part, (_, place) in sources.CONFIGS.items():
         (folder / place).parent.mkdir()
         (folder / place).write_text(json.dumps(storage.config.to_json()[part]))
         found[folder / place] = lambda _: sources.read_configs(folder)

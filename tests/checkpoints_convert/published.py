@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from checkpoints_convert import sources
 from checkpoints_convert.convert import convert
 from tests import small
 from zimage_jax.model.layers import named_arrays
-from zimage_jax.weights import components
+from zimage_jax.weights import components, sources
 from zimage_jax.weights.checkpoint import Checkpoint
 
 CONFIG = small.CONFIGS["five_blocks"]

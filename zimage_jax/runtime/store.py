@@ -10,7 +10,7 @@ import numpy as np
 from ..planning.plan import StreamPlan
 from ..units import tree_bytes
 from ..weights import components
-from ..weights.checkpoint import Checkpoint
+from ..weights.in_place import ModelFiles
 from .placement import DEVICE, Placement, free_host_bytes
 from .program import Program
 from .reader import READERS, HostSource, Leaves, Source, WindowSource, read_units, settled
@@ -27,7 +27,7 @@ class ParameterStore:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, placement: Placement, program: Callable[..., Program]
+        self, checkpoint: ModelFiles, placement: Placement, program: Callable[..., Program]
     ):
         self.checkpoint, self.placement, self.program = checkpoint, placement, program
         # a pin waits for a read: in one pool, pins before their reads would wait for ever
