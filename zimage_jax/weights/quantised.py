@@ -36,6 +36,8 @@ _FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _E2M1 = np.concatenate([_E2M1, -_E2M1])  # bit 3 is the sign
+# byte -> its two inputs, as the 64 bits of two float32
+_PAIRS = np.stack([_E2M1.repeat(16), np.tile(_E2M1, 16)], 1).view(np.uint64)[:, 0]
 _NVFP4_BLOCK = 16  # inputs that share a scale
 
 
@@ -75,8 +77,10 @@ class ScaledTensor(Tensor):
         return values, scales.astype(np.float32, copy=False)
 
     def _widened(self, first: int, last: int) -> np.ndarray:
-        dtype = np.dtype(np.int8) if self.dtype == "I8" else READABLE[self.dtype]
-        values = self._stored(first, last, dtype).astype(np.float32)
+        if self.dtype == "I8":
+            values = self._stored(first, last, np.dtype(np.int8)).astype(np.float32)
+        else:
+            values = super()._widened(first, last).astype(np.float32, copy=False)
         values *= self._scales(first, last).reshape(-1, *[1] * (values.ndim - 1))
         if not self.group:
             return values
@@ -110,12 +114,10 @@ class NVFP4Tensor(Tensor):
 
     def _widened(self, first: int, last: int) -> np.ndarray:
         rows, columns = last - first, self.shape[1]
-        data = self._bytes(first * columns // 2, rows * columns // 2).reshape(rows, columns // 2)
-        values = np.empty((rows, columns), np.float32)
-        values[:, ::2], values[:, 1::2] = _E2M1[data >> 4], _E2M1[data & 15]
-        blocks = values.reshape(rows, -1, _NVFP4_BLOCK)
+        data = self._bytes(first * columns // 2, rows * columns // 2)
+        blocks = _PAIRS[data].view(np.float32).reshape(rows, -1, _NVFP4_BLOCK)
         blocks *= (self._block_scales(first, last) * self.scale_2.number())[..., None]
-        return values
+        return blocks.reshape(rows, columns)
 
     def _block_scales(self, first: int, last: int) -> Float32[np.ndarray, "o b"]:
         """(row, column) lies at ((row // 128) * tiles + column // 4) * 512 + row % 32 * 16

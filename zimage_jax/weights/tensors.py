@@ -23,6 +23,11 @@ READABLE = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+_OF_BYTES = {  # dtype -> the number of each byte
+    name: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+    for name, dtype in READABLE.items()
+    if dtype.itemsize == 1
+}
 _SLAB = 1 << 21  # weights widened at a time
 
 
@@ -69,6 +74,8 @@ class Tensor:
     def _widened(self, first: int, last: int) -> np.ndarray:
         """Rows in float32, or bfloat16 if they are stored so."""
         values = self._stored(first, last, READABLE[self.dtype])
+        if values.itemsize == 1:  # looked up: ml_dtypes converts at a tenth of the speed
+            return _OF_BYTES[self.dtype][values.view(np.uint8)]
         return values if self.dtype in ("F32", "BF16") else values.astype(np.float32)
 
     def _stored(self, first: int, last: int, dtype: np.dtype) -> np.ndarray:
