@@ -11,9 +11,10 @@ from zimage_jax.errors import ForeignError, UsageError
 from zimage_jax.files import kind_of, printable
 from zimage_jax.model.config import TURBO_SHIFT
 from zimage_jax.units import size
+from zimage_jax.weights import formats, sources
 from zimage_jax.weights.checkpoint import Checkpoint
 
-from . import sources
+from . import checksums
 from .convert import convert as convert_source
 from .convert import reencode
 from .export import LAYOUTS
@@ -33,9 +34,10 @@ FILE = click.Path(path_type=Path)
     "--dit",
     "transformer",
     type=FILE,
-    help="The DiT as one safetensors file (ComfyUI or diffusers names).",
+    help="The DiT as one file (ComfyUI or diffusers names), which may be quantised: safetensors as "
+    "ComfyUI has them, or GGUF.",
 )
-@click.option("--text-encoder", type=FILE, help="The Qwen3 text encoder as one file.")
+@click.option("--text-encoder", type=FILE, help="The Qwen3 text encoder, likewise.")
 @click.option("--vae", type=FILE, help="The VAE as one file (diffusers or Flux names).")
 @click.option(
     "--config",
@@ -54,13 +56,12 @@ FILE = click.Path(path_type=Path)
     "--format",
     "--dtype",
     "form",
-    default="bfloat16",
-    show_default=True,
     metavar="FORMAT",
     help="How parameters are stored: bfloat16; float32; lossless (matrices of blocks in 12 bits, "
     "the same pictures as bfloat16); int8 or int8-hadamard (8 bits, which changes pictures). "
     "PATTERN=FORMAT gives some another, as in 'lossless,text_encoder=int8' or 'layers.*=int8': the "
-    "last pattern that matches a component, block or path counts.",
+    "last pattern that matches a component, block or path counts.  [default: bfloat16, and int8 for "
+    "what ComfyUI has in int8]",
 )
 @click.option("--verify", is_flag=True, help="First compare SRC with the published MD5 sums.")
 @click.option("--quiet", is_flag=True, help="Show neither progress nor summary.")
@@ -88,15 +89,17 @@ def convert(
                 f"{src} is a native checkpoint: only --format, --quiet and --json apply"
             )
         checkpoint = Checkpoint(src)
-        reencode(checkpoint, dst, form, quiet=quiet or as_json)
-        config = checkpoint.config
+        reencode(checkpoint, dst, form or "bfloat16", quiet=quiet or as_json)
     else:
         if verify and src is not None:
-            sources.verify(src, quiet=quiet)
+            checksums.verify(src, quiet=quiet)
         source = sources.open_source(src, given, config_folder, tokenizer, variant)
+        for remark in source.remarks():
+            click.echo(f"warning: {remark}", err=True)
         convert_source(source, dst, form, quiet=quiet or as_json)
-        config = source.config
     nbytes, seconds = _nbytes(dst), time.monotonic() - began
+    made = Checkpoint(dst)
+    config, form = made.config, form or formats.names(made.storage)
     if as_json:
         click.echo(
             json.dumps(

@@ -1,4 +1,4 @@
-"""The contents of a safetensors file, a diffusers folder or a native checkpoint, from headers."""
+"""The contents of a safetensors or GGUF file, a diffusers folder or a native checkpoint, from headers."""
 
 import math
 from pathlib import Path
@@ -6,13 +6,11 @@ from pathlib import Path
 from zimage_jax.errors import ForeignError
 from zimage_jax.files import kind_of, printable
 from zimage_jax.units import tree_bytes
+from zimage_jax.weights import sources
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.components import COMPONENTS
 from zimage_jax.weights.formats import Storage
-
-from . import sources
-
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4}
+from zimage_jax.weights.tensors import Header, Tensor
 
 
 def inspect(path: Path) -> dict:
@@ -44,25 +42,31 @@ def inspect(path: Path) -> dict:
         except ForeignError as fault:
             faults.append(str(fault))
     if components:
-        return {"kind": "single file", "components": components}
+        return {"kind": "single file", "components": components, "notes": _named(header)}
     return {
-        "kind": "safetensors file",
-        "components": {"unknown": _summary("-", header)},
+        "kind": "file",
+        "components": {"unknown": _summary("-", header.tensors)},
         "notes": {"note": faults[0]},
     }
+
+
+def _named(header: Header) -> dict[str, str]:
+    """What a header calls its model."""
+    names = [header.metadata[key] for key in sources.NAMES if header.metadata.get(key)]
+    return {"name": printable(names[0])} if names else {}
 
 
 def _describe(component: sources.Component) -> dict:
     return _summary(component.layout, list(component.tensors.values()))
 
 
-def _summary(layout: str, tensors: list[sources.Tensor]) -> dict:
+def _summary(layout: str, tensors: list[Tensor]) -> dict:
     return {
         "layout": layout,
         "tensors": len(tensors),
         "parameters": sum(math.prod(t.shape) for t in tensors),
-        "bytes": sum(math.prod(t.shape) * _BYTES.get(t.dtype, 1) for t in tensors),
-        "dtypes": sorted({t.dtype for t in tensors}),
+        "bytes": sum(t.nbytes for t in tensors),
+        "dtypes": sorted({t.kind for t in tensors}),
     }
 
 

@@ -27,7 +27,7 @@ FLOORS = [
     ),
 ]
 CONVERTER_ORDER = [
-    *("sources", "convert", "inspect", "export", "hub", "downloads", "fetch"),
+    *("checksums", "convert", "inspect", "export", "hub", "downloads", "fetch"),
     *("commands", "__main__"),
 ]
 FLOOR = {name: index for index, names in enumerate(FLOORS) for name in names}

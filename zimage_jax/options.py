@@ -397,7 +397,9 @@ _KV = [
 MODEL = click.option(
     "--model",
     type=click.Path(path_type=Path),
-    help="Folder written by checkpoints_convert.  [default: the tiny model in the package]",
+    help="Folder written by checkpoints_convert; or, read in place, a folder in diffusers layout, "
+    "ComfyUI's folder, or files separated by commas: DIT,TEXT_ENCODER,VAE,tokenizer.json.  "
+    "[default: the tiny model in the package]",
 )
 DTYPE = click.option(
     "--dtype",

@@ -184,8 +184,8 @@ def _model(
     """The model's name, and its parameters as stored."""
     from .model.config import PRESETS
     from .pipeline.pipeline import TINY
-    from .weights.checkpoint import Checkpoint
     from .weights.formats import parse
+    from .weights.in_place import open_model
 
     if model is None and card:
         model = "turbo"
@@ -200,9 +200,9 @@ def _model(
         raise UsageError(
             f"--format is for {', '.join(PRESETS)}; a checkpoint is stored as it was converted"
         )
-    if model is not None and not Path(model).exists():
+    if model is not None and "," not in model and not Path(model).exists():
         raise UsageError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
-    checkpoint = Checkpoint(model or TINY)
+    checkpoint = open_model(model or TINY)
     return checkpoint.path.resolve().name, checkpoint.storage
 
 

@@ -12,12 +12,13 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from checkpoints_convert import commands, export, sources
+from checkpoints_convert import commands, export
 from checkpoints_convert.convert import convert, reencode
 from checkpoints_convert.inspect import inspect
 from tests import small
 from tests.checkpoints_convert.published import CONFIG, TENSORS, arrays_of, comfy_files
 from zimage_jax.errors import ConversionError, DamagedError, OutputError
+from zimage_jax.weights import sources
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.writer import partial_folder
 

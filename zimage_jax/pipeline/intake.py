@@ -76,6 +76,7 @@ class Intake:
                     job = in_regions
                     work = self._work(job, encoded)
                     plan = self._plans.plan(work, memory, budget, stages)
+        warnings += self._store.remarks(plan)
         return Request(
             job=job,
             encoded=encoded,

@@ -32,8 +32,8 @@ from ..runtime.programs import Programs
 from ..runtime.store import ParameterStore
 from ..units import COMPUTE
 from ..weights import formats
-from ..weights.checkpoint import Checkpoint
 from ..weights.components import COMPONENTS
+from ..weights.in_place import InPlace, ModelFiles, open_model
 from . import report as reports
 from .canvas import Canvas, enlarged_size
 from .engine import IN_FLIGHT, Engine
@@ -56,7 +56,7 @@ class ZImage:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: ModelFiles,
         prompts: prompts_of.Prompts,
         dtype: str,
         memory: Memory,
@@ -84,8 +84,10 @@ class ZImage:
         device: jax.Device | None = None,
         in_flight: int | None = None,
     ) -> "ZImage":
-        """Open a native checkpoint; without a `path`, the tiny model inside the package.
+        """Open a model; without a `path`, the tiny one inside the package.
 
+        `path`: a native checkpoint, or other programs' files, which are read in place: a folder in
+        diffusers layout, ComfyUI's folder, or files separated by commas (weights.in_place.open_model).
         `dtype`: of the computation, bfloat16, float16 or float32. The default is bfloat16 on a GPU,
         float16 on a GPU without bfloat16 (before compute capability 8.0), and float32 on a CPU.
         With float16 the VAE computes in float32. `memory`: where parameters are and how they move;
@@ -93,12 +95,15 @@ class ZImage:
         first. `in_flight`: the most jobs that share the weights on their way over the device, 16 by
         default.
 
-        Raises CheckpointError if the folder is missing, foreign or damaged.
+        Raises CheckpointError if the folder is missing, foreign or damaged; ConversionError if
+        other programs' files have not exactly the model's tensors.
         """
         if dtype is not None:
             checks.one_of("dtype", dtype, COMPUTE)
         memory = Memory() if memory is None else checks.instance("memory", memory, Memory)
-        checkpoint, placement = Checkpoint(TINY if path is None else path), Placement.on(device)
+        checkpoint, placement = open_model(TINY if path is None else path), Placement.on(device)
+        for remark in checkpoint.remarks if isinstance(checkpoint, InPlace) else ():
+            warnings.warn(remark, ZImageWarning, stacklevel=2)
         own = default_dtype(placement.target)
         if dtype == "bfloat16" and own == "float16":
             warnings.warn(

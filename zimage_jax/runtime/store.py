@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 import numpy as np
 
-from ..planning.plan import StreamPlan
+from ..planning.plan import Plan, StreamPlan
 from ..units import tree_bytes
 from ..weights import components
-from ..weights.checkpoint import Checkpoint
+from ..weights.in_place import InPlace, ModelFiles
 from .placement import DEVICE, Placement, free_host_bytes
 from .program import Program
 from .reader import READERS, HostSource, Leaves, Source, WindowSource, read_units, settled
@@ -18,6 +18,8 @@ from .recorder import Recorder
 from .stream import Stream
 
 Unit = tuple[str, str]  # component, unit
+# of a block in place, by layout: scripts/results/other_files.md
+WINDOW_COST = "10 to 40 times the CPU time of a native checkpoint"
 
 
 class ParameterStore:
@@ -27,7 +29,7 @@ class ParameterStore:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, placement: Placement, program: Callable[..., Program]
+        self, checkpoint: ModelFiles, placement: Placement, program: Callable[..., Program]
     ):
         self.checkpoint, self.placement, self.program = checkpoint, placement, program
         # a pin waits for a read: in one pool, pins before their reads would wait for ever
@@ -111,6 +113,20 @@ class ParameterStore:
                 made = WindowSource(self.checkpoint, component, self.placement, host_bytes)
             self._sources[component, host_bytes] = made
         return self._sources[component, host_bytes]
+
+    def remarks(self, plan: Plan) -> list[str]:
+        """What a user should know of a plan: that it makes blocks anew at every use."""
+        streams = [c.stream for c in plan.choices.values() if c.stream and c.stream.streamed]
+        sources = [self.source(stream.component, plan.host_window) for stream in streams]
+        if not isinstance(self.checkpoint, InPlace) or not any(
+            isinstance(source, WindowSource) for source in sources
+        ):
+            return []
+        return [
+            f"{self.checkpoint.path}: its blocks are read in place through a window of host memory, "
+            f"and made anew at every use, which takes {WINDOW_COST}; convert it with "
+            "python -m checkpoints_convert"
+        ]
 
     @property
     def host_bytes(self) -> int:

@@ -21,14 +21,14 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from ..dtypes import DTYPES, SAFETENSORS
 from ..errors import CheckpointError, ConfigError, DamagedError, ForeignError
-from ..files import LARGEST_JSON, kind_of, open_regular, printable, read_json, read_regular
+from ..files import LARGEST_JSON, fill, kind_of, open_regular, printable, read_json, read_regular
 from ..model.config import ModelConfig
 from ..units import tree_bytes
 from . import components
@@ -38,7 +38,7 @@ from .formats import FORMATS, Storage
 FORMAT, VERSION = "zimage_jax checkpoint", 2
 _READ = (1, 2)  # versions; in 1 the manifest has no checksum of itself
 _LARGEST_MANIFEST = 16 << 20  # bytes
-_ALIGNMENT = 64  # bytes; XLA uses a host buffer without a copy if it is aligned so
+ALIGNMENT = 64  # bytes; XLA uses a host buffer without a copy if it is aligned so
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def layout(storage: Storage, component: str, unit: str) -> tuple[bytes, dict[str
         }
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
     start = 8 + len(text)
     records = {
         path: Record(leaf.dtype.name, leaf.shape, start + header[path]["data_offsets"][0], "")
@@ -214,7 +214,7 @@ class Checkpoint:
 
     def buffer_bytes(self, component: str, unit: str) -> int:
         """Bytes of the smallest buffer that `read` takes for a unit or a half."""
-        return self._runs(component, unit)[-1].end + _ALIGNMENT
+        return self._runs(component, unit)[-1].end + ALIGNMENT
 
     def _runs(self, component: str, name: str) -> list["_Run"]:
         """What is read of a unit's file for a unit or a half: the header, and its arrays."""
@@ -226,7 +226,7 @@ class Checkpoint:
             if r.offset == last.offset + last.nbytes:
                 runs[-1] = last._replace(nbytes=last.nbytes + r.nbytes)
             else:  # as far from an aligned address as in the file
-                place = last.end + (r.offset - last.end) % _ALIGNMENT
+                place = last.end + (r.offset - last.end) % ALIGNMENT
                 runs.append(_Run(r.offset, r.nbytes, place))
         return runs
 
@@ -249,13 +249,13 @@ class Checkpoint:
         runs = self._runs(component, name)
         if buffer is None:
             buffer = np.empty(self.buffer_bytes(component, name), np.uint8)
-        buffer = buffer[-buffer.ctypes.data % _ALIGNMENT :]
+        buffer = buffer[-buffer.ctypes.data % ALIGNMENT :]
         with open_regular(file, DamagedError) as f:
             found = os.fstat(f.fileno()).st_size
             try:
                 for run in runs if found == size else ():
                     f.seek(run.offset)
-                    read = _fill(buffer[run.place : run.end], f)
+                    read = fill(buffer[run.place : run.end], f)
                     if read != run.nbytes:  # cut while it was read
                         found = run.offset + read
                         break
@@ -286,15 +286,6 @@ class Checkpoint:
             if wrong := encoding.fault(tree):
                 raise DamagedError(f"{file}: {path}.{wrong}; convert again")
         return arrays
-
-
-def _fill(buffer: np.ndarray, file: BinaryIO) -> int:
-    """Read until `buffer` is full or the file ends. Returns the bytes read."""
-    count = 0
-    # typeshed's BinaryIO lacks readinto, which every file opened in binary mode has
-    while run := file.readinto(buffer.data[count:]):  # type: ignore[attr-defined]
-        count += run
-    return count
 
 
 def _what_is_there(path: Path) -> str:
