@@ -15,7 +15,7 @@ from zimage_jax.weights.checkpoint import Checkpoint
 
 from . import sources
 from .convert import convert as convert_source
-from .convert import reencode
+from .convert import convert_control, reencode
 from .export import LAYOUTS
 from .export import export as export_checkpoint
 from .inspect import inspect as inspect_path
@@ -70,7 +70,8 @@ def convert(
 ) -> None:
     """Convert a PyTorch Z-Image to a native checkpoint, or a native one to another format.
 
-    SRC is a folder in diffusers layout, one file with all three models, or a native checkpoint.
+    SRC is a folder in diffusers layout, one file with all three models, a native checkpoint, or the
+    file of a ControlNet Union (for a model that is not the published one, --config names its folder).
     --dit, --text-encoder and --vae give single files (ComfyUI's, for example) instead of SRC, or
     replace parts of SRC.
     After an interruption, run the same command again to resume.
@@ -90,6 +91,12 @@ def convert(
         checkpoint = Checkpoint(src)
         reencode(checkpoint, dst, form, quiet=quiet or as_json)
         config = checkpoint.config
+    elif src is not None and not given and kind_of(src) == "file" and sources.is_control(src):
+        if tokenizer or verify:
+            raise click.UsageError(f"{src} is a ControlNet: --tokenizer and --verify do not apply")
+        source = sources.open_control(src, config_folder, variant)
+        convert_control(source, dst, form, quiet=quiet or as_json)
+        config = None
     else:
         if verify and src is not None:
             sources.verify(src, quiet=quiet)
@@ -105,8 +112,8 @@ def convert(
         )
     elif not quiet:
         click.echo(f"{dst}: {size(nbytes)} in {form}, {seconds:.1f} s")
-        shift, defaults = config.scheduler.shift, config.defaults
-        if shift != TURBO_SHIFT:
+        if config is not None and config.scheduler.shift != TURBO_SHIFT:
+            shift, defaults = config.scheduler.shift, config.defaults
             click.echo(
                 f"shift is {shift:g}, Turbo's is {TURBO_SHIFT:g}: this looks like the base model; "
                 f"its defaults are --steps {defaults.steps} --guidance {defaults.guidance:g}"

@@ -21,7 +21,7 @@ from zimage_jax.files import LARGEST_JSON, read_regular
 from zimage_jax.model.prompt import Prompts
 from zimage_jax.weights import components, formats
 from zimage_jax.weights import names as rules
-from zimage_jax.weights.checkpoint import Checkpoint
+from zimage_jax.weights.checkpoint import CONTROL, MODEL, Checkpoint, stored_units
 from zimage_jax.weights.encodings import Encoding, Lossless
 from zimage_jax.weights.formats import Storage
 from zimage_jax.weights.writer import Writer, partial_folder
@@ -77,6 +77,7 @@ def convert(
     infinity; UsageError if a file of the source is inside DST.partial; OutputError (see Writer).
     """
     files = supply.identity() if supply else _identity(source)
+    assert source.tokenizer is not None
     _refuse_inside(partial_folder(dst), [*files, source.tokenizer])
     source.check()
     tokenizer = read_regular(source.tokenizer, LARGEST_JSON, ConversionError)
@@ -104,8 +105,36 @@ def convert(
         return writer.finish(tokenizer, provenance)
 
 
+def convert_control(
+    source: Source, dst: Path, form: str = "bfloat16", *, quiet: bool = False
+) -> Path:
+    """Write the native ControlNet `dst` from `source` (sources.open_control). Returns `dst`.
+
+    The rest is as of `convert`.
+    """
+    files = _identity(source)
+    _refuse_inside(partial_folder(dst), list(files))
+    source.check()
+    origins = _Origins(source, "transformer")
+    storage = _fitted(formats.parse(source.config, form), lambda *_: origins, quiet, CONTROL)
+    # rows of their own: patterns might match the model's parameters too
+    storage = replace(
+        storage,
+        special=tuple(
+            (f"transformer.{path}", storage.of("transformer", path))
+            for component, unit in stored_units(storage, CONTROL)
+            for path in storage.parameters(component, unit)
+            if storage.of(component, path) != storage.format
+        ),
+    )
+    provenance = {"files": {f.name: nbytes for f, (_, nbytes, _) in files.items()}}
+    with Writer(dst, storage, {"files": list(files.values())}, CONTROL) as writer:
+        _write_units(writer, lambda *_: origins, quiet)
+        return writer.finish(None, provenance)
+
+
 def _identity(source: Source) -> dict[Path, list]:
-    files = {f: f.stat() for c in COMPONENTS for f in source.components[c].files}
+    files = {f: f.stat() for of in source.components.values() for f in of.files}
     return {f: [f.name, s.st_size, s.st_mtime_ns] for f, s in files.items()}
 
 
@@ -159,7 +188,12 @@ def refuse_widening(source: Checkpoint, wanted: Storage) -> None:
                     )
 
 
-def _fitted(storage: Storage, unit_of_source: Callable[[str, str], Unit], quiet: bool) -> Storage:
+def _fitted(
+    storage: Storage,
+    unit_of_source: Callable[[str, str], Unit],
+    quiet: bool,
+    kind: str = MODEL,
+) -> Storage:
     """`storage`, with bfloat16 for the matrices that lossless has no room for.
 
     If one block's matrix has too many exceptions, those of all blocks stay in bfloat16: blocks of
@@ -167,8 +201,7 @@ def _fitted(storage: Storage, unit_of_source: Callable[[str, str], Unit], quiet:
     """
     todo = [
         (component, unit, path, encoding)
-        for component in COMPONENTS
-        for unit in storage.units(component)
+        for component, unit in stored_units(storage, kind)
         for path, encoding in storage.parameters(component, unit).items()
         if isinstance(encoding, Lossless)
     ]
@@ -212,7 +245,7 @@ def _write_units(
     """Write the units that an earlier writer has not, in the batches that `batches` makes of
     them."""
     storage = writer.storage
-    units = [(c, unit) for c in COMPONENTS for unit in storage.units(c)]
+    units = writer.units
     total = sum(storage.nbytes(*unit) for unit in units)
     with (
         tqdm(

@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from zimage_jax.errors import ConfigError, ConversionError, ForeignError, UsageE
 from zimage_jax.files import kind_of, open_regular, parse_json, printable, read_json
 from zimage_jax.model.config import (
     PRESETS,
+    ControlConfig,
     DefaultsConfig,
     DiTConfig,
     ModelConfig,
@@ -29,8 +30,10 @@ from zimage_jax.model.config import (
     TextEncoderConfig,
     VAEConfig,
 )
+from zimage_jax.model.control import Branch
 from zimage_jax.weights import components
 from zimage_jax.weights import names as rules
+from zimage_jax.weights.checkpoint import Checkpoint
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
 CONFIGS: dict[str, tuple[Any, str]] = {
@@ -72,10 +75,13 @@ _LEFT_OUT = {
     "text_encoder": re.compile(r"norm\.weight|lm_head\.weight"),
     "vae": re.compile(r"(?!)"),
 }
+# Union 2.0's own refiner was not trained: its authors' code runs the control layers instead
+_LEFT_OUT_OF_CONTROL = re.compile(r"control_noise_refiner\..*")
+_CONTROL = re.compile(r"control_(layers|noise_refiner|all_x_embedder)\..*")
 # other models, recognised by a tensor name that only they have
 _OTHERS = {
     r".*[._]lora_(A|B|up|down|a|b)\..*": "a LoRA, which is not a whole model",
-    r"control_(layers|noise_refiner|all_x_embedder)\..*": "a Z-Image ControlNet",
+    _CONTROL.pattern: "a Z-Image ControlNet, which is converted alone: SRC DST",
     r"siglip_.*": "Z-Image Omni or Edit, which are not supported",
     r"dec_net\..*": "Z-Image in pixel space, which is not supported",
     r"double_blocks\.\d+\.img_attn\.qkv\.weight": "Flux",
@@ -125,7 +131,7 @@ class Component:
     """One component of a source: its layout, and its tensors by name without prefix."""
 
     name: str
-    layout: str  # "diffusers", "comfy" or "flux"
+    layout: str  # "diffusers", "comfy" or "flux"; "control" of a ControlNet
     tensors: dict[str, Tensor] = field(default_factory=dict)
     duplicates: list[str] = field(default_factory=list)
 
@@ -137,6 +143,8 @@ class Component:
 
 def table(config: ModelConfig, component: str, layout: str) -> list:
     """The rules (weights.names) for a component in this layout."""
+    if layout == "control":
+        return rules.CONTROL
     if layout == "flux":
         return rules.vae_flux(len(config.vae.block_out_channels))
     return {
@@ -149,7 +157,11 @@ def table(config: ModelConfig, component: str, layout: str) -> list:
 
 @functools.cache  # takes 0.3 s for some hundred tensors, and is called twice per component
 def _entries(config: ModelConfig, component: str, layout: str) -> dict[str, rules.Entry]:
-    return rules.expected(table(config, component, layout), components.spec(config, component))
+    spec = components.spec(config, component)
+    if layout == "control":
+        assert config.control is not None
+        spec = Branch(config.transformer, config.control)
+    return rules.expected(table(config, component, layout), spec)
 
 
 @dataclass
@@ -158,7 +170,7 @@ class Source:
 
     components: dict[str, Component]
     config: ModelConfig
-    tokenizer: Path
+    tokenizer: Path | None  # None for a ControlNet
 
     def entries(self, component: str) -> dict[str, rules.Entry]:
         """Name -> entry of every tensor that the component must have."""
@@ -168,7 +180,7 @@ class Source:
         """Raises ConversionError, which lists the faults of all components: unknown, missing,
         duplicate and misshapen tensors, and unsupported dtypes."""
         groups: dict[tuple[str, str], list[str]] = {}
-        for component in COMPONENTS:
+        for component in self.components:
             for kind, what in self._faults(component):
                 groups.setdefault((component, kind), []).append(what)
         if not groups:
@@ -180,10 +192,18 @@ class Source:
         kinds = list(dict.fromkeys(kind for _, kind in groups))
         counts = [sum(len(f) for (_, k), f in groups.items() if k == kind) for kind in kinds]
         raise ConversionError(
-            "the tensors are not exactly those of the configured Z-Image "
+            "the tensors are not exactly those of the configured Z-Image"
+            f"{'' if self.config.control is None else chr(39) + 's ControlNet'} "
             f"({', '.join(f'{n} {kind}' for n, kind in zip(counts, kinds, strict=True))}); "
             "nothing was written:\n" + "\n".join(lines)
         )
+
+    def _left_out(self, component: str) -> re.Pattern:
+        """The tensors that are not used."""
+        control = self.config.control
+        if control is not None and control.refiner == "control_layers":
+            return _LEFT_OUT_OF_CONTROL
+        return _LEFT_OUT[component]
 
     def _faults(self, component: str) -> Iterator[tuple[str, str]]:
         """(kind, tensor) of each fault."""
@@ -202,7 +222,7 @@ class Source:
                     yield f"{tensor.dtype}, not {', '.join(_NUMPY)}:", name
                 continue
             is_last_layer = component == "text_encoder" and name.startswith(last)
-            if not is_last_layer and not _LEFT_OUT[component].fullmatch(name):
+            if not is_last_layer and not self._left_out(component).fullmatch(name):
                 yield "unknown", f"{printable(name)} {printable(list(tensor.shape))}"
 
 
@@ -256,6 +276,61 @@ def open_source(
             "tokenizer/tokenizer.json"
         )
     return Source({c: parts[c] for c in COMPONENTS}, config, tokenizer)
+
+
+def is_control(path: Path) -> bool:
+    """Whether a file is a ControlNet's. Raises as `read_header`."""
+    return any(_CONTROL.fullmatch(tensor.name) for tensor in read_header(path))
+
+
+def open_control(file: Path, model: Path | None = None, variant: str | None = None) -> Source:
+    """A ControlNet's safetensors file, as its authors and diffusers have it.
+
+    `model`: the model that it controls, a native checkpoint or a folder in diffusers layout; by
+    default the published one. Raises ConversionError for a file that is no such ControlNet,
+    ConfigError, and as Checkpoint.
+    """
+    if model is None:
+        config = PRESETS[variant or "turbo"]
+    elif kind_of(model / "manifest", ForeignError):
+        config = Checkpoint(model).config
+    else:
+        config = read_configs(model)
+    found = Component("transformer", "control", {t.name: t for t in read_header(file)})
+    names, tensors = list(found.tensors), found.tensors
+    layers = {m[1] for name in names if (m := re.fullmatch(r"control_layers\.(\d+)\..*", name))}
+    embedder = tensors.get("control_all_x_embedder.2-1.weight")
+    if embedder is None or len(embedder.shape) != 2 or embedder.shape[1] % 4 or not layers:
+        raise ConversionError(
+            f"{file}: expected a ControlNet Union of Z-Image, with control_layers and a matrix "
+            "control_all_x_embedder.2-1.weight of 4 inputs per channel"
+        )
+    parts = {
+        "layers": len(layers),
+        "in_channels": embedder.shape[1] // 4,
+        "refiner": _refiner(tensors),
+    }
+    try:
+        config = replace(config, control=ControlConfig.from_json(parts))
+    except ConfigError as fault:
+        raise ConfigError(f"{file}: {fault}") from None
+    return Source({"transformer": found}, config, None)
+
+
+def _refiner(tensors: dict[str, Tensor]) -> str:
+    """Which of config.REFINERS a ControlNet has. Union 2.0 has 2.1's tensors, but its refiner's
+    maps were never trained: they are 0 (as diffusers and ComfyUI tell them apart)."""
+    if not any(name.startswith("control_noise_refiner.") for name in tensors):
+        return "control_layers"  # diffusers leaves them out
+    first = "control_noise_refiner.0."
+    maps = [tensors.get(f"{first}{name}_proj.weight") for name in ("before", "after")]
+    if maps == [None, None]:
+        return "none"
+    for tensor in maps:
+        is_matrix = tensor is not None and len(tensor.shape) == 2 and tensor.dtype in _NUMPY
+        if tensor is None or (is_matrix and not tensor.rows(0, tensor.shape[0]).any()):
+            return "control_layers"
+    return "control_noise_refiner"
 
 
 def read_configs(folder: Path) -> ModelConfig:

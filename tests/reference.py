@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     ZImageControlNetModel,
+    ZImageControlNetPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -158,6 +159,29 @@ def control_net(config: ModelConfig, of: ControlConfig) -> ZImageControlNetModel
         norm_eps=c.norm_eps,
     )
     return _filled(model, control_tensors(config, of))
+
+
+def controlled_latents(
+    of: ControlConfig, picture, prompt, seed, scale, *, steps, guidance
+) -> np.ndarray:
+    """Latents that diffusers' pipeline draws from a control image of the size to draw."""
+    parts = pipeline(CONTROLLED, random_tensors(CONTROLLED)).components
+    pipe = ZImageControlNetPipeline(controlnet=control_net(CONTROLLED, of), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    height, width = picture.shape[:2]
+    found = pipe(
+        prompt,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        control_image=Image.fromarray(picture),
+        controlnet_conditioning_scale=scale,
+        negative_prompt="" if guidance else None,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(seed),
+    ).images
+    return found.permute(0, 2, 3, 1).numpy()
 
 
 def _controlled(of: ControlConfig, dtype) -> torch.Tensor:

@@ -110,6 +110,7 @@ CONTROLS = {
     "union 2.1 lite": ControlConfig(1, 33, "control_noise_refiner"),
 }
 CONTROLLED = small_config(layers=4, refiners=2)
+NATIVE = CONFIGS | {"controlled": CONTROLLED}
 
 
 @dataclass(frozen=True)

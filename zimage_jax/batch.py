@@ -31,7 +31,7 @@ from .talk import Talk
 LONGEST_LINE = 256 << 10  # bytes
 MOST_JOBS = 1_000_000
 RESULTS = "results.jsonl"
-_PATHS = ("image", "mask")  # relative to the folder of JOBS
+_PATHS = ("image", "mask", "control_image")  # relative to the folder of JOBS
 
 
 @click.command()
@@ -44,6 +44,7 @@ _PATHS = ("image", "mask")  # relative to the folder of JOBS
     help="Folder for the pictures, named by line, and for results.jsonl. A second run goes on.",
 )
 @options.MODEL
+@options.CONTROL
 @options.DTYPE
 @options.memory_options
 @click.option(
@@ -59,6 +60,7 @@ def command(
     jobs,
     output,
     model,
+    control,
     dtype,
     in_flight,
     strict,
@@ -92,7 +94,9 @@ def command(
             from .pipeline.pipeline import ZImage
 
             memory = options.memory_of(**memory_flags)
-            pipe = ZImage.load(model, dtype=dtype, memory=memory, in_flight=in_flight)
+            pipe = ZImage.load(
+                model, control=control, dtype=dtype, memory=memory, in_flight=in_flight
+            )
             talk.start(pipe, memory)
             with Progress(len(todo), silent=quiet or as_json) as progress:
                 for line, found in _draw_all(pipe, todo, ahead=2 * pipe.in_flight):

@@ -365,6 +365,11 @@ MODEL = click.option(
     type=click.Path(path_type=Path),
     help="Folder written by checkpoints_convert.  [default: the tiny model in the package]",
 )
+CONTROL = click.option(
+    "--control",
+    type=click.Path(path_type=Path),
+    help="ControlNet: a folder that checkpoints_convert wrote of its file, for --control-image.",
+)
 DTYPE = click.option(
     "--dtype",
     type=click.Choice(COMPUTE),

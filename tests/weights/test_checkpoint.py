@@ -95,7 +95,7 @@ def test_orbax_reads_the_manifest(native):
 
     with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename="manifest.json")) as checkpointer:
         manifest = checkpointer.restore(native(NAME) / "manifest", args=ocp.args.JsonRestore())
-    assert manifest["format"] == checkpoint.FORMAT
+    assert manifest["format"] == checkpoint.MODEL
 
 
 def flip(file, position: int) -> None:

@@ -475,3 +475,10 @@ PRESETS = {
     # 24 blocks make four equal chunks of 6
     "turbo-24": replace(TURBO, transformer=replace(TURBO.transformer, n_layers=24)),
 }
+# the published ControlNet Unions, for Turbo and the base model
+CONTROLS = {
+    "union-1.0": ControlConfig(6, 16, "none"),
+    "union-2.0": ControlConfig(15, 33, "control_layers"),
+    "union-2.1": ControlConfig(15, 33, "control_noise_refiner"),
+    "union-2.1-lite": ControlConfig(3, 33, "control_noise_refiner"),
+}

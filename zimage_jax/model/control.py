@@ -266,16 +266,29 @@ def denoise(
 ) -> Float[Array, "B h w C"]:
     """One NFE: dit.denoise with control tokens, `embed`'s."""
     x = dit.embed_image(model.stem, latents, context.dtype)
-    tokens = enter(x, control, config[1].refiner)
-    *early, main = runs(*config)
-    for run in early:
-        of_image = inputs.image._replace(time=time)
-        of_run = scale if run.adds else None
-        tokens = apply_blocks(blocks_of(model, run), tokens, of_image, of_run, attend)
-    tokens = join(model.control_before, tokens, context)
-    joint = inputs.joint._replace(time=time)
-    tokens = apply_blocks(blocks_of(model, main), tokens, joint, scale, attend)
+    image, joint = (of._replace(time=time) for of in (inputs.image, inputs.joint))
+    tokens = before_main(model, config, x, control, context, image, scale, attend)
+    main = blocks_of(model, runs(*config)[-1])
+    tokens = apply_blocks(main, tokens, joint, scale, attend)
     return dit.velocity(model.stem, tokens.trunk.x, time, *latents.shape[1:3])
+
+
+def before_main(
+    model: ControlledDiT,
+    config: tuple[DiTConfig, ControlConfig],
+    x: Float[Array, "B I D"],
+    control: Float[Array, "B I D"],
+    context: Float[Array, "B L D"],
+    image: BlockInputs,
+    scale: Float[Array, ""],
+    attend: Attend,
+) -> Tokens:
+    """All tokens before the main blocks, from dit.embed_image's and `embed`'s."""
+    tokens = enter(x, control, config[1].refiner)
+    for run in runs(*config)[:-1]:
+        of_run = scale if run.adds else None
+        tokens = apply_blocks(blocks_of(model, run), tokens, image, of_run, attend)
+    return join(model.control_before, tokens, context)
 
 
 def blocks_of(model: ControlledDiT, run: Run) -> list:

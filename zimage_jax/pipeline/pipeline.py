@@ -32,10 +32,10 @@ from ..runtime.programs import Programs
 from ..runtime.store import ParameterStore
 from ..units import COMPUTE
 from ..weights import formats
-from ..weights.checkpoint import Checkpoint
+from ..weights.checkpoint import CONTROL, Checkpoint
 from ..weights.components import COMPONENTS
 from . import report as reports
-from .canvas import Canvas, enlarged_size
+from .canvas import Canvas, enlarged_size, name_of
 from .engine import IN_FLIGHT, Engine
 from .intake import Intake
 from .job import Job, Picture, Result, Step, ZImageWarning
@@ -62,8 +62,10 @@ class ZImage:
         memory: Memory,
         placement: Placement,
         in_flight: int = IN_FLIGHT,
+        control_name: str | None = None,
     ):
         self.config, self.name = checkpoint.config, checkpoint.path.resolve().name
+        self.control_name = control_name
         self.dtype, self.memory = jnp.dtype(dtype), memory
         self._checkpoint, self._placement = checkpoint, placement
         self._programs = Programs(checkpoint.storage, dtype, placement)
@@ -79,6 +81,7 @@ class ZImage:
         cls,
         path: str | Path | None = None,
         *,
+        control: str | Path | None = None,
         dtype: str | None = None,
         memory: Memory | None = None,
         device: jax.Device | None = None,
@@ -86,7 +89,8 @@ class ZImage:
     ) -> "ZImage":
         """Open a native checkpoint; without a `path`, the tiny model inside the package.
 
-        `dtype`: of the computation, bfloat16, float16 or float32. The default is bfloat16 on a GPU,
+        `control`: a native ControlNet, for jobs with a `control_image`. `dtype`: of the
+        computation, bfloat16, float16 or float32. The default is bfloat16 on a GPU,
         float16 on a GPU without bfloat16 (before compute capability 8.0), and float32 on a CPU.
         With float16 the VAE computes in float32. `memory`: where parameters are and how they move;
         by default everything stays on the device if it fits. `device`: by default the process's
@@ -99,6 +103,10 @@ class ZImage:
             checks.one_of("dtype", dtype, COMPUTE)
         memory = Memory() if memory is None else checks.instance("memory", memory, Memory)
         checkpoint, placement = Checkpoint(TINY if path is None else path), Placement.on(device)
+        control_name = None
+        if control is not None:
+            of_control = Checkpoint(control, CONTROL)
+            checkpoint, control_name = checkpoint.under(of_control), of_control.path.resolve().name
         own = default_dtype(placement.target)
         if dtype == "bfloat16" and own == "float16":
             warnings.warn(
@@ -115,6 +123,7 @@ class ZImage:
             memory,
             placement,
             IN_FLIGHT if in_flight is None else checks.whole("in_flight", in_flight, 1, 64),
+            control_name,
         )
 
     def __repr__(self) -> str:
@@ -184,6 +193,8 @@ class ZImage:
         crop_mask: int | None = None,
         differential: bool = False,
         region: int | None = None,
+        control_image: Source | Canvas | None = None,
+        control_scale: float | None = None,
         kv: KVPolicy | None = None,
         attention: str = "auto",
         prompt_weights: bool = False,
@@ -208,6 +219,10 @@ class ZImage:
         with so many pixels around it, at the full size, and paste it back. `differential`: grey
         says how much is redrawn. `region`: draw in overlapping regions with sides of so many
         pixels; by default only if the size is too large for the model or the memory.
+
+        `control_image`: what the picture follows (edges, depth, a pose, as the ControlNet takes
+        them), opaque, fitted to the size like `image`; `control_scale`: how much, by default 0.75.
+        The ControlNet is the one given to `load`.
 
         `prompt_weights`: brackets weigh words, as in "a (red:1.3) circle" (model.emphasis has the
         syntax); without it they are text. `text_weight`: weight of text in quotes, 0 to 4.
@@ -248,6 +263,8 @@ class ZImage:
             crop_mask=crop_mask,
             differential=differential,
             region=region,
+            control_image=control_image,
+            control_scale=control_scale,
             kv=kv,
             attention=attention,
             prompt_weights=prompt_weights,
@@ -353,6 +370,7 @@ class ZImage:
         prompt: Any,
         *,
         image: Source | Canvas | None = None,
+        control_image: Source | Canvas | None = None,
         width: int | None = None,
         height: int | None = None,
         mask: Source | None = None,
@@ -380,10 +398,18 @@ class ZImage:
                 raise UsageError(f"{name} needs an image: {why}")
         else:
             canvas = self.canvas(image, width=width, height=height, **given)
-        for name in options.keys() - inspect.signature(Job.of).parameters.keys():
+        internal = {"canvas", "control"}
+        for name in options.keys() - (inspect.signature(Job.of).parameters.keys() - internal):
             raise UsageError(
                 f"no such argument: {printable(name, 40)}; ZImage.generate has them all"
             )
+        if control_image is not None:
+            if canvas is not None:
+                height, width = canvas.pixels.shape[:2]
+            if not isinstance(control_image, Canvas):
+                size = {"width": width, "height": height}
+                control_image = self.control_canvas(control_image, **size)
+            options["control"] = control_image
         options |= {"width": width, "height": height, "canvas": canvas}
         memory = self._memory(memory)
         return self._intake.request(prompt, memory, tuple(STAGES), self._result, options)
@@ -419,6 +445,18 @@ class ZImage:
             model_side=self.config.vae.sample_size,
         )
 
+    def control_canvas(
+        self, image: Source, *, width: int | None = None, height: int | None = None
+    ) -> Canvas:
+        """A control image at the size to draw, by default its own: `generate` takes it as its
+        `control_image`. It is cropped to another ratio. Raises UsageError."""
+        opened = open_picture(image, "control_image")
+        if opened.alpha is not None:
+            raise UsageError("control_image has transparent parts: expected an opaque picture")
+        multiple = self.config.pixel_multiple
+        made = Canvas.of(opened, width=width, height=height, multiple=multiple)
+        return made.named(image=name_of(image))
+
     def enlarged(
         self, picture: Source | Picture, factor: float | int = 2, **options: Any
     ) -> Canvas:
@@ -441,7 +479,7 @@ class ZImage:
     def _result(self, request: Request) -> Result:
         attempt = request.attempt
         job, latents = attempt.job, attempt.latents
-        common = reports.metadata(attempt, self.name)
+        common = reports.metadata(attempt, self.name, self.control_name)
         each = [
             {
                 "prompt": text,

@@ -10,12 +10,16 @@
       vae/decoder.safetensors, encoder.safetensors
       tokenizer.json
 
+A ControlNet is a checkpoint of its own, of another kind: it has the files of transformer/ whose
+names begin with control_, and no tokenizer.
+
 The arrays are not in orbax's format, because orbax restores them at less than half the speed of
 plain reading (scripts/bench/checkpoint.py; figures in scripts/results/speed.md). The manifest has
 every array's offset, so that a unit is one read into one aligned buffer. Reading verifies the
 checksums. On a CPU, JAX uses the buffer itself, without a copy.
 """
 
+import copy
 import json
 import math
 import os
@@ -29,13 +33,15 @@ import xxhash
 from ..dtypes import DTYPES, SAFETENSORS
 from ..errors import CheckpointError, ConfigError, DamagedError, ForeignError
 from ..files import LARGEST_JSON, kind_of, open_regular, printable, read_json, read_regular
-from ..model.config import ModelConfig
+from ..model.config import ControlConfig, ModelConfig
+from ..model.control import is_of_branch
 from ..units import tree_bytes
 from . import components
 from .components import COMPONENTS
 from .formats import FORMATS, Storage
 
-FORMAT, VERSION = "zimage_jax checkpoint", 2
+MODEL, CONTROL = "zimage_jax checkpoint", "zimage_jax control"  # kinds: "format" in the manifest
+VERSION = 2
 _READ = (1, 2)  # versions; in 1 the manifest has no checksum of itself
 _LARGEST_MANIFEST = 16 << 20  # bytes
 _ALIGNMENT = 64  # bytes; XLA uses a host buffer without a copy if it is aligned so
@@ -91,6 +97,12 @@ def layout(storage: Storage, component: str, unit: str) -> tuple[bytes, dict[str
     return len(text).to_bytes(8, "little") + text, records
 
 
+def stored_units(storage: Storage, kind: str) -> list[tuple[str, str]]:
+    """(component, unit) of each file of a checkpoint of this kind, in the model's order."""
+    units = ((c, unit) for c in COMPONENTS for unit in storage.units(c))
+    return [(c, unit) for c, unit in units if is_of_branch(unit) == (kind == CONTROL)]
+
+
 def manifest_checksum(manifest: dict[str, Any]) -> str:
     """xxh3 of the manifest without its own checksum; whitespace and order of keys do not count."""
     text = json.dumps(
@@ -107,6 +119,15 @@ def formats_json(storage: Storage) -> dict[str, Any]:
     return {"dtype": storage.format.name, **special}
 
 
+def config_json(storage: Storage, kind: str) -> dict[str, Any]:
+    """The manifest's keys about the model, and about what controls it."""
+    found = {"config": storage.config.to_json()}
+    if kind == CONTROL:
+        assert storage.config.control is not None
+        found["control"] = storage.config.control.to_json()
+    return found
+
+
 def _storage(config: ModelConfig, manifest: dict) -> Storage:
     rows = manifest.get("formats", [])
     return Storage(config, FORMATS[manifest["dtype"]], tuple((p, FORMATS[f]) for p, f in rows))
@@ -115,20 +136,26 @@ def _storage(config: ModelConfig, manifest: dict) -> Storage:
 class Checkpoint:
     """A native checkpoint on disk. Opening it reads and checks the manifest, but no arrays.
 
-    Raises ForeignError if `path` is not a native checkpoint, DamagedError if the manifest is not
-    what was written, CheckpointError for another version or an unsupported config.
+    `kind`: MODEL or CONTROL; None is either. Raises ForeignError if `path` is not a native checkpoint of that kind,
+    DamagedError if the manifest is not what was written, CheckpointError for another version or an
+    unsupported config.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, kind: str | None = MODEL):
         self.path = Path(path)
-        manifest = self._read_manifest()
+        manifest = self._read_manifest(kind)
+        kind = manifest["format"]
         where = f"{self.path}/manifest"
         try:
             self.config = ModelConfig.from_json(manifest["config"], where)
+            if kind == CONTROL:
+                control = ControlConfig.from_json(manifest["control"], f"{where}, control")
+                self.config = replace(self.config, control=control)
             self.storage = _storage(self.config, manifest)
             self.provenance = dict(manifest["provenance"])
-            self._tokenizer_checksum = manifest["tokenizer"]
+            self._tokenizer_checksum = None if kind == CONTROL else manifest["tokenizer"]
             self._headers: dict[tuple[str, str], bytes] = {}
+            self._folders = dict.fromkeys(stored_units(self.storage, kind), self.path)
             self._records = self._check_records(manifest["arrays"])
         except ConfigError as fault:
             raise CheckpointError(str(fault)) from None
@@ -138,13 +165,15 @@ class Checkpoint:
                 "copy or convert again"
             ) from None
 
-    def _read_manifest(self) -> dict:
+    def _read_manifest(self, kind: str | None) -> dict:
         file = self.path / "manifest" / "manifest.json"
         if not kind_of(file, CheckpointError):
-            raise ForeignError(f"{self.path}: {_what_is_there(self.path)}")
+            raise ForeignError(f"{self.path}: {_what_is_there(self.path, kind)}")
         manifest = read_json(file, _LARGEST_MANIFEST, DamagedError)
-        if manifest.get("format") != FORMAT:
-            raise ForeignError(f"{file}: not the manifest of a {FORMAT}")
+        found = manifest.get("format")
+        if found not in ((kind,) if kind else (MODEL, CONTROL)):
+            what = f"; it is a {found}" if found in (MODEL, CONTROL) else ""
+            raise ForeignError(f"{file}: not the manifest of a {kind or MODEL}{what}")
         version = manifest.get("version")
         if version not in _READ:
             raise CheckpointError(
@@ -162,26 +191,47 @@ class Checkpoint:
 
         Raises DamagedError if a row differs from what config and formats imply.
         """
-        checked: dict[str, dict[str, dict[str, Record]]] = {}
-        for component in COMPONENTS:
-            checked[component] = {}
-            for unit in self.storage.units(component):
-                header, records = layout(self.storage, component, unit)
-                rows = arrays[component][unit]
-                for path in sorted(records.keys() | rows.keys()):
-                    r, row = records.get(path), rows.get(path)
-                    expected = [r.dtype, list(r.shape), r.offset] if r else "no such array"
-                    if row is None or row[:3] != expected:
-                        got = "none" if row is None else printable(row)
-                        raise DamagedError(
-                            f"{self.path}/manifest: {component} {printable(path)}: "
-                            f"expected {expected}, got {got}; copy or convert again"
-                        )
-                checked[component][unit] = {
-                    path: replace(r, checksum=rows[path][3]) for path, r in records.items()
-                }
-                self._headers[component, unit] = header
+        checked: dict[str, dict[str, dict[str, Record]]] = {c: {} for c in COMPONENTS}
+        for component, unit in self._folders:
+            header, records = layout(self.storage, component, unit)
+            rows = arrays[component][unit]
+            for path in sorted(records.keys() | rows.keys()):
+                r, row = records.get(path), rows.get(path)
+                expected = [r.dtype, list(r.shape), r.offset] if r else "no such array"
+                if row is None or row[:3] != expected:
+                    got = "none" if row is None else printable(row)
+                    raise DamagedError(
+                        f"{self.path}/manifest: {component} {printable(path)}: "
+                        f"expected {expected}, got {got}; copy or convert again"
+                    )
+            checked[component][unit] = {
+                path: replace(r, checksum=rows[path][3]) for path, r in records.items()
+            }
+            self._headers[component, unit] = header
         return checked
+
+    def under(self, control: "Checkpoint") -> "Checkpoint":
+        """This model with the units of a ControlNet, each in its own folder and format.
+
+        Raises CheckpointError if the ControlNet was made for another model.
+        """
+        ours, theirs = self.config.transformer, control.config.transformer
+        for name in ("dim", "n_layers", "n_refiner_layers", "n_heads", "in_channels"):
+            own, other = getattr(ours, name), getattr(theirs, name)
+            if own != other:
+                raise CheckpointError(
+                    f"{control.path}: made for a transformer of {name} {other}, and that of "
+                    f"{self.path} has {own}; give the ControlNet of this model"
+                )
+        found = copy.copy(self)
+        found.config = replace(self.config, control=control.config.control)
+        of = control.storage
+        rows = (*self.storage.special, ("transformer.control_*", of.format), *of.special)
+        found.storage = Storage(found.config, self.storage.format, rows)
+        found._records = {c: units | control._records[c] for c, units in self._records.items()}
+        found._headers = self._headers | control._headers
+        found._folders = self._folders | control._folders
+        return found
 
     @property
     def tokenizer(self) -> Path:
@@ -209,8 +259,8 @@ class Checkpoint:
 
     def parameters(self, component: str) -> int:
         """Number of a component's parameters."""
-        leaves = components.units(self.config, component).values()
-        return sum(leaf.size for unit in leaves for leaf in unit.values())
+        of = components.units(self.config, component)
+        return sum(leaf.size for unit in self.units(component) for leaf in of[unit].values())
 
     def buffer_bytes(self, component: str, unit: str) -> int:
         """Bytes of the smallest buffer that `read` takes for a unit or a half."""
@@ -244,7 +294,7 @@ class Checkpoint:
         """
         name, unit = unit, components.unit_of(unit)
         of_unit = self._records[component][unit]
-        file = self.path / component / f"{unit}.safetensors"
+        file = self._folders[component, unit] / component / f"{unit}.safetensors"
         size = max(r.offset + r.nbytes for r in of_unit.values())
         runs = self._runs(component, name)
         if buffer is None:
@@ -297,12 +347,18 @@ def _fill(buffer: np.ndarray, file: BinaryIO) -> int:
     return count
 
 
-def _what_is_there(path: Path) -> str:
+def _what_is_there(path: Path, of: str | None) -> str:
     """Why `path` is not a checkpoint, and what to do."""
+    if of == CONTROL and kind_of(path, CheckpointError) == "file":
+        return (
+            "a file, not a native ControlNet; convert it first: python -m checkpoints_convert "
+            f"{path} DST"
+        )
     convert = f"convert it first: python -m checkpoints_convert {path} DST"
     kind = kind_of(path, CheckpointError)
     if not kind:
-        return "no such folder; give --model the folder that checkpoints_convert wrote"
+        flag = "--control" if of == CONTROL else "--model"
+        return f"no such folder; give {flag} the folder that checkpoints_convert wrote"
     if kind_of(path / "model_index.json", CheckpointError):
         return f"a diffusers folder, not a native checkpoint; {convert}"
     if kind != "folder":
