@@ -130,9 +130,10 @@ class Origin:
             height, width = job["image"].pixels.shape[:2]
         else:
             width, height = job["width"], job["height"]
-        canvas = pipe.control_canvas(job["control_image"], width=width, height=height)
-        own = self.settings.get("width"), self.settings.get("height")
         is_the_same = job["control_image"].name == self.control.get("image")
+        fit = {"fit": self.control["fit"]} if is_the_same else {}
+        canvas = pipe.control_canvas(job["control_image"], width=width, height=height, **fit)
+        own = self.settings.get("width"), self.settings.get("height")
         if is_the_same and (width, height) == own and canvas.sha256 != self.control["sha256"]:
             raise UsageError(
                 f"{printable(job['control_image'].name)} is not the picture that --from-image "

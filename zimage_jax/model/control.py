@@ -18,6 +18,7 @@ diffusers: `Tokens.seen` are the former, of the refiner alone.
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
@@ -136,7 +137,7 @@ def embed(
     embedder: Embedder,
     stem: dit.Stem,
     before: Linear | None,
-    latents: Float[Array, "B h w C"],
+    latents: Float[Array | np.ndarray, "B h w C"],
     dtype,
 ) -> Float[Array, "B I D"]:
     """Control tokens (a residual stream, see ops.from_tokens) before the refiner. They do not depend
@@ -146,8 +147,8 @@ def embed(
     diffusers' text-to-image pipeline.
     """
     missing = embedder.in_channels - latents.shape[-1]
-    latents = jnp.pad(latents, ((0, 0), (0, 0), (0, 0), (0, missing)))
-    x = dit.embed_image(stem, latents, dtype, embedder.x_embedder)
+    padded = jnp.pad(jnp.asarray(latents), ((0, 0), (0, 0), (0, 0), (0, missing)))
+    x = dit.embed_image(stem, padded, dtype, embedder.x_embedder)
     first = before or embedder.before
     return x if first is None else ops.to_tokens(_mapped(first, x), dtype)
 
@@ -157,6 +158,7 @@ def _mapped(linear: Linear, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     that `ops.wide` gives."""
     if x.dtype != jnp.float16:
         return linear(x, in_turn=True)
+    assert linear.bias is not None
     rows, factor = ops.rows_in_range(ops.from_tokens(x))
     bias = ops.last_axis(linear.bias[...].astype(jnp.float32), x.ndim)
     return (linear(rows, jnp.float32, in_turn=True) - bias) * factor + bias

@@ -224,19 +224,20 @@ def sample(
             image = inputs.image._replace(time=time)
             joint = inputs.joint._replace(time=time, keys=phase_keys)
             if controlled is None:
-                of, scale, main = dit, (), model.layers
                 x = dit.join(dit.apply_blocks(model.noise_refiner, x, image, attend), context)
+                x, cache = _main_blocks(
+                    dit, model.layers, (x, cache), (joint,), attend, phase.kv_format, reuses
+                )
             else:
                 assert isinstance(model, control.ControlledDiT)
                 assert parts is not None
-                tokens, amount = controlled
-                of, scale = control, (amount,)
-                x = control.before_main(model, parts, x, tokens, context, image, amount, attend)
+                given, scale = controlled
+                tokens = control.before_main(model, parts, x, given, context, image, scale, attend)
                 main = control.blocks_of(model, control.runs(*parts)[-1])
-            x, cache = _main_blocks(
-                of, main, (x, cache), (joint, *scale), attend, phase.kv_format, reuses
-            )
-            x = x if controlled is None else x.trunk.x
+                tokens, cache = _main_blocks(
+                    control, main, (tokens, cache), (joint, scale), attend, phase.kv_format, reuses
+                )
+                x = tokens.trunk.x
             state = after_blocks(model.stem, x, time, state, update, noise, kept)
             state = together(state, regions)
             if on_step is not None:

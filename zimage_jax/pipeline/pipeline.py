@@ -407,8 +407,7 @@ class ZImage:
             if canvas is not None:
                 height, width = canvas.pixels.shape[:2]
             if not isinstance(control_image, Canvas):
-                size = {"width": width, "height": height}
-                control_image = self.control_canvas(control_image, **size)
+                control_image = self.control_canvas(control_image, width=width, height=height)
             options["control"] = control_image
         options |= {"width": width, "height": height, "canvas": canvas}
         memory = self._memory(memory)
@@ -446,15 +445,20 @@ class ZImage:
         )
 
     def control_canvas(
-        self, image: Source, *, width: int | None = None, height: int | None = None
+        self,
+        image: Source,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        fit: str = "crop",
     ) -> Canvas:
         """A control image at the size to draw, by default its own: `generate` takes it as its
-        `control_image`. It is cropped to another ratio. Raises UsageError."""
+        `control_image`. `fit`: as of `canvas`. Raises UsageError."""
         opened = open_picture(image, "control_image")
         if opened.alpha is not None:
             raise UsageError("control_image has transparent parts: expected an opaque picture")
         multiple = self.config.pixel_multiple
-        made = Canvas.of(opened, width=width, height=height, multiple=multiple)
+        made = Canvas.of(opened, width=width, height=height, multiple=multiple, fit=fit)
         return made.named(image=name_of(image))
 
     def enlarged(

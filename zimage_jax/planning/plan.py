@@ -109,7 +109,7 @@ class StreamPlan:
     schedule: Schedule
     kinds: Kinds  # the kind of each chunk: chunks of one kind may use the same slot
     nbytes_of_units: tuple[tuple[int, ...], ...]  # of each chunk
-    # of each chunk: as many units of one shape have leaves of equal shapes
+    # of each chunk: those of one shape with as many units run the same programs
     shapes: Kinds = ()
     runs: tuple[int, ...] = ()  # chunks of each run; empty: all are one
 
@@ -173,7 +173,7 @@ class StreamPlan:
         return sum(nbytes for _, nbytes in self._widest(kind))
 
     def like(self, shape: Hashable, units: int) -> tuple[str, ...]:
-        """A chunk of a shape with so many units: the leaves of all these have the same shapes."""
+        """A chunk of a shape with so many units: all these run the same programs."""
         shapes = self.shapes or self.kinds
         return next(
             chunk
@@ -254,8 +254,8 @@ class StreamPlan:
             shapes = of[chunk], of[then.chunk] if then else 0
             units = self.chunks[chunk]
             half = components.half_of(units[0]) if len(units) == 1 else None
-            rest = half, self.unused(chunk), self.run_of(chunk)
-            kind = VisitKind(len(units), copied, without_kv, nfe, *shapes, *rest)
+            unused, run = self.unused(chunk), self.run_of(chunk)
+            kind = VisitKind(len(units), copied, without_kv, nfe, *shapes, half, unused, run)
             yield sweep, chunk, kind
 
     @property
@@ -298,8 +298,8 @@ def stream_plan(
     """
     nbytes = tuple(tuple(storage.nbytes(component, unit) for unit in chunk) for chunk in chunks)
     units = [unit for chunk in chunks for unit in chunk]
-    own = dict(zip(units, storage.alike(component, units), strict=True))
-    leaves = {number: storage.specs(component, unit) for unit, number in own.items()}
+    alike = dict(zip(units, storage.alike(component, units), strict=True))
+    leaves = {number: storage.specs(component, unit) for unit, number in alike.items()}
 
     def holder(number: int) -> int:
         """The number of the units with the most leaves that begin with these."""
@@ -308,12 +308,14 @@ def stream_plan(
         return max(fitting, key=lambda other: len(leaves[other]))
 
     holders = {number: holder(number) for number in leaves}
-    shapes = _numbered([tuple(own[unit] for unit in chunk) for chunk in chunks])
-    kinds = _numbered([tuple(holders[own[unit]] for unit in chunk) for chunk in chunks])
+    # blocks of two classes may have leaves of equal shapes
+    own = dict(zip(units, storage.trees(component, units), strict=True))
+    shapes = _numbered([tuple((alike[unit], own[unit]) for unit in chunk) for chunk in chunks])
+    kinds = _numbered([tuple(holders[alike[unit]] for unit in chunk) for chunk in chunks])
     return StreamPlan(component, chunks, of, kinds, nbytes, shapes, runs)
 
 
-def _numbered(chunks: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def _numbered(chunks: Sequence[tuple[Hashable, ...]]) -> tuple[int, ...]:
     """A number for each chunk: equal for those of blocks that are all alike, however many, and for
     those that differ in the same way."""
     shapes = [blocks if len(set(blocks)) > 1 else blocks[:1] for blocks in chunks]

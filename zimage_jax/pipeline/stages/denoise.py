@@ -213,7 +213,7 @@ class Denoise:
         context = programs.like(work.contexts, work.bucket, config.dim)
         keys = tuple(programs.keys(work, work.contexts, phase.kv_format) for phase in work.phases)
         inputs = programs.inputs(work, work.contexts)
-        arguments = model, latents, updates, context, inputs, keys, noises, kept
+        arguments: tuple = model, latents, updates, context, inputs, keys, noises, kept
         if work.control_layers:
             image = programs.like(work.contexts, work.image_tokens, config.dim)
             arguments = *arguments, (image, floats())
