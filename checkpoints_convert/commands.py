@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from zimage_jax.errors import ForeignError, UsageError
 from zimage_jax.files import kind_of, printable
@@ -236,3 +237,19 @@ def inspect(path: Path, as_json: bool) -> None:
         )
     for key, value in parts.get("notes", {}).items():
         click.echo(f"  {key}: {value}")
+
+
+NAMED = {"inspect": inspect, "fetch": fetch, "export": export}
+
+
+class _Completed(click.Group):
+    """What a shell completes: the named commands, or the options and paths of `convert`."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        return [*super().shell_complete(ctx, incomplete), CompletionItem(incomplete, type="file")]
+
+
+def completed() -> click.Group:
+    """All commands as a group, for shell completion alone."""
+    options = [param for param in convert.params if isinstance(param, click.Option)]
+    return _Completed("convert", NAMED, params=options)
