@@ -5,7 +5,7 @@ Weights come from numpy alone, so that goldens need no weights on disk and the P
 same ones."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import jax.numpy as jnp
@@ -15,8 +15,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from zimage_jax.model import control, dit, text_encoder, vae
 from zimage_jax.model.config import (
     ControlConfig,
+    DefaultsConfig,
     DiTConfig,
     ModelConfig,
+    SigmasConfig,
     TextEncoderConfig,
     VAEConfig,
 )
@@ -110,7 +112,10 @@ CONTROLS = {
     "union 2.1 lite": ControlConfig(1, 33, "control_noise_refiner"),
 }
 CONTROLLED = small_config(layers=4, refiners=2)
-NATIVE = CONFIGS | {"controlled": CONTROLLED}
+BASE = replace(  # the published base model differs from Turbo in its shift alone
+    CONFIGS["plain"], scheduler=SigmasConfig(6.0), defaults=DefaultsConfig.of(SigmasConfig(6.0))
+)
+NATIVE = CONFIGS | {"controlled": CONTROLLED, "base": BASE}
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,14 @@ class DiTConfig:
     @classmethod
     def from_json(cls, data: object, where: str = "transformer/config.json") -> "DiTConfig":
         """From the published JSON object; `where` begins each message. Raises ConfigError."""
-        heads = data.get("n_heads") if isinstance(data, dict) else None
+        heads = None
+        if isinstance(data, dict):
+            heads = data.get("n_heads")
+            _require(
+                data.get("siglip_feat_dim") is None,
+                f"{where}: siglip_feat_dim = {_shown(data.get('siglip_feat_dim'))}: "
+                "Z-Image Omni or Edit, which are not supported",
+            )
         neutral = {
             "n_kv_heads": [heads],
             "qk_norm": [True],
