@@ -58,7 +58,7 @@ def velocity(name: str, dtype=jnp.float32, scale: float | None = None) -> np.nda
 
 @pytest.mark.parametrize("name", every(CONTROLS, ["union 2.1"]))
 def test_velocity_agrees_with_diffusers(name, expected):
-    assert relative(velocity(name), expected[name]) <= 1e-5
+    assert relative(velocity(name), expected[name]) <= 1e-4
 
 
 @pytest.mark.parametrize("name", every(CONTROLS, []))
