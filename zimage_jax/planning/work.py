@@ -30,9 +30,9 @@ class Work:
     phases: tuple[Phase, ...]  # of the K/V policy; together they have all NFEs of the job
     update: Update = PLAIN  # of a step: what the sampler needs, with 0 for every number
     encodes: bool = False  # the job begins from a picture
-    control_layers: int = 0  # blocks of its ControlNet beside the main ones; 0: without one
     side: int | None = None  # latents of a region's side; None: a picture is drawn whole
     attention: str = "auto"  # one of model.attention.CHOICES
+    control_layers: int = 0  # blocks of a ControlNet beside the main ones; 0: without one
 
     @classmethod
     def of(
