@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from zimage_jax.errors import ForeignError, UsageError
 from zimage_jax.files import kind_of, printable
@@ -71,7 +72,8 @@ def convert(
 ) -> None:
     """Convert a PyTorch Z-Image to a native checkpoint, or a native one to another format.
 
-    SRC is a folder in diffusers layout, one file with all three models, or a native checkpoint.
+    SRC is a folder in diffusers layout, one file with all three models, a native checkpoint, or the
+    file of a ControlNet Union (for a model that is not the published one, --config names its folder).
     --dit, --text-encoder and --vae give single files (ComfyUI's, for example) instead of SRC, or
     replace parts of SRC.
     After an interruption, run the same command again to resume.
@@ -90,6 +92,12 @@ def convert(
             )
         checkpoint = Checkpoint(src)
         reencode(checkpoint, dst, form or "bfloat16", quiet=quiet or as_json)
+    elif src is not None and not given and kind_of(src) == "file" and sources.is_control(src):
+        if tokenizer or verify:
+            raise click.UsageError(f"{src} is a ControlNet: --tokenizer and --verify do not apply")
+        config = sources.controlled_config(config_folder, variant)
+        source = sources.open_control_file(src, config)
+        convert_source(source, dst, form, quiet=quiet or as_json)
     else:
         if verify and src is not None:
             checksums.verify(src, quiet=quiet)
@@ -98,7 +106,7 @@ def convert(
             click.echo(f"warning: {remark}", err=True)
         convert_source(source, dst, form, quiet=quiet or as_json)
     nbytes, seconds = _nbytes(dst), time.monotonic() - began
-    made = Checkpoint(dst)
+    made = Checkpoint(dst, kind=None)
     config, form = made.config, form or formats.names(made.storage)
     if as_json:
         click.echo(
@@ -108,8 +116,8 @@ def convert(
         )
     elif not quiet:
         click.echo(f"{dst}: {size(nbytes)} in {form}, {seconds:.1f} s")
-        shift, defaults = config.scheduler.shift, config.defaults
-        if shift != TURBO_SHIFT:
+        if config.control is None and config.scheduler.shift != TURBO_SHIFT:
+            shift, defaults = config.scheduler.shift, config.defaults
             click.echo(
                 f"shift is {shift:g}, Turbo's is {TURBO_SHIFT:g}: this looks like the base model; "
                 f"its defaults are --steps {defaults.steps} --guidance {defaults.guidance:g}"
@@ -232,3 +240,19 @@ def inspect(path: Path, as_json: bool) -> None:
         )
     for key, value in parts.get("notes", {}).items():
         click.echo(f"  {key}: {value}")
+
+
+NAMED = {"inspect": inspect, "fetch": fetch, "export": export}
+
+
+class _Completed(click.Group):
+    """What a shell completes: the named commands, or the options and paths of `convert`."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        return [*super().shell_complete(ctx, incomplete), CompletionItem(incomplete, type="file")]
+
+
+def completed() -> click.Group:
+    """All commands as a group, for shell completion alone."""
+    options = [param for param in convert.params if isinstance(param, click.Option)]
+    return _Completed("convert", NAMED, params=options)

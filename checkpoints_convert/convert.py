@@ -18,7 +18,7 @@ from zimage_jax import interrupts
 from zimage_jax.errors import ConversionError, UsageError
 from zimage_jax.files import LARGEST_JSON, read_regular
 from zimage_jax.weights import formats, origins
-from zimage_jax.weights.checkpoint import Checkpoint
+from zimage_jax.weights.checkpoint import CONTROL, MODEL, Checkpoint, stored_units
 from zimage_jax.weights.encodings import Encoding, Lossless
 from zimage_jax.weights.formats import Storage
 from zimage_jax.weights.origins import Origins
@@ -62,8 +62,8 @@ def convert(
     quiet: bool = False,
     supply: Supply | None = None,
 ) -> Path:
-    """Write the native checkpoint `dst` from `source`, stored in `form` (see formats.parse).
-    Returns `dst`.
+    """Write the native checkpoint `dst`, of a model or a ControlNet, from `source`, stored in `form`
+    (see formats.parse). Returns `dst`.
 
     `form` None: what the source has in an int8 of ours stays so, all else is bfloat16. `supply`:
     brings the files, if they are not all there; `form` must then not be lossless, which reads every
@@ -72,17 +72,20 @@ def convert(
     has NaN or infinity; UsageError if a file of the source is inside DST.partial; OutputError (see Writer).
     """
     files = supply.identity() if supply else source.identity()
-    _refuse_inside(partial_folder(dst), [*files, source.tokenizer])
+    tokenizers = [source.tokenizer] if source.tokenizer else []
+    _refuse_inside(partial_folder(dst), [*files, *tokenizers])
     source.check()
-    tokenizer = source.read_tokenizer()
+    tokenizer, kind = source.read_tokenizer(), source.kind
     provenance = {
-        "layouts": {c: source.components[c].layout for c in COMPONENTS},
+        "layouts": {c: of.layout for c, of in source.components.items()},
         "files": {f"{f.parent.name}/{f.name}": nbytes for f, (_, nbytes, _) in files.items()},
     }
-    parts = {c: Origins(source, c) for c in COMPONENTS}
+    parts = {c: Origins(source, c) for c in source.components}
     wanted = formats.parse(source.config, form) if form else origins.storage(source, parts)
-    storage = _fitted(wanted, lambda c, _: parts[c], quiet)
-    with Writer(dst, storage, {"files": list(files.values())}) as writer:
+    storage = _fitted(wanted, lambda c, _: parts[c], quiet, kind)
+    if kind == CONTROL:
+        storage = _by_name(storage)
+    with Writer(dst, storage, {"files": list(files.values())}, kind) as writer:
 
         def batches(units: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
             if supply is None:
@@ -94,6 +97,18 @@ def convert(
         return writer.finish(tokenizer, provenance)
 
 
+def _by_name(storage: Storage) -> Storage:
+    """A ControlNet's storage with a row for each parameter that differs: patterns might match the
+    model's parameters too."""
+    rows = [
+        (f"{component}.{path}", storage.of(component, path))
+        for component, unit in stored_units(storage, CONTROL)
+        for path in storage.parameters(component, unit)
+        if storage.of(component, path) != storage.format
+    ]
+    return replace(storage, special=tuple(rows))
+
+
 def reencode(source: Checkpoint, dst: Path, form: str, *, quiet: bool = False) -> Path:
     """Write the native checkpoint `dst` from another, stored in `form` (see formats.parse).
     Returns `dst`.
@@ -103,8 +118,8 @@ def reencode(source: Checkpoint, dst: Path, form: str, *, quiet: bool = False) -
     UsageError if `source` is inside DST.partial; OutputError (see Writer).
     """
     manifest = source.path / "manifest" / "manifest.json"
-    _refuse_inside(partial_folder(dst), [manifest, source.tokenizer])
-    tokenizer = read_regular(source.tokenizer, LARGEST_JSON, ConversionError)
+    _refuse_inside(partial_folder(dst), [manifest])
+    tokenizer = read_regular(source.tokenizer(), LARGEST_JSON, ConversionError)
     fingerprint = xxhash.xxh3_64_hexdigest(manifest.read_bytes())
     provenance = source.provenance | {"formats before": formats.describe(source.storage)}
 
@@ -144,7 +159,12 @@ def refuse_widening(source: Checkpoint, wanted: Storage) -> None:
                     )
 
 
-def _fitted(storage: Storage, unit_of_source: Callable[[str, str], Unit], quiet: bool) -> Storage:
+def _fitted(
+    storage: Storage,
+    unit_of_source: Callable[[str, str], Unit],
+    quiet: bool,
+    kind: str = MODEL,
+) -> Storage:
     """`storage`, with bfloat16 for the matrices that lossless has no room for.
 
     If one block's matrix has too many exceptions, those of all blocks stay in bfloat16: blocks of
@@ -152,8 +172,7 @@ def _fitted(storage: Storage, unit_of_source: Callable[[str, str], Unit], quiet:
     """
     todo = [
         (component, unit, path, encoding)
-        for component in COMPONENTS
-        for unit in storage.units(component)
+        for component, unit in stored_units(storage, kind)
         for path, encoding in storage.parameters(component, unit).items()
         if isinstance(encoding, Lossless)
     ]
@@ -197,7 +216,7 @@ def _write_units(
     """Write the units that an earlier writer has not, in the batches that `batches` makes of
     them."""
     storage = writer.storage
-    units = [(c, unit) for c in COMPONENTS for unit in storage.units(c)]
+    units = writer.units
     total = sum(storage.nbytes(*unit) for unit in units)
     with (
         tqdm(

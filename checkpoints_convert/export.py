@@ -190,7 +190,7 @@ def _diffusers_texts(source: Checkpoint, files: list[_File]) -> dict[str, bytes]
             place = f"{component}/{sources.WEIGHTS[component]}.safetensors.index.json"
             texts[place] = {"metadata": {"total_size": total}, "weight_map": names}
     found = {name: (json.dumps(text, indent=2) + "\n").encode() for name, text in texts.items()}
-    found["tokenizer/tokenizer.json"] = read_regular(source.tokenizer, LARGEST_JSON)
+    found["tokenizer/tokenizer.json"] = read_regular(source.tokenizer(), LARGEST_JSON)
     return found
 
 

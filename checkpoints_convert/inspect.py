@@ -20,7 +20,7 @@ def inspect(path: Path) -> dict:
     is damaged.
     """
     if kind_of(path / "manifest", ForeignError):
-        return _native(Checkpoint(path))
+        return _native(Checkpoint(path, kind=None))
     kind = kind_of(path, ForeignError)
     if kind == "folder":
         components = {}
@@ -70,10 +70,10 @@ def _summary(layout: str, tensors: list[Tensor]) -> dict:
     }
 
 
-def _formats(storage: Storage, component: str) -> dict[str, int]:
+def _formats(storage: Storage, component: str, units: list[str]) -> dict[str, int]:
     """Format -> the bytes of a component's parameters that are stored so."""
     found: dict[str, int] = {}
-    for unit in storage.units(component):
+    for unit in units:
         leaves = storage.leaves(component, unit)
         for path in storage.parameters(component, unit):
             own = [leaf for name, leaf in leaves.items() if f"{name}.".startswith(f"{path}.")]
@@ -90,10 +90,19 @@ def _native(checkpoint: Checkpoint) -> dict:
             "parameters": checkpoint.parameters(name),
             "bytes": checkpoint.nbytes(name),
             "dtypes": sorted({record.dtype for record in checkpoint.records(name).values()}),
-            "formats": _formats(checkpoint.storage, name),
+            "formats": _formats(checkpoint.storage, name, checkpoint.units(name)),
         }
         for name in COMPONENTS
+        if checkpoint.units(name)
     }
+    if checkpoint.config.control is not None:
+        control = checkpoint.config.control
+        notes = {
+            "units": f"{len(checkpoint.units('transformer'))}",
+            "control": f"{control.layers} blocks, {control.in_channels} channels, refiner "
+            f"{control.refiner}",
+        }
+        return {"kind": "native ControlNet", "components": components, "notes": notes}
     layouts, defaults = checkpoint.provenance.get("layouts"), checkpoint.config.defaults
     if not isinstance(layouts, dict):  # the checkpoint was not converted (the tiny model)
         layouts = {}

@@ -33,7 +33,7 @@ from .talk import Talk
 LONGEST_LINE = 256 << 10  # bytes
 MOST_JOBS = 1_000_000
 RESULTS, _ALL_RESULTS = "results.jsonl", "results*.jsonl"
-_PATHS = ("image", "mask")  # relative to the folder of JOBS
+_PATHS = ("image", "mask", "control_image")  # relative to the folder of JOBS
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class _PartType(click.ParamType):
     help="Folder for the pictures, named by line, and for results.jsonl. A second run goes on.",
 )
 @options.MODEL
+@options.CONTROL
 @options.DTYPE
 @options.memory_options
 @options.DEVICES
@@ -93,6 +94,7 @@ def command(
     jobs,
     output,
     model,
+    control,
     dtype,
     devices,
     part,
@@ -124,7 +126,7 @@ def command(
             click.echo(f"{done} pictures are drawn already", err=True)
         talk = Talk(quiet or as_json, is_tiny=model is None)
         with talk.warnings(), ExitStack() as stack:
-            given = {"dtype": dtype, "in_flight": in_flight}
+            given = {"control": control, "dtype": dtype, "in_flight": in_flight}
             pipe: Any
             if devices:
                 from .pool import ZImagePool

@@ -38,6 +38,7 @@ LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
     help="Read a prompt from a UTF-8 file of at most 64 KiB. May be repeated.",
 )
 @options.MODEL
+@options.CONTROL
 @click.option(
     "--size",
     help="Size in pixels, as in 1280x720, or a ratio such as 16:9.  [default: the model's own]",
@@ -133,6 +134,7 @@ def command(
     prompts,
     files,
     model,
+    control,
     size,
     width,
     height,
@@ -191,7 +193,10 @@ def command(
     picture_kv = _complete(job, origin.settings, count)
     _check_weights(job)
     files_out = _Output(output, overwrite, not no_metadata, preview, report, trace, bool(explore))
-    files_out.check(len(job["prompts"]), job["seeds"], [*files, *origin.files])
+    files_out.check(
+        len(job["prompts"]), job["seeds"], [*files, *origin.files, job["control_image"]]
+    )
+    origin.check_control(control, job)
 
     talk = Talk(quiet or as_json, is_tiny=model is None)
     with talk.warnings():
@@ -199,7 +204,7 @@ def command(
         from .pipeline.pipeline import ZImage
 
         memory, job["kv"] = options.memory_of(**flags), options.kv_of(kv, picture_kv)
-        pipe = ZImage.load(model, dtype=dtype)
+        pipe = ZImage.load(model, control=control, dtype=dtype)
         side, multiple = pipe.config.vae.sample_size, pipe.config.pixel_multiple
         if size:
             job["width"], job["height"] = parse_size(size, side, multiple)
@@ -209,6 +214,8 @@ def command(
         if canvas := origin.canvas(pipe, job):
             job["image"] = canvas
             talk.canvas(canvas, job, pipe)
+        if job["control_image"] is not None:
+            job["control_image"] = origin.control_canvas(pipe, job)
         _draw(pipe, job, batch_size, files_out, talk, as_json=as_json, memory=memory)
 
 

@@ -401,6 +401,12 @@ MODEL = click.option(
     "ComfyUI's folder, or files separated by commas: DIT,TEXT_ENCODER,VAE,tokenizer.json.  "
     "[default: the tiny model in the package]",
 )
+CONTROL = click.option(
+    "--control",
+    type=click.Path(path_type=Path),
+    help="ControlNet Union for --control-image: its file, or the folder that checkpoints_convert made "
+    "of it.",
+)
 DTYPE = click.option(
     "--dtype",
     type=click.Choice(COMPUTE),

@@ -38,6 +38,12 @@ BUCKET = 64  # caption tokens: a sentence or two
     "'layers.*=int8'.  [default: bfloat16]",
 )
 @click.option(
+    "--control",
+    metavar="FOLDER|NAME",
+    help="Follow a control image, by a ControlNet that checkpoints_convert wrote, or by the sizes of "
+    "union-1.0, union-2.0, union-2.1 or union-2.1-lite.",
+)
+@click.option(
     "--card",
     metavar="NAME|FILE",
     help="A card's name, as in rtx-4090, or the file of a measured card, as in mine.json.  "
@@ -87,6 +93,7 @@ BUCKET = 64  # caption tokens: a sentence or two
 def command(
     model,
     form,
+    control,
     card,
     compiles,
     sizes,
@@ -127,7 +134,7 @@ def command(
     from .weights.formats import describe, is_encoded, uniform
 
     wanted = find(card) if card else None
-    name, storage = _model(model, form, wanted)
+    name, storage = _model(model, form, wanted, control)
     steps = steps or storage.config.defaults.steps
     device = devices.of_card(wanted, storage, compiles) if wanted else devices.own(storage)
     if memory.host_bytes is not None:
@@ -179,13 +186,17 @@ def command(
 
 
 def _model(
-    model: str | None, form: str | None, card: "Card | MeasuredCard | None"
+    model: str | None,
+    form: str | None,
+    card: "Card | MeasuredCard | None",
+    control: str | None,
 ) -> "tuple[str, Storage]":
-    """The model's name, and its parameters as stored."""
-    from .model.config import PRESETS
+    """The model's name, and its parameters as stored, with those of the ControlNet."""
+    from .model.config import CONTROLS, PRESETS
     from .pipeline.pipeline import TINY
+    from .weights.controlled import Controlled
     from .weights.formats import parse
-    from .weights.in_place import open_model
+    from .weights.in_place import open_control, open_model
 
     if model is None and card:
         model = "turbo"
@@ -194,16 +205,30 @@ def _model(
             "--model is needed: a folder written by checkpoints_convert, or one of "
             f"{', '.join(PRESETS)}"
         )
+    if control is not None and control not in CONTROLS and not Path(control).exists():
+        raise UsageError(f"--control {control}: neither a folder nor one of {', '.join(CONTROLS)}")
     if model in PRESETS:
-        return model, parse(PRESETS[model], form or "bfloat16")
+        storage = parse(PRESETS[model], form or "bfloat16")
+        if control is None:
+            return model, storage
+        if control in CONTROLS:
+            config = replace(PRESETS[model], control=CONTROLS[control])
+            return f"{model} with {control}", parse(config, form or "bfloat16")
+        raise UsageError(f"--control {control}: with {model} expected one of {', '.join(CONTROLS)}")
     if form is not None:
         raise UsageError(
             f"--format is for {', '.join(PRESETS)}; a checkpoint is stored as it was converted"
         )
     if model is not None and "," not in model and not Path(model).exists():
         raise UsageError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
-    checkpoint = open_model(model or TINY)
-    return checkpoint.path.resolve().name, checkpoint.storage
+    files = open_model(model or TINY)
+    name = files.path.resolve().name
+    if control is None:
+        return name, files.storage
+    if control in CONTROLS:
+        raise UsageError(f"--control {control}: with a folder as --model expected a folder")
+    of = open_control(control, files.config)
+    return f"{name} with {of.path.resolve().name}", Controlled(files, of).storage
 
 
 def _pixels(text: str, config: "ModelConfig") -> tuple[int, int]:
@@ -251,6 +276,7 @@ def _rows(
             bucket=BUCKET,
             prompts=2 if config.defaults.guidance else 1,
             encodes=from_picture,
+            controls=config.control is not None,
             region=region_of(config, width, height) if from_picture else None,
         )
         row: dict = {"size": f"{width}x{height}", "width": width, "height": height}

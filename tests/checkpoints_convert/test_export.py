@@ -116,7 +116,7 @@ def test_there_and_back(natives, tmp_path, form, layout):
         source = sources.open_source(dst, {}, None, None)
         assert source.config == CONFIG
         tokenizer = dst / "tokenizer" / "tokenizer.json"
-        assert tokenizer.read_bytes() == Checkpoint(natives[form]).tokenizer.read_bytes()
+        assert tokenizer.read_bytes() == Checkpoint(natives[form]).tokenizer().read_bytes()
     else:
         files = {c: dst / name for c, name in COMFY.items()}
         configs = make(natives[form], tmp_path / "configs")

@@ -95,7 +95,7 @@ def timeline(
     """Of four chunks of a block over three sweeps."""
     chunks = tuple((f"layers.{i}",) for i in range(4))
     block = STORAGE.nbytes("transformer", "layers.0")
-    stream = StreamPlan("transformer", chunks, schedule.make(name, 4), (0,) * 4, (block,) * 4)
+    stream = StreamPlan("transformer", chunks, schedule.make(name, 4), (0,) * 4, ((block,),) * 4)
     window = None if ahead is None else ahead * block
 
     class Given(Timing):

@@ -99,8 +99,8 @@ class Canvas:
                 opened, soft, crop_mask, tuple(side or model_side for side in asked)
             )
         return made.named(
-            image=_name(image),
-            mask=_name(mask),
+            image=name_of(image),
+            mask=name_of(mask),
             fit=fit,
             mask_blur=blur,
             mask_grow=grow,
@@ -175,7 +175,7 @@ class Canvas:
         return found.hexdigest()
 
 
-def _name(source: object) -> str | None:
+def name_of(source: object) -> str | None:
     """The name of a file, for the metadata; never its folder."""
     return Path(source).name if isinstance(source, str | os.PathLike) else None
 

@@ -103,6 +103,7 @@ class Intake:
             batch=len(job.prompts),
             prompts=len(emphasis.to_run(encoded.values())),
             encodes=job.canvas is not None,
+            controls=job.control is not None,
             region=job.region,
             attention=job.attention,
         )

@@ -31,6 +31,8 @@ from . import picture as image
 from .canvas import Canvas
 from .size import check_size, region_of
 
+CONTROL_SCALE = 0.75  # diffusers' default
+
 
 class ZImageWarning(UserWarning):
     """The job runs, but not exactly as requested."""
@@ -103,6 +105,7 @@ class Report(TypedDict):
     cfg_truncation: NotRequired[float]
     region: NotRequired[int]
     image: NotRequired[dict[str, Any]]  # what a picture began from, and its strength
+    control: NotRequired[dict[str, Any]]  # the ControlNet, the control image and its scale
     kv: dict[str, Any]  # arguments of KVPolicy.parse
     dtype: str  # of the computation
     formats: str  # of the stored parameters
@@ -172,6 +175,8 @@ class Job:
     cfg_normalization: float
     cfg_truncation: float
     canvas: Canvas | None  # the picture to begin from, and its mask
+    control: Canvas | None  # the control image, which has no mask
+    control_scale: float
     strength: float | None  # None without a canvas
     strength_rule: str
     differential: bool
@@ -230,6 +235,8 @@ class Job:
         cfg_normalization: object = 0.0,
         cfg_truncation: object = 1.0,
         canvas: Canvas | None = None,
+        control: Canvas | None = None,
+        control_scale: object = None,
         strength: object = None,
         strength_rule: object = "noise",
         differential: object = False,
@@ -267,6 +274,10 @@ class Job:
             strength = _strength(canvas, region is not None) if strength is None else strength
         elif strength is not None:
             raise UsageError("strength needs an image: there is none to begin from")
+        if control is not None:
+            width, height = _controlled(config, canvas, control, width, height)
+        elif control_scale is not None:
+            raise UsageError("control_scale needs a control_image: there is none")
         job = cls(
             prompts=tuple(_prompt(text) for text in (prompts * count)[:count]),
             seeds=tuple(_seed(number) for number in (seeds * count)[:count]),
@@ -282,6 +293,10 @@ class Job:
             cfg_normalization=checks.real("cfg_normalization", cfg_normalization, 0, 100),
             cfg_truncation=checks.real("cfg_truncation", cfg_truncation, 0, 1),
             canvas=canvas,
+            control=control,
+            control_scale=checks.real(
+                "control_scale", CONTROL_SCALE if control_scale is None else control_scale, 0, 10
+            ),
             strength=None if strength is None else checks.real("strength", strength, 0, 1),
             strength_rule=checks.one_of(
                 "strength_rule", strength_rule, tuple(samplers.STRENGTH_RULES)
@@ -317,6 +332,23 @@ class Job:
                 if s >> 32
             ]
         return found
+
+
+def _controlled(
+    config: ModelConfig, canvas: Canvas | None, control: Canvas, width: object, height: object
+) -> tuple[int, int]:
+    """Width and height of a job with a control image. Raises UsageError."""
+    if config.control is None:
+        raise UsageError(
+            "control_image needs a ControlNet: load the model with control (--control FOLDER)"
+        )
+    if canvas is not None and canvas.cut is not None:
+        raise UsageError("control_image cannot be given with crop_mask: it is of the whole picture")
+    rows, columns = control.pixels.shape[:2]
+    for name, value, own in (("width", width, columns), ("height", height, rows)):
+        if value not in (None, own):
+            raise UsageError(f"{name} {checks.shown(value)}: the control image has {own}")
+    return columns, rows
 
 
 def _strength(canvas: Canvas, in_regions: bool) -> float:

@@ -171,6 +171,13 @@ _IMAGE_FIELDS: dict[str, Callable] = {
     "noise_level": partial(checks.real, low=0, high=1),
     "differential": lambda name, value: checks.instance(name, value, bool),
 }
+_CONTROL_FIELDS: dict[str, Callable] = {
+    "model": checks.text,
+    "image": lambda name, value: value is None or checks.text(name, value),
+    "fit": partial(checks.one_of, choices=FITS),
+    "sha256": checks.text,
+    "scale": partial(checks.real, low=0, high=10),
+}
 # a "?" marks a key that older pictures lack; unknown keys are ignored
 FIELDS: dict[str, Callable] = {
     "prompt": checks.text,
@@ -192,6 +199,7 @@ FIELDS: dict[str, Callable] = {
     "cfg_truncation?": partial(checks.real, low=0, high=1),
     "region?": _PIXELS,
     "image?": lambda name, value: check_metadata(name, value, _IMAGE_FIELDS),
+    "control?": lambda name, value: check_metadata(name, value, _CONTROL_FIELDS),
     "model": checks.text,
     "kv?": lambda name, value: check_metadata(name, value, KV_FIELDS, only_these=True),
     "versions": lambda name, value: check_metadata(name, value, {"zimage_jax": checks.text}),

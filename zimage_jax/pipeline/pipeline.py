@@ -32,10 +32,12 @@ from ..runtime.programs import Programs
 from ..runtime.store import ParameterStore
 from ..units import COMPUTE
 from ..weights import formats
+from ..weights.checkpoint import ModelFiles
 from ..weights.components import COMPONENTS
-from ..weights.in_place import InPlace, ModelFiles, open_model
+from ..weights.controlled import Controlled
+from ..weights.in_place import open_control, open_model
 from . import report as reports
-from .canvas import Canvas, enlarged_size
+from .canvas import Canvas, enlarged_size, name_of
 from .engine import IN_FLIGHT, Engine
 from .intake import Intake
 from .job import Job, Picture, Result, Step, ZImageWarning
@@ -62,8 +64,10 @@ class ZImage:
         memory: Memory,
         placement: Placement,
         in_flight: int = IN_FLIGHT,
+        control_name: str | None = None,
     ):
         self.config, self.name = checkpoint.config, checkpoint.path.resolve().name
+        self.control_name = control_name
         self.dtype, self.memory = jnp.dtype(dtype), memory
         self._checkpoint, self._placement = checkpoint, placement
         self._programs = Programs(checkpoint.storage, dtype, placement)
@@ -79,6 +83,7 @@ class ZImage:
         cls,
         path: str | Path | None = None,
         *,
+        control: str | Path | None = None,
         dtype: str | None = None,
         memory: Memory | None = None,
         device: jax.Device | None = None,
@@ -88,6 +93,7 @@ class ZImage:
 
         `path`: a native checkpoint, or other programs' files, which are read in place: a folder in
         diffusers layout, ComfyUI's folder, or files separated by commas (weights.in_place.open_model).
+        `control`: a ControlNet, native or its authors' file, for jobs with a `control_image`.
         `dtype`: of the computation, bfloat16, float16 or float32. The default is bfloat16 on a GPU,
         float16 on a GPU without bfloat16 (before compute capability 8.0), and float32 on a CPU.
         With float16 the VAE computes in float32. `memory`: where parameters are and how they move;
@@ -101,9 +107,13 @@ class ZImage:
         if dtype is not None:
             checks.one_of("dtype", dtype, COMPUTE)
         memory = Memory() if memory is None else checks.instance("memory", memory, Memory)
-        checkpoint, placement = open_model(TINY if path is None else path), Placement.on(device)
-        for remark in checkpoint.remarks if isinstance(checkpoint, InPlace) else ():
+        files, placement = open_model(TINY if path is None else path), Placement.on(device)
+        for remark in files.remarks:
             warnings.warn(remark, ZImageWarning, stacklevel=2)
+        control_name = None
+        if control is not None:
+            of_control = open_control(control, files.config)
+            files, control_name = Controlled(files, of_control), of_control.path.resolve().name
         own = default_dtype(placement.target)
         if dtype == "bfloat16" and own == "float16":
             warnings.warn(
@@ -114,12 +124,13 @@ class ZImage:
             )
         dtype = dtype or own
         return cls(
-            checkpoint,
-            prompts_of.Prompts.load(checkpoint.tokenizer),
+            files,
+            prompts_of.Prompts.load(files.tokenizer()),
             dtype,
             memory,
             placement,
             IN_FLIGHT if in_flight is None else checks.whole("in_flight", in_flight, 1, 64),
+            control_name,
         )
 
     def __repr__(self) -> str:
@@ -189,6 +200,8 @@ class ZImage:
         crop_mask: int | None = None,
         differential: bool = False,
         region: int | None = None,
+        control_image: Source | Canvas | None = None,
+        control_scale: float | None = None,
         kv: KVPolicy | None = None,
         attention: str = "auto",
         prompt_weights: bool = False,
@@ -213,6 +226,10 @@ class ZImage:
         with so many pixels around it, at the full size, and paste it back. `differential`: grey
         says how much is redrawn. `region`: draw in overlapping regions with sides of so many
         pixels; by default only if the size is too large for the model or the memory.
+
+        `control_image`: what the picture follows (edges, depth, a pose, as the ControlNet takes
+        them), opaque, fitted to the size like `image`; `control_scale`: how much, by default 0.75.
+        The ControlNet is the one given to `load`.
 
         `prompt_weights`: brackets weigh words, as in "a (red:1.3) circle" (model.emphasis has the
         syntax); without it they are text. `text_weight`: weight of text in quotes, 0 to 4.
@@ -253,6 +270,8 @@ class ZImage:
             crop_mask=crop_mask,
             differential=differential,
             region=region,
+            control_image=control_image,
+            control_scale=control_scale,
             kv=kv,
             attention=attention,
             prompt_weights=prompt_weights,
@@ -358,6 +377,7 @@ class ZImage:
         prompt: Any,
         *,
         image: Source | Canvas | None = None,
+        control_image: Source | Canvas | None = None,
         width: int | None = None,
         height: int | None = None,
         mask: Source | None = None,
@@ -385,10 +405,17 @@ class ZImage:
                 raise UsageError(f"{name} needs an image: {why}")
         else:
             canvas = self.canvas(image, width=width, height=height, **given)
-        for name in options.keys() - inspect.signature(Job.of).parameters.keys():
+        internal = {"canvas", "control"}
+        for name in options.keys() - (inspect.signature(Job.of).parameters.keys() - internal):
             raise UsageError(
                 f"no such argument: {printable(name, 40)}; ZImage.generate has them all"
             )
+        if control_image is not None:
+            if canvas is not None:
+                height, width = canvas.pixels.shape[:2]
+            if not isinstance(control_image, Canvas):
+                control_image = self.control_canvas(control_image, width=width, height=height)
+            options["control"] = control_image
         options |= {"width": width, "height": height, "canvas": canvas}
         memory = self._memory(memory)
         return self._intake.request(prompt, memory, tuple(STAGES), self._result, options)
@@ -424,6 +451,23 @@ class ZImage:
             model_side=self.config.vae.sample_size,
         )
 
+    def control_canvas(
+        self,
+        image: Source,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        fit: str = "crop",
+    ) -> Canvas:
+        """A control image at the size to draw, by default its own: `generate` takes it as its
+        `control_image`. `fit`: as of `canvas`. Raises UsageError."""
+        opened = open_picture(image, "control_image")
+        if opened.alpha is not None:
+            raise UsageError("control_image has transparent parts: expected an opaque picture")
+        multiple = self.config.pixel_multiple
+        made = Canvas.of(opened, width=width, height=height, multiple=multiple, fit=fit)
+        return made.named(image=name_of(image))
+
     def enlarged(
         self, picture: Source | Picture, factor: float | int = 2, **options: Any
     ) -> Canvas:
@@ -446,7 +490,7 @@ class ZImage:
     def _result(self, request: Request) -> Result:
         attempt = request.attempt
         job, latents = attempt.job, attempt.latents
-        common = reports.metadata(attempt, self.name)
+        common = reports.metadata(attempt, self.name, self.control_name)
         each = [
             {
                 "prompt": text,

@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from ..model import vae
 from ..runtime.placement import DEVICE, Placement
 from ..runtime.reader import read_units
-from ..weights.in_place import ModelFiles
+from ..weights.checkpoint import ModelFiles
 from . import picture
 
 

@@ -139,11 +139,12 @@ class Request(Handle):
 
     @property
     def key(self) -> tuple:
-        """Requests in flight together have the same: options about memory, and stages. One program
-        for all NFEs shares no sweep."""
+        """Requests in flight together have the same: options about memory, stages, and whether a
+        ControlNet's blocks are between the model's. One program for all NFEs shares no sweep."""
         denoise = self.plan.denoise
         alone = self.number if denoise is not None and denoise.is_one_program else None
-        return self.memory, tuple(stage.name for stage in self.stages), alone
+        controls = bool(self.work.control_layers)
+        return self.memory, tuple(stage.name for stage in self.stages), controls, alone
 
     @property
     def has_begun(self) -> bool:

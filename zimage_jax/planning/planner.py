@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from ..errors import OutOfMemoryError, UsageError
@@ -285,13 +286,18 @@ def _first_that_fits(candidates: list[_Candidate], budget: int, smallest: bool) 
 
 
 def streams(
-    sizes: Sizes, component: str, early: tuple[str, ...], main: tuple[str, ...], memory: Memory
+    sizes: Sizes,
+    component: str,
+    early: Sequence[tuple[str, ...]],
+    main: tuple[str, ...],
+    memory: Memory,
 ) -> Iterator[StreamPlan]:
     """Partitions and schedules that `memory` allows, the fastest first.
 
     Streams that never wait for a copy come first, then those of whole blocks, then those that copy
     the fewest bytes.
-    `early` blocks form chunks of their own before the `main` chunks, and no larger than these.
+    The runs of `early` blocks form chunks of their own before the `main` chunks, and no larger than
+    these.
 
     Raises UsageError for a number of chunks, a number of resident chunks, or a pin that does not
     exist.
@@ -301,14 +307,16 @@ def streams(
     for count in counts:
         # what stays on the device is not halved: the next job may keep it, whatever its chunks
         mains = [chunked(component, main, n) for n in (count, min(count, len(main)))]
-        befores = [_early(component, early, of_main) for of_main in mains]
         # their kinds and bytes, whatever the schedule
-        plans = [
-            stream_plan(sizes.storage, component, before + of_main, schedule.make("swap", count))
-            for before, of_main in zip(befores, mains, strict=True)
-        ]
+        plans = []
+        for of_main in mains:
+            of_runs = (*(_early(component, run, of_main) for run in early), of_main)
+            cut, swap = tuple(chain(*of_runs)), schedule.make("swap", count)
+            runs = tuple(map(len, of_runs))
+            plans.append(stream_plan(sizes.storage, component, cut, swap, runs))
         for row, resident in _rows(memory, count):
-            plan, before = plans[row.keeps_all], len(befores[row.keeps_all])
+            plan = plans[row.keeps_all]
+            before = sum(plan.runs[:-1])
             chunks = plan.chunks
             made = schedule.make(
                 row.name, len(chunks) if row.keeps_all else count, resident, memory.prefetch

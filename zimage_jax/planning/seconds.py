@@ -127,7 +127,8 @@ class Timing:
         config, nfes = self.sizes.config.transformer, self.work.nfes
         of_block = zip(nfes, self.work.kv_bytes_by_nfe(config), strict=True)
         moved = sum(nbytes for nfe, nbytes in of_block if nfe.keeps or nfe.reuses)
-        return self.jobs * config.n_layers * moved / self.rates.link
+        blocks = config.n_layers + self.work.control_layers
+        return self.jobs * blocks * moved / self.rates.link
 
     def stream(
         self,
@@ -138,7 +139,7 @@ class Timing:
     ) -> float:
         """Seconds of all visits of a stage.
 
-        `run(unit, nfe)`: seconds of one block. `groups`: micro-batches of a job that each visit
+        `run(unit, nfe)`: seconds of one block; `nfe` is None in all runs but the last. `groups`: micro-batches of a job that each visit
         computes.
         Resident chunks are read and copied in the order of use while others compute; streamed
         chunks use the link first.
@@ -175,7 +176,8 @@ class Timing:
             if load is not None:  # neither the program nor the copy starts before it is read
                 now = max(now, reader.arrival())
             if isinstance(action, Visit):
-                nfe = nfes[runs // len(chunks)]
+                is_main = stream.is_main(action.chunk)
+                nfe = nfes[runs // len(chunks)] if is_main else None
                 computed = sum(run(unit, nfe) for unit in chunks[action.chunk])
                 if rates.overlaps:
                     now += spread * max(computed, copied / spread) + (groups - spread) * computed

@@ -132,6 +132,7 @@ class Programs:
             attend=self.attend(work),
             phases=work.phases,
             regions=work.regions,
+            parts=(self.config.transformer, self.config.control) if work.control_layers else None,
             on_step=self.observer,
         )
 
@@ -178,14 +179,14 @@ class Programs:
 
         scratch = [0]
         for kind in kinds:
-            units = plan.like(kind.kind, kind.units)
+            units = plan.like(kind.shape, kind.units)
             x, inputs, static = call(kind, units)
             chunk, static = on_device(units), static | {"trees": storage.trees(component, units)}
             if kind.copied:
                 ring = self(ring_step, donate=(1, 3), **static)
-                copied = plan.like(kind.copied_kind, kind.copied)
+                copied = plan.like(kind.copied_shape, kind.copied)
                 following = tuple(on_host(unit, kind.without_kv) for unit in copied)
-                spare = replaced_by(on_device(plan.slot_of(kind.copied_kind)), following)
+                spare = replaced_by(on_device(plan.slot_for(copied)), following)
                 compiled = ring.compiled(chunk, spare, following, x, *inputs)
             else:
                 plain = self(run_chunk, donate=(1,), **static)

@@ -13,7 +13,7 @@ from jax import Array
 
 from ..planning.seconds import read_ahead
 from ..weights import components
-from ..weights.in_place import ModelFiles
+from ..weights.checkpoint import ModelFiles
 from .placement import DEVICE, HOST, Placement
 from .recorder import Recorder
 

@@ -10,7 +10,7 @@ import numpy as np
 from ..planning.plan import Plan, StreamPlan
 from ..units import tree_bytes
 from ..weights import components
-from ..weights.in_place import InPlace, ModelFiles
+from ..weights.checkpoint import ModelFiles
 from .placement import DEVICE, Placement, free_host_bytes
 from .program import Program
 from .reader import READERS, HostSource, Leaves, Source, WindowSource, read_units, settled
@@ -118,9 +118,7 @@ class ParameterStore:
         """What a user should know of a plan: that it makes blocks anew at every use."""
         streams = [c.stream for c in plan.choices.values() if c.stream and c.stream.streamed]
         sources = [self.source(stream.component, plan.host_window) for stream in streams]
-        if not isinstance(self.checkpoint, InPlace) or not any(
-            isinstance(source, WindowSource) for source in sources
-        ):
+        if not self.checkpoint.is_in_place or not any(isinstance(s, WindowSource) for s in sources):
             return []
         return [
             f"{self.checkpoint.path}: its blocks are read in place through a window of host memory, "

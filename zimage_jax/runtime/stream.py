@@ -44,17 +44,19 @@ def replaced_by(spare: tuple, following: tuple) -> tuple:
     """The leaves of a slot that `following` replaces; None for the others."""
     pairs = zip(spare, following, strict=False)
     return tuple(
-        tuple(old if leaf is not None else None for old, leaf in zip(*blocks, strict=True))
+        tuple(old if leaf is not None else None for old, leaf in zip(*blocks, strict=False))
         for blocks in pairs
     )
 
 
 def with_leaves(slot: Chunk, filled: Chunk) -> Chunk:
-    """A slot with the leaves of `filled` that are not None."""
-    pairs = zip(slot, filled, strict=False)
-    blocks = (
-        tuple(old if leaf is None else leaf for old, leaf in zip(*of, strict=True)) for of in pairs
-    )
+    """A slot with the leaves of `filled` that are not None. A block may have fewer than its place."""
+
+    def block(old: Leaves, new: Leaves) -> Leaves:
+        pairs = zip(old, new, strict=False)
+        return (*(o if leaf is None else leaf for o, leaf in pairs), *old[len(new) :])
+
+    blocks = (block(*of) for of in zip(slot, filled, strict=False))
     return (*blocks, *slot[len(filled) :])
 
 
@@ -218,11 +220,12 @@ class Stream:
         return self._slots[load.slot]
 
     def _visit(self, visit: Visit, calls: Sequence[Call]) -> list[list]:
-        size = len(self._plan.chunks[visit.chunk])
         if visit.slot is None:
             chunk = tuple(leaves.result() for leaves in self._pinned[visit.chunk])
         else:
-            chunk = self._slots[visit.slot][:size]
+            counts = [tree.num_leaves for tree in self._trees[visit.chunk]]
+            slot = self._slots[visit.slot]
+            chunk = tuple(leaves[:n] for leaves, n in zip(slot, counts, strict=False))
         copies: list[Chunk] = []
         if visit.then is not None:
             # under all programs of the visit, not under the first alone: eight pictures of 512x512

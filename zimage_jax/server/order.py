@@ -55,7 +55,7 @@ MemoryOptions = request_of("MemoryOptions", Memory, pins=(list[list[int | str]],
 Drawing = request_of(
     "Drawing",
     ZImage.generate,
-    *("on_plan", "on_step"),
+    *("on_plan", "on_step", "control_image", "control_scale"),  # its model has no ControlNet
     prompt=(Text, Field(examples=["a red circle"])),
     negative_prompt=(Text, ""),
     seed=(Seed, -1),

@@ -127,7 +127,8 @@ class Storage:
             module = jax.tree.map(lambda leaf: leaf, module)  # a copy
             for other in dit.HALVES.keys() - {half}:
                 for name in dit.HALVES[other]:
-                    setattr(module, name, None)
+                    if hasattr(module, name):
+                        setattr(module, name, None)
         return module
 
     def leaves(self, component: str, unit: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -157,8 +158,8 @@ class Storage:
         return tuple(of[unit] for unit in units)
 
     def assemble(self, component: str, arrays: Mapping[str, Sequence]) -> Any:
-        """A component's module from unit -> leaves. A unit missing in `arrays` becomes None (one
-        half of the VAE)."""
+        """A component's module from unit -> leaves. What is missing in `arrays` becomes None (one
+        half of the VAE, or groups of blocks)."""
         structure, paths = _structure(self, component, frozenset(arrays))
         table = {
             path: leaf
@@ -296,6 +297,8 @@ def _structure(
     Cached: building the VAE's module takes 10 ms, and each picture needs it three times.
     """
     module = jax.tree.map(lambda leaf: leaf, _stored(storage, component))  # a copy
+    groups = {unit.split(".")[0] for unit in held}
     for unit in set(storage.units(component)) - held:
-        setattr(module, unit, None)
+        if unit.split(".")[0] not in groups:  # one half of the VAE; a DiT without its ControlNet
+            setattr(module, unit.split(".")[0], None)
     return jax.tree.structure(module), tuple(named_arrays(module))

@@ -9,12 +9,12 @@ import numpy as np
 
 from ..errors import DamagedError, ForeignError, UsageError, ZImageError
 from ..files import kind_of, printable
-from ..model.config import PRESETS
+from ..model.config import PRESETS, ModelConfig
 from . import components, formats, origins
-from .checkpoint import ALIGNMENT, Checkpoint
+from .checkpoint import ALIGNMENT, CONTROL, Checkpoint, ModelFiles, stored_units
 from .components import COMPONENTS
 from .origins import Origins
-from .sources import Component, Source, fits, open_file, open_source
+from .sources import Component, Source, fits, open_control_file, open_file, open_source
 
 # subfolders of ComfyUI's models/; the second is the older name
 _COMFYUI = {
@@ -27,7 +27,7 @@ _TOKENIZER = "tokenizer.json"
 
 
 class InPlace:
-    """A model in PyTorch or GGUF files, read like a `Checkpoint`.
+    """A model or a ControlNet in PyTorch or GGUF files, read like a `Checkpoint`.
 
     Matrices that the files have in an int8 of ours stay so, all else is bfloat16. Every unit is
     made anew when it is read: transposed, dequantised, and refused if it has NaN or infinity. The
@@ -36,18 +36,26 @@ class InPlace:
     Raises ConversionError if the tensors are not exactly those of the configured model.
     """
 
+    is_in_place = True
+
     def __init__(self, path: Path, source: Source):
         source.check()
         source.read_tokenizer()
-        self.path, self.config, self.tokenizer = path, source.config, source.tokenizer
+        self.path, self.config, self._tokenizer = path, source.config, source.tokenizer
         self.remarks = source.remarks()
-        self._origins = {c: Origins(source, c) for c in COMPONENTS}
+        self._origins = {c: Origins(source, c) for c in source.components}
         self.storage = origins.storage(source, self._origins)
+        self._units = stored_units(self.storage, source.kind)
         self._identity = source.identity()
+
+    def tokenizer(self) -> Path:
+        """Path of the tokenizer.json."""
+        assert self._tokenizer is not None, "a ControlNet has no tokenizer"
+        return self._tokenizer
 
     def units(self, component: str) -> list[str]:
         """A component's units, in the model's order."""
-        return self.storage.units(component)
+        return [unit for of, unit in self._units if of == component]
 
     def nbytes(self, component: str, unit: str | None = None) -> int:
         """Bytes of a unit, or of a whole component, in memory."""
@@ -56,8 +64,8 @@ class InPlace:
 
     def parameters(self, component: str) -> int:
         """Number of a component's parameters."""
-        leaves = components.units(self.config, component).values()
-        return sum(leaf.size for unit in leaves for leaf in unit.values())
+        of = components.units(self.config, component)
+        return sum(leaf.size for unit in self.units(component) for leaf in of[unit].values())
 
     def buffer_bytes(self, component: str, unit: str) -> int:
         """Bytes of the smallest buffer that `read` takes for a unit or a half."""
@@ -99,9 +107,6 @@ class InPlace:
             raise DamagedError(f"{file}: not the file that was opened; open the model again")
 
 
-ModelFiles = Checkpoint | InPlace
-
-
 def _nbytes(leaf: Any) -> int:
     return leaf.size * leaf.dtype.itemsize
 
@@ -135,6 +140,17 @@ def open_model(path: str | Path) -> ModelFiles:
         if any(kind_of(models / name) == "folder" for name in _COMFYUI["transformer"]):
             return _of_dit(_comfyui(whole, models))
     return Checkpoint(whole)
+
+
+def open_control(path: str | Path, config: ModelConfig) -> ModelFiles:
+    """A ControlNet: a native one, or its authors' file, which is read in place.
+
+    `config`: of the model that it controls. Raises CheckpointError and ConversionError.
+    """
+    path = Path(path)
+    if kind_of(path, ForeignError) == "file":
+        return InPlace(path, open_control_file(path, config))
+    return Checkpoint(path, CONTROL)
 
 
 def _of_dit(source: Source) -> InPlace:

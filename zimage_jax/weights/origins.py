@@ -16,7 +16,7 @@ from . import names as rules
 from .encodings import Encoding, Int8
 from .formats import Format, Storage
 from .quantised import ScaledTensor
-from .sources import COMPONENTS, Source
+from .sources import Source
 from .tensors import Tensor
 
 _RUN_BYTES = 32 << 20  # of the result, made at a time
@@ -80,6 +80,10 @@ class Origins:
         """The files of a unit's tensors."""
         return {o.tensor.file for path, o in self._of.items() if components.unit_of(path) == unit}
 
+    def has(self, unit: str) -> bool:
+        """Whether the source has the unit: a ControlNet has no other than its own."""
+        return any(components.unit_of(path) == unit for path in self._of)
+
     def carries(self, path: str, encoding: Encoding | None) -> bool:
         """Whether the source has this parameter in just this encoding."""
         return encoding is not None and self._of[path].carries(encoding)
@@ -133,7 +137,7 @@ def storage(source: Source, origins: dict[str, Origins]) -> Storage:
             plain,
         )
 
-    for component in COMPONENTS:
+    for component, of in origins.items():
         units = components.units(config, component)
         found = {
             unit: {
@@ -142,6 +146,7 @@ def storage(source: Source, origins: dict[str, Origins]) -> Storage:
                 if any(f.encoding_of(path, leaf) for f in eights)
             }
             for unit, leaves in units.items()
+            if of.has(unit)
         }
         every = [f for own in found.values() for f in own.values()]
         usual = max(eights, key=every.count)

@@ -13,10 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import ConfigError, ConversionError, ForeignError, UsageError
 from ..files import LARGEST_JSON, kind_of, open_regular, printable, read_json, read_regular
 from ..model.config import (
     PRESETS,
+    ControlConfig,
     DefaultsConfig,
     DiTConfig,
     ModelConfig,
@@ -24,9 +27,11 @@ from ..model.config import (
     TextEncoderConfig,
     VAEConfig,
 )
+from ..model.control import Branch
 from ..model.prompt import Prompts
 from . import components, quantised
 from . import names as rules
+from .checkpoint import CONTROL, MODEL, Checkpoint
 from .gguf_file import MAGIC, read_gguf
 from .tensors import READABLE, Header, Tensor, read_safetensors
 
@@ -67,10 +72,13 @@ _LEFT_OUT = {
     "text_encoder": re.compile(r"norm\.weight|lm_head\.weight"),
     "vae": re.compile(r"(?!)"),
 }
+# Union 2.0's own refiner was not trained: its authors' code runs the control layers instead
+_LEFT_OUT_OF_CONTROL = re.compile(r"control_noise_refiner\..*")
+_CONTROL = re.compile(r"control_(layers|noise_refiner|all_x_embedder)\..*")
 # other models, recognised by a tensor name that only they have
 _OTHERS = {
     r".*[._]lora_(A|B|up|down|a|b)\..*": "a LoRA, which is not a whole model",
-    r"control_(layers|noise_refiner|all_x_embedder)\..*": "a Z-Image ControlNet",
+    _CONTROL.pattern: "a Z-Image ControlNet, which is converted alone: SRC DST",
     r"siglip_.*": "Z-Image Omni or Edit, which are not supported",
     r"dec_net\..*": "Z-Image in pixel space, which is not supported",
     r"double_blocks\.\d+\.img_attn\.qkv\.weight": "Flux",
@@ -90,7 +98,7 @@ class Component:
     """One component of a source: its layout, and its tensors by name without prefix."""
 
     name: str
-    layout: str  # "diffusers", "comfy" or "flux"
+    layout: str  # "diffusers", "comfy" or "flux"; "control" of a ControlNet
     tensors: dict[str, Tensor] = field(default_factory=dict)
     duplicates: list[Tensor] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
@@ -103,6 +111,8 @@ class Component:
 
 def table(config: ModelConfig, component: str, layout: str) -> list:
     """The rules (weights.names) for a component in this layout."""
+    if layout == "control":
+        return rules.CONTROL
     if layout == "flux":
         return rules.vae_flux(len(config.vae.block_out_channels))
     return {
@@ -115,7 +125,11 @@ def table(config: ModelConfig, component: str, layout: str) -> list:
 
 @functools.cache  # takes 0.3 s for some hundred tensors, and is called twice per component
 def _entries(config: ModelConfig, component: str, layout: str) -> dict[str, rules.Entry]:
-    return rules.expected(table(config, component, layout), components.spec(config, component))
+    spec = components.spec(config, component)
+    if layout == "control":
+        assert config.control is not None
+        spec = Branch(config.transformer, config.control)
+    return rules.expected(table(config, component, layout), spec)
 
 
 def fits(config: ModelConfig, component: Component) -> bool:
@@ -131,7 +145,7 @@ class Source:
 
     components: dict[str, Component]
     config: ModelConfig
-    tokenizer: Path
+    tokenizer: Path | None  # None for a ControlNet
 
     def entries(self, component: str) -> dict[str, rules.Entry]:
         """Name -> entry of every tensor that the component must have."""
@@ -141,7 +155,7 @@ class Source:
         """Raises ConversionError, which lists the faults of all components: unknown, missing,
         duplicate and misshapen tensors, and unsupported dtypes."""
         groups: dict[tuple[str, str], list[str]] = {}
-        for component in COMPONENTS:
+        for component in self.components:
             for kind, what in self._faults(component):
                 groups.setdefault((component, kind), []).append(what)
         if not groups:
@@ -153,18 +167,29 @@ class Source:
         kinds = list(dict.fromkeys(kind for _, kind in groups))
         counts = [sum(len(f) for (_, k), f in groups.items() if k == kind) for kind in kinds]
         raise ConversionError(
-            "the tensors are not exactly those of the configured Z-Image "
+            f"the tensors are not exactly those of the configured Z-Image{self._whose} "
             f"({', '.join(f'{n} {kind}' for n, kind in zip(counts, kinds, strict=True))}):\n"
             + "\n".join(lines)
         )
 
+    @property
+    def kind(self) -> str:
+        """The kind of checkpoint that it becomes (checkpoint.MODEL or CONTROL)."""
+        return MODEL if self.config.control is None else CONTROL
+
+    @property
+    def _whose(self) -> str:
+        return "" if self.kind == MODEL else "'s ControlNet"
+
     def identity(self) -> dict[Path, list]:
         """File -> [name, bytes, time of its last change], JSON: what tells it from another."""
-        files = {f: f.stat() for c in COMPONENTS for f in self.components[c].files}
+        files = {f: f.stat() for of in self.components.values() for f in of.files}
         return {f: [f.name, s.st_size, s.st_mtime_ns] for f, s in files.items()}
 
-    def read_tokenizer(self) -> bytes:
+    def read_tokenizer(self) -> bytes | None:
         """The bytes of the tokenizer. Raises ConversionError if it is another model's."""
+        if self.tokenizer is None:
+            return None
         data = read_regular(self.tokenizer, LARGEST_JSON, ConversionError)
         vocabulary = Prompts.parse(data, str(self.tokenizer)).vocab_size
         if vocabulary > self.config.text_encoder.vocab_size:
@@ -180,6 +205,8 @@ class Source:
         Its tensors have the same names and shapes, so only what its file says of itself tells: a
         name in the header, or the base of its rotary positions.
         """
+        if "text_encoder" not in self.components:
+            return []
         encoder = self.components["text_encoder"]
         names = [encoder.metadata[key] for key in NAMES if encoder.metadata.get(key)]
         own, theta = self.config.text_encoder, PRESETS["turbo"].text_encoder.rope_theta
@@ -195,6 +222,13 @@ class Source:
             f"the text encoder in {encoder.files[0].name} {what} and is not the Qwen3-4B that "
             "Z-Image was trained with: its pictures differ"
         ]
+
+    def _left_out(self, component: str) -> re.Pattern:
+        """The tensors that are not used."""
+        control = self.config.control
+        if control is not None and control.refiner == "control_layers":
+            return _LEFT_OUT_OF_CONTROL
+        return _LEFT_OUT[component]
 
     def _faults(self, component: str) -> Iterator[tuple[str, str]]:
         """(kind, tensor) of each fault."""
@@ -213,7 +247,7 @@ class Source:
                     yield f"{tensor.dtype}, not {', '.join(READABLE)}:", name
                 continue
             is_last_layer = component == "text_encoder" and name.startswith(last)
-            if not is_last_layer and not _LEFT_OUT[component].fullmatch(name):
+            if not is_last_layer and not self._left_out(component).fullmatch(name):
                 yield "unknown", f"{printable(name)} {printable(list(tensor.shape))}"
 
 
@@ -286,6 +320,69 @@ def _rope_theta(encoder: Component) -> float | None:
             f"{encoder.files[0]}: {_ROPE_THETA} is {printable(text, 40)}, expected a number above 1"
         )
     return theta
+
+
+def is_control(path: Path) -> bool:
+    """Whether a file is a ControlNet's. Raises as `read_header`."""
+    return any(_CONTROL.fullmatch(tensor.name) for tensor in read_header(path).tensors)
+
+
+def controlled_config(model: Path | None, variant: str | None) -> ModelConfig:
+    """The config of the model that a ControlNet is for: of a native checkpoint or a folder in
+    diffusers layout, or a preset's. Raises ConfigError, and as Checkpoint."""
+    if model is None:
+        return PRESETS[variant or "turbo"]
+    if kind_of(model / "manifest", ForeignError):
+        return Checkpoint(model).config
+    return read_configs(model)
+
+
+def open_control_file(file: Path, config: ModelConfig) -> Source:
+    """A ControlNet's file, as its authors and diffusers have it.
+
+    `config`: of the model that it controls. Raises ConversionError for a file that is no such
+    ControlNet, ConfigError.
+    """
+    header = read_header(file)
+    tensors = quantised.merged(
+        {t.name: t for t in header.tensors}, quantised.layers_of(header.metadata, file)
+    )
+    layers = {m[1] for name in tensors if (m := re.fullmatch(r"control_layers\.(\d+)\..*", name))}
+    embedder = tensors.get("control_all_x_embedder.2-1.weight")
+    if embedder is None or len(embedder.shape) != 2 or embedder.shape[1] % 4 or not layers:
+        raise ConversionError(
+            f"{file}: expected a ControlNet Union of Z-Image, with control_layers and a matrix "
+            "control_all_x_embedder.2-1.weight of 4 inputs per channel"
+        )
+    parts = {
+        "layers": len(layers),
+        "in_channels": embedder.shape[1] // 4,
+        "refiner": _refiner(tensors),
+    }
+    try:
+        config = replace(config, control=ControlConfig.from_json(parts))
+    except ConfigError as fault:
+        raise ConfigError(f"{file}: {fault}") from None
+    found = Component("transformer", "control", tensors)
+    return Source({"transformer": found}, config, None)
+
+
+def _refiner(tensors: dict[str, Tensor]) -> str:
+    """Which of config.REFINERS a ControlNet has. Union 2.0 has 2.1's tensors, but its refiner's
+    maps were never trained: they are 0 (as diffusers and ComfyUI tell them apart)."""
+    if not any(name.startswith("control_noise_refiner.") for name in tensors):
+        return "control_layers"  # diffusers leaves them out
+    first = "control_noise_refiner.0."
+    maps = [tensors.get(f"{first}{name}_proj.weight") for name in ("before", "after")]
+    if maps == [None, None]:
+        return "none"
+    for tensor in maps:
+        is_matrix = tensor is not None and len(tensor.shape) == 2 and tensor.is_readable
+        if tensor is None or (
+            is_matrix and not tensor.rows(0, tensor.shape[0], np.dtype(np.float32)).any()
+        ):
+            return "control_layers"
+    return "control_noise_refiner"
 
 
 def read_configs(folder: Path) -> ModelConfig:

@@ -19,7 +19,7 @@ from .vae_stage import VAEChoice, VAEStage
 
 
 class Decode(VAEStage):
-    name, half, takes, apply = "decode", "decoder", "latents", vae.decode
+    name, half, takes, apply, figure = "decode", "decoder", "latents", vae.decode, "decode"
 
     def shape(self, work: Work, config: VAEConfig) -> tuple[int, int, int, int]:
         return 1, work.h, work.w, config.latent_channels

@@ -18,7 +18,7 @@ from .vae_stage import VAEStage
 
 
 class Encode(VAEStage):
-    name, half, takes, apply = "encode", "encoder", "picture", vae.encode
+    name, half, takes, apply, figure = "encode", "encoder", "picture", vae.encode, "encode"
 
     def shape(self, work: Work, config: VAEConfig) -> tuple[int, int, int, int]:
         return 1, work.h * config.scale, work.w * config.scale, config.in_channels
