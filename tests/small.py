@@ -112,6 +112,7 @@ CONTROLS = {
     "union 2.1 lite": ControlConfig(1, 33, "control_noise_refiner"),
 }
 CONTROLLED = small_config(layers=4, refiners=2)
+CONTROLLED = replace(CONTROLLED, vae=replace(CONTROLLED.vae, sample_size=256))  # draws no more
 BASE = replace(  # the published base model differs from Turbo in its shift alone
     CONFIGS["plain"], scheduler=SigmasConfig(6.0), defaults=DefaultsConfig.of(SigmasConfig(6.0))
 )

@@ -28,6 +28,7 @@ class ZImagePool:
         path: str | Path | None = None,
         *,
         devices: Sequence[int],
+        control: str | Path | None = None,
         dtype: str | None = None,
         memory: Memory | Sequence[Memory] | None = None,
         patience: float | int = PATIENCE,
@@ -42,6 +43,7 @@ class ZImagePool:
         def start(device: int, memory: Memory | None) -> ZImageProcess:
             return ZImageProcess(
                 path,
+                control=control,
                 dtype=dtype,
                 memory=memory,
                 patience=patience,

@@ -71,7 +71,7 @@ class ZImageProcess:
     """A model in a process of its own: a crash, a hang or another budget starts it again, and every
     job goes on. A job gives the same picture in any process.
 
-    `path`, `dtype`, `memory`, `in_flight`: as of ZImage.load. `patience`: seconds without progress after which
+    `path`, `control`, `dtype`, `memory`, `in_flight`: as of ZImage.load. `patience`: seconds without progress after which
     the process counts as hung. `on_start(seconds, nbytes)` is called after each start: the seconds to
     start the process, to open the model, to plan a picture and to read what it streams, and the
     bytes read into host memory. `device`: the GPU that the process sees, by number; JAX_PLATFORMS=cpu
@@ -85,6 +85,7 @@ class ZImageProcess:
         self,
         path: str | Path | None = None,
         *,
+        control: str | Path | None = None,
         dtype: str | None = None,
         memory: Memory | None = None,
         patience: float | int = PATIENCE,
@@ -96,7 +97,8 @@ class ZImageProcess:
         if sys.platform == "win32":
             raise UsageError("an engine in its own process needs Linux or macOS: use ZImage")
         self._arguments: dict[str, Any] = {
-            **{"path": path, "dtype": dtype, "memory": memory, "in_flight": in_flight}
+            **{"path": path, "control": control, "dtype": dtype},
+            **{"memory": memory, "in_flight": in_flight},
         }
         self._patience, self._on_start = patience, on_start
         self.device, self._heir = device, heir

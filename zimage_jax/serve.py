@@ -61,11 +61,12 @@ from .options import Number
     "--page/--no-page", "has_page", default=True, help="Show the page at /, or only APIs."
 )
 @options.MODEL
+@options.CONTROL
 @options.DTYPE
 @options.memory_options
 @options.DEVICES
 def command(
-    host, port, data, api_key, hosts, most, has_page, model, dtype, devices, **memory_flags
+    host, port, data, api_key, hosts, most, has_page, model, control, dtype, devices, **memory_flags
 ) -> None:
     """Serve pictures until Ctrl-C or SIGTERM.
 
@@ -103,8 +104,8 @@ def command(
 
     def open_engine() -> ZImageProcess | ZImagePool:
         if devices:
-            return ZImagePool(model, devices=devices, dtype=dtype, memory=memory)
-        return ZImageProcess(model, dtype=dtype, memory=memory)
+            return ZImagePool(model, devices=devices, control=control, dtype=dtype, memory=memory)
+        return ZImageProcess(model, control=control, dtype=dtype, memory=memory)
 
     with (
         closing(app.listen(host, port)) as listener,

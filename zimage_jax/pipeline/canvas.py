@@ -108,6 +108,24 @@ class Canvas:
         )
 
     @classmethod
+    def of_control(
+        cls,
+        image: object,
+        *,
+        width: object = None,
+        height: object = None,
+        multiple: int = 16,
+        fit: object = "crop",
+    ) -> "Canvas":
+        """What a ControlNet makes the picture follow, opaque, at the size to draw: by default its
+        own. The arguments are those of `of`. Raises UsageError."""
+        opened = image if isinstance(image, Opened) else open_picture(image, "control_image")
+        if opened.alpha is not None:
+            raise UsageError("control_image has transparent parts: expected an opaque picture")
+        made = cls.of(opened, width=width, height=height, multiple=multiple, fit=fit)
+        return made.named(image=name_of(image))
+
+    @classmethod
     def _cropped(
         cls, opened: Opened, mask: np.ndarray | None, context: int, size: tuple[int | None, ...]
     ) -> "Canvas":

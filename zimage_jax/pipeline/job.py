@@ -340,7 +340,7 @@ def _controlled(
     """Width and height of a job with a control image. Raises UsageError."""
     if config.control is None:
         raise UsageError(
-            "control_image needs a ControlNet: load the model with control (--control FOLDER)"
+            "control_image needs a ControlNet: load the model with control (--control FILE)"
         )
     if canvas is not None and canvas.cut is not None:
         raise UsageError("control_image cannot be given with crop_mask: it is of the whole picture")

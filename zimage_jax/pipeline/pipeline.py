@@ -37,7 +37,7 @@ from ..weights.components import COMPONENTS
 from ..weights.controlled import Controlled
 from ..weights.in_place import open_control, open_model
 from . import report as reports
-from .canvas import Canvas, enlarged_size, name_of
+from .canvas import Canvas, enlarged_size
 from .engine import IN_FLIGHT, Engine
 from .intake import Intake
 from .job import Job, Picture, Result, Step, ZImageWarning
@@ -461,12 +461,8 @@ class ZImage:
     ) -> Canvas:
         """A control image at the size to draw, by default its own: `generate` takes it as its
         `control_image`. `fit`: as of `canvas`. Raises UsageError."""
-        opened = open_picture(image, "control_image")
-        if opened.alpha is not None:
-            raise UsageError("control_image has transparent parts: expected an opaque picture")
         multiple = self.config.pixel_multiple
-        made = Canvas.of(opened, width=width, height=height, multiple=multiple, fit=fit)
-        return made.named(image=name_of(image))
+        return Canvas.of_control(image, width=width, height=height, multiple=multiple, fit=fit)
 
     def enlarged(
         self, picture: Source | Picture, factor: float | int = 2, **options: Any

@@ -66,12 +66,12 @@ def live_or_record(jobs: Jobs, job: str) -> Live | Record:
 def make_order(
     jobs: Jobs, body: Any, origin: str = "native", files: Mapping[str, bytes] | None = None
 ) -> Order:
-    """The order of a Drawing: call it in a thread. `files`: image and mask, if they are not in the
+    """The order of a Drawing: call it in a thread. `files`: pictures, if they are not in the
     body. Raises UsageError."""
     said = given(body)
     inputs = dict(files or {}) | {
         name: from_base64(name, data)
-        for name in ("image", "mask")
+        for name in ("image", "mask", "control_image")
         if (data := said.pop(name, None)) is not None
     }
     own = {name: said.pop(name) for name in ("seed", "count", "enlarge") if name in said}

@@ -55,7 +55,7 @@ MemoryOptions = request_of("MemoryOptions", Memory, pins=(list[list[int | str]],
 Drawing = request_of(
     "Drawing",
     ZImage.generate,
-    *("on_plan", "on_step", "control_image", "control_scale"),  # its model has no ControlNet
+    *("on_plan", "on_step"),
     prompt=(Text, Field(examples=["a red circle"])),
     negative_prompt=(Text, ""),
     seed=(Seed, -1),
@@ -65,6 +65,7 @@ Drawing = request_of(
     ),
     image=(Base64 | None, None),
     mask=(Base64 | None, None),
+    control_image=(Base64 | None, None),
     kv=(KV | None, None),
     memory=(MemoryOptions | None, None),
     enlarge=(
@@ -88,16 +89,17 @@ class Order:
     origin: str
     arguments: dict[str, Any]  # of ZImage.generate, as JSON, without seed and pictures
     seeds: tuple[int, ...]
-    inputs: dict[str, bytes]  # files of image and mask
-    canvas: Canvas | None  # what they become
+    inputs: dict[str, bytes]  # files of image, mask and control_image
+    canvas: Canvas | None  # what image and mask become
+    control: Canvas | None  # what control_image becomes
 
     def to_plan(self) -> dict[str, Any]:
         """The arguments of ZImage.plan."""
         found = as_arguments(self.arguments) | {"seed": self.seeds[0]}
-        if self.canvas is None:
-            return found
-        settled = _FITTING | {"width", "height"}  # in the canvas
-        return {n: v for n, v in found.items() if n not in settled} | {"image": self.canvas}
+        opened = {"image": self.canvas, "control_image": self.control}
+        opened = {name: canvas for name, canvas in opened.items() if canvas is not None}
+        settled = _FITTING | {"width", "height"} if opened else set()  # in the canvases
+        return {n: v for n, v in found.items() if n not in settled} | opened
 
     def with_size(self, width: int, height: int) -> "Order":
         """The same, of another size: for a plan."""
@@ -142,12 +144,29 @@ def order(
         )
         canvas = replace(canvas, enlarges=enlarge is not None)
         job |= dict.fromkeys(size)
+    control = None
+    if "control_image" in inputs:
+        rows, columns = canvas.pixels.shape[:2] if canvas else (job.get("height"), job.get("width"))
+        control = Canvas.of_control(
+            decode(inputs["control_image"], "control_image", MOST_PIXELS),
+            width=columns,
+            height=rows,
+            multiple=config.pixel_multiple,
+        )
+        job |= {"control": control, "width": None, "height": None}
     checked = Job.of(config, job.pop("prompt"), seed=seeds[0], canvas=canvas, **job)
     if enlarge is not None:
         arguments["strength"] = (
             checked.strength
         )  # the engine gets a picture that is enlarged already
-    return Order(origin=origin, arguments=arguments, seeds=seeds, inputs=inputs, canvas=canvas)
+    return Order(
+        origin=origin,
+        arguments=arguments,
+        seeds=seeds,
+        inputs=inputs,
+        canvas=canvas,
+        control=control,
+    )
 
 
 def _enlarged(
