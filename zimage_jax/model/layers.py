@@ -14,7 +14,7 @@ Axes: B pictures, h, w rows and columns, C channels, D width, i and o a layer's 
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +33,42 @@ def parameter(*shape: int) -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
+class Side(NamedTuple):
+    """What LoRAs add to a Linear's result, beside its kernel: x @ down @ up + x @ kernel + bias.
+
+    `kernel` is for changes that no matrices of low rank make.
+    """
+
+    down: Float[Array | np.ndarray, "i r"] | None = None
+    up: Float[Array | np.ndarray, "r o"] | None = None
+    kernel: Float[Array | np.ndarray, "i o"] | None = None
+    bias: Float[Array | np.ndarray, "o"] | None = None
+
+    def added(self, y: Float[Array, "n o"], x: Float[Array, "n i"]) -> Float[Array, "n o"]:
+        """`y` and what this side adds for `x`, in y's dtype.
+
+        In float16 x @ down may be beyond its range, and is scaled for the second product.
+        """
+        if self.down is not None:
+            assert self.up is not None
+            low, factor = encoded.product(x, self.down, ops.wide(x.dtype)), None
+            if x.dtype == jnp.float16:
+                low, factor = ops.rows_in_range(low)
+            high = encoded.product(low, self.up, ops.wide(y.dtype))
+            y = y + (high if factor is None else high * factor).astype(y.dtype)
+        if self.kernel is not None:
+            y = y + encoded.product(x, self.kernel, y.dtype)
+        return y if self.bias is None else y + ops.last_axis(jnp.asarray(self.bias, y.dtype), 2)
+
+
 class Linear(nnx.Module):
     """x @ kernel + bias; the result is in `out_dtype`, by default x's. (PyTorch `Linear`)
 
-    The kernel is an array, or one of the trees of model.encoded.
+    The kernel is an array, or one of the trees of model.encoded. `side`: a parameter with a Side,
+    where LoRAs change the layer.
     """
+
+    side: nnx.Param | None = None
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool = True):
         self.kernel = parameter(d_in, d_out)
@@ -53,12 +84,19 @@ class Linear(nnx.Module):
         # one matrix: on a CPU the kernel's gradient is three times as slow over two contracted axes
         rows = x.reshape(-1, x.shape[-1])
         y = encoded.product(rows, kernel, out_dtype or x.dtype)
+        if self.side is not None:
+            y = self.side.get_value().added(y, rows)
         y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + ops.last_axis(self.bias[...].astype(y.dtype), y.ndim)
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm with statistics in float32. (PyTorch `RMSNorm`)"""
+    """Root-mean-square norm with statistics in float32. (PyTorch `RMSNorm`)
+
+    `change`: a parameter that LoRAs add to the scale.
+    """
+
+    change: nnx.Param | None = None
 
     def __init__(self, width: int, eps: float):
         self.scale = parameter(width)
@@ -68,7 +106,10 @@ class RMSNorm(nnx.Module):
         self, x: Float[Array, "*b D"], factor: Array | None = None, out_dtype=None
     ) -> Float[Array, "*b D"]:
         """`factor` multiplies the result before it is rounded to `out_dtype` (default: x's)."""
-        y = ops.rms_norm(x, self.scale[...], self.eps)
+        scale = self.scale[...]
+        if self.change is not None:
+            scale = scale.astype(jnp.float32) + self.change[...].astype(jnp.float32)
+        y = ops.rms_norm(x, scale, self.eps)
         return (y if factor is None else y * factor).astype(out_dtype or x.dtype)
 
 

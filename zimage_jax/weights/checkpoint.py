@@ -21,14 +21,14 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from ..dtypes import DTYPES, SAFETENSORS
 from ..errors import CheckpointError, ConfigError, DamagedError, ForeignError
-from ..files import LARGEST_JSON, kind_of, open_regular, printable, read_json, read_regular
+from ..files import LARGEST_JSON, fill, kind_of, open_regular, printable, read_json, read_regular
 from ..model.config import ModelConfig
 from ..units import tree_bytes
 from . import components
@@ -255,7 +255,7 @@ class Checkpoint:
             try:
                 for run in runs if found == size else ():
                     f.seek(run.offset)
-                    read = _fill(buffer[run.place : run.end], f)
+                    read = fill(buffer[run.place : run.end], f)
                     if read != run.nbytes:  # cut while it was read
                         found = run.offset + read
                         break
@@ -286,15 +286,6 @@ class Checkpoint:
             if wrong := encoding.fault(tree):
                 raise DamagedError(f"{file}: {path}.{wrong}; convert again")
         return arrays
-
-
-def _fill(buffer: np.ndarray, file: BinaryIO) -> int:
-    """Read until `buffer` is full or the file ends. Returns the bytes read."""
-    count = 0
-    # typeshed's BinaryIO lacks readinto, which every file opened in binary mode has
-    while run := file.readinto(buffer.data[count:]):  # type: ignore[attr-defined]
-        count += run
-    return count
 
 
 def _what_is_there(path: Path) -> str:

@@ -1,0 +1,234 @@
+"""LoRA files: every spelling against plain numpy, what is not used, and what is refused."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests import small
+from tests.weights import lora_files
+from zimage_jax.errors import ConversionError, ForeignError, UsageError, ZImageError
+from zimage_jax.model.layers import named_arrays
+from zimage_jax.weights import components, names
+from zimage_jax.weights.adapters import Adapters, Merged, padded
+from zimage_jax.weights.checkpoint import Checkpoint
+from zimage_jax.weights.lora import find, open_lora
+
+CONFIG = small.CONFIGS["plain"]
+WEIGHT = 0.7
+
+
+@pytest.fixture(scope="module")
+def checkpoint(native) -> Checkpoint:
+    return Checkpoint(native("plain"))
+
+
+@pytest.fixture
+def opened(tmp_path):
+    def write(made: lora_files.Made, name: str = "x.safetensors"):
+        save_file(made.tensors, tmp_path / name, made.metadata)
+        return open_lora(tmp_path / name, CONFIG)
+
+    return write
+
+
+def native_changes(changes: lora_files.Changes) -> dict[tuple[str, str], np.ndarray]:
+    """(component, our path) -> what is added to the parameter there."""
+    found = {}
+    for component in ("transformer", "text_encoder"):
+        spec = components.spec(CONFIG, component)
+        for tensor, entry in names.expected(small.TABLES[component], spec).items():
+            for key in (tensor, tensor.removesuffix(".weight")):
+                if (component, key) in changes:
+                    change = names.to_native(changes[component, key], entry.transform)
+                    found[component, entry.paths[0]] = change
+    assert len(found) == len(changes)
+    return found
+
+
+def beside(adapters: Adapters) -> dict[tuple[str, str], np.ndarray]:
+    """(component, path of the parameter) -> all that is added to it."""
+    found: dict[tuple[str, str], np.ndarray] = {}
+    for (component, _), arrays in adapters.arrays.items():
+        for path, array in arrays.items():
+            layer, _, which = path.rpartition(".side.")
+            if path.endswith(".change"):
+                found[component, path.removesuffix("change") + "scale"] = array
+            elif which == "bias":
+                found[component, f"{layer}.bias"] = array
+            elif which in ("kernel", "up"):
+                added = array if which == "kernel" else arrays[f"{layer}.side.down"] @ array
+                before = found.get((component, f"{layer}.kernel"), np.float32(0))
+                found[component, f"{layer}.kernel"] = before + added
+    return found
+
+
+def close(found: np.ndarray, wanted: np.ndarray) -> bool:
+    return bool(np.abs(found - wanted).max() <= 1e-5 * max(1e-6, np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("spelling", lora_files.SPELLINGS)
+def test_every_spelling_changes_what_plain_numpy_says(spelling, opened, checkpoint):
+    made = lora_files.SPELLINGS[spelling](CONFIG)
+    lora = opened(made)
+    fused = {key for key in made.tensors if ".qkv." in key or ".out.lora" in key}
+    assert lora.unused.keys() == (fused if spelling == "Anime-Z" else set())
+    adapters = Adapters(checkpoint, ((lora, WEIGHT),))
+    weight = 1 if spelling == "set" else WEIGHT
+    wanted = {key: weight * change for key, change in native_changes(made.changes).items()}
+    found = beside(adapters)
+    for key in found.keys() | wanted.keys():
+        assert close(found[key], wanted.get(key, np.zeros_like(found[key]))), key
+    merged = Merged(Adapters(checkpoint, ((lora, WEIGHT),), is_merged=True))
+    for component in ("transformer", "text_encoder"):
+        for unit in checkpoint.units(component):
+            before, after = (of.read(component, unit) for of in (checkpoint, merged))
+            for path, own in before.items():
+                change = wanted.get((component, path), np.float32(0))
+                assert close(after[path], own + change), path
+
+
+def test_several_are_one_pair_of_padded_matrices(opened, checkpoint):
+    first = lora_files.lora(CONFIG, lambda n: f"transformer.{n}", rank=4)
+    second = lora_files.lora(CONFIG, lambda n: f"diffusion_model.{n}", rank=13, seed=1)
+    loras = (opened(first, "a.safetensors"), 0.5), (opened(second, "b.safetensors"), -1.0)
+    adapters = Adapters(checkpoint, loras)
+    assert {row.rank for row in adapters.storage.beside} == {32}
+    changes = {k: 0.5 * first.changes[k] - second.changes[k] for k in first.changes}
+    found = beside(adapters)
+    for key, change in native_changes(changes).items():
+        assert close(found[key], change)
+    again = Adapters(checkpoint, (loras[0], (loras[1][0], 0.25)))
+    assert again.storage == adapters.storage  # the same programs for other weights
+    assert again.key != adapters.key
+
+
+def test_blocks_share_what_is_beside_them(opened, checkpoint):
+    """A LoRA of one block: the others, and the refiner, have zeros there, and the same slots."""
+    made = lora_files.lora(CONFIG, lambda n: f"transformer.{n}", of=["layers.1.attention.to_v"])
+    storage = Adapters(checkpoint, ((opened(made), 1.0),)).storage
+    kinds = storage.alike("transformer", ["layers.0", "layers.1", "noise_refiner.0"])
+    assert len(set(kinds)) == 1
+    own = checkpoint.storage
+    dim = CONFIG.transformer.dim
+    more = storage.nbytes("transformer", "layers.0") - own.nbytes("transformer", "layers.0")
+    assert more == 4 * 2 * 16 * dim
+    assert storage.without_loras == own
+
+
+def test_ranks_are_padded_to_few():
+    assert [padded(r) for r in (0, 1, 16, 17, 64, 65)] == [0, 16, 16, 32, 64, 128]
+
+
+def test_no_two_layers_have_one_name():
+    """Names are looked up with "_" for ".": none may mean two layers."""
+    for config in small.CONFIGS.values():
+        for component, table in (
+            ("transformer", names.DIT_DIFFUSERS),
+            ("transformer", names.DIT_COMFY),
+            ("text_encoder", names.TEXT_ENCODER),
+        ):
+            entries = names.expected(table, components.spec(config, component))
+            for tensor, entry in entries.items():
+                if tensor.endswith(".weight") and entry.paths[0] != "embed_tokens":
+                    layer = find(config, tensor.removesuffix(".weight"))
+                    assert layer is not None
+                    assert (layer.component, layer.entry) == (component, entry)
+
+
+def test_what_is_not_used_is_listed(opened):
+    made = lora_files.lora(CONFIG, lambda n: f"transformer.{n}")
+    made.tensors |= {
+        "transformer.layers.99.attention.to_q.lora_A.weight": np.ones((4, 48), np.float32),
+        "text_encoder.layers.2.mlp.up_proj.lora_A.weight": np.ones((4, 32), np.float32),
+        "transformer.layers.0.attention.to_q.diff_b": np.ones(48, np.float32),
+        "transformer.layers.0.attention.to_q.hada_t1": np.ones((4, 4, 1, 1), np.float32),
+        "note": np.ones(1, np.float32),
+    }
+    lora = opened(made)
+    assert lora.unused == {
+        "transformer.layers.99.attention.to_q.lora_A.weight": "no layer of this model that takes a LoRA",
+        "text_encoder.layers.2.mlp.up_proj.lora_A.weight": "no layer of this model that takes a LoRA",
+        "transformer.layers.0.attention.to_q.diff_b": "the layer has no bias",
+        "transformer.layers.0.attention.to_q.hada_t1": "no LoRA's key",
+        "note": "no LoRA's key",
+    }
+    assert lora.remark is not None
+    assert "5 keys are not used" in lora.remark
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.int32, np.float16])
+def test_an_alpha_has_any_dtype(dtype, opened):
+    made = lora_files.SPELLINGS["musubi"](CONFIG)
+    alphas = {k: np.array(3, dtype) for k in made.tensors if k.endswith("alpha")}
+    made.tensors |= alphas
+    assert {patch.scale for patch in opened(made).patches} == {3 / 4}
+
+
+def test_it_describes_itself(opened):
+    made = lora_files.SPELLINGS["musubi"](CONFIG)
+    tags = {"folder": {"ohwx": 12, "a cat": 3}}
+    made.metadata = {"ss_tag_frequency": json.dumps(tags), "modelspec.trigger_phrase": "zorn"}
+    found = opened(made).describe()
+    assert found["spelling"] == "kohya (split)"
+    assert found["kinds"] == {"LoRA": 24}
+    assert found["ranks"] == ["4"]
+    assert found["targets"]["transformer attention.to_out"] == 3
+    assert found["trigger_words"] == ["zorn", "ohwx", "a cat"]
+
+
+def test_a_peft_folder_has_its_alpha_beside(tmp_path):
+    made = lora_files.SPELLINGS["PEFT"](CONFIG)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(made.tensors, file)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 6, "use_rslora": true}')
+    assert {patch.scale for patch in open_lora(file, CONFIG).patches} == {6 / 2}
+
+
+def test_refusals(tmp_path, opened):
+    def refused(tensors: dict, fault: type[ZImageError], words: str) -> None:
+        with pytest.raises(fault, match=words) as raised:
+            opened(lora_files.Made(tensors, {}))
+        assert "\n" not in str(raised.value)
+
+    ok = np.ones((4, 48), np.float32)
+    key = "transformer.layers.0.attention.to_q"
+    refused({"a.lora_A.weight": ok}, ForeignError, "not a LoRA of Z-Image")
+    refused({f"{key}.lora_A.weight": ok}, ConversionError, "expected a LoRA")
+    wide = {f"{key}.lora_A.weight": ok, f"{key}.lora_B.weight": np.ones((49, 4), np.float32)}
+    refused(wide, ConversionError, r"\[48, 48\]")
+    none = {
+        f"{key}.lora_A.weight": np.ones((0, 48), np.float32),
+        f"{key}.lora_B.weight": np.ones((48, 0), np.float32),
+    }
+    refused(none, ConversionError, "expected a LoRA")
+    good = {f"{key}.lora_A.weight": ok, f"{key}.lora_B.weight": np.ones((48, 4), np.float32)}
+    refused(good | {f"{key}.alpha": np.ones(2, np.float32)}, ConversionError, "one number")
+    nan = np.array(np.nan, np.float32)
+    refused(good | {f"{key}.alpha": nan}, ConversionError, "not finite")
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("pipe", "missing"):
+        with pytest.raises(ZImageError):
+            open_lora(tmp_path / path, CONFIG)
+
+
+def test_values_that_are_not_finite_are_refused(opened, checkpoint):
+    made = lora_files.SPELLINGS["diffusers"](CONFIG)
+    name = next(iter(made.tensors))
+    made.tensors[name][0, 0] = np.inf
+    with pytest.raises(ConversionError, match="not finite"):
+        _ = Adapters(checkpoint, ((opened(made), 1.0),)).arrays
+    made.tensors[name][0, 0] = 1
+    with pytest.raises(UsageError, match="use smaller ones"):
+        _ = Adapters(checkpoint, ((opened(made), 1e39),)).arrays
+
+
+def test_the_spec_names_every_array(opened, checkpoint):
+    adapters = Adapters(checkpoint, ((opened(lora_files.SPELLINGS["diff"](CONFIG)), 1.0),))
+    for (component, unit), arrays in adapters.arrays.items():
+        own, wanted = (of.leaves(component, unit) for of in (checkpoint.storage, adapters.storage))
+        assert arrays.keys() == wanted.keys() - own.keys()
+        module = named_arrays(adapters.storage.module(component, unit))
+        assert len(module) == len(wanted)
