@@ -102,6 +102,7 @@ class Report(TypedDict):
     cfg_normalization: NotRequired[float]
     cfg_truncation: NotRequired[float]
     region: NotRequired[int]
+    lora: NotRequired[list[dict[str, Any]]]  # names, weights and checksums
     image: NotRequired[dict[str, Any]]  # what a picture began from, and its strength
     kv: dict[str, Any]  # arguments of KVPolicy.parse
     dtype: str  # of the computation

@@ -35,6 +35,7 @@ def metadata(attempt: Attempt, model: str) -> dict[str, Any]:
         "cfg_normalization": job.cfg_normalization or None,
         "cfg_truncation": None if job.cfg_truncation == 1 else job.cfg_truncation,
         "region": job.region,
+        "lora": None if attempt.adapters is None else attempt.adapters.to_json(),
         "image": None if job.canvas is None else _image(attempt),
     }
     return common | {key: value for key, value in optional.items() if value is not None}

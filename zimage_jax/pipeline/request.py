@@ -17,6 +17,7 @@ from ..runtime.ledger import Ledger
 from ..runtime.stream import Call, Sweeps
 from .attempt import Attempt
 from .job import Job, Step
+from .loras import Fitted
 
 _numbers = itertools.count(1)
 
@@ -120,6 +121,7 @@ class Request(Handle):
     encoded: dict[str, Encoded]
     work: Work
     memory: Memory
+    fitted: Fitted  # the model, with its LoRAs
     stages: tuple[Stage, ...]
     plan: Plan  # of the job alone
     budget: int
@@ -139,11 +141,11 @@ class Request(Handle):
 
     @property
     def key(self) -> tuple:
-        """Requests in flight together have the same: options about memory, and stages. One program
-        for all NFEs shares no sweep."""
+        """Requests in flight together have the same: options about memory, stages, and LoRAs with
+        their weights. One program for all NFEs shares no sweep."""
         denoise = self.plan.denoise
         alone = self.number if denoise is not None and denoise.is_one_program else None
-        return self.memory, tuple(stage.name for stage in self.stages), alone
+        return self.memory, tuple(stage.name for stage in self.stages), self.fitted.key, alone
 
     @property
     def has_begun(self) -> bool:

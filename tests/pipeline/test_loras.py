@@ -1,0 +1,151 @@
+"""LoRAs beside a model and merged into it: the same bits under every schedule, exact unloading."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests import small
+from tests.model.test_models import relative
+from tests.schedules import JOB, MODEL, SCAN, SCHEDULES, every
+from tests.weights import lora_files
+from zimage_jax import Memory, UsageError, ZImage
+from zimage_jax.weights.checkpoint import Checkpoint
+
+CONFIG = small.CONFIGS[MODEL]
+PROMPT = "a red fox"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    """A LoRA of the transformer, another of both models, and whole matrices."""
+    folder = tmp_path_factory.mktemp("loras")
+    both = lora_files.text(CONFIG, lambda n: f"text_encoder.{n}", lora_files.AB)
+    both.tensors |= lora_files.lora(CONFIG, lambda n: f"transformer.{n}", rank=7, seed=2).tensors
+    made = {
+        "style": lora_files.lora(CONFIG, lambda n: f"transformer.{n}"),
+        "both": both,
+        "whole": lora_files.diff(CONFIG, "diff"),
+        "dora": lora_files.dora(CONFIG, "out"),
+    }
+    for name, of in made.items():
+        save_file(of.tensors, folder / f"{name}.safetensors")
+    return {name: str(folder / f"{name}.safetensors") for name in made}
+
+
+@pytest.fixture(scope="module")
+def loras(files):
+    return [
+        (files["style"], 0.8),
+        (files["both"], -0.5),
+        (files["whole"], 1.0),
+        (files["dora"], 0.3),
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(under, loras):
+    return under("resident").generate(PROMPT, **JOB, lora=loras).latents
+
+
+QUICK = "half a block", "hybrid"
+# whose limits in bytes are below a block with the LoRAs beside it
+TOO_SMALL = "half a block under a size", "a budget"
+UNDER = [name for name in (*SCHEDULES, *SCAN) if name not in TOO_SMALL]
+
+
+@pytest.mark.parametrize("name", every(UNDER, QUICK))
+def test_every_schedule_gives_the_same_bits(name, under, loras, expected):
+    pipe = under(name)
+    pipe.generate(PROMPT, **JOB, lora=loras)
+    result = pipe.generate(PROMPT, **JOB, lora=loras)
+    if name == "scan":  # one program, in which XLA fuses across NFEs
+        assert relative(result.latents, expected) <= 2e-6
+    else:
+        np.testing.assert_array_equal(result.latents, expected)
+    assert result.report["peak_device_bytes_by_stage"] == dict(result.plan.peak_bytes_by_stage)
+
+
+def test_unloading_restores_the_bits_and_reads_nothing(native, loras, drawn):
+    pipe = ZImage.load(native(MODEL), memory=Memory(schedule="resident"))
+    before = pipe.generate(PROMPT, **JOB)
+    np.testing.assert_array_equal(before.latents, drawn("resident").latents)
+    changed = pipe.generate(PROMPT, **JOB, lora=loras)
+    other = pipe.generate(PROMPT, **JOB, lora=[(loras[0][0], 0.1)])
+    after = pipe.generate(PROMPT, **JOB)
+    np.testing.assert_array_equal(after.latents, before.latents)
+    assert relative(changed.latents, before.latents) > 0.01
+    assert relative(changed.latents, other.latents) > 0.01
+    for result in (changed, other, after):
+        assert not [e for e in result.ledger.events if e.lane == "tier"]
+        copied = [e for e in result.ledger.events if e.lane == "copy"]
+        assert all("LoRA" in event.name for event in copied)
+    weightless = pipe.generate(PROMPT, **JOB, lora=[(loras[0][0], 0)])
+    np.testing.assert_array_equal(weightless.latents, before.latents)
+
+
+def test_another_weight_compiles_nothing(native, files, own_programs):
+    pipe = ZImage.load(native(MODEL))
+    first = pipe.generate(PROMPT, **JOB, lora=[(files["style"], 0.8)])
+    second = pipe.generate(PROMPT, **JOB, lora=[(files["style"], 0.2)])
+    assert first.report["compilations"] == second.report["compilations"]
+    assert relative(first.latents, second.latents) > 1e-3
+
+
+@pytest.mark.parametrize("name", every(["resident", "ring", "disk"], ["ring"]))
+def test_merged_is_as_beside(name, under, loras, expected, drawn):
+    pipe = under(name)
+    merged = pipe.generate(PROMPT, **JOB, lora=loras, lora_merge=True)
+    assert relative(merged.latents, expected) <= 1e-4
+    assert not np.array_equal(merged.latents, expected)
+    plain = pipe.generate(PROMPT, **JOB)
+    np.testing.assert_array_equal(plain.latents, drawn("resident").latents)
+    assert plain.plan.peak_bytes == merged.plan.peak_bytes
+
+
+def test_requests_with_different_loras_draw_as_alone(native, files):
+    pipe = ZImage.load(native(MODEL), memory=Memory(schedule="ring"))
+    sets = [[], [(files["style"], 1.0)], [], [(files["both"], 1.0)], [(files["style"], 1.0)]]
+    jobs = [{"prompt": PROMPT, **JOB, "lora": of} for of in sets]
+    together = [request.result() for request in pipe.submit_all(jobs)]
+    for of, result in zip(sets, together, strict=True):
+        alone = pipe.generate(PROMPT, **JOB, lora=of)
+        np.testing.assert_array_equal(result.latents, alone.latents)
+
+
+def test_report_and_metadata_name_them(under, files):
+    result = under("ring").generate(PROMPT, **JOB, lora=[(files["style"], 0.8)])
+    with open(files["style"], "rb") as f:
+        digest = hashlib.sha256(f.read()).hexdigest()
+    row = {"name": "style.safetensors", "weight": 0.8, "sha256": digest}
+    assert result.report["lora"] == [row]
+    assert result.pictures[0].metadata["lora"] == [row]
+    assert "lora" not in under("ring").generate(PROMPT, **JOB).report
+
+
+@pytest.mark.parametrize(
+    "lora",
+    ["x.safetensors", [("x",)], [("x", "y")], [("x", float("nan"))], [(3, 1.0)], [("x", 1.0)] * 17],
+)
+def test_what_is_no_list_of_loras_is_refused(lora, under):
+    with pytest.raises(UsageError):
+        under("ring").submit(PROMPT, **JOB, lora=lora)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_dtypes(dtype, under, loras):
+    job = {**JOB, "lora": loras[:2]}
+    found, again = (under(n, dtype).generate(PROMPT, **job).latents for n in ("resident", "ring"))
+    np.testing.assert_array_equal(found, again)
+    exact = under("resident").generate(PROMPT, **job).latents
+    assert relative(found, exact) < 0.1
+
+
+def test_the_checkpoint_is_not_written(native, under, loras):
+    before = Checkpoint(native(MODEL)).read("transformer", "layers.0")
+    under("ring").generate(PROMPT, **JOB, lora=loras, lora_merge=True)
+    after = Checkpoint(native(MODEL)).read("transformer", "layers.0")
+    for path, array in before.items():
+        np.testing.assert_array_equal(after[path], array)
