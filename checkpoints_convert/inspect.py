@@ -1,14 +1,16 @@
-"""The contents of a safetensors file, a diffusers folder or a native checkpoint, from headers."""
+"""The contents of a safetensors file, a LoRA, a diffusers folder or a native checkpoint, from headers."""
 
 import math
 from pathlib import Path
 
 from zimage_jax.errors import ForeignError
 from zimage_jax.files import kind_of, printable
+from zimage_jax.model.config import TURBO
 from zimage_jax.units import tree_bytes
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.components import COMPONENTS
 from zimage_jax.weights.formats import Storage
+from zimage_jax.weights.lora import open_lora
 
 from . import sources
 
@@ -38,6 +40,8 @@ def inspect(path: Path) -> dict:
         notes = {"tokenizer": "present" if tokenizer == "file" else "missing"}
         return {"kind": "diffusers folder", "components": components, "notes": notes}
     header, components, faults = sources.read_header(path), {}, []
+    if found := _lora(path):
+        return found
     for name in sources.COMPONENTS:
         try:
             components[name] = _describe(sources.open_file(name, path))
@@ -49,6 +53,29 @@ def inspect(path: Path) -> dict:
         "kind": "safetensors file",
         "components": {"unknown": _summary("-", header)},
         "notes": {"note": faults[0]},
+    }
+
+
+def _lora(path: Path) -> dict | None:
+    """What a LoRA changes of the published model; None if the file is none."""
+    try:
+        found = open_lora(path, TURBO).describe()
+    except ForeignError:
+        return None
+    header = sources.read_header(path)
+    notes = {
+        "spelling": found["spelling"],
+        "kinds": ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items()),
+        "ranks": ", ".join(found["ranks"]),
+        "targets": ", ".join(f"{name} x {count}" for name, count in found["targets"].items()),
+        "trigger words": printable(", ".join(found["trigger_words"])),
+        "not used": ", ".join(f"{printable(k)} ({why})" for k, why in found["unused"].items()),
+    }
+    return {
+        "kind": "LoRA",
+        "components": {"lora": _summary("-", header)},
+        "notes": {key: value for key, value in notes.items() if value},
+        "lora": found,
     }
 
 

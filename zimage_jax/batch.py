@@ -31,7 +31,7 @@ from .talk import Talk
 LONGEST_LINE = 256 << 10  # bytes
 MOST_JOBS = 1_000_000
 RESULTS = "results.jsonl"
-_PATHS = ("image", "mask")  # relative to the folder of JOBS
+_PATHS = ("image", "mask")  # relative to the folder of JOBS, as LoRAs are
 
 
 @click.command()
@@ -217,6 +217,8 @@ class Line:
             )
         if "kv" in given:
             given["kv"] = KVPolicy.parse(**given["kv"])
+        if "lora" in given:
+            given["lora"] = [(self.folder / file, weight) for file, weight in given["lora"]]
         return given | {name: self.folder / given[name] for name in _PATHS if name in given}
 
 
@@ -274,9 +276,22 @@ def _job(data: bytes, number: int) -> dict[str, Any]:
             raise UsageError(f"line {number}: {name} must be {expected}")
     if "prompt" not in job:
         raise UsageError(f"line {number}: prompt is missing")
+    if "lora" in job:
+        _check_loras(job["lora"], number)
     if "kv" in job:
         check_metadata(f"line {number}: kv", job["kv"], KV_FIELDS, only_these=True)
     return job
+
+
+def _check_loras(loras: Any, number: int) -> None:
+    """Raises UsageError."""
+    pairs = loras if isinstance(loras, list) else [None]
+    for pair in pairs:
+        is_pair = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
+        if not is_pair or isinstance(pair[1], bool) or not isinstance(pair[1], int | float):
+            raise UsageError(
+                f'line {number}: lora must be a list of pairs, as in [["style.safetensors", 0.8]]'
+            )
 
 
 def allowed() -> set[str]:

@@ -80,6 +80,7 @@ BUCKET = 64  # caption tokens: a sentence or two
     metavar="N",
     help="Plan up to N such pictures in flight together, which share the weights on their way.",
 )
+@options.lora_options
 @options.kv_options
 @options.memory_options
 @click.option("--explain", is_flag=True, help="Print what takes the device memory, array by array.")
@@ -101,6 +102,8 @@ def command(
     kv_switch_t,
     kv_group,
     kv_reuse,
+    lora,
+    lora_merge,
     **memory_flags,
 ) -> None:
     """Print a plan for each size of picture, without drawing any.
@@ -128,6 +131,8 @@ def command(
 
     wanted = find(card) if card else None
     name, storage = _model(model, form, wanted)
+    if lora and not lora_merge:  # merged LoRAs change no bytes
+        storage = _with_loras(storage, lora)
     steps = steps or storage.config.defaults.steps
     device = devices.of_card(wanted, storage, compiles) if wanted else devices.own(storage)
     if memory.host_bytes is not None:
@@ -204,6 +209,18 @@ def _model(
         raise UsageError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
     checkpoint = Checkpoint(model or TINY)
     return checkpoint.path.resolve().name, checkpoint.storage
+
+
+def _with_loras(storage: "Storage", files) -> "Storage":
+    """The model with LoRAs beside it. Raises ForeignError and ConversionError."""
+    from .weights.adapters import storage_beside
+    from .weights.lora import open_lora
+
+    opened = [(open_lora(file, storage.config), weight) for file, weight in files]
+    for found, _ in opened:
+        if found.remark:
+            click.echo(f"warning: {found.remark}", err=True)
+    return storage_beside(storage, opened)
 
 
 def _pixels(text: str, config: "ModelConfig") -> tuple[int, int]:

@@ -187,7 +187,7 @@ class ZImage:
         crop_mask: int | None = None,
         differential: bool = False,
         region: int | None = None,
-        lora: Sequence[tuple[str | Path, float]] = (),
+        lora: Sequence[tuple[str | Path, float | int]] = (),
         lora_merge: bool = False,
         kv: KVPolicy | None = None,
         attention: str = "auto",

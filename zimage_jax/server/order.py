@@ -56,6 +56,7 @@ Drawing = request_of(
     "Drawing",
     ZImage.generate,
     *("on_plan", "on_step"),
+    *("lora", "lora_merge"),  # a client must not name files of the server
     prompt=(Text, Field(examples=["a red circle"])),
     negative_prompt=(Text, ""),
     seed=(Seed, -1),

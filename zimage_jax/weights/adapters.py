@@ -11,7 +11,7 @@ Merged: summed wider, rounded once to the stored format, when a unit is read.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -47,6 +47,34 @@ class _Change(NamedTuple):
         return values[self.index * rows : (self.index + 1) * rows]
 
 
+Changes = dict[tuple[str, str], list[_Change]]  # by component and path of the layer
+
+
+def _by_layer(loras: Sequence[tuple[Lora, float]]) -> Changes:
+    found: Changes = {}
+    for lora, weight in loras:
+        for patch in lora.patches:
+            for index, path in enumerate(patch.entry.paths):
+                key = patch.component, path.rpartition(".")[0]
+                found.setdefault(key, []).append(_Change(patch, index, weight))
+    return found
+
+
+def storage_beside(own: Storage, loras: Sequence[tuple[Lora, float]]) -> Storage:
+    """A model's storage with what these LoRAs have beside its layers."""
+    rows: dict[tuple[str, str, str], Beside] = {}
+    for (component, path), changes in _by_layer(loras).items():
+        unit = components.unit_of(path)
+        like, layer = own.units_alike(component, unit)[0], path.removeprefix(f"{unit}.")
+        row = rows.get((component, like, layer), Beside(component, like, layer))
+        rows[component, like, layer] = row._replace(
+            rank=max(row.rank, padded(sum(c.patch.rank for c in changes))),
+            kernel=row.kernel or any(_is_whole(c.patch) for c in changes),
+            bias=row.bias or any("diff_b" in c.patch.tensors for c in changes),
+        )
+    return replace(own, beside=tuple(sorted(rows.values())))
+
+
 @dataclass(frozen=True, eq=False)
 class Adapters:
     """LoRAs with their weights, for one model."""
@@ -69,34 +97,14 @@ class Adapters:
         ]
 
     @functools.cached_property
-    def _changes(self) -> dict[tuple[str, str], list[_Change]]:
-        """(component, path of the layer) -> its changes."""
-        found: dict[tuple[str, str], list[_Change]] = {}
-        for lora, weight in self.loras:
-            for patch in lora.patches:
-                for index, path in enumerate(patch.entry.paths):
-                    layer = path.rpartition(".")[0]
-                    key = patch.component, layer
-                    found.setdefault(key, []).append(_Change(patch, index, weight))
-        return found
+    def _changes(self) -> Changes:
+        return _by_layer(self.loras)
 
     @functools.cached_property
     def storage(self) -> Storage:
         """The model's storage with what is beside its layers."""
         own = self.checkpoint.storage
-        if self.is_merged:
-            return own
-        rows: dict[tuple[str, str, str], Beside] = {}
-        for (component, path), changes in self._changes.items():
-            unit = components.unit_of(path)
-            like, layer = own.units_alike(component, unit)[0], path.removeprefix(f"{unit}.")
-            row = rows.get((component, like, layer), Beside(component, like, layer))
-            rows[component, like, layer] = row._replace(
-                rank=max(row.rank, padded(sum(c.patch.rank for c in changes))),
-                kernel=row.kernel or any(_is_whole(c.patch) for c in changes),
-                bias=row.bias or any("diff_b" in c.patch.tensors for c in changes),
-            )
-        return replace(own, beside=tuple(sorted(rows.values())))
+        return own if self.is_merged else storage_beside(own, self.loras)
 
     @functools.cached_property
     def arrays(self) -> dict[tuple[str, str], Arrays]:

@@ -197,9 +197,9 @@ class Denoise:
         if choice.is_one_program:
             caches = any(phase.caches for phase in work.phases)
             kept = work.kv_bytes(sizes.config.transformer) if caches else 0
-            return (
-                figures.at("scan", work.contexts * work.tokens) + kept + figures.decoded(COMPONENT)
-            )
+            tokens = work.contexts * work.tokens
+            beside = figures.beside(COMPONENT, tokens)
+            return figures.at("scan", tokens) + kept + figures.decoded(COMPONENT) + beside
 
         def most(kinds: frozenset[VisitKind]) -> int:
             refiner = frozenset(kind for kind in kinds if kind.nfe is None)
