@@ -3,9 +3,10 @@
 import math
 from pathlib import Path
 
-from zimage_jax.errors import ForeignError
+from zimage_jax.errors import ConversionError, ForeignError
 from zimage_jax.files import kind_of, printable
 from zimage_jax.model.config import TURBO
+from zimage_jax.pipeline.pipeline import TINY
 from zimage_jax.units import tree_bytes
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.components import COMPONENTS
@@ -57,9 +58,15 @@ def inspect(path: Path) -> dict:
 
 
 def _lora(path: Path) -> dict | None:
-    """What a LoRA changes of the published model; None if the file is none."""
+    """What a LoRA changes of the published model, or of the tiny one; None if the file is none."""
     try:
-        found = open_lora(path, TURBO).describe()
+        try:
+            found = open_lora(path, TURBO).describe()
+        except ConversionError as fault:  # its shapes are another model's
+            try:
+                found = open_lora(path, Checkpoint(TINY).config).describe()
+            except ConversionError:
+                raise fault from None
     except ForeignError:
         return None
     header = sources.read_header(path)

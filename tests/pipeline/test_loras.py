@@ -1,17 +1,21 @@
 """LoRAs beside a model and merged into it: the same bits under every schedule, exact unloading."""
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from checkpoints_convert.inspect import inspect
 from tests import small
 from tests.model.test_models import relative
 from tests.schedules import JOB, MODEL, SCAN, SCHEDULES, every
 from tests.weights import lora_files
-from zimage_jax import Memory, UsageError, ZImage
+from zimage_jax import Memory, UsageError, ZImage, batch, plan
+from zimage_jax.weights.adapters import Adapters
 from zimage_jax.weights.checkpoint import Checkpoint
+from zimage_jax.weights.lora import open_lora
 
 CONFIG = small.CONFIGS[MODEL]
 PROMPT = "a red fox"
@@ -149,3 +153,88 @@ def test_the_checkpoint_is_not_written(native, under, loras):
     after = Checkpoint(native(MODEL)).read("transformer", "layers.0")
     for path, array in before.items():
         np.testing.assert_array_equal(after[path], array)
+
+
+# -- the commands ----------------------------------------------------------------------------------
+
+
+def test_generate_takes_loras_and_draws_them_again(run, tmp_path):
+    config = small.CONFIGS["plain"]
+    made = lora_files.lora(config, lambda n: f"transformer.{n}")
+    made.tensors["note"] = np.ones(1, np.float32)
+    save_file(made.tensors, tmp_path / "style.safetensors")
+    size = ("--size", "64x48", "--steps", 2, "-s", 3)
+    code, _, err = run(
+        "a fox", *size, "--lora", "style.safetensors:0.5", "-o", "a.png", "--report", "a.json"
+    )
+    assert code == 0
+    assert "warning: style.safetensors: 1 keys are not used: note (no LoRA's key)" in err
+    first = json.loads((tmp_path / "a.json").read_text())
+    assert first["lora"][0]["weight"] == 0.5
+    code, _, _ = run("--from-image", "a.png", "-o", "b.png", "--report", "b.json")
+    again = json.loads((tmp_path / "b.json").read_text())
+    assert (code, again["latents_sha256"]) == (0, first["latents_sha256"])
+    (tmp_path / "style.safetensors").rename(tmp_path / "other.safetensors")
+    code, _, err = run("--from-image", "a.png", "-o", "c.png")
+    assert code == 2
+    assert "give it with --lora" in err
+    assert not (tmp_path / "c.png").exists()
+
+
+def test_batch_lines_have_loras(native, run, tmp_path):
+    made = lora_files.lora(small.CONFIGS["plain"], lambda n: f"transformer.{n}")
+    save_file(made.tensors, tmp_path / "s.safetensors")
+    job = {"prompt": "a fox", "seed": 1, "width": 64, "height": 48, "steps": 2}
+    lines = [job, job | {"lora": [["s.safetensors", 0.7]]}, job | {"lora": "s.safetensors"}]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, _, err = run(
+        "jobs.jsonl", "-o", "out", "--model", native("plain"), model=None, command=batch.command
+    )
+    assert code == 1
+    assert "line 3: lora must be a list of pairs" in err
+    rows = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    plain, with_lora = sorted(rows, key=lambda row: row["line"])
+    assert plain["latents_sha256"] != with_lora["latents_sha256"]
+    assert with_lora["lora"][0]["name"] == "s.safetensors"
+
+
+def test_plan_counts_them(native, run, tmp_path):
+    made = lora_files.lora(small.CONFIGS["plain"], lambda n: f"transformer.{n}", rank=20)
+    save_file(made.tensors, tmp_path / "s.safetensors")
+
+    def bytes_of(*words) -> int:
+        given = ("64x48", "--model", native("plain"), "--json", "--schedule", "swap", *words)
+        code, out, _ = run(*given, model=None, command=plan.command)
+        assert code == 0
+        return json.loads(out)["sizes"][0]["link_bytes"]
+
+    more = bytes_of("--lora", "s.safetensors") - bytes_of()
+    storage = Adapters(
+        Checkpoint(native("plain")),
+        ((open_lora(tmp_path / "s.safetensors", small.CONFIGS["plain"]), 1.0),),
+    ).storage
+    block = storage.nbytes("transformer", "layers.0")
+    own = storage.without_loras.nbytes("transformer", "layers.0")
+    blocks = small.CONFIGS["plain"].transformer.n_layers + 1
+    assert more == 8 * blocks * (block - own)
+    assert bytes_of("--lora", "s.safetensors", "--lora-merge") == bytes_of()
+
+
+def test_inspect_describes_a_lora(tmp_path):
+    rng = np.random.default_rng(0)
+    key = "lora_unet_layers_0_attention_to_out_0"
+    tensors = {
+        f"{key}.lora_down.weight": rng.standard_normal((8, 3840)).astype(np.float32),
+        f"{key}.lora_up.weight": rng.standard_normal((3840, 8)).astype(np.float32),
+        f"{key}.alpha": np.array(1, np.float32),
+    }
+    save_file(tensors, tmp_path / "x.safetensors", {"modelspec.trigger_phrase": "zorn"})
+    found = inspect(tmp_path / "x.safetensors")
+    assert found["kind"] == "LoRA"
+    assert found["notes"] == {
+        "spelling": "kohya (split)",
+        "kinds": "1 LoRA",
+        "ranks": "8",
+        "targets": "transformer attention.to_out x 1",
+        "trigger words": "zorn",
+    }

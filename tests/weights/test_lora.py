@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 
 import numpy as np
 import pytest
@@ -207,7 +209,8 @@ def test_refusals(tmp_path, opened):
     good = {f"{key}.lora_A.weight": ok, f"{key}.lora_B.weight": np.ones((48, 4), np.float32)}
     refused(good | {f"{key}.alpha": np.ones(2, np.float32)}, ConversionError, "one number")
     nan = np.array(np.nan, np.float32)
-    refused(good | {f"{key}.alpha": nan}, ConversionError, "not finite")
+    refused(good | {f"{key}.alpha": nan}, ConversionError, "expected a number")
+    refused(good | {f"{key}.diff": np.ones((48, 48), np.float32)}, ConversionError, "expected a")
     os.mkfifo(tmp_path / "pipe")
     for path in ("pipe", "missing"):
         with pytest.raises(ZImageError):
@@ -232,3 +235,57 @@ def test_the_spec_names_every_array(opened, checkpoint):
         assert arrays.keys() == wanted.keys() - own.keys()
         module = named_arrays(adapters.storage.module(component, unit))
         assert len(module) == len(wanted)
+
+
+def mutated(rng: random.Random, data: bytes) -> bytes:
+    """Bytes cut out, doubled or replaced; in the header, mostly, whose length is kept right."""
+    size = int.from_bytes(data[:8], "little")
+    at = rng.randrange(8 + size if rng.random() < 0.8 else len(data))
+    end = min(len(data), at + rng.choice((1, 4, 100)))
+    old = data[at:end]
+    made = rng.choice(
+        (b"", old * 2, rng.randbytes(len(old)), bytes(len(old)), b"\xff" * len(old), b"[" * 5000)
+    )
+    if at >= 8 and end <= 8 + size and rng.random() < 0.7:
+        header = data[8:at] + made + data[end : 8 + size]
+        return len(header).to_bytes(8, "little") + header + data[8 + size :]
+    return data[:at] + made + data[end:]
+
+
+SHAPES_OF = re.compile(rb'"shape":\[[^]]*\]|"dtype":"[^"]*"|\.(lora_|hada_|lokr_)\w+')
+
+
+def renamed(rng: random.Random, data: bytes) -> bytes:
+    """A shape, a dtype or a role of the header replaced by another's."""
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size]
+    first, second = (rng.choice(list(SHAPES_OF.finditer(header))) for _ in range(2))
+    header = header[: first.start()] + second[0] + header[first.end() :]
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
+@pytest.mark.parametrize(
+    "count", [40, pytest.param(2000, marks=pytest.mark.exhaustive)], ids="{} mutations".format
+)
+def test_a_hostile_file_ends_in_one_line(count, tmp_path, checkpoint):
+    rng, file, refused = random.Random(0), tmp_path / "x.safetensors", 0
+    whole = []
+    for of in ("musubi", "fused, ComfyUI", "LoHa", "LoKr, half", "DoRA, out", "diff"):
+        made = lora_files.SPELLINGS[of](CONFIG)
+        few = {
+            k: v for k, v in made.tensors.items() if "layers" in k and "1" not in k.split("w")[0]
+        }
+        save_file(few, file, {"lora_adapter_metadata": '{"transformer.lora_alpha": 8}'})
+        whole.append(file.read_bytes())
+    for _ in range(count):
+        make = renamed if rng.random() < 0.3 else mutated
+        file.write_bytes(make(rng, rng.choice(whole)))
+        try:
+            lora = open_lora(file, CONFIG)
+            lora.describe()
+            _ = Adapters(checkpoint, ((lora, 1.0),)).arrays
+        except ZImageError as fault:
+            refused += 1
+            assert str(fault).isprintable()
+            assert len(str(fault)) < 2000
+    assert refused > count / 4

@@ -111,12 +111,13 @@ class Adapters:
         """(component, unit) -> the arrays that are stored beside its own, by path: all that
         `storage` has more. Raises ConversionError for values that are not finite."""
         own, more = self.checkpoint.storage, self.storage
-        return {
-            (component, unit): dict(self._beside(component, unit))
-            for component in ("transformer", "text_encoder")
-            for unit in more.units(component)
-            if more.leaves(component, unit).keys() > own.leaves(component, unit).keys()
-        }
+        with np.errstate(all="ignore"):  # `_rounded` refuses what is not finite
+            return {
+                (component, unit): dict(self._beside(component, unit))
+                for component in ("transformer", "text_encoder")
+                for unit in more.units(component)
+                if more.leaves(component, unit).keys() > own.leaves(component, unit).keys()
+            }
 
     def _beside(self, component: str, unit: str) -> Iterator[tuple[str, np.ndarray]]:
         """Sums are in float64: a weight may be beyond float32, which `_rounded` refuses."""
@@ -213,7 +214,8 @@ class Merged(Checkpoint):
     def read(self, component: str, unit: str, buffer: np.ndarray | None = None) -> Arrays:
         """As of the model itself. Raises UsageError where a format cannot hold the result."""
         own = self._adapters.checkpoint.read(component, unit, buffer)
-        return self._adapters.merged(component, unit, own)
+        with np.errstate(all="ignore"):  # `_rounded` refuses what is not finite
+            return self._adapters.merged(component, unit, own)
 
 
 def _is_whole(patch: Patch) -> bool:

@@ -60,6 +60,14 @@ _ROLES = [  # what a key says after the layer's name
 _KEY = re.compile("(.+?)(?:" + "|".join(f"(?P<{role}>{of})" for role, of in _ROLES) + ")")
 # dtypes of alphas beside those of matrices
 _NUMBERS = {"F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
+_OF_KIND = {  # the roles of each kind
+    "LoRA": {"down", "up"},
+    "LoHa": {role for role, _ in _ROLES if role.startswith("hada")},
+    "LoKr": {role for role, _ in _ROLES if role.startswith("lokr")},
+    "diff": {"diff"},
+    "set": {"set"},
+}
+_LARGEST_ALPHA = 1e9
 _WORDS = ("modelspec.trigger_phrase", "trigger_words", "trigger_word", "activation text")
 
 
@@ -257,21 +265,25 @@ def _makes(kind: str, of: Mapping[str, tuple[int, ...]], whole: tuple[int, ...])
         a, b = matrix(up), matrix(down)
         return (a[0], b[1]) if a and b and a[1] == b[0] else None
 
+    beside = {"dora_scale", "magnitude", "diff_b"}
+    if not of.keys() <= _OF_KIND[kind] | beside or of.get("diff_b", whole[:1]) != whole[:1]:
+        return False
     if kind == "LoRA":
         return product("up", "down") == whole
     if kind == "LoHa":
         both = product("hada_w1_a", "hada_w1_b"), product("hada_w2_a", "hada_w2_b")
         return both == (whole, whole)
     if kind == "LoKr":
+        if any(f"lokr_{w}" in of and f"lokr_{w}_{x}" in of for w in ("w1", "w2") for x in "ab"):
+            return False
         pair = [
             matrix(f"lokr_{w}") if f"lokr_{w}" in of else product(f"lokr_{w}_a", f"lokr_{w}_b")
             for w in ("w1", "w2")
         ]
         (one, two) = pair
         return bool(one and two) and (one[0] * two[0], one[1] * two[1]) == whole
-    weights = [of[role] for role in ("diff", "set") if role in of]
-    fits = all(math.prod(of_role) == math.prod(whole) and of_role for of_role in weights)
-    return fits and of.get("diff_b", (whole[0],)) == (whole[0],)
+    weights = [shape for role, shape in of.items() if role in ("diff", "set")]
+    return all(tuple(n for n in shape if n != 1) == whole for shape in weights)
 
 
 def _of_one(tensor: Tensor) -> Tensor:
@@ -495,8 +507,11 @@ def _set_alphas(patches: list[Patch], configs: list[dict[str, Any]]) -> None:
                     f"{printable(list(tensor.shape))}"
                 )
             value = _number(tensor)
-            if not math.isfinite(value):
-                raise ConversionError(f"{tensor.file}: {printable(tensor.name)} is not finite")
+            if not abs(value) <= _LARGEST_ALPHA:  # NaN is not either
+                raise ConversionError(
+                    f"{tensor.file}: {printable(tensor.name)}: expected a number, finite and at "
+                    f"most {_LARGEST_ALPHA:g}, got {value}"
+                )
             patch.alpha = value
         for config in configs if tensor is None else ():
             if config["component"] in (None, patch.component):
@@ -543,5 +558,5 @@ def _alpha_of(config: dict[str, Any], name: str) -> tuple[float | int | None, bo
         if name == pattern or name.endswith(f".{pattern}"):
             alpha = value
     is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    usable = is_number and math.isfinite(alpha)
+    usable = is_number and abs(alpha) <= _LARGEST_ALPHA
     return (alpha if usable else None), config.get("use_rslora") is True
