@@ -285,10 +285,10 @@ def _job(data: bytes, number: int) -> dict[str, Any]:
 
 def _check_loras(loras: Any, number: int) -> None:
     """Raises UsageError."""
-    pairs = loras if isinstance(loras, list) else [None]
-    for pair in pairs:
-        is_pair = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
-        if not is_pair or isinstance(pair[1], bool) or not isinstance(pair[1], int | float):
+    for pair in loras if isinstance(loras, list) else [None]:
+        file, weight = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not isinstance(file, str) or not is_number:
             raise UsageError(
                 f'line {number}: lora must be a list of pairs, as in [["style.safetensors", 0.8]]'
             )

@@ -39,7 +39,7 @@ class Sides:
     def together(self, component: str, name: str, own: Sequence, beside: OfPath) -> Leaves:
         """The leaves of a unit or a half: its own and those beside it, in the module's order."""
         paths = self.storage.without_loras.leaves(component, name)
-        leaves = dict(zip(paths, own, strict=True)) | beside
+        leaves = {**dict(zip(paths, own, strict=True)), **beside}
         return tuple(leaves[path] for path in self.storage.leaves(component, name))
 
 

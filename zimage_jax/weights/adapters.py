@@ -35,16 +35,16 @@ def padded(rank: int) -> int:
 
 
 class _Change(NamedTuple):
-    """One LoRA's patch of one layer of ours: part `index` of the tensor."""
+    """One LoRA's patch of one layer of ours: part `number` of the tensor."""
 
     patch: Patch
-    index: int
+    number: int
     weight: float
 
     def part(self, values: np.ndarray) -> np.ndarray:
         """The layer's rows of a source's tensor."""
         rows = len(values) // len(self.patch.entry.paths)
-        return values[self.index * rows : (self.index + 1) * rows]
+        return values[self.number * rows : (self.number + 1) * rows]
 
 
 Changes = dict[tuple[str, str], list[_Change]]  # by component and path of the layer

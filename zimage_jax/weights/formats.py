@@ -298,14 +298,13 @@ def _put_beside(module: Any, storage: Storage, row: Beside, unit: str) -> None:
         return
     own = components.child(components.spec(storage.config, row.component), path).kernel
     inputs, outputs = own.shape
-    layer.side = nnx.Param(
-        Side(
-            spec(inputs, row.rank) if row.rank else None,
-            spec(row.rank, outputs) if row.rank else None,
-            spec(inputs, outputs) if row.kernel else None,
-            spec(outputs) if row.bias else None,
-        )
+    made: Any = (
+        spec(inputs, row.rank) if row.rank else None,
+        spec(row.rank, outputs) if row.rank else None,
+        spec(inputs, outputs) if row.kernel else None,
+        spec(outputs) if row.bias else None,
     )
+    layer.side = nnx.Param(Side(*made))
 
 
 @functools.cache

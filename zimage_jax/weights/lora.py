@@ -59,7 +59,11 @@ _ROLES = [  # what a key says after the layer's name
 ]
 _KEY = re.compile("(.+?)(?:" + "|".join(f"(?P<{role}>{of})" for role, of in _ROLES) + ")")
 # dtypes of alphas beside those of matrices
-_NUMBERS = {"F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
+_NUMBERS: dict[str, np.dtype] = {
+    "F64": np.dtype("<f8"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+}
 _OF_KIND = {  # the roles of each kind
     "LoRA": {"down", "up"},
     "LoHa": {role for role, _ in _ROLES if role.startswith("hada")},
@@ -259,7 +263,7 @@ def _makes(kind: str, of: Mapping[str, tuple[int, ...]], whole: tuple[int, ...])
     def matrix(role: str) -> tuple[int, int] | None:
         shape = of.get(role, ())
         is_matrix = len(shape) >= 2 and all(n == 1 for n in shape[2:]) and min(shape[:2]) > 0
-        return shape[:2] if is_matrix else None
+        return (shape[0], shape[1]) if is_matrix else None
 
     def product(up: str, down: str) -> tuple[int, int] | None:
         a, b = matrix(up), matrix(down)
@@ -280,8 +284,7 @@ def _makes(kind: str, of: Mapping[str, tuple[int, ...]], whole: tuple[int, ...])
             matrix(f"lokr_{w}") if f"lokr_{w}" in of else product(f"lokr_{w}_a", f"lokr_{w}_b")
             for w in ("w1", "w2")
         ]
-        (one, two) = pair
-        return bool(one and two) and (one[0] * two[0], one[1] * two[1]) == whole
+        return None not in pair and tuple(math.prod(of) for of in zip(*pair, strict=True)) == whole  # type: ignore[arg-type]
     weights = [shape for role, shape in of.items() if role in ("diff", "set")]
     return all(tuple(n for n in shape if n != 1) == whole for shape in weights)
 
@@ -523,12 +526,9 @@ def _number(tensor: Tensor) -> float:
     if tensor.is_readable:
         with np.errstate(all="ignore"):
             return float(tensor.number())
-    words = replace(
-        tensor, dtype="F32", shape=(tensor.nbytes // 4,)
-    )  # four bytes each, as they are
-    return float(
-        words.rows(0, tensor.nbytes // 4, np.dtype(np.float32)).view(_NUMBERS[tensor.dtype])[0]
-    )
+    count, dtype = tensor.nbytes // 4, _NUMBERS[tensor.dtype]
+    words = replace(tensor, dtype="F32", shape=(count,)).rows(0, count, np.dtype(np.float32))
+    return float(np.frombuffer(words.tobytes(), dtype)[0])
 
 
 def _peft_configs(file: Path, metadata: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -558,5 +558,6 @@ def _alpha_of(config: dict[str, Any], name: str) -> tuple[float | int | None, bo
         if name == pattern or name.endswith(f".{pattern}"):
             alpha = value
     is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    usable = is_number and abs(alpha) <= _LARGEST_ALPHA
-    return (alpha if usable else None), config.get("use_rslora") is True
+    if not is_number or not abs(alpha) <= _LARGEST_ALPHA:  # type: ignore[arg-type]
+        alpha = None
+    return alpha, config.get("use_rslora") is True
