@@ -1,5 +1,6 @@
 """LoRA files of small models in every spelling, and what each must change, by plain numpy."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -179,7 +180,10 @@ def peft_metadata(config: ModelConfig) -> Made:
     """diffusers' own: alpha in the header only."""
     made = lora(config, lambda n: f"transformer.{n}")
     made.changes = {k: 2.0 * v for k, v in made.changes.items()}
-    made.metadata = {"lora_adapter_metadata": '{"transformer.r": 4, "transformer.lora_alpha": 8}'}
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": layers(config)}
+    made.metadata = {
+        "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in settings.items()})
+    }
     return made
 
 

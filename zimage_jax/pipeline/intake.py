@@ -64,7 +64,8 @@ class Intake:
             warnings = [*job.remarks, *fitted.remarks, *_cuts(encoded)]
             work = self._work(job, encoded)
             budget = self._engine.budget(memory)
-            self._store.read_ahead(budget, memory.host_bytes, Recorder(ledger))
+            if not fitted.is_merged:  # the parameters are others then
+                self._store.read_ahead(budget, memory.host_bytes, Recorder(ledger))
             with self._planning:
                 try:
                     plan = fitted.plans.plan(work, memory, budget, stages)

@@ -40,6 +40,10 @@ class Fitted:
         return None if self.loras is None else self.loras.adapters
 
     @property
+    def is_merged(self) -> bool:
+        return self.adapters is not None and self.adapters.is_merged
+
+    @property
     def key(self) -> tuple:
         """Jobs fly together if they have the same."""
         return () if self.adapters is None else self.adapters.key

@@ -82,11 +82,12 @@ class ParameterStore:
         self.loras = loras
 
     def drop_beside(self, units: Container[Unit], recorder: Recorder) -> None:
-        """Drop what is beside these units from the device."""
-        settled(self.beside)
-        for component, unit in [unit for unit in self.beside if unit in units]:
+        """Drop what is beside these units from the device, and what is not there yet."""
+        there = settled(self.beside)
+        kept = {unit: future for unit, future in there.items() if unit not in units}
+        for component, unit in self.beside.keys() - kept.keys():
             recorder.drop(f"{component} {unit}, LoRA")
-            del self.beside[component, unit]
+        self.beside = kept
 
     def read_ahead(self, budget: int, host_bytes: int | None, recorder: Recorder) -> None:
         """Start to read blocks into host memory, so that they are read while programs compile.

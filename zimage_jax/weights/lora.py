@@ -408,7 +408,7 @@ def _spelling(name: str, layer: Layer) -> str:
     ):
         if name.startswith(start):
             return f"{of} ({own})"
-    return f"DiffSynth ({own})"
+    return f"bare names ({own})"
 
 
 # -- opening ---------------------------------------------------------------------------------------
