@@ -44,7 +44,7 @@ OF_DIT = [f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out")]
 OF_DIT += [f"feed_forward.{name}" for name in ("w1", "w2", "w3")]
 OF_TEXT = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
 LAYERS = {"transformer": OF_DIT, "text_encoder": OF_TEXT}
-COUNT = 4096  # pictures; the even ones are of the new shape
+COUNT = 4096  # pictures; every second one is of the new shape
 
 
 def storage_of(checkpoint: Checkpoint) -> Storage:
@@ -57,26 +57,16 @@ def storage_of(checkpoint: Checkpoint) -> Storage:
     return replace(uniform(checkpoint.config, "float32"), beside=beside)
 
 
-def specs(storage: Storage, component: str) -> dict[str, Any]:
-    """Path -> stored leaf, of a whole component."""
-    units = storage.units(component)
-    return {p: leaf for unit in units for p, leaf in storage.leaves(component, unit).items()}
-
-
-def is_trained(path: str) -> bool:
-    """Whether it is a factor, of a main block."""
-    return ".side." in path and path.startswith("layers.")
-
-
 def first_factors(storage: Storage, seed: int) -> Params:
-    """down is random, up zero, as PEFT begins. The noise refiner's stay zero and are not written."""
+    """Of the main blocks: down is random, up zero, as PEFT begins."""
     found, key = {}, jax.random.key(seed)
     for component in LAYERS:
-        for index, (path, leaf) in enumerate(specs(storage, component).items()):
-            if is_trained(path):
-                own = jax.random.fold_in(key, index)
-                scale = leaf.shape[0] ** -0.5 if path.endswith("down") else 0.0
-                found[f"{component}.{path}"] = scale * jax.random.normal(own, leaf.shape)
+        for unit in storage.units(component):
+            for path, leaf in storage.leaves(component, unit).items():
+                if ".side." in path and path.startswith("layers."):
+                    own = jax.random.fold_in(key, len(found))
+                    scale = leaf.shape[0] ** -0.5 if path.endswith("down") else 0.0
+                    found[f"{component}.{path}"] = scale * jax.random.normal(own, leaf.shape)
     return found
 
 
@@ -123,6 +113,16 @@ def batches(data: dict[str, np.ndarray], prompts: Prompts, base: Params, seed: i
     return batch
 
 
+def module(storage: Storage, component: str, arrays: Params) -> Any:
+    """A component's module; a side that `arrays` lacks, the noise refiner's, is zero."""
+
+    def leaves(unit: str) -> list[Array]:
+        of = storage.leaves(component, unit).items()
+        return [arrays.get(f"{component}.{path}", jnp.zeros(leaf.shape)) for path, leaf in of]
+
+    return storage.assemble(component, {u: leaves(u) for u in storage.units(component)})
+
+
 def train(runs: Path, steps: int, rate: float, seed: int) -> None:
     checkpoint = Checkpoint(TINY)
     storage = storage_of(checkpoint)
@@ -134,18 +134,7 @@ def train(runs: Path, steps: int, rate: float, seed: int) -> None:
     data = latents(runs / "latents.npz", checkpoint, seed)
 
     def loss(params: Params, key: Array, base: Params, *batch) -> Array:
-        modules = []
-        for component in LAYERS:
-            of = {
-                path: params.get(f"{component}.{path}", base.get(f"{component}.{path}"))
-                for path in specs(storage, component)
-            }
-            zero = {p: jnp.zeros(leaf.shape) for p, leaf in specs(storage, component).items()}
-            units = {
-                unit: [zero[p] if of[p] is None else of[p] for p in storage.leaves(component, unit)]
-                for unit in storage.units(component)
-            }
-            modules.append(storage.assemble(component, units))
+        modules = (module(storage, component, base | params) for component in LAYERS)
         return matching_loss(*modules, key, *batch)
 
     params = first_factors(storage, seed)
@@ -219,7 +208,7 @@ def main() -> None:
 @main.command("train")
 @runs_option
 @file_option
-@click.option("--steps", default=400, show_default=True)
+@click.option("--steps", default=460, show_default=True)
 @click.option("--rate", default=5e-3, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def train_command(runs: Path, output: Path, steps: int, rate: float, seed: int) -> None:
