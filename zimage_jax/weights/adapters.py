@@ -23,7 +23,8 @@ from ..files import printable
 from . import components, names
 from .checkpoint import Checkpoint
 from .formats import Beside, Storage, leaves_of
-from .lora import Lora, Patch
+from .lora import Lora
+from .patch import Patch
 
 SMALLEST_RANK = 16
 Arrays = dict[str, np.ndarray]  # path -> stored array

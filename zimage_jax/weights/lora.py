@@ -21,19 +21,19 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32
 
 from ..errors import ConversionError, ForeignError
 from ..files import open_regular, printable, read_json
 from ..model.config import ModelConfig
 from . import components, names
 from .names import Entry
+from .patch import Patch
 from .tensors import Tensor, read_safetensors
 
 _SHOWN = 3  # keys named in one message
@@ -64,234 +64,8 @@ _NUMBERS: dict[str, np.dtype] = {
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
 }
-_OF_KIND = {  # the roles of each kind
-    "LoRA": {"down", "up"},
-    "LoHa": {role for role, _ in _ROLES if role.startswith("hada")},
-    "LoKr": {role for role, _ in _ROLES if role.startswith("lokr")},
-    "diff": {"diff"},
-    "set": {"set"},
-}
 _LARGEST_ALPHA = 1e9
 _WORDS = ("modelspec.trigger_phrase", "trigger_words", "trigger_word", "activation text")
-
-
-class Factors(NamedTuple):
-    """A change of low rank: up @ down, alpha / r included."""
-
-    up: Float32[np.ndarray, "o r"]
-    down: Float32[np.ndarray, "r i"]
-
-
-def split_whole(matrix: Float[np.ndarray, "a b"]) -> Factors:
-    """Factors of a whole matrix: itself and a unit matrix."""
-    a, b = matrix.shape
-    one = np.eye(min(a, b), dtype=np.float32)
-    return Factors(matrix, one) if b <= a else Factors(one, matrix)
-
-
-@dataclass
-class Patch:
-    """What a file changes of one tensor of a source's layout."""
-
-    name: str  # of the layer there
-    component: str
-    entry: Entry
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # by role
-    alpha: float | int | None = None
-    root: bool = False  # the factor is alpha / sqrt(r) (PEFT `use_rslora`)
-
-    @property
-    def kind(self) -> str:
-        roles = self.tensors.keys()
-        if "hada_w1_a" in roles:
-            return "LoHa"
-        if any(role.startswith("lokr") for role in roles):
-            return "LoKr"
-        return "LoRA" if roles & {"down", "up"} else "set" if "set" in roles else "diff"
-
-    @property
-    def is_dora(self) -> bool:
-        return not self.tensors.keys().isdisjoint(("dora_scale", "magnitude"))
-
-    @property
-    def needs_base(self) -> bool:
-        """Whether the change depends on the model's own weights."""
-        return self.is_dora or "set" in self.tensors
-
-    @property
-    def is_norm(self) -> bool:
-        return len(self.entry.shape) == 1
-
-    @property
-    def changes_weight(self) -> bool:
-        return bool(self.tensors.keys() - {"diff_b", "alpha"})
-
-    @functools.cached_property
-    def ranks(self) -> tuple[int, ...]:
-        """The ranks whose product is that of the change; none of a whole one."""
-        shape = {role: tensor.shape for role, tensor in self.tensors.items()}
-        if self.kind == "LoRA":
-            return (shape["down"][0],)
-        if self.kind == "LoHa":
-            return shape["hada_w1_b"][0], shape["hada_w2_b"][0]
-        if self.kind == "LoKr":
-            return tuple(
-                shape[f"lokr_{w}_b"][0] if f"lokr_{w}_b" in shape else min(shape[f"lokr_{w}"])
-                for w in ("w1", "w2")
-            )
-        return ()
-
-    @property
-    def rank(self) -> int:
-        """Of the matrices that make the change exactly; 0 where a whole matrix is smaller, and for
-        what depends on the base.
-
-        A LoHa of rank r is one of rank r^2: each row of up is the product of a row of w1_a and one
-        of w2_a. kron(u1 v1, u2 v2) is kron(u1, u2) kron(v1, v2).
-        """
-        if self.needs_base or self.is_norm or not self.ranks:
-            return 0
-        rank, (rows, columns) = math.prod(self.ranks), self.entry.shape
-        part = rows // len(self.entry.paths)
-        return rank if rank * (part + columns) < part * columns else 0
-
-    @property
-    def scale(self) -> float:
-        """alpha / r."""
-        is_whole = self.kind == "LoKr" and {"lokr_w1", "lokr_w2"} <= self.tensors.keys()
-        if self.alpha is None or is_whole or not self.ranks:
-            return 1.0
-        r = self.ranks[0]
-        if self.kind == "LoKr":
-            r = self.ranks[1] if "lokr_w2_b" in self.tensors else self.ranks[0]
-        return self.alpha / (math.sqrt(r) if self.root else r)
-
-    def factors(self) -> Factors:
-        """up and down of the change, for weight 1."""
-        if self.kind == "LoRA":
-            return Factors(np.float32(self.scale) * self._matrix("up"), self._matrix("down"))
-        if self.kind == "LoHa":
-            a1, b1, a2, b2 = (self._matrix(f"hada_{w}") for w in ("w1_a", "w1_b", "w2_a", "w2_b"))
-            up = (a1[:, :, None] * a2[:, None]).reshape(len(a1), -1)
-            down = (b1[:, None] * b2[None]).reshape(-1, b1.shape[1])
-        else:
-            (up1, down1), (up2, down2) = map(self._kron, ("w1", "w2"))
-            up, down = np.kron(up1, up2), np.kron(down1, down2)
-        return Factors(np.float32(self.scale) * up, down)
-
-    def delta(self, base: Callable[[], Float32[np.ndarray, "..."]]) -> Float32[np.ndarray, "..."]:
-        """The whole change, for weight 1. `base`: gives the model's own weights."""
-        if "set" in self.tensors:
-            return self._shaped("set") - base()
-        if self.kind == "diff":
-            return self._shaped("diff")
-        change = self._product()
-        if not self.is_dora:
-            return change
-        own = base()
-        magnitude, of = (
-            self._read("dora_scale" if "dora_scale" in self.tensors else "magnitude"),
-            own,
-        )
-        if "magnitude" in self.tensors:
-            of = own + change
-        is_columns = magnitude.ndim == 2 and magnitude.shape[0] == 1 and own.shape[0] != 1
-        norm = np.linalg.norm(of, axis=0 if is_columns else 1, keepdims=True)
-        magnitude = magnitude.reshape(norm.shape)
-        return (own + change) * (magnitude / (norm + np.finfo(np.float32).eps)) - own
-
-    def bias(self) -> Float32[np.ndarray, "o"]:
-        return self._read("diff_b")
-
-    def _product(self) -> Float32[np.ndarray, "o i"]:
-        if self.kind == "LoHa":
-            a1, b1, a2, b2 = (self._matrix(f"hada_{w}") for w in ("w1_a", "w1_b", "w2_a", "w2_b"))
-            return np.float32(self.scale) * (a1 @ b1) * (a2 @ b2)
-        if self.kind == "LoKr":
-            (up1, down1), (up2, down2) = map(self._kron, ("w1", "w2"))
-            return np.float32(self.scale) * np.kron(up1 @ down1, up2 @ down2)
-        up, down = self.factors()
-        return up @ down
-
-    def _kron(self, which: str) -> Factors:
-        if f"lokr_{which}" in self.tensors:
-            return split_whole(self._matrix(f"lokr_{which}"))
-        return Factors(self._matrix(f"lokr_{which}_a"), self._matrix(f"lokr_{which}_b"))
-
-    def _matrix(self, role: str) -> Float32[np.ndarray, "a b"]:
-        values = self._read(role)
-        return values.reshape(values.shape[:2])
-
-    def _shaped(self, role: str) -> Float32[np.ndarray, "..."]:
-        return self._read(role).reshape(self.entry.shape)
-
-    def _read(self, role: str) -> Float32[np.ndarray, "..."]:
-        """A tensor in float32. Raises ConversionError if it is not finite."""
-        tensor = self.tensors[role]
-        rows = tensor.shape[0] if tensor.shape else 1
-        flat = tensor if tensor.shape else _of_one(tensor)
-        values = flat.rows(0, rows, np.dtype(np.float32)).astype(np.float32, copy=False)
-        if not np.isfinite(values).all():
-            raise ConversionError(f"{tensor.file}: {printable(tensor.name)} is not finite")
-        return values
-
-    def check(self) -> None:
-        """Raises ConversionError for tensors that are missing, or whose shapes do not make the
-        layer's."""
-        found = {role: tensor.shape for role, tensor in self.tensors.items()}
-        file = next(iter(self.tensors.values())).file
-        if not _makes(self.kind, found, self.entry.shape) or not self._has_scale(found):
-            shapes = ", ".join(f"{role} {list(shape)}" for role, shape in sorted(found.items()))
-            raise ConversionError(
-                f"{file}: {printable(self.name)}: expected a {self.kind} of "
-                f"{list(self.entry.shape)}, got {printable(shapes)}; it is of another model, or "
-                "damaged"
-            )
-
-    def _has_scale(self, found: Mapping[str, tuple[int, ...]]) -> bool:
-        """Whether what is beside the factors has the layer's shape."""
-        rows, columns = (*self.entry.shape, 1)[:2]
-        sizes = [found[role] for role in ("dora_scale", "magnitude") if role in found]
-        fitting = (rows,), (rows, 1), (1, columns)
-        is_linear = self.kind in ("LoRA", "LoHa", "LoKr") and not self.is_norm
-        return all(of in fitting and is_linear for of in sizes) and len(sizes) <= 1
-
-
-def _makes(kind: str, of: Mapping[str, tuple[int, ...]], whole: tuple[int, ...]) -> bool:
-    """Whether tensors of these shapes, by role, make a change of a `whole` tensor."""
-
-    def matrix(role: str) -> tuple[int, int] | None:
-        shape = of.get(role, ())
-        is_matrix = len(shape) >= 2 and all(n == 1 for n in shape[2:]) and min(shape[:2]) > 0
-        return (shape[0], shape[1]) if is_matrix else None
-
-    def product(up: str, down: str) -> tuple[int, int] | None:
-        a, b = matrix(up), matrix(down)
-        return (a[0], b[1]) if a and b and a[1] == b[0] else None
-
-    beside = {"dora_scale", "magnitude", "diff_b"}
-    if not of.keys() <= _OF_KIND[kind] | beside or of.get("diff_b", whole[:1]) != whole[:1]:
-        return False
-    if kind == "LoRA":
-        return product("up", "down") == whole
-    if kind == "LoHa":
-        both = product("hada_w1_a", "hada_w1_b"), product("hada_w2_a", "hada_w2_b")
-        return both == (whole, whole)
-    if kind == "LoKr":
-        if any(f"lokr_{w}" in of and f"lokr_{w}_{x}" in of for w in ("w1", "w2") for x in "ab"):
-            return False
-        pair = [
-            matrix(f"lokr_{w}") if f"lokr_{w}" in of else product(f"lokr_{w}_a", f"lokr_{w}_b")
-            for w in ("w1", "w2")
-        ]
-        return None not in pair and tuple(math.prod(of) for of in zip(*pair, strict=True)) == whole  # type: ignore[arg-type]
-    weights = [shape for role, shape in of.items() if role in ("diff", "set")]
-    return all(tuple(n for n in shape if n != 1) == whole for shape in weights)
-
-
-def _of_one(tensor: Tensor) -> Tensor:
-    """A tensor without axes as one with an axis of 1."""
-    return replace(tensor, shape=(1,))
 
 
 @dataclass(frozen=True)
