@@ -13,9 +13,7 @@ from tests.model.test_models import relative
 from tests.schedules import JOB, MODEL, SCAN, SCHEDULES, every
 from tests.weights import lora_files
 from zimage_jax import Memory, UsageError, ZImage, batch, plan
-from zimage_jax.weights.adapters import Adapters
 from zimage_jax.weights.checkpoint import Checkpoint
-from zimage_jax.weights.lora import open_lora
 
 CONFIG = small.CONFIGS[MODEL]
 PROMPT = "a red fox"
@@ -97,7 +95,7 @@ def test_another_weight_compiles_nothing(native, files, own_programs):
     assert relative(first.latents, second.latents) > 1e-3
 
 
-@pytest.mark.parametrize("name", every(["resident", "ring", "disk"], ["ring"]))
+@pytest.mark.parametrize("name", every(["resident", "ring", "disk"], []))
 def test_merged_is_as_beside(name, under, loras, expected, drawn):
     pipe = under(name)
     merged = pipe.generate(PROMPT, **JOB, lora=loras, lora_merge=True)
@@ -110,7 +108,7 @@ def test_merged_is_as_beside(name, under, loras, expected, drawn):
 
 def test_requests_with_different_loras_draw_as_alone(native, files):
     pipe = ZImage.load(native(MODEL), memory=Memory(schedule="ring"))
-    sets = [[], [(files["style"], 1.0)], [], [(files["both"], 1.0)], [(files["style"], 1.0)]]
+    sets = [[], [(files["style"], 1.0)], [], [(files["style"], 0.5)]]
     jobs = [{"prompt": PROMPT, **JOB, "lora": of} for of in sets]
     together = [request.result() for request in pipe.submit_all(jobs)]
     for of, result in zip(sets, together, strict=True):
@@ -198,25 +196,22 @@ def test_batch_lines_have_loras(native, run, tmp_path):
     assert with_lora["lora"][0]["name"] == "s.safetensors"
 
 
-def test_plan_counts_them(native, run, tmp_path):
-    made = lora_files.lora(small.CONFIGS["plain"], lambda n: f"transformer.{n}", rank=20)
-    save_file(made.tensors, tmp_path / "s.safetensors")
+def test_plan_counts_them(run, tmp_path):
+    tensors = {
+        "lora_unet_layers_0_attention_to_q.lora_down.weight": np.ones((20, 3840), np.float32),
+        "lora_unet_layers_0_attention_to_q.lora_up.weight": np.ones((3840, 20), np.float32),
+    }
+    save_file(tensors, tmp_path / "s.safetensors")
 
     def bytes_of(*words) -> int:
-        given = ("64x48", "--model", native("plain"), "--json", "--schedule", "swap", *words)
+        given = ("512x512", "--card", "rtx-4090", "--json", "--schedule", "swap", *words)
         code, out, _ = run(*given, model=None, command=plan.command)
         assert code == 0
         return json.loads(out)["sizes"][0]["link_bytes"]
 
-    more = bytes_of("--lora", "s.safetensors") - bytes_of()
-    storage = Adapters(
-        Checkpoint(native("plain")),
-        ((open_lora(tmp_path / "s.safetensors", small.CONFIGS["plain"]), 1.0),),
-    ).storage
-    block = storage.nbytes("transformer", "layers.0")
-    own = storage.without_loras.nbytes("transformer", "layers.0")
-    blocks = small.CONFIGS["plain"].transformer.n_layers + 1
-    assert more == 8 * blocks * (block - own)
+    of_block = 2 * 3840 * 32 * 2  # rank 20 is padded to 32
+    blocks = 30 + 2  # with the noise refiner's, which share the slots
+    assert bytes_of("--lora", "s.safetensors") - bytes_of() == 8 * blocks * of_block
     assert bytes_of("--lora", "s.safetensors", "--lora-merge") == bytes_of()
 
 
