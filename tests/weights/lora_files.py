@@ -126,18 +126,20 @@ def lokr(config: ModelConfig, form: str) -> Made:
     return made
 
 
-def dora(config: ModelConfig, axis: str) -> Made:
-    """`axis`: "out" or "in" of the old norm (ComfyUI), or "peft" for the new one."""
+def dora(config: ModelConfig, axis: str, made: Made | None = None) -> Made:
+    """`axis`: "out" (the old norm) or "in" of ComfyUI, or "peft". `made`: what it is a DoRA of."""
     ends = ("lora_down.weight", "lora_up.weight")
-    made = lora(config, lambda n: "lora_unet_" + n.replace(".", "_"), ends, alpha=2.0)
+    if made is None:
+        made = lora(config, lambda n: "lora_unet_" + n.replace(".", "_"), ends, alpha=2.0)
+    start = next(iter(made.tensors)).partition("_layers")[0]
     rng = np.random.default_rng(6)
     for (component, name), change in made.changes.items():
         own = base(config)[component][f"{name}.weight"]
-        of = own + change if axis == "peft" else own
+        of = own if axis == "out" else own + change
         norm = np.linalg.norm(of, axis=0 if axis == "in" else 1, keepdims=True)
         m = (norm * (1 + 0.1 * rng.standard_normal(norm.shape))).astype(np.float32)
         made.changes[component, name] = (own + change) * m / norm - own
-        key = "lora_unet_" + name.replace(".", "_")
+        key = f"{start}_{name.replace('.', '_')}"
         role = "lora_magnitude_vector" if axis == "peft" else "dora_scale"
         made.tensors[f"{key}.{role}"] = m.reshape(-1) if axis == "peft" else m
     return made
@@ -220,6 +222,7 @@ SPELLINGS: dict[str, Callable[[ModelConfig], Made]] = {
     "DoRA, out": lambda c: dora(c, "out"),
     "DoRA, in": lambda c: dora(c, "in"),
     "DoRA, PEFT": lambda c: dora(c, "peft"),
+    "DoRA of LoHa": lambda c: dora(c, "in", loha(c)),
     "diff": lambda c: diff(c, "diff"),
     "set": lambda c: diff(c, "set_weight"),
     "text, diffusers": lambda c: text(c, lambda n: f"text_encoder.{n}", AB),

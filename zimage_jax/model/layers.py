@@ -34,7 +34,8 @@ def parameter(*shape: int) -> nnx.Param:
 
 
 class Side(NamedTuple):
-    """What LoRAs add to a Linear's result, beside its kernel: x @ down @ up + x @ kernel + bias.
+    """What LoRAs add to a Linear's result: x @ down @ up + x @ kernel + bias, and of DoRAs, with K
+    the Linear's own kernel, (x @ K) * rows + (x * columns) @ K.
 
     `kernel` is for changes that no matrices of low rank make.
     """
@@ -42,7 +43,22 @@ class Side(NamedTuple):
     down: Float[Array | np.ndarray, "i r"] | None = None
     up: Float[Array | np.ndarray, "r o"] | None = None
     kernel: Float[Array | np.ndarray, "i o"] | None = None
+    rows: Float[Array | np.ndarray, "o"] | None = None
+    columns: Float[Array | np.ndarray, "i"] | None = None
     bias: Float[Array | np.ndarray, "o"] | None = None
+
+    def of_own(self, x: Float[Array, "n i"], own: Any, dtype) -> Float[Array, "n o"]:
+        """What the Linear's own kernel gives with rows and columns: x @ K without them."""
+        if self.columns is None:
+            y = encoded.product(x, own, dtype)
+            return y if self.rows is None else _times_one_more(y, self.rows)
+        y = encoded.product(_times_one_more(x, self.columns), own, dtype)
+        if self.rows is None:
+            return y
+        # DoRAs of both kinds: (x * (1 + columns)) @ K + (x @ K) * rows
+        of_rows = encoded.product(x, own, dtype).astype(jnp.float32)
+        added = of_rows * ops.last_axis(jnp.asarray(self.rows, jnp.float32), 2)
+        return (y.astype(jnp.float32) + added).astype(dtype)
 
     def added(self, y: Float[Array, "n o"], x: Float[Array, "n i"]) -> Float[Array, "n o"]:
         """`y` and what this side adds for `x`, in y's dtype.
@@ -59,6 +75,14 @@ class Side(NamedTuple):
         if self.kernel is not None:
             y = y + encoded.product(x, self.kernel, y.dtype)
         return y if self.bias is None else y + ops.last_axis(jnp.asarray(self.bias, y.dtype), 2)
+
+
+def _times_one_more(
+    x: Float[Array, "n D"], more: Float[Array | np.ndarray, "D"]
+) -> Float[Array, "n D"]:
+    """x * (1 + more), rounded once to x's dtype."""
+    factor = 1 + ops.last_axis(jnp.asarray(more, jnp.float32), 2)
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -83,9 +107,12 @@ class Linear(nnx.Module):
             x, kernel = encoded.decoded_after(x, kernel)
         # one matrix: on a CPU the kernel's gradient is three times as slow over two contracted axes
         rows = x.reshape(-1, x.shape[-1])
-        y = encoded.product(rows, kernel, out_dtype or x.dtype)
-        if self.side is not None:
-            y = self.side.get_value().added(y, rows)
+        dtype = out_dtype or x.dtype
+        if self.side is None:
+            y = encoded.product(rows, kernel, dtype)
+        else:
+            side = self.side.get_value()
+            y = side.added(side.of_own(rows, kernel, dtype), rows)
         y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + ops.last_axis(self.bias[...].astype(y.dtype), y.ndim)
 

@@ -3,15 +3,17 @@
 Beside: of all LoRAs that change a layer, one pair of matrices, A = [A1 A2] and B = [k1 B1; k2 B2],
 with alpha / r and the weights k folded into B on the host. Another weight reads nothing of the base.
 Ranks are padded with zeros to 16, 32, 64 and so on, so that LoRAs of many ranks share few programs.
-A LoHa or LoKr is a pair too, as long as that is smaller than a whole matrix; else it, a DoRA, a
-`diff` and a `set` are a whole matrix beside the kernel: as many bytes as the layer in 16 bits. Each
-is relative to the model's own weights, whatever else is there.
+LoHas and LoKrs are such a pair too, and DoRAs with a vector for the kernel's outputs or inputs. Where
+that is no smaller than a whole matrix, or a layer has a `diff` or a `set`, all its changes are one
+matrix beside the kernel: as many bytes as the layer in 16 bits. Each change is relative to the
+model's own weights, whatever else is there.
 
 Merged: summed wider, rounded once to the stored format, when a unit is read.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -64,16 +66,33 @@ def _by_layer(loras: Sequence[tuple[Lora, float]]) -> Changes:
 def storage_beside(own: Storage, loras: Sequence[tuple[Lora, float]]) -> Storage:
     """A model's storage with what these LoRAs have beside its layers."""
     rows: dict[tuple[str, str, str], Beside] = {}
+    sizes: dict[tuple[str, str, str], tuple[int, ...]] = {}  # outputs and inputs
     for (component, path), changes in _by_layer(loras).items():
         unit = components.unit_of(path)
         like, layer = own.units_alike(component, unit)[0], path.removeprefix(f"{unit}.")
-        row = rows.get((component, like, layer), Beside(component, like, layer))
-        rows[component, like, layer] = row._replace(
-            rank=max(row.rank, padded(sum(c.patch.rank for c in changes))),
-            kernel=row.kernel or any(_is_whole(c.patch) for c in changes),
-            bias=row.bias or any("diff_b" in c.patch.tensors for c in changes),
+        key = component, like, layer
+        row, patches = rows.get(key, Beside(*key)), [c.patch for c in changes]
+        entry = patches[0].entry
+        sizes[key] = entry.shape[0] // len(entry.paths), *entry.shape[1:]
+        of_weight = [patch for patch in patches if patch.changes_weight]
+        rows[key] = row._replace(
+            rank=max(row.rank, padded(sum(patch.rank for patch in of_weight))),
+            kernel=row.kernel or any(not patch.rank for patch in of_weight),
+            rows=row.rows or any(p.is_dora and not p.is_of_columns for p in of_weight),
+            columns=row.columns or any(p.is_of_columns for p in of_weight),
+            bias=row.bias or any(patch.changes_bias for patch in patches),
         )
-    return replace(own, beside=tuple(sorted(rows.values())))
+    return replace(
+        own, beside=tuple(sorted(_smaller(row, sizes[key]) for key, row in rows.items()))
+    )
+
+
+def _smaller(row: Beside, size: tuple[int, ...]) -> Beside:
+    """A row with a whole matrix alone, if there must be one or the others are no smaller."""
+    if row.kernel or row.rank * sum(size) >= math.prod(size):
+        is_whole = row.kernel or row.rank > 0
+        return row._replace(rank=0, rows=False, columns=False, kernel=is_whole)
+    return row
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,49 +140,56 @@ class Adapters:
             }
 
     def _beside(self, component: str, unit: str) -> Iterator[tuple[str, np.ndarray]]:
-        """Sums are in float64: a weight may be beyond float32, which `_rounded` refuses."""
         own = self.checkpoint.storage.leaves(component, unit)
         base = _Base(self.checkpoint, component, unit)
         wanted = self.storage.leaves(component, unit)
+        by_layer: dict[str, dict[str, str]] = {}
         for path in wanted.keys() - own.keys():
-            leaf = wanted[path]
-            made = np.zeros(leaf.shape)
-            if path.endswith(".change"):
-                changes = self._of(component, path.removesuffix(".change"))
-                made += sum(self._whole(change, base) for change in changes)
-                yield path, _rounded(made, leaf.dtype, path)
-                continue
-            layer, _, which = path.rpartition(".side.")
-            changes = self._of(component, layer)
-            if which == "kernel":
-                for change in changes:
-                    if _is_whole(change.patch):
-                        made += self._whole(change, base).T
-            elif which == "bias":
-                for change in changes:
-                    if "diff_b" in change.patch.tensors:
-                        made += change.weight * change.part(change.patch.bias()).astype(np.float64)
-            else:
-                at = 0
-                for change in changes:
-                    rank = change.patch.rank
-                    if rank and which == "down":
-                        made[:, at : at + rank] = change.patch.factors().down.T
-                    elif rank:
-                        up = change.part(change.patch.factors().up)
-                        made[at : at + rank] = change.weight * up.T.astype(np.float64)
-                    at += rank
-            yield path, _rounded(made, leaf.dtype, layer)
+            layer, _, which = path.removesuffix(".change").partition(".side.")
+            by_layer.setdefault(layer, {})[which or "change"] = path
+        for layer, paths in by_layer.items():
+            shapes = {which: wanted[path].shape for which, path in paths.items()}
+            for which, values in self._added(component, layer, shapes, base).items():
+                path = paths[which]
+                yield path, _rounded(values, wanted[path].dtype, layer)
 
-    def _of(self, component: str, layer: str) -> list[_Change]:
-        return self._changes.get((component, layer), [])
+    def _added(
+        self, component: str, layer: str, shapes: Mapping[str, tuple[int, ...]], base: "_Base"
+    ) -> dict[str, Float64[np.ndarray, "..."]]:
+        """The arrays beside one layer, by their names in a Side. Sums are in float64: a weight may
+        be beyond float32, which `_rounded` refuses."""
+        made, at = {which: np.zeros(shape) for which, shape in shapes.items()}, 0
+        for change in self._changes.get((component, layer), []):
+            patch, weight = change.patch, change.weight
+            if patch.changes_bias:
+                made["bias"] += self._bias(change)
+            if not patch.changes_weight:
+                continue
+            if "change" in made:
+                made["change"] += self._whole(change, base)
+            elif "kernel" in made:
+                made["kernel"] += self._whole(change, base).T
+            else:
+                up, down, rows, columns = patch.factors(functools.partial(base.source, patch))
+                place = slice(at, at + patch.rank)
+                made["down"][:, place] = down.T
+                made["up"][place] = weight * change.part(up).T.astype(np.float64)
+                at += patch.rank
+                if rows is not None:
+                    made["rows"] += weight * change.part(rows).astype(np.float64)
+                if columns is not None:
+                    made["columns"] += weight * columns.astype(np.float64)
+        return made
+
+    def _bias(self, change: _Change) -> Float64[np.ndarray, "o"]:
+        return change.weight * change.part(change.patch.bias()).astype(np.float64)
 
     def _whole(self, change: _Change, base: "_Base") -> Float64[np.ndarray, "..."]:
         """A change as a whole matrix (out, in), or a vector of a norm, with its weight. A `set`
         counts whole, whatever its weight."""
         patch = change.patch
         weight = 1.0 if "set" in patch.tensors else change.weight
-        delta = change.part(patch.delta(lambda: base.source(patch)))
+        delta = change.part(patch.delta(functools.partial(base.source, patch)))
         return weight * delta.astype(np.float64)
 
     def merged(self, component: str, unit: str, leaves: Arrays) -> Arrays:
@@ -176,21 +202,20 @@ class Adapters:
         found = dict(leaves)
         for path, encoding in storage.parameters(component, unit).items():
             layer, _, name = path.rpartition(".")
-            changes = self._of(component, layer)
+            changes = self._changes.get((component, layer), [])
             if name == "bias":
-                changes = [c for c in changes if "diff_b" in c.patch.tensors]
+                added = [self._bias(c) for c in changes if c.patch.changes_bias]
             elif name in ("kernel", "scale"):
-                changes = [c for c in changes if c.patch.changes_weight]
-            if not changes or name not in ("kernel", "scale", "bias"):
-                continue
-            whole = base.array(path)
-            for change in changes:
-                if name == "bias":
-                    whole = whole + change.weight * change.part(change.patch.bias()).astype(
-                        np.float64
+                added = [self._whole(c, base).T for c in changes if c.patch.changes_weight]
+                if f"{layer}.bias" not in leaves and any(c.patch.changes_bias for c in changes):
+                    raise UsageError(
+                        f"{layer} has no bias to merge a LoRA's into; leave out --lora-merge"
                     )
-                else:
-                    whole = whole + self._whole(change, base).T
+            else:
+                continue
+            if not added:
+                continue
+            whole = sum(added, base.array(path).astype(np.float64))
             if encoding is None:
                 found[path] = _rounded(whole, leaves[path].dtype, path)
                 continue
@@ -217,10 +242,6 @@ class Merged(Checkpoint):
         own = self._adapters.checkpoint.read(component, unit, buffer)
         with np.errstate(all="ignore"):  # `_rounded` refuses what is not finite
             return self._adapters.merged(component, unit, own)
-
-
-def _is_whole(patch: Patch) -> bool:
-    return patch.changes_weight and not patch.rank
 
 
 def _rounded(values: np.ndarray, dtype: np.dtype, layer: str) -> np.ndarray:

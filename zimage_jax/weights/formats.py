@@ -73,8 +73,8 @@ def named(name: str) -> Format:
 
 
 class Beside(NamedTuple):
-    """What is stored beside a layer: matrices of a `rank` (0 for none), a whole `kernel`, a `bias`
-    (model.layers.Side; of a norm its `change`).
+    """What is stored beside a layer: matrices of a `rank` (0 for none), a whole `kernel`, factors of
+    `rows` and `columns`, a `bias` (model.layers.Side; of a norm its `change`).
 
     It is beside the layer of this name in all units that are alike `unit`: what some of them lack is
     zero there, so that they share slots and programs.
@@ -85,6 +85,8 @@ class Beside(NamedTuple):
     layer: str  # within the unit, as in "attention.to_q"
     rank: int = 0
     kernel: bool = False
+    rows: bool = False
+    columns: bool = False
     bias: bool = False
 
 
@@ -302,6 +304,8 @@ def _put_beside(module: Any, storage: Storage, row: Beside, unit: str) -> None:
         spec(inputs, row.rank) if row.rank else None,
         spec(row.rank, outputs) if row.rank else None,
         spec(inputs, outputs) if row.kernel else None,
+        spec(outputs) if row.rows else None,
+        spec(inputs) if row.columns else None,
         spec(outputs) if row.bias else None,
     )
     layer.side = nnx.Param(Side(*made))

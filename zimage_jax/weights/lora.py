@@ -10,8 +10,9 @@ W is PyTorch's (out, in). With weight k, and s = alpha / r (1 without alpha):
   LoRA   W + k s up down
   LoHa   W + k s (w1_a w1_b) * (w2_a w2_b)    (LyCORIS, arXiv 2108.06098)
   LoKr   W + k s kron(w1, w2), s = 1 if both factors are whole    (LyCORIS, arXiv 2309.14859)
-  DoRA   W + k (V m / |W| - W), V = W + s up down    (ComfyUI `dora_scale`: the old norm), or
-         / |V|    (PEFT `lora_magnitude_vector`: as in arXiv 2402.09353)
+  DoRA   W + k (V m / |V| - W), V = W + s up down    (arXiv 2402.09353, PEFT
+         `lora_magnitude_vector`, ComfyUI `dora_scale` of inputs), norms of rows or columns; or
+         / |W|    (ComfyUI `dora_scale` of outputs)
   diff   W + k diff;    set: the tensor itself, whatever k    (ComfyUI)
 """
 
@@ -21,7 +22,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,26 +30,28 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import ConversionError, ForeignError
-from ..files import open_regular, printable, read_json
+from ..files import open_regular, printable
 from ..model.config import ModelConfig
 from . import components, names
 from .names import Entry
 from .patch import Patch
-from .tensors import Tensor, read_safetensors
+from .peft import PeftConfig, checked_alpha, read_peft
+from .tensors import READABLE, Tensor, read_safetensors
 
 _SHOWN = 3  # keys named in one message
-_LARGEST_CONFIG = 1 << 20  # bytes
 # what comes before a layer's name, with "." as "_"
 _PREFIX = re.compile(
     r"(base_model_model_)?"
     r"(model_diffusion_model_|diffusion_model_|transformer_|lora_unet__?|lora_transformer_|lycoris_"
     r"|(text_encoders?_|lora_te1?_)((qwen3?_)?4b_)?(transformer_)?(model_)?)?"
 )
-_PEFT = r"(?:\.[\w-]+){0,2}"  # the name of an adapter, and "weight"
+# the name of an adapter, and "weight"
+_PEFT = r"(?:\.(?!weight$|bias$)(?P<{}>[\w-]+))?(?:\.weight)?"
 _ROLES = [  # what a key says after the layer's name
-    ("down", rf"\.lora_A{_PEFT}|[._]lora_down\.weight|[._]lora\.down\.weight"),
-    ("up", rf"\.lora_B{_PEFT}|[._]lora_up\.weight|[._]lora\.up\.weight"),
-    ("magnitude", rf"\.lora_magnitude_vector{_PEFT}"),
+    ("down", rf"\.lora_A{_PEFT.format('of_down')}|[._]lora[_.]down\.weight"),
+    ("up", rf"\.lora_B{_PEFT.format('of_up')}|[._]lora[_.]up\.weight"),
+    ("up_bias", r"\.lora_B(?:\.(?P<of_bias>[\w-]+))?\.bias"),
+    ("magnitude", rf"\.lora_magnitude_vector{_PEFT.format('of_magnitude')}"),
     ("alpha", r"\.alpha"),
     ("dora_scale", r"\.dora_scale"),
     *((f"hada_{w}", rf"\.hada_{w}") for w in ("w1_a", "w1_b", "w2_a", "w2_b")),
@@ -56,6 +59,7 @@ _ROLES = [  # what a key says after the layer's name
     ("diff", r"\.diff|\.w_norm"),
     ("diff_b", r"\.diff_b|\.b_norm"),
     ("set", r"\.set_weight"),
+    ("middle", r"[._]lora[_.]mid\.weight|\.(?:hada|lokr)_t[12]"),  # of a convolution
 ]
 _KEY = re.compile("(.+?)(?:" + "|".join(f"(?P<{role}>{of})" for role, of in _ROLES) + ")")
 # dtypes of alphas beside those of matrices
@@ -64,7 +68,6 @@ _NUMBERS: dict[str, np.dtype] = {
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
 }
-_LARGEST_ALPHA = 1e9
 _WORDS = ("modelspec.trigger_phrase", "trigger_words", "trigger_word", "activation text")
 
 
@@ -194,105 +197,139 @@ def open_lora(file: Path, config: ModelConfig) -> Lora:
     Raises UsageError if there is no such file, ConversionError for a damaged one or shapes that are
     not the model's, ForeignError if no key is of this model.
     """
-    digest = hashlib.sha256()
-    with open_regular(file, ConversionError) as f:
-        while run := f.read(1 << 22):
-            digest.update(run)
     header = read_safetensors(file)
     patches: dict[tuple[str, str], Patch] = {}
     unused: dict[str, str] = {}
     spellings: Counter[str] = Counter()
     for tensor in header.tensors:
-        found = _KEY.fullmatch(tensor.name)
-        if found is None or found.lastgroup is None:
+        key = _Key.of(tensor.name)
+        layer = None if key is None else find(config, key.layer)
+        if key is None:
             unused[tensor.name] = "no LoRA's key"
-            continue
-        name, role = found[1], found.lastgroup
-        layer = find(config, name)
-        if layer is None:
+        elif layer is None:
             unused[tensor.name] = "no layer of this model that takes a LoRA"
-        elif not (tensor.is_readable or (role == "alpha" and tensor.dtype in _NUMBERS)):
-            unused[tensor.name] = f"{printable(tensor.dtype, 20)} is not read"
-        elif role == "diff_b" and not layer.has_bias:
+        elif key.role == "diff_b" and not layer.has_bias:
             unused[tensor.name] = "the layer has no bias"
         else:
-            key = layer.component, layer.name
-            patch = patches.setdefault(key, Patch(layer.name, layer.component, layer.entry))
-            if role in patch.tensors:
-                unused[tensor.name] = f"the same as {printable(patch.tensors[role].name, 80)}"
-                continue
-            patch.tensors[role] = tensor
-            spellings[_spelling(name, layer)] += 1
-    whole = dict(_without_duplicates(patches, unused))
+            _check_role(tensor, key.role)
+            new = Patch(layer.name, layer.component, layer.entry)
+            patch = patches.setdefault((layer.component, layer.name), new)
+            _check_one_adapter(patch, tensor, key)
+            patch.tensors[key.role] = tensor
+            spellings[_spelling(key.layer, layer)] += 1
+    whole = _without_duplicates(list(patches.values()), unused)
     if not whole:
         shown = ", ".join(printable(t.name, 60) for t in header.tensors[:_SHOWN]) or "no tensors"
         raise ForeignError(f"{file}: not a LoRA of Z-Image; found {shown}")
-    _set_alphas(list(whole.values()), _peft_configs(file, header.metadata))
-    for patch in whole.values():
+    _set_alphas(whole, read_peft(file, header.metadata))
+    for patch in whole:
         patch.check()
+    with open_regular(file, ConversionError) as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()  # type: ignore[arg-type]
     return Lora(
         file,
-        digest.hexdigest(),
-        tuple(whole.values()),
+        digest,
+        tuple(whole),
         tuple(of for of, _ in spellings.most_common()),
         unused,
         header.metadata,
     )
 
 
-def _without_duplicates(
-    patches: dict[tuple[str, str], Patch], unused: dict[str, str]
-) -> Iterator[tuple[tuple[str, str], Patch]]:
+class _Key(NamedTuple):
+    """What a tensor's name says: the layer's name as it is spelled, the adapter's, and the role."""
+
+    layer: str
+    adapter: str | None
+    role: str
+
+    @classmethod
+    def of(cls, name: str) -> "_Key | None":
+        found = _KEY.fullmatch(name)
+        if found is None:
+            return None
+        role = next(role for role, _ in _ROLES if found[role] is not None)
+        adapters = (found[group] for group in ("of_down", "of_up", "of_bias", "of_magnitude"))
+        return cls(found[1], next(filter(None, adapters), None), role)
+
+
+def _check_role(tensor: Tensor, role: str) -> None:
+    """Raises ConversionError for a tensor that the change needs, and that is not read."""
+    where = f"{tensor.file}: {printable(tensor.name)}"
+    if role == "middle":
+        raise ConversionError(
+            f"{where}: a change of a convolution, by three factors; this model's layers are matrices"
+        )
+    readable = [*READABLE, *(_NUMBERS if role == "alpha" else ())]
+    if tensor.dtype not in readable:
+        raise ConversionError(
+            f"{where}: expected one of {', '.join(readable)}, got {printable(tensor.dtype, 20)}"
+        )
+
+
+def _check_one_adapter(patch: Patch, tensor: Tensor, key: _Key) -> None:
+    """Raises ConversionError if a layer is changed in two spellings, or by two adapters."""
+    for other in patch.tensors.values():
+        of = _Key.of(other.name)
+        assert of is not None
+        has_other_adapter = None not in (of.adapter, key.adapter) and of.adapter != key.adapter
+        if of.layer != key.layer or of.role == key.role or has_other_adapter:
+            raise ConversionError(
+                f"{tensor.file}: {printable(tensor.name, 80)} and {printable(other.name, 80)} are "
+                "two changes of one layer; keep one of them"
+            )
+
+
+def _without_duplicates(patches: list[Patch], unused: dict[str, str]) -> list[Patch]:
     """Patches without those that are there twice, fused and split: then the split ones count. An
-    alpha alone changes nothing."""
-    by_path: dict[tuple[str, str], list[Patch]] = {}
-    for patch in patches.values():
-        for path in patch.entry.paths:
-            by_path.setdefault((patch.component, path), []).append(patch)
+    alpha alone changes nothing.
+
+    Raises ConversionError if not all parts of a fused layer are there too.
+    """
 
     def is_split(patch: Patch) -> bool:
         return len(patch.entry.paths) == 1 and not patch.name.endswith("attention.out")
 
-    for key, patch in patches.items():
-        why = None
+    split = {(p.component, p.entry.paths[0]): p for p in patches if is_split(p)}
+    found = []
+    for patch in patches:
+        parts = [split.get((patch.component, path)) for path in patch.entry.paths]
+        there = [part for part in parts if part is not None]
         if patch.tensors.keys() == {"alpha"}:
             why = "an alpha without factors"
-        elif not is_split(patch) and any(
-            is_split(other)
-            for path in patch.entry.paths
-            for other in by_path[patch.component, path]
-            if other is not patch
-        ):
+        elif is_split(patch) or not there:
+            found.append(patch)
+            continue
+        elif all(part is not None and part.tensors.keys() != {"alpha"} for part in parts):
             why = "the split layers are there too, and are used"
-        if why is None:
-            yield key, patch
         else:
-            unused.update({tensor.name: why for tensor in patch.tensors.values()})
+            one, other = (next(iter(of.tensors.values())) for of in (patch, there[0]))
+            raise ConversionError(
+                f"{one.file}: {printable(other.name, 80)} is a part of what "
+                f"{printable(one.name, 80)} changes, and the other parts are not there: keep either"
+            )
+        unused.update({tensor.name: why for tensor in patch.tensors.values()})
+    return found
 
 
-def _set_alphas(patches: list[Patch], configs: list[dict[str, Any]]) -> None:
+def _set_alphas(patches: list[Patch], configs: list[PeftConfig]) -> None:
     """Give each patch its alpha: from the file, else from PEFT's config.
 
     Raises ConversionError for an alpha that is no finite number.
     """
     for patch in patches:
         tensor = patch.tensors.pop("alpha", None)
-        if tensor is not None:
-            if math.prod(tensor.shape) != 1:
-                raise ConversionError(
-                    f"{tensor.file}: {printable(tensor.name)}: expected one number, got "
-                    f"{printable(list(tensor.shape))}"
-                )
-            value = _number(tensor)
-            if not abs(value) <= _LARGEST_ALPHA:  # NaN is not either
-                raise ConversionError(
-                    f"{tensor.file}: {printable(tensor.name)}: expected a number, finite and at "
-                    f"most {_LARGEST_ALPHA:g}, got {value}"
-                )
-            patch.alpha = value
-        for config in configs if tensor is None else ():
-            if config["component"] in (None, patch.component):
-                patch.alpha, patch.root = _alpha_of(config, patch.name)
+        if tensor is None:
+            for config in configs:
+                if config.component in (None, patch.component):
+                    patch.alpha, patch.root = config.alpha(patch.name), config.root
+            continue
+        where = f"{tensor.file}: {printable(tensor.name)}"
+        if math.prod(tensor.shape) != 1:
+            raise ConversionError(
+                f"{where}: expected one number, got {printable(list(tensor.shape))}"
+            )
+        patch.alpha = checked_alpha(_number(tensor), where)
 
 
 def _number(tensor: Tensor) -> float:
@@ -303,35 +340,3 @@ def _number(tensor: Tensor) -> float:
     count, dtype = tensor.nbytes // 4, _NUMBERS[tensor.dtype]
     words = replace(tensor, dtype="F32", shape=(count,)).rows(0, count, np.dtype(np.float32))
     return float(np.frombuffer(words.tobytes(), dtype)[0])
-
-
-def _peft_configs(file: Path, metadata: Mapping[str, str]) -> list[dict[str, Any]]:
-    """PEFT's settings: in diffusers' metadata, by component, or in adapter_config.json beside a
-    file that PEFT wrote."""
-    found = []
-    in_header = _json(metadata.get("lora_adapter_metadata"))
-    for component in ("transformer", "text_encoder"):
-        own = {
-            key.removeprefix(f"{component}."): value
-            for key, value in in_header.items()
-            if key.startswith(f"{component}.")
-        }
-        if own:
-            found.append({**own, "component": component})
-    beside = file.with_name("adapter_config.json")
-    if not found and file.name == "adapter_model.safetensors" and beside.is_file():
-        found.append({**read_json(beside, _LARGEST_CONFIG, ConversionError), "component": None})
-    return found
-
-
-def _alpha_of(config: dict[str, Any], name: str) -> tuple[float | int | None, bool]:
-    """alpha of a layer, and whether it is divided by the root of the rank."""
-    alpha = config.get("lora_alpha")
-    patterns = config.get("alpha_pattern")
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if name == pattern or name.endswith(f".{pattern}"):
-            alpha = value
-    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if not is_number or not abs(alpha) <= _LARGEST_ALPHA:  # type: ignore[arg-type]
-        alpha = None
-    return alpha, config.get("use_rslora") is True

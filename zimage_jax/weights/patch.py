@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
 from ..errors import ConversionError
 from ..files import printable
@@ -28,17 +28,27 @@ _OF_KIND = {  # the roles of each kind
 
 
 class Factors(NamedTuple):
-    """A change of low rank: up @ down, alpha / r included."""
+    """A change of low rank: up @ down, alpha / r included.
+
+    A DoRA also changes W itself: rows * W, or W * columns, is added.
+    """
 
     up: Float32[np.ndarray, "o r"]
     down: Float32[np.ndarray, "r i"]
+    rows: Float32[np.ndarray, "o"] | None = None
+    columns: Float32[np.ndarray, "i"] | None = None
 
 
-def split_whole(matrix: Float[np.ndarray, "a b"]) -> Factors:
+Base = Callable[[], Float32[np.ndarray, "..."]]
+
+
+def split_whole(
+    matrix: Float32[np.ndarray, "a b"],
+) -> tuple[Float32[np.ndarray, "a r"], Float32[np.ndarray, "r b"]]:
     """Factors of a whole matrix: itself and a unit matrix."""
     a, b = matrix.shape
     one = np.eye(min(a, b), dtype=np.float32)
-    return Factors(matrix, one) if b <= a else Factors(one, matrix)
+    return (matrix, one) if b <= a else (one, matrix)
 
 
 @dataclass
@@ -63,20 +73,25 @@ class Patch:
 
     @property
     def is_dora(self) -> bool:
-        return not self.tensors.keys().isdisjoint(("dora_scale", "magnitude"))
+        return self._magnitude is not None
 
     @property
-    def needs_base(self) -> bool:
-        """Whether the change depends on the model's own weights."""
-        return self.is_dora or "set" in self.tensors
+    def is_of_columns(self) -> bool:
+        """Whether a DoRA has a magnitude for each input; else it has one for each output."""
+        shape = () if self._magnitude is None else self._magnitude.shape
+        return len(shape) == 2 and shape[0] == 1 != self.entry.shape[0]
 
     @property
-    def is_norm(self) -> bool:
-        return len(self.entry.shape) == 1
+    def _magnitude(self) -> Tensor | None:
+        return self.tensors.get("dora_scale") or self.tensors.get("magnitude")
 
     @property
     def changes_weight(self) -> bool:
-        return bool(self.tensors.keys() - {"diff_b", "alpha"})
+        return bool(self.tensors.keys() - {"diff_b"})
+
+    @property
+    def changes_bias(self) -> bool:
+        return not self.tensors.keys().isdisjoint(("diff_b", "up_bias"))
 
     @functools.cached_property
     def ranks(self) -> tuple[int, ...]:
@@ -95,17 +110,12 @@ class Patch:
 
     @property
     def rank(self) -> int:
-        """Of the matrices that make the change exactly; 0 where a whole matrix is smaller, and for
-        what depends on the base.
+        """Of the matrices that make the change exactly; 0 of a change that none make.
 
         A LoHa of rank r is one of rank r^2: each row of up is the product of a row of w1_a and one
         of w2_a. kron(u1 v1, u2 v2) is kron(u1, u2) kron(v1, v2).
         """
-        if self.needs_base or self.is_norm or not self.ranks:
-            return 0
-        rank, (rows, columns) = math.prod(self.ranks), self.entry.shape
-        part = rows // len(self.entry.paths)
-        return rank if rank * (part + columns) < part * columns else 0
+        return math.prod(self.ranks) if self.ranks else 0
 
     @property
     def scale(self) -> float:
@@ -118,21 +128,18 @@ class Patch:
             r = self.ranks[1] if "lokr_w2_b" in self.tensors else self.ranks[0]
         return self.alpha / (math.sqrt(r) if self.root else r)
 
-    def factors(self) -> Factors:
-        """up and down of the change, for weight 1."""
-        if self.kind == "LoRA":
-            return Factors(np.float32(self.scale) * self._matrix("up"), self._matrix("down"))
-        if self.kind == "LoHa":
-            a1, b1, a2, b2 = (self._matrix(f"hada_{w}") for w in ("w1_a", "w1_b", "w2_a", "w2_b"))
-            up = (a1[:, :, None] * a2[:, None]).reshape(len(a1), -1)
-            down = (b1[:, None] * b2[None]).reshape(-1, b1.shape[1])
-        else:
-            (up1, down1), (up2, down2) = map(self._kron, ("w1", "w2"))
-            up, down = np.kron(up1, up2), np.kron(down1, down2)
-        return Factors(np.float32(self.scale) * up, down)
+    def factors(self, base: Base) -> Factors:
+        """The change, for weight 1. `base`: gives the model's own weights."""
+        up, down = self._matrices()
+        if not self.is_dora:
+            return Factors(up, down)
+        s = self._factor(base(), up @ down)
+        if self.is_of_columns:
+            return Factors(up, down * s, columns=s[0] - 1)
+        return Factors(up * s, down, rows=s[:, 0] - 1)
 
-    def delta(self, base: Callable[[], Float32[np.ndarray, "..."]]) -> Float32[np.ndarray, "..."]:
-        """The whole change, for weight 1. `base`: gives the model's own weights."""
+    def delta(self, base: Base) -> Float32[np.ndarray, "..."]:
+        """The whole change, for weight 1."""
         if "set" in self.tensors:
             return self._shaped("set") - base()
         if self.kind == "diff":
@@ -141,19 +148,40 @@ class Patch:
         if not self.is_dora:
             return change
         own = base()
-        magnitude, of = (
-            self._read("dora_scale" if "dora_scale" in self.tensors else "magnitude"),
-            own,
-        )
-        if "magnitude" in self.tensors:
-            of = own + change
-        is_columns = magnitude.ndim == 2 and magnitude.shape[0] == 1 and own.shape[0] != 1
-        norm = np.linalg.norm(of, axis=0 if is_columns else 1, keepdims=True)
-        magnitude = magnitude.reshape(norm.shape)
-        return (own + change) * (magnitude / (norm + np.finfo(np.float32).eps)) - own
+        s = self._factor(own, change)
+        return own * (s - 1) + change * s
+
+    def _factor(
+        self, own: Float32[np.ndarray, "o i"], change: Float32[np.ndarray, "o i"]
+    ) -> Float32[np.ndarray, "a b"]:
+        """s of a DoRA, as a column or a row."""
+        magnitude = self._read("dora_scale" if "dora_scale" in self.tensors else "magnitude")
+        is_old = "dora_scale" in self.tensors and not self.is_of_columns
+        of, axis = own if is_old else own + change, 0 if self.is_of_columns else 1
+        norm = np.linalg.norm(of, axis=axis, keepdims=True)
+        return magnitude.reshape(norm.shape) / (norm + np.finfo(np.float32).eps)
 
     def bias(self) -> Float32[np.ndarray, "o"]:
-        return self._read("diff_b")
+        """What is added to the bias, for weight 1."""
+        found = np.zeros(self.entry.shape[0], np.float32)
+        if "diff_b" in self.tensors:
+            found += self._read("diff_b")
+        if "up_bias" in self.tensors:
+            found += np.float32(self.scale) * self._read("up_bias")
+        return found
+
+    def _matrices(self) -> tuple[Float32[np.ndarray, "o r"], Float32[np.ndarray, "r i"]]:
+        """up and down, with alpha / r in up."""
+        if self.kind == "LoRA":
+            return np.float32(self.scale) * self._matrix("up"), self._matrix("down")
+        if self.kind == "LoHa":
+            a1, b1, a2, b2 = (self._matrix(f"hada_{w}") for w in ("w1_a", "w1_b", "w2_a", "w2_b"))
+            up = (a1[:, :, None] * a2[:, None]).reshape(len(a1), -1)
+            down = (b1[:, None] * b2[None]).reshape(-1, b1.shape[1])
+        else:
+            (up1, down1), (up2, down2) = map(self._kron, ("w1", "w2"))
+            up, down = np.kron(up1, up2), np.kron(down1, down2)
+        return np.float32(self.scale) * up, down
 
     def _product(self) -> Float32[np.ndarray, "o i"]:
         if self.kind == "LoHa":
@@ -162,13 +190,13 @@ class Patch:
         if self.kind == "LoKr":
             (up1, down1), (up2, down2) = map(self._kron, ("w1", "w2"))
             return np.float32(self.scale) * np.kron(up1 @ down1, up2 @ down2)
-        up, down = self.factors()
+        up, down = self._matrices()
         return up @ down
 
-    def _kron(self, which: str) -> Factors:
+    def _kron(self, which: str) -> tuple[Float32[np.ndarray, "a r"], Float32[np.ndarray, "r b"]]:
         if f"lokr_{which}" in self.tensors:
             return split_whole(self._matrix(f"lokr_{which}"))
-        return Factors(self._matrix(f"lokr_{which}_a"), self._matrix(f"lokr_{which}_b"))
+        return self._matrix(f"lokr_{which}_a"), self._matrix(f"lokr_{which}_b")
 
     def _matrix(self, role: str) -> Float32[np.ndarray, "a b"]:
         values = self._read(role)
@@ -188,16 +216,21 @@ class Patch:
         return values
 
     def check(self) -> None:
-        """Raises ConversionError for tensors that are missing, or whose shapes do not make the
-        layer's."""
+        """Raises ConversionError for tensors that are missing, or of two kinds, or whose shapes do
+        not make the layer's."""
         found = {role: tensor.shape for role, tensor in self.tensors.items()}
         file = next(iter(self.tensors.values())).file
+        where = f"{file}: {printable(self.name)}"
+        kinds = [kind for kind, roles in _OF_KIND.items() if roles & found.keys()]
+        if len(kinds) > 1:
+            raise ConversionError(
+                f"{where}: expected one change of a layer, got a {' and a '.join(kinds)}; keep one"
+            )
         if not _makes(self.kind, found, self.entry.shape) or not self._has_scale(found):
             shapes = ", ".join(f"{role} {list(shape)}" for role, shape in sorted(found.items()))
             raise ConversionError(
-                f"{file}: {printable(self.name)}: expected a {self.kind} of "
-                f"{list(self.entry.shape)}, got {printable(shapes)}; it is of another model, or "
-                "damaged"
+                f"{where}: expected a {self.kind} of {list(self.entry.shape)}, got "
+                f"{printable(shapes)}; it is of another model, or damaged"
             )
 
     def _has_scale(self, found: Mapping[str, tuple[int, ...]]) -> bool:
@@ -205,8 +238,8 @@ class Patch:
         rows, columns = (*self.entry.shape, 1)[:2]
         sizes = [found[role] for role in ("dora_scale", "magnitude") if role in found]
         fitting = (rows,), (rows, 1), (1, columns)
-        is_linear = self.kind in ("LoRA", "LoHa", "LoKr") and not self.is_norm
-        return all(of in fitting and is_linear for of in sizes) and len(sizes) <= 1
+        is_bare = "up_bias" in found or self.kind in ("diff", "set")  # PEFT has no DoRA with a bias
+        return all(of in fitting and not is_bare for of in sizes) and len(sizes) <= 1
 
 
 def _makes(kind: str, of: Mapping[str, tuple[int, ...]], whole: tuple[int, ...]) -> bool:
@@ -221,8 +254,10 @@ def _makes(kind: str, of: Mapping[str, tuple[int, ...]], whole: tuple[int, ...])
         a, b = matrix(up), matrix(down)
         return (a[0], b[1]) if a and b and a[1] == b[0] else None
 
-    beside = {"dora_scale", "magnitude", "diff_b"}
-    if not of.keys() <= _OF_KIND[kind] | beside or of.get("diff_b", whole[:1]) != whole[:1]:
+    biases = {"diff_b"} | ({"up_bias"} if kind == "LoRA" else set())
+    if not of.keys() <= _OF_KIND[kind] | biases | {"dora_scale", "magnitude"}:
+        return False
+    if any(of.get(role, whole[:1]) != whole[:1] for role in biases):
         return False
     if kind == "LoRA":
         return product("up", "down") == whole
