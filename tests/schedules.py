@@ -43,7 +43,7 @@ SCHEDULES = {
 SCAN = {"scan": Memory(schedule="scan")}
 
 
-def every(values: Iterable, quick: Collection) -> list:
-    """All of them as parameters of a test; those that are not `quick` run with scripts/test --all alone."""
-    exhaustive = pytest.mark.exhaustive
-    return [v if v in quick else pytest.param(v, marks=exhaustive) for v in values]
+def every(values: Iterable, quick: Collection, mark=pytest.mark.exhaustive) -> list:
+    """All of them as parameters of a test; those that are not `quick` run with scripts/test --all alone, or as `mark`
+    says."""
+    return [v if v in quick else pytest.param(v, marks=mark) for v in values]

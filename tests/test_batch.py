@@ -153,7 +153,7 @@ def test_a_folder_of_other_jobs_is_refused(draw, tmp_path):
     assert (code, "another batch draws into this folder" in err) == (1, True)
 
 
-@pytest.mark.parametrize("kills", [pytest.param(4, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("kills", [pytest.param(4, marks=pytest.mark.long)])
 def test_what_is_killed_is_completed_with_the_same_bytes(kills, native, tmp_path):
     lines = [JOBS[n % 3] | {"prompt": f"a star {n}", "seed": n} for n in range(12)]
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")

@@ -19,6 +19,7 @@ FLOORS = [
     ("runtime",),
     ("pipeline",),
     ("process",),
+    ("pool",),
     ("server",),
     (
         *("__init__", "interrupts", "cli", "options", "picture_options", "naming", "origin"),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .pipeline.pipeline import ZImage
     from .pipeline.request import Planned, Request, Started
     from .planning.plan import Memory, Plan
+    from .pool import ZImagePool
     from .process import ZImageProcess
 
     __version__: str
@@ -51,6 +52,7 @@ _MODULES = {
     "UsageError": "errors",
     "ZImage": "pipeline.pipeline",
     "ZImageError": "errors",
+    "ZImagePool": "pool",
     "ZImageProcess": "process",
     "ZImageWarning": "pipeline.job",
 }
@@ -78,6 +80,7 @@ __all__ = [
     "UsageError",
     "ZImage",
     "ZImageError",
+    "ZImagePool",
     "ZImageProcess",
     "ZImageWarning",
     "__version__",

@@ -10,10 +10,12 @@ import inspect
 import itertools
 import json
 import os
+import re
 import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,8 +32,33 @@ from .talk import Talk
 
 LONGEST_LINE = 256 << 10  # bytes
 MOST_JOBS = 1_000_000
-RESULTS = "results.jsonl"
+RESULTS, _ALL_RESULTS = "results.jsonl", "results*.jsonl"
 _PATHS = ("image", "mask")  # relative to the folder of JOBS, as LoRAs are
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of the lines: every `of`-th, from line `number` on."""
+
+    number: int
+    of: int
+
+    @property
+    def results(self) -> str:
+        return f"results-{self.number}of{self.of}.jsonl"
+
+    def has(self, line: "Line") -> bool:
+        return (line.number - self.number) % self.of == 0
+
+
+class _PartType(click.ParamType):
+    name = "part"
+
+    def convert(self, value, param, context):
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", value)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise UsageError(f"--part {printable(value)}: expected I/N, as in 1/4 up to 4/4")
+        return Part(int(match[1]), int(match[2]))
 
 
 @click.command()
@@ -46,6 +73,13 @@ _PATHS = ("image", "mask")  # relative to the folder of JOBS, as LoRAs are
 @options.MODEL
 @options.DTYPE
 @options.memory_options
+@options.DEVICES
+@click.option(
+    "--part",
+    type=_PartType(),
+    metavar="I/N",
+    help="Draw the I-th of N shares of the lines only, as in 2/4: for job arrays, into one folder.",
+)
 @click.option(
     "--in-flight",
     type=click.IntRange(1, 64),
@@ -60,6 +94,8 @@ def command(
     output,
     model,
     dtype,
+    devices,
+    part,
     in_flight,
     strict,
     no_metadata,
@@ -74,25 +110,34 @@ def command(
     drawn, is reported with its number, and the others are drawn. Jobs are drawn several at a time,
     with one copy of the weights for all; each picture is the same as alone.
     """
-    lines = list(read(jobs))
+    lines = [line for line in read(jobs) if part is None or part.has(line)]
     for line in lines:
         if line.fault:
             click.echo(f"error: {printable(jobs)}: {line.fault}", err=True)
     failed = sum(bool(line.fault) for line in lines)
     if failed and strict:
         raise UsageError(f"{failed} of {len(lines)} lines are no jobs: nothing is drawn")
-    with Results.open(output) as results:
+    with Results.open(output, part) as results:
         todo = [line for line in lines if not line.fault and not results.has(line)]
         done = len(lines) - failed - len(todo)
         if done and not (quiet or as_json):
             click.echo(f"{done} pictures are drawn already", err=True)
         talk = Talk(quiet or as_json, is_tiny=model is None)
-        with talk.warnings():
-            cli.start_jax()
-            from .pipeline.pipeline import ZImage
+        with talk.warnings(), ExitStack() as stack:
+            given = {"dtype": dtype, "in_flight": in_flight}
+            pipe: Any
+            if devices:
+                from .pool import ZImagePool
 
-            memory = options.memory_of(**memory_flags)
-            pipe = ZImage.load(model, dtype=dtype, memory=memory, in_flight=in_flight)
+                memory: Any = options.memories_of(devices, **memory_flags)
+                pipe = ZImagePool(model, devices=devices, memory=memory, **given)
+                stack.enter_context(pipe)
+            else:
+                cli.start_jax()
+                from .pipeline.pipeline import ZImage
+
+                memory = options.memory_of(**memory_flags)
+                pipe = ZImage.load(model, memory=memory, **given)
             talk.start(pipe, memory)
             with Progress(len(todo), silent=quiet or as_json) as progress:
                 for line, found in _draw_all(pipe, todo, ahead=2 * pipe.in_flight):
@@ -315,9 +360,13 @@ class Results:
     keys: dict[int, str]  # of the jobs that are drawn, by line
 
     @classmethod
-    def open(cls, folder: Path) -> "Results":
-        """Raises OutputError if the folder cannot be written or another batch draws into it."""
-        path = folder / RESULTS
+    def open(cls, folder: Path, part: Part | None = None) -> "Results":
+        """Raises OutputError if the folder cannot be written or another batch draws into it.
+
+        A part has a file of its own, so that all parts can draw at once; what any of them drew is
+        drawn for the others too.
+        """
+        path = folder / (RESULTS if part is None else part.results)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
@@ -330,15 +379,16 @@ class Results:
         if not lock(file):
             file.close()
             raise OutputError(f"{printable(folder)}: another batch draws into this folder")
-        keys = {}
         data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]  # a line that was cut off is drawn again
-        for row in whole.splitlines():
-            found = parse_json(row, printable(path), OutputError)
-            keys[found.get("line", 0)] = found.get("job", "")
+        whole = _whole(data)  # a line that was cut off is drawn again
+        keys = _keys(whole, path)
         if len(whole) < len(data):
             file.truncate(len(whole))
         file.seek(0, os.SEEK_END)
+        for other in folder.glob(_ALL_RESULTS):
+            if other != path:
+                with open_regular(other) as of_another:
+                    keys |= _keys(_whole(of_another.read()), other)
         return cls(folder, file, keys)
 
     def __enter__(self) -> "Results":
@@ -369,6 +419,15 @@ class Results:
         self.file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         self.file.flush()
         os.fsync(self.file.fileno())
+
+
+def _whole(data: bytes) -> bytes:
+    return data[: data.rfind(b"\n") + 1]
+
+
+def _keys(data: bytes, path: Path) -> dict[int, str]:
+    rows = (parse_json(row, printable(path), OutputError) for row in data.splitlines())
+    return {row.get("line", 0): row.get("job", "") for row in rows}
 
 
 def main() -> None:

@@ -54,6 +54,29 @@ class Gib(Number):
         return max(1, int(gib * GIB))
 
 
+class Gibs(Gib):
+    """One size, or one for each of --devices, as in 6,10: a tuple then."""
+
+    def convert(self, value, param, context):
+        if not isinstance(value, str) or "," not in value:
+            return super().convert(value, param, context)
+        found = [Gib.convert(self, part, param, context) for part in value.split(",")]
+        return tuple(found)
+
+
+class Devices(click.ParamType):
+    """Numbers of devices, as in 0,1."""
+
+    name = "devices"
+
+    def convert(self, value, param, context):
+        if isinstance(value, tuple):
+            return value
+        place, parts = _place(param, context), str(value).split(",")
+        numbers = [parse_number(place, int, part.strip()) for part in parts]
+        return tuple(checks.whole(place, number, 0, 255) for number in numbers)
+
+
 def parse_number(name: str, kind: type[int] | type[float], value: object) -> object:
     """Parse `value` if it is a string; return other values as they are. Raises UsageError."""
     if not isinstance(value, str):
@@ -183,9 +206,10 @@ _MEMORY = [
     ),
     _option(
         "--max-vram",
-        type=Gib(),
+        type=Gibs(),
         metavar="GIB",
-        help="Device memory to use, in GiB.  [default: all that is free]",
+        help="Device memory to use, in GiB; with --devices also one for each, as in 6,10.  "
+        "[default: all that is free]",
     ),
     _option("--low-vram", is_flag=True, help="Use as little device memory as possible."),
     _option(
@@ -258,6 +282,8 @@ def memory_of(
     """
     from .planning.plan import Memory
 
+    if isinstance(max_vram, tuple):
+        raise UsageError(f"--max-vram: {len(max_vram)} sizes need --devices with as many")
     if not _is_given("schedule"):
         schedule, resident_chunks = _from_chunk_count(schedule, chunks, resident_chunks)
     streams_all = enable_cpu_offload or "transformer" in offload_layers
@@ -278,6 +304,14 @@ def memory_of(
         vae_tile=vae_tile,
         pins=(*_blocks(offload_layers), *map(_pin, pins)),
     )
+
+
+def memories_of(devices: tuple[int, ...], *, max_vram, **flags) -> "list[Memory]":
+    """The memory options for each of --devices."""
+    sizes = max_vram if isinstance(max_vram, tuple) else (max_vram,) * len(devices)
+    if len(sizes) != len(devices):
+        raise UsageError(f"--max-vram: {len(sizes)} sizes for {len(devices)} devices")
+    return [memory_of(max_vram=size, **flags) for size in sizes]
 
 
 def _is_given(name: str) -> bool:
@@ -370,6 +404,12 @@ DTYPE = click.option(
     type=click.Choice(COMPUTE),
     help="Dtype of the computation; float16 is for GPUs before the RTX 30 series.  "
     "[default: bfloat16 on a GPU, float16 on a GPU without bfloat16, float32 on a CPU]",
+)
+DEVICES = _option(
+    "--devices",
+    type=Devices(),
+    metavar="N,N",
+    help="Draw with these GPUs, numbered as by nvidia-smi: a process for each, which draws whole jobs.",
 )
 ATTENTION = _option(
     "--attention",

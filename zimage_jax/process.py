@@ -1,6 +1,7 @@
 """The engine in a process of its own, which is started again when it dies or hangs."""
 
 import itertools
+import os
 import pickle
 import secrets
 import socket
@@ -20,6 +21,7 @@ from typing import Any
 from . import checks
 from .errors import EngineError, UsageError
 from .model.config import ModelConfig
+from .pipeline.engine import IN_FLIGHT
 from .pipeline.job import Step
 from .pipeline.request import Event, Handle, Started
 from .planning.plan import Memory
@@ -27,6 +29,9 @@ from .planning.plan import Memory
 PATIENCE = 600.0  # seconds without a program compiled or launched; compiling takes minutes
 TRIES = 5  # deaths of the process without an NFE of a job in flight, until the job is to blame
 STARTS = 3  # tries to start the process
+
+
+_NUMBERS = itertools.count(1)  # of jobs, unique among all processes
 
 
 @dataclass(kw_only=True, eq=False)
@@ -66,10 +71,12 @@ class ZImageProcess:
     """A model in a process of its own: a crash, a hang or another budget starts it again, and every
     job goes on. A job gives the same picture in any process.
 
-    `path`, `dtype`, `memory`: as of ZImage.load. `patience`: seconds without progress after which
+    `path`, `dtype`, `memory`, `in_flight`: as of ZImage.load. `patience`: seconds without progress after which
     the process counts as hung. `on_start(seconds, nbytes)` is called after each start: the seconds to
     start the process, to open the model, to plan a picture and to read what it streams, and the
-    bytes read into host memory.
+    bytes read into host memory. `device`: the GPU that the process sees, by number; JAX_PLATFORMS=cpu
+    makes each number a process on the CPU. `heir(job)`: called for each job that is left when the
+    process cannot be started again; True if it took the job.
 
     Raises what ZImage.load raises, and EngineError if the process cannot be started.
     """
@@ -82,13 +89,18 @@ class ZImageProcess:
         memory: Memory | None = None,
         patience: float | int = PATIENCE,
         on_start: Callable[[dict[str, float], int], None] | None = None,
+        device: int | None = None,
+        heir: Callable[["Remote"], bool] | None = None,
+        in_flight: int | None = None,
     ):
         if sys.platform == "win32":
             raise UsageError("an engine in its own process needs Linux or macOS: use ZImage")
-        self._arguments: dict[str, Any] = {"path": path, "dtype": dtype, "memory": memory}
+        self._arguments: dict[str, Any] = {
+            **{"path": path, "dtype": dtype, "memory": memory, "in_flight": in_flight}
+        }
         self._patience, self._on_start = patience, on_start
+        self.device, self._heir = device, heir
         self._lock, self._requests = threading.RLock(), dict[int, Remote]()
-        self._numbers = itertools.count(1)
         self.starts, self.held = 0, dict[str, int]()  # device bytes by array, a second old
         self.seconds: dict[str, float] = {}  # of the last start: start, open, plan and read
         self.host_bytes = 0  # read into host memory by the last start
@@ -119,6 +131,20 @@ class ZImageProcess:
     def is_closed(self) -> bool:
         """Whether it takes no more jobs: it was closed, or cannot be started again."""
         return self._is_closed
+
+    @property
+    def processes(self) -> list["ZImageProcess"]:
+        return [self]
+
+    @property
+    def unfinished(self) -> int:
+        """Jobs that are not done."""
+        return len(self._requests)
+
+    @property
+    def in_flight(self) -> int:
+        """The most jobs that share the weights on their way over the device."""
+        return self._arguments["in_flight"] or IN_FLIGHT
 
     @property
     def memory(self) -> Memory:
@@ -170,9 +196,16 @@ class ZImageProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "zimage_jax.worker", str(theirs.fileno())],
+                [
+                    sys.executable,
+                    "-m",
+                    "zimage_jax.worker",
+                    str(theirs.fileno()),
+                    *_named(self.device),
+                ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
+                env=None if self.device is None else _environment(self.device),
             )
         link = Connection(ours.detach())
         try:
@@ -314,14 +347,29 @@ class ZImageProcess:
     def _end_all(self, fault: BaseException) -> None:
         with self._lock:
             left, self._requests = list(self._requests.values()), {}
-            self._is_closed = True
+            is_broken, self._is_closed = not self._is_closed, True
         for remote in left:
-            remote.end(fault=fault)
+            if not (is_broken and self._heir is not None and self._heir(remote)):
+                remote.end(fault=fault)
+
+    def adopt(self, remote: Remote) -> bool:
+        """Take a job of another process, which draws it no more. False if this one is closed."""
+        remote.restarts += remote.is_started
+        remote.is_planning = remote.is_started = False
+        with self._lock:
+            if self._is_closed:
+                return False
+            remote.ask = self._ask
+            self._requests[remote.number] = remote
+            self._ask(remote.message)
+            if remote.is_cancelled:
+                remote.cancel()
+        return True
 
     def _sent(
         self, word: str, job: dict[str, Any], on_event: Callable[[Event | None], None] | None
     ) -> Remote:
-        number = next(self._numbers)
+        number = next(_NUMBERS)
         try:
             message = pickle.dumps((word, number, job))
         except Exception as fault:
@@ -354,6 +402,22 @@ def without_model(event: Event) -> Event:
     if not isinstance(event, Step):
         return event
     return Step(event.index, event.steps, event.t, event.latents, _Made(event.previews()))
+
+
+def _named(device: int | None) -> list[str]:
+    return [] if device is None else [str(device)]
+
+
+def _environment(device: int) -> dict[str, str]:
+    """Of a process that sees one GPU."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = seen.split(",") if seen else []
+    if names and device >= len(names):
+        raise UsageError(f"device {device}: CUDA_VISIBLE_DEVICES names {len(names)} devices")
+    return os.environ | {
+        "CUDA_VISIBLE_DEVICES": names[device] if names else str(device),
+        "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cuda,cpu",
+    }
 
 
 class _Made:

@@ -10,6 +10,7 @@ import ipaddress
 import threading
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -62,7 +63,10 @@ from .options import Number
 @options.MODEL
 @options.DTYPE
 @options.memory_options
-def command(host, port, data, api_key, hosts, most, has_page, model, dtype, **memory_flags) -> None:
+@options.DEVICES
+def command(
+    host, port, data, api_key, hosts, most, has_page, model, dtype, devices, **memory_flags
+) -> None:
     """Serve pictures until Ctrl-C or SIGTERM.
 
     A job that was accepted is drawn, even if the server is killed: the next one with the same --data
@@ -77,7 +81,11 @@ def command(host, port, data, api_key, hosts, most, has_page, model, dtype, **me
             f"--host {host}: other machines could use this server; give it an --api-key, or listen "
             "at 127.0.0.1"
         )
-    memory = options.memory_of(**memory_flags)
+    memory: Any
+    if devices:
+        memory = options.memories_of(devices, **memory_flags)
+    else:
+        memory = options.memory_of(**memory_flags)
     with interrupts.at_once():
         try:
             from .server import app
@@ -90,11 +98,18 @@ def command(host, port, data, api_key, hosts, most, has_page, model, dtype, **me
             raise UsageError(
                 f'{fault}: the server needs more packages; pip install "zimage_jax[serve]"'
             ) from None
+        from .pool import ZImagePool
         from .process import ZImageProcess
+
+    def open_engine() -> ZImageProcess | ZImagePool:
+        if devices:
+            return ZImagePool(model, devices=devices, dtype=dtype, memory=memory)
+        return ZImageProcess(model, dtype=dtype, memory=memory)
+
     with (
         closing(app.listen(host, port)) as listener,
         closing(app.Store(data)) as store,
-        ZImageProcess(model, dtype=dtype, memory=memory) as engine,
+        open_engine() as engine,
     ):
         app.serve(engine, store, listener, most=most, key=api_key, hosts=hosts, has_page=has_page)
 

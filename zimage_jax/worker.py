@@ -1,7 +1,10 @@
-"""The engine's process, which `process.ZImageProcess` starts: python -m zimage_jax.worker SOCKET.
+"""The engine's process, which `process.ZImageProcess` starts:
 
-SOCKET is the inherited descriptor of a socket to the owner. The first message has the arguments of
-ZImage.load; messages are answered until the socket closes.
+    python -m zimage_jax.worker SOCKET [DEVICE]
+
+SOCKET is the inherited descriptor of a socket to the owner, DEVICE the number of the GPU that must
+be drawn with. The first message has the arguments of ZImage.load; messages are answered until the
+socket closes.
 """
 
 import functools
@@ -17,6 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from . import cli
+from .errors import UsageError
 from .process import without_model
 
 BEAT = 1.0  # seconds between two signs of life
@@ -115,12 +119,26 @@ class Worker:
             time.sleep(BEAT)
 
 
+def _check_device(number: str | None = None) -> None:
+    """Raises UsageError if JAX fell back to the CPU."""
+    from .runtime.placement import Placement
+
+    if number is None or os.environ["JAX_PLATFORMS"] == "cpu":
+        return
+    if Placement.on().shares_memory:
+        raise UsageError(
+            f"device {number}: JAX finds no such GPU (JAX_PLATFORMS=cpu: a process on the CPU for "
+            "each number)"
+        )
+
+
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's, which ends this process
     with Connection(int(sys.argv[1])) as link:
         arguments, began = link.recv(), time.perf_counter()
         try:
             cli.start_jax()
+            _check_device(*sys.argv[2:])
             from .pipeline.pipeline import ZImage
 
             pipe = ZImage.load(**arguments)

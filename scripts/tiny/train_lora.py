@@ -58,7 +58,8 @@ def storage_of(checkpoint: Checkpoint) -> Storage:
 
 
 def first_factors(storage: Storage, seed: int) -> Params:
-    """Of the main blocks: down is random, up zero, as PEFT begins."""
+    """Of the DiT's main blocks and the text encoder's: down is random, up zero, as PEFT begins. The
+    noise refiner's, which share the main blocks' slots, are not trained."""
     found, key = {}, jax.random.key(seed)
     for component in LAYERS:
         for unit in storage.units(component):

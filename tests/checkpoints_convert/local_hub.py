@@ -26,6 +26,9 @@ LIMITS = Limits(connections=3, timeout=0.5, retries=5, backoff=0.01, block=4096,
 Fault = Callable[["Handler", str], bool]  # True if it answered
 
 
+_COUNTING = threading.Lock()
+
+
 class LocalHub:
     """`faults`: each is tried in turn for every request of a file. `log`: (method and path, headers)
     of every request; `sent`: file -> bytes of its body that were sent."""
@@ -34,6 +37,7 @@ class LocalHub:
         self.files, self.faults = dict(files), list[Fault]()
         self.log: list[tuple[str, dict[str, str]]] = []
         self.sent: dict[str, int] = {}
+        self.connections = 0
         self.ranges = True
         self.etag: Callable[[str], str] = lambda name: f'"{sha(self.files[name])}"'
         self.listed: Callable[[dict], None] = lambda answer: None  # changes the list of files
@@ -48,6 +52,10 @@ class LocalHub:
         self._server.server_close()
 
     def forget(self) -> None:
+        """Begin the counts anew, once those who hung up have been served to the end."""
+        deadline = time.monotonic() + 5
+        while self.connections and time.monotonic() < deadline:
+            time.sleep(0.005)
         self.log.clear()
         self.sent.clear()
 
@@ -55,6 +63,18 @@ class LocalHub:
 class _Server(ThreadingHTTPServer):
     daemon_threads, block_on_close = True, False
     hub: LocalHub
+
+    def process_request(self, request, client_address) -> None:
+        with _COUNTING:
+            self.hub.connections += 1
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request, client_address) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with _COUNTING:
+                self.hub.connections -= 1
 
     def handle_error(self, request, client_address) -> None:
         """A client that hangs up, or is killed, is what is tested."""

@@ -309,7 +309,7 @@ def test_six_bits_of_sixteen_are_sixty_percent_fewer():
     assert bytes_of["k5v6"] <= 0.4 * bytes_of["bf16"]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_the_switch_is_static_in_the_sampler():
     """Two loops, one whose products are of bfloat16 operands and one of float16; with reuse a
     branch, not both ways."""

@@ -71,7 +71,7 @@ def test_an_engine_that_is_killed_costs_time_and_no_picture(server):
     assert server.get("/health")["engine_starts"] == starts + 1
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_sigterm_stores_what_runs(server):
     job = server.post("/jobs", LONG | {"seed": 1})["id"]
     server.wait(job, "running")
@@ -92,7 +92,7 @@ def test_sigterm_stores_what_runs(server):
     assert server.ask("DELETE", f"/jobs/{job}")[0] == 200
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_a_second_signal_ends_it_at_once(server):
     job = server.post("/jobs", LONG)["id"]
     server.wait(job, "running")
@@ -129,7 +129,7 @@ def test_ctrl_c_ends_it_as_it_ends_the_other_commands(server):
     assert server.log.read_text().endswith("interrupted\n")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_without_an_engine_the_server_ends_and_keeps_its_jobs(start, native, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(native(MODEL), model)
@@ -145,7 +145,7 @@ def test_without_an_engine_the_server_ends_and_keeps_its_jobs(start, native, tmp
         assert server.get(f"/jobs/{job}")["state"] in ("queued", "running")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_a_picture_that_cannot_be_kept_is_drawn_another_time(start, tmp_path):
     with start(tmp_path / "data") as server:
         (server.data / "pictures").rmdir()

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from ..errors import EngineError, UsageError, ZImageError
+from ..pool import ZImagePool
 from ..process import ZImageProcess
 from . import a1111, native, openai
 from .errors import RefusedError, invalid, refusal_of
@@ -151,7 +152,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    engine: ZImageProcess,
+    engine: ZImageProcess | ZImagePool,
     store: Store,
     listener: socket.socket,
     *,

@@ -21,6 +21,7 @@ from ..errors import EngineError, OutOfMemoryError, OutputError, UsageError, ZIm
 from ..pipeline.job import Result, Step
 from ..pipeline.picture import encode_png
 from ..pipeline.request import Event, Planned, Started
+from ..pool import ZImagePool
 from ..process import Remote, ZImageProcess
 from .errors import RefusedError
 from .metrics import Metrics
@@ -28,7 +29,7 @@ from .order import Order, as_arguments
 from .store import CANCELLED, DONE, FAILED, Record, Store
 
 QUEUED, RUNNING, STORED = "queued", "running", "stored"  # states before the end, and at a stop
-AHEAD = 32  # pictures given to the engine: twice what it has in flight, so that others can join
+AHEAD = 2  # times what the engine has in flight are given to it, so that others can join
 GRACE = 5.0  # seconds that a stop leaves to what is in flight
 PATIENCE = 600.0  # seconds for a plan: a GPU's compiler takes minutes
 _GUESS = 10.0  # seconds of a picture, before any was drawn
@@ -97,8 +98,9 @@ class Live:
 class Jobs:
     """`most`: jobs that may wait; beyond, clients are asked to come again."""
 
-    def __init__(self, engine: ZImageProcess, store: Store, *, most: int):
+    def __init__(self, engine: ZImageProcess | ZImagePool, store: Store, *, most: int):
         self.engine, self.store, self.most = engine, store, most
+        self._ahead = AHEAD * engine.in_flight  # pictures
         self.live: dict[str, Live] = {}  # in the order in which they came
         self.metrics = Metrics(
             {
@@ -253,7 +255,7 @@ class Jobs:
 
     def _feed(self) -> None:
         """Give the engine as many pictures as it can use."""
-        while self._waiting and self._handed < AHEAD and not self.is_stopping:
+        while self._waiting and self._handed < self._ahead and not self.is_stopping:
             live = self._waiting.popleft()
             if live.state != QUEUED:
                 continue

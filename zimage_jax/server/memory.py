@@ -82,10 +82,14 @@ def report(jobs: Jobs) -> dict[str, Any]:
             "arrays": held,
             "peak_bytes_by_stage": jobs.peaks,
         },
+        "devices": [
+            {"device": of.device, "now_bytes": sum(dict(of.held).values()), "jobs": of.unfinished}
+            for of in engine.processes
+        ],
         "plan": None if jobs.planned is None else plan_to_json(jobs.planned),
         "host": {
             "parameters_bytes": engine.host_bytes,
-            "engine_bytes": _resident(engine.pid),
+            "engine_bytes": sum(_resident(of.pid) or 0 for of in engine.processes) or None,
             "server_bytes": _resident(os.getpid()),
             "available_bytes": _available(),
         },

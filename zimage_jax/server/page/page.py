@@ -81,6 +81,8 @@ def mount(app: FastAPI, jobs: Jobs) -> None:
 
 
 class _Only:
+    """Gradio's app behind the paths that the page needs."""
+
     def __init__(self, app: ASGIApp):
         self._app = app
 
@@ -115,7 +117,7 @@ class Page:
 
     def _lay_out(self) -> None:
         word = gr.I18n(**LANGUAGES)  # type: ignore[arg-type]
-        gr.HTML(f"<h1>zimage_jax</h1><p>{self._engine.name}</p>")
+        gr.HTML(f"<h1>zimage_jax</h1>{parts.line(self._engine.name)}")
         self._rest = gr.State({})  # settings of a picture that the form has no field for
         self._last = gr.State("-1")  # seed
         self._begins, self._length = gr.State(False), gr.State(_PAGE)
