@@ -76,11 +76,16 @@ class Lora:
     """A LoRA file, opened for one model. `unused`: key -> why it changes nothing."""
 
     file: Path
-    sha256: str
     patches: tuple[Patch, ...]
     spellings: tuple[str, ...]
     unused: Mapping[str, str]
     metadata: Mapping[str, str]
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the file. A job asks for it, and nothing that only describes a LoRA."""
+        with open_regular(self.file, ConversionError) as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()  # type: ignore[arg-type]
 
     @property
     def remark(self) -> str | None:
@@ -224,11 +229,8 @@ def open_lora(file: Path, config: ModelConfig) -> Lora:
     _set_alphas(whole, read_peft(file, header.metadata))
     for patch in whole:
         patch.check()
-    with open_regular(file, ConversionError) as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()  # type: ignore[arg-type]
     return Lora(
         file,
-        digest,
         tuple(whole),
         tuple(of for of, _ in spellings.most_common()),
         unused,
