@@ -1,15 +1,18 @@
-"""The contents of a safetensors or GGUF file, a diffusers folder or a native checkpoint, from headers."""
+"""The contents of a safetensors or GGUF file, a LoRA, a diffusers folder or a native checkpoint, from headers."""
 
 import math
 from pathlib import Path
 
-from zimage_jax.errors import ForeignError
+from zimage_jax.errors import ConversionError, ForeignError
 from zimage_jax.files import kind_of, printable
+from zimage_jax.model.config import TURBO
+from zimage_jax.pipeline.pipeline import TINY
 from zimage_jax.units import tree_bytes
 from zimage_jax.weights import sources
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.components import COMPONENTS
 from zimage_jax.weights.formats import Storage
+from zimage_jax.weights.lora import open_lora
 from zimage_jax.weights.tensors import Header, Tensor
 
 
@@ -36,6 +39,8 @@ def inspect(path: Path) -> dict:
         notes = {"tokenizer": "present" if tokenizer == "file" else "missing"}
         return {"kind": "diffusers folder", "components": components, "notes": notes}
     header, components, faults = sources.read_header(path), {}, []
+    if found := _lora(path):
+        return found
     for name in sources.COMPONENTS:
         try:
             components[name] = _describe(sources.open_file(name, path))
@@ -54,6 +59,34 @@ def _named(header: Header) -> dict[str, str]:
     """What a header calls its model."""
     names = [header.metadata[key] for key in sources.NAMES if header.metadata.get(key)]
     return {"name": printable(names[0])} if names else {}
+
+
+def _lora(path: Path) -> dict | None:
+    """What a LoRA changes of the published model, or of the tiny one; None if the file is none."""
+    try:
+        try:
+            found = open_lora(path, TURBO).describe()
+        except ConversionError as fault:  # its shapes are another model's
+            try:
+                found = open_lora(path, Checkpoint(TINY).config).describe()
+            except ConversionError:
+                raise fault from None
+    except ForeignError:
+        return None
+    notes = {
+        "spelling": found["spelling"],
+        "kinds": ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items()),
+        "ranks": ", ".join(found["ranks"]),
+        "targets": ", ".join(f"{name} x {count}" for name, count in found["targets"].items()),
+        "trigger words": printable(", ".join(found["trigger_words"])),
+        "not used": ", ".join(f"{printable(k)} ({why})" for k, why in found["unused"].items()),
+    }
+    return {
+        "kind": "LoRA",
+        "components": {"lora": _summary("-", sources.read_header(path).tensors)},
+        "notes": {key: value for key, value in notes.items() if value},
+        "lora": found,
+    }
 
 
 def _describe(component: sources.Component) -> dict:

@@ -33,7 +33,7 @@ from .talk import Talk
 LONGEST_LINE = 256 << 10  # bytes
 MOST_JOBS = 1_000_000
 RESULTS, _ALL_RESULTS = "results.jsonl", "results*.jsonl"
-_PATHS = ("image", "mask", "control_image")  # relative to the folder of JOBS
+_PATHS = ("image", "mask", "control_image")  # relative to the folder of JOBS, as LoRAs are
 
 
 @dataclass(frozen=True)
@@ -264,6 +264,8 @@ class Line:
             )
         if "kv" in given:
             given["kv"] = KVPolicy.parse(**given["kv"])
+        if "lora" in given:
+            given["lora"] = [(self.folder / file, weight) for file, weight in given["lora"]]
         return given | {name: self.folder / given[name] for name in _PATHS if name in given}
 
 
@@ -321,9 +323,22 @@ def _job(data: bytes, number: int) -> dict[str, Any]:
             raise UsageError(f"line {number}: {name} must be {expected}")
     if "prompt" not in job:
         raise UsageError(f"line {number}: prompt is missing")
+    if "lora" in job:
+        _check_loras(job["lora"], number)
     if "kv" in job:
         check_metadata(f"line {number}: kv", job["kv"], KV_FIELDS, only_these=True)
     return job
+
+
+def _check_loras(loras: Any, number: int) -> None:
+    """Raises UsageError."""
+    for pair in loras if isinstance(loras, list) else [None]:
+        file, weight = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not isinstance(file, str) or not is_number:
+            raise UsageError(
+                f'line {number}: lora must be a list of pairs, as in [["style.safetensors", 0.8]]'
+            )
 
 
 def allowed() -> set[str]:

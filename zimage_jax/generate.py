@@ -90,6 +90,7 @@ LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
 )
 @options.DTYPE
 @picture_options
+@options.lora_options
 @options.kv_options
 @options.ATTENTION
 @options.memory_options
@@ -164,6 +165,8 @@ def command(
     enlarge,
     explore,
     pick,
+    lora,
+    lora_merge,
     **flags,
 ) -> None:
     """Draw PROMPT with Z-Image-Turbo and write it as a PNG.
@@ -182,6 +185,8 @@ def command(
         "guidance": _guidance(guidance, cfg_scale),
         "noise": noise,
         "attention": attention,
+        "lora": list(lora),
+        "lora_merge": lora_merge,
         **{name: flags.pop(name) for name in OF_JOB},
     }
     origin = Origin.of({name: flags.pop(name) for name in OF_CANVAS}, from_image, enlarge, pick)
@@ -193,9 +198,9 @@ def command(
     picture_kv = _complete(job, origin.settings, count)
     _check_weights(job)
     files_out = _Output(output, overwrite, not no_metadata, preview, report, trace, bool(explore))
-    files_out.check(
-        len(job["prompts"]), job["seeds"], [*files, *origin.files, job["control_image"]]
-    )
+    job["lora"] = origin.loras(job["lora"])
+    inputs = [*files, *origin.files, job["control_image"], *(file for file, _ in job["lora"])]
+    files_out.check(len(job["prompts"]), job["seeds"], inputs)
     origin.check_control(control, job)
 
     talk = Talk(quiet or as_json, is_tiny=model is None)
@@ -235,7 +240,7 @@ def _draw(pipe, job: dict, batch_size: int, output: "_Output", talk: Talk, *, as
     seeds, reports = job.pop("seeds"), []
     pictures: list[tuple] = []  # of the contact sheet, with their paths
     todo = ((prompt, seed) for prompt in job.pop("prompts") for seed in seeds)
-    settings, first = {k: v for k, v in job.items() if v is not None}, 0
+    settings, first = {k: v for k, v in job.items() if v not in (None, [])}, 0
     while batch := list(islice(todo, batch_size)):
         prompts, numbers = (list(column) for column in zip(*batch, strict=True))
         with talk.bar() as bar:

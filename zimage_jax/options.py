@@ -426,6 +426,46 @@ ATTENTION = _option(
 )
 
 
+class LoraFile(click.ParamType):
+    """FILE or FILE:WEIGHT, as a pair of a path and a weight."""
+
+    name = "lora"
+
+    def convert(self, value, param, context):
+        if not isinstance(value, str):
+            return value
+        file, colon, weight = value.rpartition(":")
+        try:
+            number = float(weight) if colon and not os.path.exists(value) else None
+        except ValueError:  # a colon of the name
+            number = None
+        if number is None:
+            return Path(value), 1.0
+        return Path(file), checks.real(_place(param, context), number, -100, 100)
+
+
+_LORA = [
+    click.option(
+        "--lora",
+        type=LoraFile(),
+        multiple=True,
+        metavar="FILE[:WEIGHT]",
+        help="LoRA to draw with, in any spelling; WEIGHT is 1 by default. May be repeated.",
+    ),
+    click.option(
+        "--lora-merge",
+        is_flag=True,
+        default=None,
+        help="Add LoRAs to the parameters when these are read, instead of computing them beside.",
+    ),
+]
+
+
+def lora_options(command: Callable) -> Callable:
+    """Add the options about LoRAs to a command."""
+    return with_options(_LORA, command)
+
+
 def kv_options(command: Callable) -> Callable:
     """Add the options about K and V to a command; `kv_of` takes their values."""
     return with_options(_KV, command)

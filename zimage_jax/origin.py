@@ -1,11 +1,12 @@
 """What the command's --from-image, --image and --enlarge begin from: settings and pictures."""
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
-from .files import printable
+from .files import open_regular, printable
 
 if TYPE_CHECKING:
     from .pipeline.canvas import Canvas
@@ -79,6 +80,31 @@ class Origin:
             factor=enlarge,
             folder=from_image.parent,
         )
+
+    def loras(self, given: list) -> list[tuple[Path, float]]:
+        """The LoRAs with their weights: those that are given, else the repeated picture's, whose
+        files lie beside it. Raises UsageError for one that is missing or another file."""
+        found = []
+        for row in given:
+            if isinstance(row, tuple):
+                found.append(row)
+                continue
+            assert self.folder is not None
+            file = self.folder / Path(row["name"]).name
+            if not file.is_file():
+                raise UsageError(
+                    f"--from-image was drawn with {printable(file.name)}, which is not beside it: "
+                    "give it with --lora"
+                )
+            with open_regular(file) as f:
+                digest = hashlib.file_digest(f, "sha256").hexdigest()  # type: ignore[arg-type]
+            if digest != row["sha256"]:
+                raise UsageError(
+                    f"{printable(file.name)} is not the LoRA that --from-image was drawn with: its "
+                    "checksum differs; give the right one with --lora"
+                )
+            found.append((file, row["weight"]))
+        return found
 
     @property
     def begins_from_a_picture(self) -> bool:
@@ -179,6 +205,8 @@ def _settings(metadata: dict) -> dict[str, Any]:
         "prompts": [metadata["prompt"]],
         "seeds": [metadata["seed"]],
         "kv": metadata.get("kv", {}),
+        "lora": metadata.get("lora", []),
+        "lora_merge": any(row.get("merged") for row in metadata.get("lora", [])) or None,
         **{key: metadata[key] for key in _SAME},
         **{key: metadata.get(key) for key in _MAYBE},
         **{key: of_image.get(key) for key in _STRENGTH},

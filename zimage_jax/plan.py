@@ -86,6 +86,7 @@ BUCKET = 64  # caption tokens: a sentence or two
     metavar="N",
     help="Plan up to N such pictures in flight together, which share the weights on their way.",
 )
+@options.lora_options
 @options.kv_options
 @options.memory_options
 @click.option("--explain", is_flag=True, help="Print what takes the device memory, array by array.")
@@ -108,6 +109,8 @@ def command(
     kv_switch_t,
     kv_group,
     kv_reuse,
+    lora,
+    lora_merge,
     **memory_flags,
 ) -> None:
     """Print a plan for each size of picture, without drawing any.
@@ -135,6 +138,8 @@ def command(
 
     wanted = find(card) if card else None
     name, storage = _model(model, form, wanted, control)
+    if lora and not lora_merge:  # merged LoRAs change no bytes
+        storage = _with_loras(storage, lora)
     steps = steps or storage.config.defaults.steps
     device = devices.of_card(wanted, storage, compiles) if wanted else devices.own(storage)
     if memory.host_bytes is not None:
@@ -229,6 +234,18 @@ def _model(
         raise UsageError(f"--control {control}: with a folder as --model expected a folder")
     of = open_control(control, files.config)
     return f"{name} with {of.path.resolve().name}", Controlled(files, of).storage
+
+
+def _with_loras(storage: "Storage", files) -> "Storage":
+    """The model with LoRAs beside it. Raises ForeignError and ConversionError."""
+    from .weights.adapters import storage_beside
+    from .weights.lora import open_lora
+
+    opened = [(open_lora(file, storage.config), weight) for file, weight in files]
+    for found, _ in opened:
+        if found.remark:
+            click.echo(f"warning: {found.remark}", err=True)
+    return storage_beside(storage, opened)
 
 
 def _pixels(text: str, config: "ModelConfig") -> tuple[int, int]:

@@ -60,13 +60,31 @@ from .options import Number
 @click.option(
     "--page/--no-page", "has_page", default=True, help="Show the page at /, or only APIs."
 )
+@click.option(
+    "--loras",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    metavar="FOLDER",
+    help="Folder whose LoRAs (.safetensors) clients may choose by name.",
+)
 @options.MODEL
 @options.CONTROL
 @options.DTYPE
 @options.memory_options
 @options.DEVICES
 def command(
-    host, port, data, api_key, hosts, most, has_page, model, control, dtype, devices, **memory_flags
+    host,
+    port,
+    data,
+    api_key,
+    hosts,
+    most,
+    has_page,
+    loras,
+    model,
+    control,
+    dtype,
+    devices,
+    **memory_flags,
 ) -> None:
     """Serve pictures until Ctrl-C or SIGTERM.
 
@@ -112,7 +130,14 @@ def command(
         closing(app.Store(data)) as store,
         open_engine() as engine,
     ):
-        app.serve(engine, store, listener, most=most, key=api_key, hosts=hosts, has_page=has_page)
+        app.serve(
+            *(engine, store, listener),
+            most=most,
+            key=api_key,
+            hosts=hosts,
+            has_page=has_page,
+            loras=loras,
+        )
 
 
 def _is_loopback(host: str) -> bool:

@@ -17,6 +17,7 @@ from ..runtime.placement import Placement
 from ..runtime.programs import Programs
 from ..runtime.recorder import Recorder
 from ..runtime.store import Loan
+from ..weights.adapters import Adapters
 from .job import Job
 
 
@@ -31,6 +32,7 @@ class Attempt:
     work: Work
     plan: Plan
     programs: Programs
+    adapters: Adapters | None  # LoRAs
     loan: Loan
     placement: Placement
     recorder: Recorder

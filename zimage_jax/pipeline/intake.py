@@ -20,7 +20,7 @@ from ..runtime.recorder import Recorder
 from ..runtime.store import ParameterStore
 from .engine import Engine
 from .job import Job
-from .plans import Plans
+from .loras import Fitted
 from .request import Request
 
 
@@ -31,11 +31,10 @@ class Intake:
         self,
         prompts: prompts_of.Prompts,
         programs: Programs,
-        plans: Plans,
         store: ParameterStore,
         engine: Engine,
     ):
-        self._prompts, self._programs, self._plans = prompts, programs, plans
+        self._prompts, self._programs = prompts, programs
         self._store, self._engine = store, engine
         self._planning = threading.Lock()
 
@@ -45,6 +44,7 @@ class Intake:
         memory: Memory,
         stages: tuple[Stage, ...],
         finish: Callable[[Request], Any],
+        fitted: Fitted,
         options: dict[str, Any],
     ) -> Request:
         """A request that is not submitted yet. `options`: of Job.of.
@@ -61,13 +61,14 @@ class Intake:
                 )
                 for text in job.texts
             }
-            warnings = [*job.remarks, *_cuts(encoded)]
+            warnings = [*job.remarks, *fitted.remarks, *_cuts(encoded)]
             work = self._work(job, encoded)
             budget = self._engine.budget(memory)
-            self._store.read_ahead(budget, memory.host_bytes, Recorder(ledger))
+            if not fitted.is_merged:  # the parameters are others then
+                self._store.read_ahead(budget, memory.host_bytes, Recorder(ledger))
             with self._planning:
                 try:
-                    plan = self._plans.plan(work, memory, budget, stages)
+                    plan = fitted.plans.plan(work, memory, budget, stages)
                 except OutOfMemoryError as fault:
                     in_regions = job.in_regions(config)
                     if in_regions is None:
@@ -75,13 +76,14 @@ class Intake:
                     warnings.append(f"{fault}; drawing in regions of {in_regions.region} pixels")
                     job = in_regions
                     work = self._work(job, encoded)
-                    plan = self._plans.plan(work, memory, budget, stages)
+                    plan = fitted.plans.plan(work, memory, budget, stages)
         warnings += self._store.remarks(plan)
         return Request(
             job=job,
             encoded=encoded,
             work=work,
             memory=memory,
+            fitted=fitted,
             stages=stages,
             plan=plan,
             budget=budget,

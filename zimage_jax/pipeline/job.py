@@ -104,6 +104,7 @@ class Report(TypedDict):
     cfg_normalization: NotRequired[float]
     cfg_truncation: NotRequired[float]
     region: NotRequired[int]
+    lora: NotRequired[list[dict[str, Any]]]  # names, weights and checksums
     image: NotRequired[dict[str, Any]]  # what a picture began from, and its strength
     control: NotRequired[dict[str, Any]]  # the ControlNet, the control image and its scale
     kv: dict[str, Any]  # arguments of KVPolicy.parse

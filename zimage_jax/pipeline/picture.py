@@ -178,6 +178,21 @@ _CONTROL_FIELDS: dict[str, Callable] = {
     "sha256": checks.text,
     "scale": partial(checks.real, low=0, high=10),
 }
+_LORA_FIELDS: dict[str, Callable] = {
+    "name": checks.text,
+    "weight": partial(checks.real, low=-100, high=100),
+    "sha256": checks.text,
+    "merged?": partial(checks.instance, kind=bool),
+}
+
+
+def _loras(name: str, value: object) -> None:
+    if not isinstance(value, list):
+        checks.refuse(name, "a list", value)
+    for row in value:
+        check_metadata(name, row, _LORA_FIELDS)
+
+
 # a "?" marks a key that older pictures lack; unknown keys are ignored
 FIELDS: dict[str, Callable] = {
     "prompt": checks.text,
@@ -200,6 +215,7 @@ FIELDS: dict[str, Callable] = {
     "region?": _PIXELS,
     "image?": lambda name, value: check_metadata(name, value, _IMAGE_FIELDS),
     "control?": lambda name, value: check_metadata(name, value, _CONTROL_FIELDS),
+    "lora?": _loras,
     "model": checks.text,
     "kv?": lambda name, value: check_metadata(name, value, KV_FIELDS, only_these=True),
     "versions": lambda name, value: check_metadata(name, value, {"zimage_jax": checks.text}),

@@ -41,6 +41,7 @@ from .canvas import Canvas, enlarged_size
 from .engine import IN_FLIGHT, Engine
 from .intake import Intake
 from .job import Job, Picture, Result, Step, ZImageWarning
+from .loras import Fitted, Fittings
 from .opened import Source, open_picture
 from .plans import Plans
 from .preview import Preview
@@ -76,7 +77,9 @@ class ZImage:
         self._engine = Engine(
             self._programs, self._plans, self._store, placement, Preview(checkpoint), in_flight
         )
-        self._intake = Intake(prompts, self._programs, self._plans, self._store, self._engine)
+        self._intake = Intake(prompts, self._programs, self._store, self._engine)
+        self._plain = Fitted(self._programs, self._plans)
+        self._fittings = Fittings(checkpoint, self._plain, placement)
 
     @classmethod
     def load(
@@ -202,6 +205,8 @@ class ZImage:
         region: int | None = None,
         control_image: Source | Canvas | None = None,
         control_scale: float | None = None,
+        lora: Sequence[tuple[str | Path, float | int]] = (),
+        lora_merge: bool = False,
         kv: KVPolicy | None = None,
         attention: str = "auto",
         prompt_weights: bool = False,
@@ -230,6 +235,11 @@ class ZImage:
         `control_image`: what the picture follows (edges, depth, a pose, as the ControlNet takes
         them), opaque, fitted to the size like `image`; `control_scale`: how much, by default 0.75.
         The ControlNet is the one given to `load`.
+        `lora`: LoRA files with their weights, as in [("style.safetensors", 0.8)]; weights.lora has
+        the spellings. They are computed beside the model's own parameters, whose bytes stay as they
+        are, so that another weight or another file reads nothing of the model again. `lora_merge`:
+        they are added to the parameters when these are read, which rounds the sum, and reads the
+        model again for every other set of LoRAs.
 
         `prompt_weights`: brackets weigh words, as in "a (red:1.3) circle" (model.emphasis has the
         syntax); without it they are text. `text_weight`: weight of text in quotes, 0 to 4.
@@ -244,7 +254,8 @@ class ZImage:
 
         Raises UsageError for a job that cannot be drawn, or if called from a callback of this
         model's own job; OutOfMemoryError if no plan fits; NonFiniteError if the latents are not
-        finite.
+        finite;
+        ForeignError or ConversionError for a file that is no LoRA of this model.
         """
         request = self._request(
             prompt,
@@ -272,6 +283,8 @@ class ZImage:
             region=region,
             control_image=control_image,
             control_scale=control_scale,
+            lora=lora,
+            lora_merge=lora_merge,
             kv=kv,
             attention=attention,
             prompt_weights=prompt_weights,
@@ -345,7 +358,9 @@ class ZImage:
             return [found[text] for text in request.job.prompts]
 
         options = {"seed": 0, "steps": 1, "guidance": 0.0}
-        request = self._intake.request(texts, self._memory(memory), (text,), features, options)
+        request = self._intake.request(
+            texts, self._memory(memory), (text,), features, self._plain, options
+        )
         return self._follow(request, None, None)
 
     def _follow(
@@ -385,6 +400,8 @@ class ZImage:
         mask_blur: float | None = None,
         mask_grow: int | None = None,
         crop_mask: int | None = None,
+        lora: object = (),
+        lora_merge: object = False,
         memory: Memory | None = None,
         **options: Any,
     ) -> Request:
@@ -417,8 +434,8 @@ class ZImage:
                 control_image = self.control_canvas(control_image, width=width, height=height)
             options["control"] = control_image
         options |= {"width": width, "height": height, "canvas": canvas}
-        memory = self._memory(memory)
-        return self._intake.request(prompt, memory, tuple(STAGES), self._result, options)
+        memory, fitted = self._memory(memory), self._fittings.of(lora, merge=lora_merge)
+        return self._intake.request(prompt, memory, tuple(STAGES), self._result, fitted, options)
 
     # -- pictures to begin from --------------------------------------------------------------------
 

@@ -26,6 +26,12 @@ class Plans:
         # of cards in the table, computing in 16 bits; others are known once they are measured
         self.rates = card.rates if card is not None and programs.dtype.itemsize == 2 else None
 
+    def of(self, programs: Programs) -> "Plans":
+        """The plans of the same model stored otherwise, on the same device."""
+        found = Plans(programs)
+        found.rates = self.rates
+        return found
+
     def _planner(self, costs) -> Planner:
         return Planner(STAGES, self._programs.storage, self._programs.dtype.itemsize, costs)
 

@@ -36,6 +36,7 @@ def metadata(attempt: Attempt, model: str, control: str | None) -> dict[str, Any
         "cfg_normalization": job.cfg_normalization or None,
         "cfg_truncation": None if job.cfg_truncation == 1 else job.cfg_truncation,
         "region": job.region,
+        "lora": None if attempt.adapters is None else attempt.adapters.to_json(),
         "image": None if job.canvas is None else _image(attempt),
         "control": job.control
         and {

@@ -442,22 +442,28 @@ def host_bytes(plan: Plan, storage: Storage, *, shares_memory: bool = False) -> 
     """Bytes of parameters that a plan keeps in host memory.
 
     These are the embedding table, and all streamed blocks or the window through which they are
-    read. Parameters that are on the device for one stage only are kept as well, unless the device's
-    memory is the host's (`shares_memory`).
+    read, and what LoRAs have beside the model. Parameters that are on the device for one stage only
+    are kept as well, unless the device's memory is the host's (`shares_memory`).
     """
-    resident = storage.nbytes("transformer", "stem") + storage.nbytes("vae", "decoder")
+    own = storage.without_loras
+    beside = sum(
+        storage.nbytes(component, unit) - own.nbytes(component, unit)
+        for component in ("transformer", "text_encoder")
+        for unit in storage.units(component)
+    )
+    resident = own.nbytes("transformer", "stem") + storage.nbytes("vae", "decoder")
     if plan.choices.keys() & {"encode", "control"}:
         resident += storage.nbytes("vae", "encoder")
     if "control" in plan.choices:
         resident += storage.nbytes("transformer", "control_embedder", "control_before")
     streamed = 0
     for stream in (choice.stream for choice in plan.choices.values() if choice.stream is not None):
-        of_stream = stream.bytes_of(range(len(stream.chunks)))
-        of_resident = stream.bytes_of(stream.schedule.resident)
-        resident += sum(of_resident.values())
-        streamed += sum(n for unit, n in of_stream.items() if unit not in of_resident)
+        of_stream = {unit for chunk in stream.chunks for unit in chunk}
+        stay = {unit for chunk in stream.schedule.resident for unit in stream.chunks[chunk]}
+        resident += own.nbytes(stream.component, *stay)
+        streamed += own.nbytes(stream.component, *(of_stream - stay))
     table = storage.nbytes("text_encoder", "embed_tokens")
     if plan.host_window is not None:
-        return table + min(plan.host_window, streamed)
+        return table + beside + min(plan.host_window, streamed)
     gives_back = not plan.kept and not shares_memory
-    return table + streamed + (resident if gives_back else 0)
+    return table + beside + streamed + (resident if gives_back else 0)

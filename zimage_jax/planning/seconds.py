@@ -104,13 +104,14 @@ class Timing:
         matrices are decoded for every run of tokens (ops.in_runs).
         """
         of_block = components.units(self.sizes.config, component)[components.unit_of(unit)]
+        stored = self.sizes.storage.leaves(component, unit)
         leaves = components.of_half(unit, of_block)
-        without = ["modulation.kernel", "modulation.bias"]  # once per picture, not per token
-        if reuses:
-            without += UNUSED_WHEN_REUSED
-        parameters = sum(
-            leaf.size for path, leaf in leaves.items() if not path.endswith(tuple(without))
-        )
+        leaves = leaves | {
+            path: leaf for path, leaf in stored.items() if ".side." in path
+        }  # of LoRAs
+        # modulation: once per picture, not per token
+        without = ("modulation", *(UNUSED_WHEN_REUSED if reuses else ()))
+        parameters = sum(leaf.size for path, leaf in leaves.items() if not _is_of(path, without))
         decoding = math.ceil(tokens / RUN_TOKENS) * self.decode(component, unit, reuses=reuses)
         scores = 4 * (keys or tokens) * width if components.has_attention(unit) else 0
         operations = batch * tokens * (2 * parameters + scores)
@@ -233,13 +234,18 @@ def bound_by(stages: Sequence[Stage], plan: Plan, work: Work, sizes: Sizes, rate
     )
 
 
+def _is_of(path: str, layers: Sequence[str]) -> bool:
+    """Whether a parameter is one of these layers of a block."""
+    return any(f".{layer}." in path for layer in layers)
+
+
 @functools.cache
 def _decoding_bytes(storage: Storage, component: str, unit: str, reuses: bool) -> int:
     leaves = components.units(storage.config, component)[components.unit_of(unit)]
     return sum(
         tree_bytes(encoding.stored(leaves[path])) + 2 * leaves[path].size
         for path, encoding in storage.parameters(component, unit).items()
-        if encoding is not None and not (reuses and path.endswith(UNUSED_WHEN_REUSED))
+        if encoding is not None and not (reuses and _is_of(path, UNUSED_WHEN_REUSED))
     )
 
 

@@ -3,6 +3,7 @@
 Axes: B pictures, G contexts (B, or 2 B with guidance), L caption tokens, I image tokens, T = I + L.
 """
 
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -71,6 +72,12 @@ class Programs:
         self._recent = Recent(MOST_EXECUTABLES)
         self._lock = threading.Lock()
         self.observer = Observer()
+
+    def of(self, storage: Storage) -> "Programs":
+        """The programs of this model stored otherwise; what both need is compiled once."""
+        found = copy.copy(self)
+        found.storage = storage
+        return found
 
     @property
     def config(self) -> ModelConfig:

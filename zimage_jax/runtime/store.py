@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -10,42 +11,85 @@ import numpy as np
 from ..planning.plan import Plan, StreamPlan
 from ..units import tree_bytes
 from ..weights import components
+from ..weights.adapters import Adapters, Merged
 from ..weights.checkpoint import ModelFiles
+from ..weights.formats import Storage
 from .placement import DEVICE, Placement, free_host_bytes
 from .program import Program
 from .reader import READERS, HostSource, Leaves, Source, WindowSource, read_units, settled
 from .recorder import Recorder
-from .stream import Stream
+from .sides import OfPath, SidedSource, Sides
+from .stream import Pinned, Stream
 
 Unit = tuple[str, str]  # component, unit
 # of a block in place, by layout: scripts/results/other_files.md
 WINDOW_COST = "10 to 40 times the CPU time of a native checkpoint"
 
 
+@dataclass(frozen=True)
+class Loras:
+    """LoRAs that jobs in flight use: `sides` beside the model's layers, or merged into them."""
+
+    adapters: Adapters
+    sides: Sides | None  # None: merged
+
+
 class ParameterStore:
     """A model's parameters on the device and in host memory, kept between jobs.
 
-    The jobs in flight use it through one `Loan`.
+    The jobs in flight use it through one `Loan`. They have the same LoRAs: those beside the layers
+    come and go without the model's own parameters; where LoRAs are merged, all are read anew.
     """
 
     def __init__(
         self, checkpoint: ModelFiles, placement: Placement, program: Callable[..., Program]
     ):
-        self.checkpoint, self.placement, self.program = checkpoint, placement, program
+        self._own = self.checkpoint = checkpoint
+        self.placement, self.program = placement, program
         # a pin waits for a read: in one pool, pins before their reads would wait for ever
         self.readers, self.pinners = ThreadPoolExecutor(READERS), ThreadPoolExecutor(READERS)
         self.device: dict[Unit, Future[Leaves]] = {}
+        self.beside: dict[Unit, Future[OfPath]] = {}  # of LoRAs, on the device
+        self.loras: Loras | None = None
         self._host: dict[Unit, tuple[np.ndarray, ...]] = {}
         self._sources: dict[tuple[str, int | None], Source] = {}
         self._lock = threading.Lock()
 
-    def lend(self, recorder: Recorder, *, kept: frozenset[Unit], host_bytes: int | None) -> "Loan":
+    def lend(
+        self,
+        recorder: Recorder,
+        *,
+        kept: frozenset[Unit],
+        host_bytes: int | None,
+        loras: Loras | None = None,
+    ) -> "Loan":
         """The loan of the jobs in flight.
 
         `kept`: the units that their plans keep on the device. `host_bytes`: read blocks through a
         window of this size instead of keeping them in host memory.
         """
+        if loras is not self.loras:
+            self._change(loras, recorder)
         return Loan(self, recorder, kept=kept, host_bytes=host_bytes)
+
+    def _change(self, loras: Loras | None, recorder: Recorder) -> None:
+        """From now on jobs use these LoRAs."""
+        self.drop_beside(self.beside, recorder)
+        merged = loras if loras is not None and loras.sides is None else None
+        if merged is not None or self.checkpoint is not self._own:
+            self.clear(recorder)
+            with self._lock:
+                self.checkpoint = self._own if merged is None else Merged(merged.adapters)
+                self._sources, self._host = {}, {}
+        self.loras = loras
+
+    def drop_beside(self, units: Container[Unit], recorder: Recorder) -> None:
+        """Drop what is beside these units from the device, and what is not there yet."""
+        there = settled(self.beside)
+        kept = {unit: future for unit, future in there.items() if unit not in units}
+        for component, unit in self.beside.keys() - kept.keys():
+            recorder.drop(f"{component} {unit}, LoRA")
+        self.beside = kept
 
     def read_ahead(self, budget: int, host_bytes: int | None, recorder: Recorder) -> None:
         """Start to read blocks into host memory, so that they are read while programs compile.
@@ -87,6 +131,7 @@ class ParameterStore:
         for component, unit in self.device:
             recorder.drop(f"{component} {unit}")
         self.device = {}
+        self.drop_beside(list(self.beside), recorder)
 
     def on_host(self, component: str, unit: str) -> tuple[np.ndarray, ...]:
         """A unit that is used on the host only; it is read once."""
@@ -129,13 +174,18 @@ class ParameterStore:
     @property
     def host_bytes(self) -> int:
         """Bytes that are kept in host memory between jobs."""
-        return sum(source.host_bytes for source in self._sources.values()) + tree_bytes(
-            list(self._host.values())
+        sides = self.loras.sides if self.loras is not None else None
+        return (
+            sum(source.host_bytes for source in self._sources.values())
+            + tree_bytes(list(self._host.values()))
+            + (0 if sides is None else sides.host_bytes)
         )
 
     def free_device_bytes(self) -> int:
         """Device bytes that a plan may use: the free ones, and those of parameters there."""
-        return self.placement.free_bytes() + sum(map(self.nbytes, list(self.device)))
+        sides = self.loras.sides if self.loras is not None else None
+        beside = 0 if sides is None else sum(tree_bytes(sides.of(*u)) for u in list(self.beside))
+        return self.placement.free_bytes() + beside + sum(map(self.nbytes, list(self.device)))
 
     def nbytes(self, unit: Unit) -> int:
         return self.checkpoint.storage.nbytes(*unit)
@@ -153,15 +203,21 @@ class Loan:
         host_bytes: int | None,
     ):
         self.store, self._recorder, self._kept, self._host_bytes = store, recorder, kept, host_bytes
+        self._sides = store.loras.sides if store.loras is not None else None
         # units that are dropped from the device stay in host memory, so that the next job need not
         # read them. Not if the device's memory is the host's
         self._pins_from_host = not kept and host_bytes is None and not store.placement.shares_memory
+
+    @property
+    def storage(self) -> Storage:
+        """Of the model, with what LoRAs have beside it."""
+        return self.store.checkpoint.storage if self._sides is None else self._sides.storage
 
     def pin(self, component: str, units: Sequence[str]) -> tuple[Leaves, ...]:
         """The leaves of units on the device, where they stay until `release`."""
         return tuple(leaves.result() for leaves in self.pin_ahead(component, units))
 
-    def pin_ahead(self, component: str, units: Sequence[str]) -> list[Future[Leaves]]:
+    def pin_ahead(self, component: str, units: Sequence[str]) -> list[Pinned]:
         """Like `pin`, but returns futures at once. The ledger counts their bytes from now on."""
         store = self.store
         for unit in units:
@@ -170,7 +226,33 @@ class Loan:
                     f"{component} {unit}", store.checkpoint.storage.specs(component, unit)
                 )
                 store.device[component, unit] = store.pinners.submit(self._read, component, unit)
-        return [store.device[component, unit] for unit in units]
+        if self._sides is None:
+            return [store.device[component, unit] for unit in units]
+        return [self._with_sides(self._sides, component, unit) for unit in units]
+
+    def _with_sides(self, sides: Sides, component: str, unit: str) -> Pinned:
+        """A pinned unit's leaves together with what is beside it, which is pinned too."""
+        store, key = self.store, (component, unit)
+        found = sides.of(component, unit)
+        if not found:
+            return store.device[key]
+        if key not in store.beside:
+            name = f"{component} {unit}, LoRA"
+            self._recorder.hold(name, list(found.values()))
+
+            def copy() -> OfPath:
+                with self._recorder.event("copy", name, tree_bytes(found)):
+                    return store.placement.put(found)
+
+            store.beside[key] = store.pinners.submit(copy)
+        return _Together(sides, key, store.device[key], store.beside[key])
+
+    def leaves_of(self, component: str, unit: str, own: Leaves, placement: Placement) -> Leaves:
+        """A unit's leaves on another device, together with what is beside it."""
+        if self._sides is None:
+            return own
+        beside = placement.put(self._sides.of(component, unit))
+        return self._sides.together(component, unit, own, beside)
 
     def _read(self, component: str, unit: str) -> Leaves:
         store, name = self.store, f"{component} {unit}"
@@ -187,7 +269,7 @@ class Loan:
     def module(self, component: str, unit: str):
         """A unit's module, on the device until `release`."""
         (leaves,) = self.pin(component, [unit])
-        (tree,) = self.store.checkpoint.storage.trees(component, [unit])
+        (tree,) = self.storage.trees(component, [unit])
         return jax.tree.unflatten(tree, leaves)
 
     def on_host(self, component: str, unit: str) -> tuple[np.ndarray, ...]:
@@ -200,11 +282,11 @@ class Loan:
         without_kv: Callable[[int, int], bool] = lambda chunk, sweep: False,
     ) -> Stream:
         """A stream of a stage's blocks under its schedule."""
-        store = self.store
+        store, source = self.store, self.store.source(plan.component, self._host_bytes)
         return Stream(
-            store.source(plan.component, self._host_bytes),
+            source if self._sides is None else SidedSource(source, self._sides, plan.component),
             plan,
-            store.checkpoint.storage,
+            self.storage,
             sweeps,
             program=store.program,
             recorder=self._recorder,
@@ -218,13 +300,27 @@ class Loan:
 
         Of the `wanted` units, those stay that were pinned first and take at most `room` bytes.
         """
-        kept = {}
+        kept, nbytes = {}, self.storage.nbytes
         for of, future in settled(self.store.device).items():
             if of in self._kept:
                 kept[of] = future
-            elif of in wanted and self.store.nbytes(of) <= room:
-                room -= self.store.nbytes(of)
+            elif of in wanted and nbytes(*of) <= room:
+                room -= nbytes(*of)
                 kept[of] = future
         for component, unit in self.store.device.keys() - kept.keys():
             self._recorder.drop(f"{component} {unit}")
+        self.store.drop_beside(self.store.beside.keys() - kept.keys(), self._recorder)
         self.store.device = kept
+
+
+@dataclass(frozen=True)
+class _Together:
+    """A unit's leaves that are on their way to the device, and what is beside them."""
+
+    sides: Sides
+    key: Unit
+    own: Future[Leaves]
+    beside: Future[OfPath]
+
+    def result(self) -> Leaves:
+        return self.sides.together(*self.key, self.own.result(), self.beside.result())

@@ -6,8 +6,7 @@ module in Python costs 0.1 ms each time.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from ..planning.schedule import Load, Pin, Visit, actions, loads
 from ..units import tree_bytes
 from ..weights.formats import Storage
 from .program import Program
-from .reader import Chunk, Leaves, Source
+from .reader import Chunk, Leaves, Reader
 from .recorder import Recorder
 
 
@@ -98,6 +97,20 @@ class Sweeps(NamedTuple):
     nfes: tuple[Nfe | None, ...] = (None,)
 
 
+@runtime_checkable
+class Pinned(Protocol):
+    """A resident unit on its way to the device."""
+
+    def result(self) -> Leaves: ...
+
+
+@runtime_checkable
+class Opens(Protocol):
+    """A source of a stream's chunks."""
+
+    def open(self, order: Sequence[tuple[str, ...]], recorder: Recorder) -> Reader: ...
+
+
 class CallError(Exception):
     """The program of one call failed: its place among the calls, and the `fault`."""
 
@@ -117,14 +130,14 @@ class Stream:
 
     def __init__(
         self,
-        source: Source,
+        source: Opens,
         plan: StreamPlan,
         storage: Storage,
         sweeps: int,
         *,
         program: Callable[..., Program],
         recorder: Recorder,
-        pin: Callable[[tuple[str, ...]], list[Future[Leaves]]],
+        pin: Callable[[tuple[str, ...]], Sequence[Pinned]],
         without_kv: Callable[[int, int], bool],
         spread: int,
     ):
@@ -133,7 +146,7 @@ class Stream:
         self._pin, self._without_kv = pin, without_kv
         self._actions = actions(plan.schedule, plan.kinds, sweeps)
         self._trees = [storage.trees(plan.component, chunk) for chunk in plan.chunks]
-        self._pinned: dict[int, list[Future[Leaves]]] = {}
+        self._pinned: dict[int, Sequence[Pinned]] = {}
         self._slots, self._kinds = dict[int, Chunk](), dict[int, Hashable]()
         self._allocate()
         order = [plan.chunks[load.chunk] for load in loads(plan.schedule, plan.kinds, sweeps)]

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Collection, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import uvicorn
@@ -25,6 +26,7 @@ from . import a1111, native, openai
 from .errors import RefusedError, invalid, refusal_of
 from .guard import COOKIE, Guard, same, session_of
 from .jobs import Jobs
+from .loras import LoraFolder
 from .order import LARGEST_BODY
 from .store import Store
 
@@ -160,11 +162,15 @@ def serve(
     key: str | None = None,
     hosts: Collection[str] = (),
     has_page: bool = True,
+    loras: Path | None = None,
 ) -> None:
-    """Serve until a signal. Raises EngineError if the engine cannot be started again, and
-    KeyboardInterrupt after Ctrl-C."""
+    """Serve until a signal. `loras`: a folder of LoRAs that clients may choose.
+
+    Raises EngineError if the engine cannot be started again, UsageError if the folder cannot be
+    read, and KeyboardInterrupt after Ctrl-C.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    jobs = Jobs(engine, store, most=most)
+    jobs = Jobs(engine, store, LoraFolder(loras, engine.config), most=most)
     host, port = listener.getsockname()[:2]
     place = f"[{host}]" if ":" in host else host
     what = "a page for people, " if has_page else ""

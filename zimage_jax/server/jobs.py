@@ -24,6 +24,7 @@ from ..pipeline.request import Event, Planned, Started
 from ..pool import ZImagePool
 from ..process import Remote, ZImageProcess
 from .errors import RefusedError
+from .loras import LoraFolder
 from .metrics import Metrics
 from .order import Order, as_arguments
 from .store import CANCELLED, DONE, FAILED, Record, Store
@@ -98,8 +99,10 @@ class Live:
 class Jobs:
     """`most`: jobs that may wait; beyond, clients are asked to come again."""
 
-    def __init__(self, engine: ZImageProcess | ZImagePool, store: Store, *, most: int):
-        self.engine, self.store, self.most = engine, store, most
+    def __init__(
+        self, engine: ZImageProcess | ZImagePool, store: Store, loras: LoraFolder, *, most: int
+    ):
+        self.engine, self.store, self.loras, self.most = engine, store, loras, most
         self._ahead = AHEAD * engine.in_flight  # pictures
         self.live: dict[str, Live] = {}  # in the order in which they came
         self.metrics = Metrics(
@@ -224,7 +227,7 @@ class Jobs:
         """The plan of a job that is not drawn. Raises OutOfMemoryError."""
 
         def ask() -> Planned:
-            return self.engine.plan(**order.to_plan()).result(PATIENCE)
+            return self.engine.plan(**order.to_plan(self.loras)).result(PATIENCE)
 
         return await self._loop.run_in_executor(self._planners, ask)
 
@@ -261,7 +264,11 @@ class Jobs:
                 continue
             record = live.record
             inputs = {name: str(self.store.input(record.id, name)) for name in record.inputs}
-            arguments = as_arguments(record.arguments) | inputs
+            try:
+                arguments = as_arguments(record.arguments, self.loras) | inputs
+            except UsageError as fault:  # a LoRA has gone since the job was accepted
+                self.spawn(self._end(live, FAILED, str(fault), _code(fault)))
+                continue
             for picture, seed in enumerate(record.seeds):
                 if picture in live.pictures:
                     continue
@@ -322,7 +329,7 @@ class Jobs:
                 self._break(fault)
             else:
                 # messages name files of ours
-                message = str(fault).replace(f"{self.store.folder}/", "")
+                message = self.loras.without_folder(fault).replace(f"{self.store.folder}/", "")
                 await self._end(live, FAILED, message, _code(fault))
         except Exception as fault:
             await self._end(live, FAILED, f"{type(fault).__name__}: {fault}", "failed")

@@ -75,7 +75,7 @@ def make_order(
         if (data := said.pop(name, None)) is not None
     }
     own = {name: said.pop(name) for name in ("seed", "count", "enlarge") if name in said}
-    return order(jobs.engine.config, origin, said, inputs=inputs, **own)
+    return order(jobs.engine.config, jobs.loras, origin, said, inputs=inputs, **own)
 
 
 def router(jobs: Jobs) -> APIRouter:
@@ -177,6 +177,11 @@ async def _events(jobs: Jobs, job: Live | Record) -> Events:
 
 
 def _machine(routes: APIRouter, jobs: Jobs) -> None:
+    @routes.get("/loras")
+    async def loras():
+        """The LoRAs that a job may name, or why a file is none of this model."""
+        return {"loras": await jobs.aside(jobs.loras.describe)}
+
     @routes.post("/plan")
     async def plan(body: Drawing):  # type: ignore[valid-type]
         """What a job would take, and the largest square that fits now. Nothing is drawn."""

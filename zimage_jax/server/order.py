@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import Field, create_model
 
 from .. import checks
 from ..errors import UsageError
@@ -19,6 +19,8 @@ from ..pipeline.job import Job
 from ..pipeline.opened import decode, mask_of
 from ..pipeline.pipeline import ZImage
 from ..planning.plan import Memory
+from .body import Body
+from .loras import Choices, LoraFolder
 
 LONGEST_PROMPT = 32_000  # characters, as OpenAI's; the model reads 512 tokens
 LARGEST_BODY = 32 << 20  # bytes
@@ -32,13 +34,7 @@ Count = Annotated[int, Field(ge=1, le=MOST_PICTURES)]
 Base64 = Annotated[str, Field(description="a picture's file in base64, or a data URL of it")]
 
 
-class Request(BaseModel):
-    """A body. Unknown keys are refused, and values are not converted."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-def request_of(name: str, of: Callable, *leave_out: str, **other: Any) -> type[Request]:
+def request_of(name: str, of: Callable, *leave_out: str, **other: Any) -> type[Body]:
     """The body whose keys are the parameters of a function. `other`: fields that differ from them,
     or are added to them."""
     parameters = inspect.signature(of).parameters.values()
@@ -47,7 +43,7 @@ def request_of(name: str, of: Callable, *leave_out: str, **other: Any) -> type[R
         for p in parameters
         if p.name not in ("self", *leave_out)
     }
-    return create_model(name, __base__=Request, **fields | other)
+    return create_model(name, __base__=Body, **fields | other)
 
 
 KV = request_of("KV", KVPolicy.parse)
@@ -56,6 +52,7 @@ Drawing = request_of(
     "Drawing",
     ZImage.generate,
     *("on_plan", "on_step"),
+    "lora_merge",  # it reads the whole model again, for every job
     prompt=(Text, Field(examples=["a red circle"])),
     negative_prompt=(Text, ""),
     seed=(Seed, -1),
@@ -68,6 +65,7 @@ Drawing = request_of(
     control_image=(Base64 | None, None),
     kv=(KV | None, None),
     memory=(MemoryOptions | None, None),
+    lora=(Choices, []),
     enlarge=(
         float | None,
         Field(None, description="draw the image again, so many times as large; it sets the size"),
@@ -93,9 +91,9 @@ class Order:
     canvas: Canvas | None  # what image and mask become
     control: Canvas | None  # what control_image becomes
 
-    def to_plan(self) -> dict[str, Any]:
-        """The arguments of ZImage.plan."""
-        found = as_arguments(self.arguments) | {"seed": self.seeds[0]}
+    def to_plan(self, loras: LoraFolder) -> dict[str, Any]:
+        """The arguments of ZImage.plan. Raises UsageError."""
+        found = as_arguments(self.arguments, loras) | {"seed": self.seeds[0]}
         opened = {"image": self.canvas, "control_image": self.control}
         opened = {name: canvas for name, canvas in opened.items() if canvas is not None}
         settled = _FITTING | {"width", "height"} if opened else set()  # in the canvases
@@ -108,6 +106,7 @@ class Order:
 
 def order(
     config: ModelConfig,
+    loras: LoraFolder,
     origin: str,
     given: Mapping[str, Any],
     *,
@@ -125,8 +124,10 @@ def order(
     inputs, seeds = dict(inputs or {}), _seeds(seed, count)
     if enlarge is not None:
         arguments |= _enlarged(config, inputs, arguments, enlarge)
-    job = as_arguments(arguments)
-    job.pop("memory", None)
+    loras.check(arguments.get("lora", []))
+    job = as_arguments(arguments, loras)
+    for name in ("memory", "lora"):
+        job.pop(name, None)
     fitting = {name: job.pop(name) for name in _FITTING & job.keys()}
     for name in ({"mask": None} | fitting) if "image" not in inputs else ():
         if name in fitting or name in inputs:
@@ -182,9 +183,11 @@ def _enlarged(
     return {"fit": "stretch", "width": width, "height": height}
 
 
-def as_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def as_arguments(arguments: Mapping[str, Any], loras: LoraFolder) -> dict[str, Any]:
     """Arguments as JSON -> those of ZImage.generate. Raises UsageError."""
     found = dict(arguments)
+    if "lora" in found:
+        found["lora"] = loras.chosen(found["lora"])
     if "kv" in found:
         found["kv"] = KVPolicy.parse(**found["kv"])
     if "memory" in found:
@@ -201,7 +204,7 @@ def _pin(pair: list) -> tuple[int | str, str]:
     return pair[0], pair[1]
 
 
-def given(request: Request) -> dict[str, Any]:
+def given(request: Body) -> dict[str, Any]:
     """What a request says, without the values that it leaves to us."""
     return request.model_dump(exclude_unset=True, mode="json")
 

@@ -224,9 +224,9 @@ class Denoise:
         if choice.is_one_program:
             caches = any(phase.caches for phase in work.phases)
             kept = work.kv_bytes(sizes.config.transformer) if caches else 0
-            return (
-                figures.at("scan", work.contexts * work.tokens) + kept + figures.decoded(COMPONENT)
-            )
+            tokens = work.contexts * work.tokens
+            beside = figures.beside(COMPONENT, tokens)
+            return figures.at("scan", tokens) + kept + figures.decoded(COMPONENT) + beside
 
         # what control blocks add, in float32 and as tokens
         width = sizes.config.transformer.dim if work.control_layers else 0

@@ -131,7 +131,8 @@ def _on_host(attempt: Attempt, x: Float[np.ndarray, "P L E"]) -> Float[np.ndarra
         )
         for unit in store.checkpoint.units(COMPONENT):
             if unit.startswith("layers."):
-                leaves = read_units(store.checkpoint, COMPONENT, [unit], cpu, DEVICE)[unit]
-                (tree,) = store.checkpoint.storage.trees(COMPONENT, [unit])
+                own = read_units(store.checkpoint, COMPONENT, [unit], cpu, DEVICE)[unit]
+                leaves = attempt.loan.leaves_of(COMPONENT, unit, own, cpu)
+                (tree,) = attempt.loan.storage.trees(COMPONENT, [unit])
                 x = apply(tree, leaves, x)
     return np.asarray(x)
