@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from checkpoints_convert.convert import convert
 from tests.checkpoints_convert.test_control import saved
@@ -14,6 +15,7 @@ from tests.model.test_models import relative
 from tests.schedules import every
 from tests.small import CONTROLLED, CONTROLS
 from tests.test_additions import assert_as_predicted
+from tests.weights import lora_files
 from zimage_jax import KVPolicy, Memory, UsageError, ZImage, ZImageError
 from zimage_jax.pipeline.picture import read_metadata
 from zimage_jax.planning import schedule
@@ -317,3 +319,23 @@ def test_plan_knows_the_published_controlnets(name, run):
     assert controlled["predicted_peak_bytes"] <= 4 << 30
     assert controlled["host_bytes"] > plain["host_bytes"] + 1.9e9
     assert controlled["predicted_seconds"] > plain["predicted_seconds"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("under", ["ring", "swap", "half a block", "hybrid"])
+def test_beside_a_lora(under, native, control, tmp_path):
+    """A LoRA is beside the main blocks alone: control blocks have slots of their own then."""
+    made = lora_files.lora(CONTROLLED, lambda name: f"transformer.{name}")
+    save_file(made.tensors, tmp_path / "style.safetensors")
+    lora, image = [(tmp_path / "style.safetensors", 0.7)], picture()
+
+    def drawn(memory: Memory):
+        pipe = ZImage.load(native("controlled"), control=control("union 2.1"), memory=memory)
+        return pipe.generate("a red fox", control_image=image, lora=lora, **JOB)
+
+    result, resident = drawn(UNDER[under]), drawn(UNDER["resident"])
+    np.testing.assert_array_equal(result.latents, resident.latents)
+    assert_as_predicted(result)
+    plain = ZImage.load(native("controlled"), control=control("union 2.1"))
+    without = plain.generate("a red fox", control_image=image, **JOB)
+    assert relative(result.latents, without.latents) > 1e-3

@@ -151,7 +151,9 @@ class Layer(NamedTuple):
 
 @functools.cache
 def _layers(config: ModelConfig) -> dict[str, Layer]:
-    """The name of a layer in any of the tables, with "." as "_" -> the layer."""
+    """The name of a layer in any of the tables, with "." as "_" -> the layer. A ControlNet's take no
+    LoRA."""
+    config = replace(config, control=None)
     found: dict[str, Layer] = {}
     tables = (
         ("transformer", names.DIT_DIFFUSERS),
