@@ -72,6 +72,7 @@ def test_every_schedule_gives_the_same_bits(name, under, loras, expected):
     assert result.report["peak_device_bytes_by_stage"] == dict(result.plan.peak_bytes_by_stage)
 
 
+@pytest.mark.exhaustive
 def test_unloading_restores_the_bits_and_reads_nothing(native, loras, drawn):
     pipe = ZImage.load(native(MODEL), memory=Memory(schedule="resident"))
     before = pipe.generate(PROMPT, **JOB)
@@ -121,6 +122,7 @@ def test_requests_with_different_loras_draw_as_alone(native, files):
         np.testing.assert_array_equal(result.latents, alone.latents)
 
 
+@pytest.mark.exhaustive
 def test_report_and_metadata_name_them(under, files):
     result = under("ring").generate(PROMPT, **JOB, lora=[(files["style"], 0.8)])
     with open(files["style"], "rb") as f:
@@ -202,6 +204,7 @@ def test_batch_lines_have_loras(native, run, tmp_path):
     assert with_lora["lora"][0]["name"] == "s.safetensors"
 
 
+@pytest.mark.exhaustive
 def test_plan_counts_them(run, tmp_path):
     tensors = {
         "lora_unet_layers_0_attention_to_q.lora_down.weight": np.ones((20, 3840), np.float32),

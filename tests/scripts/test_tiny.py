@@ -114,10 +114,10 @@ def shapes_right(tiny, scenes: int, lora: list) -> float:
     return percent([found["shape"] for *_, found in judged])
 
 
-@pytest.mark.parametrize("scenes", every([8, 64], [8]))
-def test_a_lora_teaches_it_a_shape_that_it_never_saw(scenes, tiny):
-    assert shapes_right(tiny, scenes, [(LORA, 1.0)]) >= 80
-    assert shapes_right(tiny, scenes, []) <= 20
+@pytest.mark.exhaustive
+def test_a_lora_teaches_it_a_shape_that_it_never_saw(tiny):
+    assert shapes_right(tiny, 64, [(LORA, 1.0)]) >= 80
+    assert shapes_right(tiny, 64, []) <= 20
 
 
 @pytest.mark.exhaustive
