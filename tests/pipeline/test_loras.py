@@ -13,6 +13,7 @@ from tests.model.test_models import relative
 from tests.schedules import JOB, MODEL, SCAN, SCHEDULES, every
 from tests.weights import lora_files
 from zimage_jax import Memory, UsageError, ZImage, batch, plan
+from zimage_jax.pipeline import loras as loras_of_model
 from zimage_jax.weights.checkpoint import Checkpoint
 
 CONFIG = small.CONFIGS[MODEL]
@@ -242,3 +243,12 @@ def test_inspect_describes_a_lora(tmp_path):
         "targets": "transformer attention.to_out x 1",
         "trigger words": "zorn",
     }
+
+
+@pytest.mark.exhaustive
+def test_sets_of_loras_are_let_go_by_their_bytes(native, files, monkeypatch):
+    monkeypatch.setattr(loras_of_model, "_KEPT_BYTES", 1)
+    pipe = ZImage.load(native(MODEL))
+    for weight in (0.1, 0.2, 0.1):
+        pipe.plan(PROMPT, **JOB, lora=[(files["style"], weight)])
+        assert len(pipe._fittings._made) == 1

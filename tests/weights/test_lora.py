@@ -55,7 +55,7 @@ def native_changes(changes: lora_files.Changes) -> dict[tuple[str, str], np.ndar
 def beside(adapters: Adapters) -> dict[tuple[str, str], np.ndarray]:
     """(component, path of the parameter) -> all that is added to it."""
     found: dict[tuple[str, str], np.ndarray] = {}
-    for (component, unit), arrays in adapters.arrays.items():
+    for (component, unit), arrays in adapters.arrays().items():
         own = adapters.checkpoint.read(component, unit)
         for path, array in arrays.items():
             layer, _, which = path.rpartition(".side.")
@@ -407,15 +407,15 @@ def test_values_that_are_not_finite_are_refused(opened, checkpoint):
     name = next(iter(made.tensors))
     made.tensors[name][0, 0] = np.inf
     with pytest.raises(ConversionError, match="not finite"):
-        _ = Adapters(checkpoint, ((opened(made), 1.0),)).arrays
+        Adapters(checkpoint, ((opened(made), 1.0),)).arrays()
     made.tensors[name][0, 0] = 1
     with pytest.raises(UsageError, match="use smaller ones"):
-        _ = Adapters(checkpoint, ((opened(made), 1e39),)).arrays
+        Adapters(checkpoint, ((opened(made), 1e39),)).arrays()
 
 
 def test_the_spec_names_every_array(opened, checkpoint):
     adapters = Adapters(checkpoint, ((opened(lora_files.SPELLINGS["diff"](CONFIG)), 1.0),))
-    for (component, unit), arrays in adapters.arrays.items():
+    for (component, unit), arrays in adapters.arrays().items():
         own, wanted = (of.leaves(component, unit) for of in (checkpoint.storage, adapters.storage))
         assert arrays.keys() == wanted.keys() - own.keys()
         module = named_arrays(adapters.storage.module(component, unit))
@@ -468,7 +468,7 @@ def test_a_hostile_file_ends_in_one_line(count, tmp_path, checkpoint):
         try:
             lora = open_lora(file, CONFIG)
             lora.describe()
-            _ = Adapters(checkpoint, ((lora, 1.0),)).arrays
+            Adapters(checkpoint, ((lora, 1.0),)).arrays()
         except ZImageError as fault:
             faults.append(str(fault))
     assert len(faults) > count / 4

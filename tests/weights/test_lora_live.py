@@ -54,11 +54,11 @@ def ours(loras: list[tuple], folder, path) -> np.ndarray:
     checkpoint = Checkpoint(path)
     opened = [(open_lora(folder / f"{i}.safetensors", CONFIG), w) for i, (_, w) in enumerate(loras)]
     adapters = Adapters(checkpoint, tuple(opened))
-    storage = adapters.storage
+    storage, beside = adapters.storage, adapters.arrays()
     units = {}
     for unit in storage.units("transformer"):
         arrays = checkpoint.read("transformer", unit)
-        arrays |= adapters.arrays.get(("transformer", unit), {})
+        arrays |= beside.get(("transformer", unit), {})
         units[unit] = [jnp.asarray(arrays[p]) for p in storage.leaves("transformer", unit)]
     model, lengths = storage.assemble("transformer", units), GIVEN["lengths"].astype(np.int32)
     sides = dit.inputs(CONFIG.transformer, 6, 10, lengths, 64)

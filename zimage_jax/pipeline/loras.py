@@ -23,6 +23,7 @@ from .plans import Plans
 MOST_LORAS = 16  # of one job
 LARGEST_WEIGHT = 100
 _KEPT = 8  # files, and sets of them
+_KEPT_BYTES = 2 << 30  # of sets that are beside the model; the one in use may be larger
 
 Made = TypeVar("Made")
 
@@ -42,6 +43,12 @@ class Fitted:
     @property
     def is_merged(self) -> bool:
         return self.adapters is not None and self.adapters.is_merged
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of what is beside the model."""
+        sides = None if self.loras is None else self.loras.sides
+        return 0 if sides is None else sides.host_bytes
 
     @property
     def key(self) -> tuple:
@@ -77,7 +84,12 @@ class Fittings:
         with self._lock:
             loras = tuple((self._open(path), weight) for path, weight in pairs)
             adapters = Adapters(self._checkpoint, loras, is_merged)
-            return _kept(self._made, adapters.key, lambda: self._fit(adapters))
+            fitted = _kept(self._made, adapters.key, lambda: self._fit(adapters))
+            while (
+                len(self._made) > 1 and sum(f.host_bytes for f in self._made.values()) > _KEPT_BYTES
+            ):
+                self._made.popitem(last=False)
+            return fitted
 
     def _open(self, path: Path) -> Lora:
         try:

@@ -25,7 +25,7 @@ class Sides:
     def __init__(self, adapters: Adapters, placement: Placement):
         """Raises what `adapters.arrays` raises."""
         self.storage = adapters.storage
-        self._host = placement.put(adapters.arrays, HOST)
+        self._host = placement.put(adapters.arrays(), HOST)
 
     @property
     def host_bytes(self) -> int:

@@ -126,7 +126,6 @@ class Adapters:
         own = self.checkpoint.storage
         return own if self.is_merged else storage_beside(own, self.loras)
 
-    @functools.cached_property
     def arrays(self) -> dict[tuple[str, str], Arrays]:
         """(component, unit) -> the arrays that are stored beside its own, by path: all that
         `storage` has more. Raises ConversionError for values that are not finite."""
