@@ -66,12 +66,25 @@ from .options import Number
     metavar="FOLDER",
     help="Folder whose LoRAs (.safetensors) clients may choose by name.",
 )
+@click.option(
+    "--tensors",
+    "has_tensors",
+    is_flag=True,
+    help="Add routes that take and give text features, latents and pictures as tensors, for ComfyUI.",
+)
+@click.option(
+    "--parent",
+    type=Number(int, 1, 2**31 - 1),
+    metavar="PID",
+    help="End when this process has ended.",
+)
 @options.MODEL
 @options.CONTROL
 @options.DTYPE
 @options.memory_options
 @options.DEVICES
 def command(
+    *,
     host,
     port,
     data,
@@ -80,6 +93,8 @@ def command(
     most,
     has_page,
     loras,
+    has_tensors,
+    parent,
     model,
     control,
     dtype,
@@ -100,6 +115,8 @@ def command(
             f"--host {host}: other machines could use this server; give it an --api-key, or listen "
             "at 127.0.0.1"
         )
+    if parent is not None:
+        interrupts.end_with(parent)
     memory: Any
     if devices:
         memory = options.memories_of(devices, **memory_flags)
@@ -137,6 +154,7 @@ def command(
             hosts=hosts,
             has_page=has_page,
             loras=loras,
+            has_tensors=has_tensors,
         )
 
 

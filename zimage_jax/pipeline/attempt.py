@@ -18,6 +18,7 @@ from ..runtime.programs import Programs
 from ..runtime.recorder import Recorder
 from ..runtime.store import Loan
 from ..weights.adapters import Adapters
+from .given import LatentCanvas
 from .job import Job
 
 
@@ -48,10 +49,15 @@ class Attempt:
     @property
     def latents(self) -> Float[np.ndarray, "B h w C"]:
         """The final latents; the picture's own if no NFE changes them."""
-        if "denoise" in self.results:
-            return self.results["denoise"]
-        encoded = self.results["encode"]
-        return np.broadcast_to(encoded, (self.work.batch, *encoded.shape))
+        found = self.results.get("denoise")
+        return self.first if found is None else found
+
+    @property
+    def first(self) -> Float[np.ndarray, "B h w C"]:
+        """The latents that the job begins from: given ones, or those of its picture."""
+        canvas = self.job.canvas
+        found = canvas.latents if isinstance(canvas, LatentCanvas) else self.results["encode"]
+        return np.broadcast_to(found, (self.work.batch, *found.shape[-3:]))
 
     @property
     def config(self) -> ModelConfig:

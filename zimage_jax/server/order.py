@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..model.config import ModelConfig
 from ..model.kv import KVPolicy
 from ..pipeline.canvas import Canvas, enlarged_size
+from ..pipeline.given import ARGUMENTS
 from ..pipeline.job import Job
 from ..pipeline.opened import decode, mask_of
 from ..pipeline.pipeline import ZImage
@@ -48,14 +49,19 @@ def request_of(name: str, of: Callable, *leave_out: str, **other: Any) -> type[B
 
 KV = request_of("KV", KVPolicy.parse)
 MemoryOptions = request_of("MemoryOptions", Memory, pins=(list[list[int | str]], []))
+AS_JSON: dict[str, Any] = {
+    "negative_prompt": (Text, ""),
+    "seed": (Seed, -1),
+    "kv": (KV | None, None),
+    "memory": (MemoryOptions | None, None),
+}
 Drawing = request_of(
     "Drawing",
     ZImage.generate,
-    *("on_plan", "on_step"),
+    *("on_plan", "on_step", *ARGUMENTS),
     "lora_merge",  # it reads the whole model again, for every job
+    **AS_JSON,
     prompt=(Text, Field(examples=["a red circle"])),
-    negative_prompt=(Text, ""),
-    seed=(Seed, -1),
     count=(
         Annotated[int, Field(ge=1, le=MOST_PICTURES, description="pictures; the seed counts up")],
         1,
@@ -63,8 +69,6 @@ Drawing = request_of(
     image=(Base64 | None, None),
     mask=(Base64 | None, None),
     control_image=(Base64 | None, None),
-    kv=(KV | None, None),
-    memory=(MemoryOptions | None, None),
     lora=(Choices, []),
     enlarge=(
         float | None,
@@ -121,7 +125,7 @@ def order(
     ZImage.enlarged. Raises UsageError.
     """
     arguments = {name: value for name, value in given.items() if value is not None}
-    inputs, seeds = dict(inputs or {}), _seeds(seed, count)
+    inputs, seeds = dict(inputs or {}), seeds_of(seed, count)
     if enlarge is not None:
         arguments |= _enlarged(config, inputs, arguments, enlarge)
     loras.check(arguments.get("lora", []))
@@ -223,9 +227,9 @@ def seed_to_json(seed: int) -> int | str:
     return seed if seed <= EXACT else str(seed)
 
 
-def _seeds(seed: int | str | None, count: int) -> tuple[int, ...]:
-    """`count` seeds: a seed counts up, -1 is drawn for each picture."""
-    checks.whole("the number of pictures", count, 1, MOST_PICTURES)
+def seeds_of(seed: int | str | None, count: int, most: int = MOST_PICTURES) -> tuple[int, ...]:
+    """`count` seeds: a seed counts up, -1 is drawn for each picture. Raises UsageError."""
+    checks.whole("the number of pictures", count, 1, most)
     if isinstance(seed, str):
         if (
             not (seed.removeprefix("-").isascii() and seed.removeprefix("-").isdigit())
