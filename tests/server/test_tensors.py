@@ -156,7 +156,7 @@ def test_comfyuis_scale():
 def test_what_is_refused(server):
     ones = np.ones((1, 4, 4), np.float32)
     assert "expected a safetensors file" in refused(server, b"\xff" * 100)
-    assert "not a whole safetensors file" in refused(server, body(prompt="a")[:-1])
+    assert "not a whole safetensors file" in refused(server, body({"mask": ones})[:-1])
     assert "no such tensor; there are features" in refused(server, body({"weights": ones}))
     assert "no such key: job" in refused(server, body(job="x"))
     assert "latents must be [B, C, h, w]" in refused(server, body({"latents": ones}))
