@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from ..errors import UsageError
 from ..model.config import ModelConfig
@@ -18,7 +18,7 @@ from ..model.prompt import MAX_TOKENS
 # arguments of ZImage.generate that programs give, not people
 ARGUMENTS = ("features", "negative_features", "latents", "noise_mask", "output")
 
-Features = Float32[np.ndarray, "_ E"]
+Features = Float[np.ndarray, "_ E"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
