@@ -9,8 +9,8 @@ import importlib.util
 import ipaddress
 import threading
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -64,8 +64,9 @@ from .options import Number
 @options.DTYPE
 @options.memory_options
 @options.DEVICES
+@options.CLUSTER
 def command(
-    host, port, data, api_key, hosts, most, has_page, model, dtype, devices, **memory_flags
+    host, port, data, api_key, hosts, most, has_page, model, dtype, devices, cluster, **memory_flags
 ) -> None:
     """Serve pictures until Ctrl-C or SIGTERM.
 
@@ -81,11 +82,8 @@ def command(
             f"--host {host}: other machines could use this server; give it an --api-key, or listen "
             "at 127.0.0.1"
         )
-    memory: Any
-    if devices:
-        memory = options.memories_of(devices, **memory_flags)
-    else:
-        memory = options.memory_of(**memory_flags)
+    where = {"devices": devices, "cluster": cluster, "say": partial(click.echo, err=True)}
+    open_engine = options.engine_of(model, **where, dtype=dtype, memory_flags=memory_flags)
     with interrupts.at_once():
         try:
             from .server import app
@@ -98,13 +96,6 @@ def command(
             raise UsageError(
                 f'{fault}: the server needs more packages; pip install "zimage_jax[serve]"'
             ) from None
-        from .pool import ZImagePool
-        from .process import ZImageProcess
-
-    def open_engine() -> ZImageProcess | ZImagePool:
-        if devices:
-            return ZImagePool(model, devices=devices, dtype=dtype, memory=memory)
-        return ZImageProcess(model, dtype=dtype, memory=memory)
 
     with (
         closing(app.listen(host, port)) as listener,

@@ -3,8 +3,8 @@
     python -m zimage_jax.worker SOCKET [DEVICE]
 
 SOCKET is the inherited descriptor of a socket to the owner, DEVICE the number of the GPU that must
-be drawn with. The first message has the arguments of ZImage.load; messages are answered until the
-socket closes.
+be drawn with. The first message has the arguments of ZImage.load, where the path may be a Sought;
+messages are answered until the socket closes.
 """
 
 import functools
@@ -140,8 +140,14 @@ def main() -> None:
             cli.start_jax()
             _check_device(*sys.argv[2:])
             from .pipeline.pipeline import ZImage
+            from .weights.search import Sought
 
-            pipe = ZImage.load(**arguments)
+            sought = arguments["path"]
+            if isinstance(sought, Sought):
+                pipe = ZImage.load(**arguments | {"path": sought.find()})
+                pipe.name = sought.name  # pictures have it in their metadata
+            else:
+                pipe = ZImage.load(**arguments)
             pipe.measure()
             opened = time.perf_counter()
             plan = pipe.plan("a", seed=0).plan

@@ -34,6 +34,7 @@ from ..units import COMPUTE
 from ..weights import formats
 from ..weights.checkpoint import Checkpoint
 from ..weights.components import COMPONENTS
+from ..weights.search import TINY
 from . import report as reports
 from .canvas import Canvas, enlarged_size
 from .engine import IN_FLIGHT, Engine
@@ -44,8 +45,6 @@ from .plans import Plans
 from .preview import Preview
 from .request import Event, Planned, Request
 from .stages import STAGES
-
-TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
 
 class ZImage:

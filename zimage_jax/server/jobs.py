@@ -100,7 +100,6 @@ class Jobs:
 
     def __init__(self, engine: ZImageProcess | ZImagePool, store: Store, *, most: int):
         self.engine, self.store, self.most = engine, store, most
-        self._ahead = AHEAD * engine.in_flight  # pictures
         self.live: dict[str, Live] = {}  # in the order in which they came
         self.metrics = Metrics(
             {
@@ -255,7 +254,9 @@ class Jobs:
 
     def _feed(self) -> None:
         """Give the engine as many pictures as it can use."""
-        while self._waiting and self._handed < self._ahead and not self.is_stopping:
+        while (
+            self._waiting and self._handed < AHEAD * self.engine.in_flight and not self.is_stopping
+        ):
             live = self._waiting.popleft()
             if live.state != QUEUED:
                 continue
