@@ -14,7 +14,6 @@ import re
 import stat
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -129,9 +128,14 @@ def command(
         with talk.warnings(), ExitStack() as stack:
             given = {"dtype": dtype, "in_flight": in_flight}
             pipe: Any
-            if devices or cluster:
-                where = {"devices": devices, "cluster": cluster, "say": warnings.warn}
-                opened = options.engine_of(model, **where, memory_flags=memory_flags, **given)
+            if devices is not None or cluster is not None:
+
+                def say(line: str) -> None:
+                    if not quiet:
+                        tqdm.write(f"warning: {line}", file=sys.stderr)
+
+                places: Any = {"devices": devices, "cluster": cluster, "say": say}
+                opened = options.engine_of(model, **places, memory_flags=memory_flags, **given)
                 pipe = stack.enter_context(opened())
             else:
                 cli.start_jax()

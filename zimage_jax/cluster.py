@@ -7,6 +7,7 @@ where is ZImagePool's matter, as on one machine.
 import os
 import pickle
 import queue
+import re
 import signal
 import threading
 import warnings
@@ -299,6 +300,8 @@ def _own_signals() -> Iterator[None]:
 
 def _connect(address: str) -> None:
     """Raises UsageError if there is no such cluster."""
+    if not re.fullmatch(r"local|[^\s/]+:[0-9]{1,5}", address):
+        raise UsageError(f"--cluster {printable(address)}: expected HOST:PORT or local")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local = {"include_dashboard": False} if address == "local" else {}
     try:

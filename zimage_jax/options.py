@@ -331,14 +331,16 @@ def engine_of(
     from .pool import ZImagePool
     from .process import ZImageProcess
 
-    if cluster is None and devices is None:
-        return partial(ZImageProcess, model, memory=memory_of(**memory_flags), **given)
-    if cluster is None:
-        memories = memories_of(devices or (), **memory_flags)
-        return partial(ZImagePool, model, devices=devices, memory=memories, **given)
     if devices is not None:
-        raise UsageError("--cluster draws with all devices of its machines: leave out --devices")
+        if cluster is not None:
+            raise UsageError(
+                "--cluster draws with all devices of its machines: leave out --devices"
+            )
+        memories = memories_of(devices, **memory_flags)
+        return partial(ZImagePool, model, devices=devices, memory=memories, **given)
     memory = memory_of(**memory_flags)
+    if cluster is None:
+        return partial(ZImageProcess, model, memory=memory, **given)
     try:
         from .cluster import ZImageCluster
     except ImportError as fault:

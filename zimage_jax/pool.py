@@ -70,8 +70,10 @@ class ZImagePool:
         self.config, self.name = first.config, first.name
         self.description = f"{first.description}; {len(devices)} processes"
 
+    processes: list[ZImageProcess]
+
     def _open(self) -> None:
-        self.processes: list[ZImageProcess] = []
+        self.processes = []
         self._lock, self._waiting = threading.RLock(), deque[Remote]()
 
     def __enter__(self) -> "ZImagePool":

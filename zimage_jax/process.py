@@ -134,7 +134,10 @@ class ZImageProcess:
         }
         self._patience, self._on_start = patience, on_start
         self.device, self._heir, self._on_room = device, heir, on_room
-        self._launch = launch or functools.partial(Child.on, device)
+        if launch is None:
+            assert not isinstance(device, str), "a device's name is for messages"
+            launch = functools.partial(Child.on, device)
+        self._launch = launch
         self._tries = tries
         self._lock, self._requests = threading.RLock(), dict[int, Remote]()
         self.starts, self.held = 0, dict[str, int]()  # device bytes by array, a second old

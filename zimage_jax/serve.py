@@ -11,6 +11,7 @@ import threading
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -82,8 +83,8 @@ def command(
             f"--host {host}: other machines could use this server; give it an --api-key, or listen "
             "at 127.0.0.1"
         )
-    where = {"devices": devices, "cluster": cluster, "say": partial(click.echo, err=True)}
-    open_engine = options.engine_of(model, **where, dtype=dtype, memory_flags=memory_flags)
+    places: Any = {"devices": devices, "cluster": cluster, "say": partial(click.echo, err=True)}
+    open_engine = options.engine_of(model, **places, dtype=dtype, memory_flags=memory_flags)
     with interrupts.at_once():
         try:
             from .server import app
