@@ -264,6 +264,7 @@ class ZImageCluster(ZImagePool):
 
     def close(self) -> None:
         self._is_stopping.set()
+        self._end_waiting(CancelledError("the engine was closed"))
         if self._watcher.is_alive():
             self._watcher.join()
         super().close()

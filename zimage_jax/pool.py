@@ -173,7 +173,7 @@ class ZImagePool:
         return remote
 
     def _feed(self) -> None:
-        """Give the processes that have room the jobs that wait."""
+        """Give the processes that have room the jobs that wait; end them if no process is left."""
         with self._lock:
             while self._waiting:
                 # one that was adopted counts at once, so that two jobs go to two processes
@@ -184,6 +184,9 @@ class ZImagePool:
                     break
                 if first.adopt(self._waiting[0]):
                     self._waiting.popleft()
+            is_hopeless = self._is_hopeless
+        if is_hopeless:
+            self._end_waiting(EngineError("none of the engine's processes is left"))
 
     def _drop(self, remote: Remote) -> None:
         """End a job that is cancelled while it waits."""
@@ -196,17 +199,14 @@ class ZImagePool:
     def _inherit(self, remote: Remote) -> bool:
         """Take a job of a process that is closed. False if nobody will draw it."""
         with self._lock:
-            is_hopeless = self._is_hopeless
-            if not is_hopeless:
-                remote.ask = lambda _: self._drop(remote)
-                bisect.insort(self._waiting, remote, key=lambda waiting: waiting.number)
-        if is_hopeless:
-            self._end_waiting(EngineError("none of the engine's processes is left"))
-        elif remote.is_cancelled:
+            if self._is_hopeless:
+                return False
+            remote.ask = lambda _: self._drop(remote)
+            bisect.insort(self._waiting, remote, key=lambda waiting: waiting.number)
+        if remote.is_cancelled:
             self._drop(remote)
-        else:
-            self._feed()
-        return not is_hopeless
+        self._feed()
+        return True
 
     def _end_waiting(self, fault: BaseException) -> None:
         with self._lock:

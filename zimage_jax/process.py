@@ -106,7 +106,8 @@ class ZImageProcess:
     start the process, to open the model, to plan a picture and to read what it streams, and the
     bytes read into host memory. `device`: the GPU that the process sees, by number; JAX_PLATFORMS=cpu
     makes each number a process on the CPU. `heir(job)`: called for each job that is left when the
-    process cannot be started again; True if it took the job. `on_room`: called when a job has ended.
+    process cannot be started again; True if it took the job. `on_room`: called when a job has ended,
+    or all of them.
     `launch`: starts the process elsewhere. `tries`: to start it again when it has died.
 
     Raises what ZImage.load raises, and EngineError if the process cannot be started.
@@ -380,6 +381,8 @@ class ZImageProcess:
         for remote in left:
             if not (is_broken and self._heir is not None and self._heir(remote)):
                 remote.end(fault=fault)
+        if is_broken:
+            self._tell_room()
 
     def adopt(self, remote: Remote) -> bool:
         """Take a job that no other process draws, or draws any more. False if this one is closed."""
