@@ -18,6 +18,8 @@ from zimage_jax.pipeline.opened import File, open_picture
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.search import Sought
 
+# Ray forks to start its own processes, in this one
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork")
 ROOT = Path(batch.__file__).parent.parent
 COUNT = 60
 
