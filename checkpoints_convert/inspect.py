@@ -6,13 +6,13 @@ from pathlib import Path
 from zimage_jax.errors import ConversionError, ForeignError
 from zimage_jax.files import kind_of, printable
 from zimage_jax.model.config import TURBO
-from zimage_jax.pipeline.pipeline import TINY
 from zimage_jax.units import tree_bytes
 from zimage_jax.weights import sources
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.components import COMPONENTS
 from zimage_jax.weights.formats import Storage
 from zimage_jax.weights.lora import open_lora
+from zimage_jax.weights.search import TINY
 from zimage_jax.weights.tensors import Header, Tensor
 
 

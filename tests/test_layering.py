@@ -18,8 +18,11 @@ FLOORS = [
     ("planning",),
     ("runtime",),
     ("pipeline",),
+    ("link",),
     ("process",),
     ("pool",),
+    ("relay",),
+    ("cluster",),
     ("server",),
     (
         *("__init__", "interrupts", "cli", "options", "picture_options", "naming", "origin"),

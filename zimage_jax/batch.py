@@ -75,6 +75,7 @@ class _PartType(click.ParamType):
 @options.DTYPE
 @options.memory_options
 @options.DEVICES
+@options.CLUSTER
 @click.option(
     "--part",
     type=_PartType(),
@@ -97,6 +98,7 @@ def command(
     control,
     dtype,
     devices,
+    cluster,
     part,
     in_flight,
     strict,
@@ -128,21 +130,23 @@ def command(
         with talk.warnings(), ExitStack() as stack:
             given = {"control": control, "dtype": dtype, "in_flight": in_flight}
             pipe: Any
-            if devices:
-                from .pool import ZImagePool
+            if devices is not None or cluster is not None:
 
-                memory: Any = options.memories_of(devices, **memory_flags)
-                pipe = ZImagePool(model, devices=devices, memory=memory, **given)
-                stack.enter_context(pipe)
+                def say(line: str) -> None:
+                    if not quiet:
+                        tqdm.write(f"warning: {line}", file=sys.stderr)
+
+                places: Any = {"devices": devices, "cluster": cluster, "say": say}
+                opened = options.engine_of(model, **places, memory_flags=memory_flags, **given)
+                pipe = stack.enter_context(opened())
             else:
                 cli.start_jax()
                 from .pipeline.pipeline import ZImage
 
-                memory = options.memory_of(**memory_flags)
-                pipe = ZImage.load(model, memory=memory, **given)
-            talk.start(pipe, memory)
+                pipe = ZImage.load(model, memory=options.memory_of(**memory_flags), **given)
+            talk.start(pipe, pipe.memory)
             with Progress(len(todo), silent=quiet or as_json) as progress:
-                for line, found in _draw_all(pipe, todo, ahead=2 * pipe.in_flight):
+                for line, found in _draw_all(pipe, todo):
                     where = f"{printable(jobs)}: line {line.number}"
                     if isinstance(found, str):
                         progress.say(f"warning: {where}: {found}")
@@ -194,18 +198,20 @@ class Progress:
         self._bar.update()
 
 
-def _draw_all(pipe, lines: list["Line"], *, ahead: int) -> Iterator[tuple["Line", Any]]:
+def _draw_all(pipe, lines: list["Line"]) -> Iterator[tuple["Line", Any]]:
     """Each line with its result, or with the error that its job cannot be drawn for, as they come;
     and before, with its warnings.
 
-    `ahead`: jobs that are submitted and not done, so that those that wait can join together.
+    Twice as many as can be in flight are submitted and not done, so that those that wait can join
+    together.
     """
     left, heard = iter(lines), SimpleQueue[tuple[Line, Any]]()
     submitted: dict[int, Any] = {}
     try:
         while True:
             interrupts.check()
-            for line in itertools.islice(left, ahead - len(submitted)):
+            room = max(0, 2 * pipe.in_flight - len(submitted))  # machines come and go
+            for line in itertools.islice(left, room):
                 try:
                     submitted[line.number] = pipe.submit(
                         **line.arguments(), on_event=_listener(heard, line)

@@ -7,6 +7,7 @@ of --config.
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from .units import COMPUTE, GIB
 if TYPE_CHECKING:
     from .model.kv import KVPolicy
     from .planning.plan import Memory
+    from .pool import ZImagePool
+    from .process import ZImageProcess
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -314,6 +317,39 @@ def memories_of(devices: tuple[int, ...], *, max_vram, **flags) -> "list[Memory]
     return [memory_of(max_vram=size, **flags) for size in sizes]
 
 
+def engine_of(
+    model: Path | None,
+    *,
+    devices: tuple[int, ...] | None,
+    cluster: str | None,
+    say: Callable[[str], object],
+    memory_flags: dict[str, Any],
+    **given: Any,
+) -> "Callable[[], ZImageProcess | ZImagePool]":
+    """What opens the engine that --devices and --cluster ask for: a process, or several. `say`: called
+    with news of a cluster's machines. `given`: control, dtype and in_flight."""
+    from .pool import ZImagePool
+    from .process import ZImageProcess
+
+    if devices is not None:
+        if cluster is not None:
+            raise UsageError(
+                "--cluster draws with all devices of its machines: leave out --devices"
+            )
+        memories = memories_of(devices, **memory_flags)
+        return partial(ZImagePool, model, devices=devices, memory=memories, **given)
+    memory = memory_of(**memory_flags)
+    if cluster is None:
+        return partial(ZImageProcess, model, memory=memory, **given)
+    try:
+        from .cluster import ZImageCluster
+    except ImportError as fault:
+        raise UsageError(
+            f'{fault}: --cluster needs more packages; pip install "zimage_jax[ray]"'
+        ) from None
+    return partial(ZImageCluster, cluster, model, memory=memory, say=say, **given)
+
+
 def _is_given(name: str) -> bool:
     """Whether a flag or an environment variable set the parameter `name`."""
     given = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
@@ -418,6 +454,12 @@ DEVICES = _option(
     type=Devices(),
     metavar="N,N",
     help="Draw with these GPUs, numbered as by nvidia-smi: a process for each, which draws whole jobs.",
+)
+CLUSTER = _option(
+    "--cluster",
+    metavar="ADDRESS|local",
+    help="Draw with the GPUs of a Ray cluster, by its head's address as in 10.0.0.2:6379; local: "
+    "with all of this machine. Needs the extra ray.",
 )
 ATTENTION = _option(
     "--attention",

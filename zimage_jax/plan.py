@@ -198,10 +198,10 @@ def _model(
 ) -> "tuple[str, Storage]":
     """The model's name, and its parameters as stored, with those of the ControlNet."""
     from .model.config import CONTROLS, PRESETS
-    from .pipeline.pipeline import TINY
     from .weights.controlled import Controlled
     from .weights.formats import parse
     from .weights.in_place import open_control, open_model
+    from .weights.search import TINY
 
     if model is None and card:
         model = "turbo"

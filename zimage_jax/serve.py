@@ -9,6 +9,7 @@ import importlib.util
 import ipaddress
 import threading
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ from .options import Number
 @options.DTYPE
 @options.memory_options
 @options.DEVICES
+@options.CLUSTER
 def command(
     *,
     host,
@@ -99,6 +101,7 @@ def command(
     control,
     dtype,
     devices,
+    cluster,
     **memory_flags,
 ) -> None:
     """Serve pictures until Ctrl-C or SIGTERM.
@@ -117,11 +120,9 @@ def command(
         )
     if parent is not None:
         interrupts.end_with(parent)
-    memory: Any
-    if devices:
-        memory = options.memories_of(devices, **memory_flags)
-    else:
-        memory = options.memory_of(**memory_flags)
+    places: Any = {"devices": devices, "cluster": cluster, "say": partial(click.echo, err=True)}
+    given: Any = {"control": control, "dtype": dtype}
+    open_engine = options.engine_of(model, **places, memory_flags=memory_flags, **given)
     with interrupts.at_once():
         try:
             from .server import app
@@ -134,13 +135,6 @@ def command(
             raise UsageError(
                 f'{fault}: the server needs more packages; pip install "zimage_jax[serve]"'
             ) from None
-        from .pool import ZImagePool
-        from .process import ZImageProcess
-
-    def open_engine() -> ZImageProcess | ZImagePool:
-        if devices:
-            return ZImagePool(model, devices=devices, control=control, dtype=dtype, memory=memory)
-        return ZImageProcess(model, control=control, dtype=dtype, memory=memory)
 
     with (
         closing(app.listen(host, port)) as listener,

@@ -3,8 +3,8 @@
     python -m zimage_jax.worker SOCKET [DEVICE]
 
 SOCKET is the inherited descriptor of a socket to the owner, DEVICE the number of the GPU that must
-be drawn with. The first message has the arguments of ZImage.load; messages are answered until the
-socket closes.
+be drawn with. The first message has the arguments of ZImage.load, where path and control may be a Sought;
+messages are answered until the socket closes.
 """
 
 import functools
@@ -143,8 +143,14 @@ def main() -> None:
             cli.start_jax()
             _check_device(*sys.argv[2:])
             from .pipeline.pipeline import ZImage
+            from .weights.search import Sought
 
-            pipe = ZImage.load(**arguments)
+            sought = {n: of for n, of in arguments.items() if isinstance(of, Sought)}
+            pipe = ZImage.load(**arguments | {n: of.find() for n, of in sought.items()})
+            if "path" in sought:  # pictures have the names in their metadata
+                pipe.name = sought["path"].name
+            if "control" in sought:
+                pipe.control_name = sought["control"].name
             pipe.measure()
             opened = time.perf_counter()
             plan = pipe.plan("a", seed=0).plan

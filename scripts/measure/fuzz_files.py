@@ -18,9 +18,9 @@ from pathlib import Path
 from checkpoints_convert.inspect import inspect
 from zimage_jax.errors import ZImageError
 from zimage_jax.model.prompt import Prompts
-from zimage_jax.pipeline.pipeline import TINY
 from zimage_jax.weights import sources
 from zimage_jax.weights.checkpoint import Checkpoint
+from zimage_jax.weights.search import TINY
 from zimage_jax.weights.writer import Writer
 
 TOKENS = re.compile(r'"[^"]*"|-?\d[\d.e+-]*|true|false|null|\[[^][]*\]|\{[^{}]*\}')

@@ -32,11 +32,11 @@ from zimage_jax.cli import use_compile_cache
 from zimage_jax.model import vae
 from zimage_jax.model.layers import named_arrays
 from zimage_jax.model.prompt import Prompts
-from zimage_jax.pipeline.pipeline import TINY
 from zimage_jax.pipeline.report import versions
 from zimage_jax.runtime.reader import load
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.formats import Beside, Storage, uniform
+from zimage_jax.weights.search import TINY
 
 RANK, SIDE, BATCH = 4, 128, 16
 LORA = TINY.parent / "tiny-arrow.safetensors"

@@ -14,7 +14,7 @@ from scripts.tiny.judge import judge
 from scripts.tiny.train_lora import LORA, taught
 from tests.schedules import every
 from zimage_jax import Memory, ZImage
-from zimage_jax.pipeline.pipeline import TINY
+from zimage_jax.weights.search import TINY
 
 
 @pytest.fixture(scope="module")

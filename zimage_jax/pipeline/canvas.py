@@ -18,7 +18,7 @@ from PIL import Image
 from .. import checks
 from ..errors import UsageError
 from ..model.choices import FITS
-from .opened import LONGEST_SIDE, Opened, check_pixels, open_mask, open_picture
+from .opened import LONGEST_SIDE, File, Opened, check_pixels, open_mask, open_picture
 
 _STRIP = 256  # rows that are computed at once in float32: bounds the temporaries
 _FAINT = 1 / 512  # a smaller weight changes no byte
@@ -202,6 +202,8 @@ class Canvas:
 
 def name_of(source: object) -> str | None:
     """The name of a file, for the metadata; never its folder."""
+    if isinstance(source, File):
+        return source.name
     return Path(source).name if isinstance(source, str | os.PathLike) else None
 
 

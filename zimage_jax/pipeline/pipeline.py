@@ -36,6 +36,7 @@ from ..weights.checkpoint import ModelFiles
 from ..weights.components import COMPONENTS
 from ..weights.controlled import Controlled
 from ..weights.in_place import open_control, open_model
+from ..weights.search import TINY
 from . import report as reports
 from .canvas import Canvas, enlarged_size
 from .engine import IN_FLIGHT, Engine
@@ -48,8 +49,6 @@ from .plans import Plans
 from .preview import Preview
 from .request import Event, Planned, Request
 from .stages import STAGES, TEXT, WITHOUT_DECODE
-
-TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
 
 class ZImage:

@@ -103,7 +103,6 @@ class Jobs:
         self, engine: ZImageProcess | ZImagePool, store: Store, loras: LoraFolder, *, most: int
     ):
         self.engine, self.store, self.loras, self.most = engine, store, loras, most
-        self._ahead = AHEAD * engine.in_flight  # pictures
         self.live: dict[str, Live] = {}  # in the order in which they came
         self.metrics = Metrics(
             {
@@ -258,7 +257,9 @@ class Jobs:
 
     def _feed(self) -> None:
         """Give the engine as many pictures as it can use."""
-        while self._waiting and self._handed < self._ahead and not self.is_stopping:
+        while (
+            self._waiting and self._handed < AHEAD * self.engine.in_flight and not self.is_stopping
+        ):
             live = self._waiting.popleft()
             if live.state != QUEUED:
                 continue

@@ -238,6 +238,14 @@ class Checkpoint:
             self._headers[component, unit] = header
         return checked
 
+    @property
+    def checksum(self) -> str:
+        """xxh3 of all that a picture follows from: config, formats, every array's checksum and the
+        tokenizer's. Where the model came from does not count, nor its folder's name."""
+        manifest = self._read_manifest(None)
+        names = ("format", "config", "control", "dtype", "formats", "tokenizer", "arrays")
+        return manifest_checksum({name: manifest[name] for name in names if name in manifest})
+
     def tokenizer(self) -> Path:
         """Path of the tokenizer.json. Raises DamagedError if it is not what was written."""
         file = self.path / "tokenizer.json"
