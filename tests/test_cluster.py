@@ -15,7 +15,8 @@ from tests.schedules import JOB, MODEL
 from zimage_jax import ZImage, batch
 from zimage_jax.errors import CheckpointError, UsageError
 from zimage_jax.pipeline.opened import File, open_picture
-from zimage_jax.weights.checkpoint import MODEL, Checkpoint
+from zimage_jax.weights import checkpoint as checkpoints
+from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.search import Sought
 
 # Ray forks to start its own processes, in this one
@@ -215,7 +216,7 @@ def test_what_is_wrong_with_a_cluster_is_said_in_a_line(run, tmp_path, words, me
 
 def test_a_model_is_found_by_its_checksum(native, tmp_path, monkeypatch):
     model = native(MODEL)
-    sought = Sought(tmp_path / "not here", "mine", MODEL, Checkpoint(model).checksum)
+    sought = Sought(tmp_path / "not here", "mine", checkpoints.MODEL, Checkpoint(model).checksum)
     monkeypatch.setenv("ZIMAGE_MODELS", "")
     with pytest.raises(
         CheckpointError, match=r"checksum .* of mine is at .*not here or in ZIMAGE_"
