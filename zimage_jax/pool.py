@@ -113,11 +113,15 @@ class ZImagePool:
     def describe(self) -> str:
         return self.description
 
-    def submit(self, prompt: str, **options: Any) -> Remote:
+    def submit(self, prompt: str | None = None, **options: Any) -> Remote:
         """As ZImageProcess.submit."""
         return self._first(lambda process: process.submit(prompt, **options))
 
-    def plan(self, prompt: str, **options: Any) -> Remote:
+    def encode(self, texts: Sequence[str], **options: Any) -> Remote:
+        """As ZImageProcess.encode."""
+        return self._first(lambda process: process.encode(texts, **options))
+
+    def plan(self, prompt: str | None = None, **options: Any) -> Remote:
         """As ZImageProcess.plan, of the device whose process has the fewest jobs."""
         return self._first(lambda process: process.plan(prompt, **options))
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass
@@ -157,7 +157,7 @@ class ZImageProcess:
 
     def submit(
         self,
-        prompt: str,
+        prompt: str | None = None,
         *,
         on_event: Callable[[Event | None], None] | None = None,
         **options: Any,
@@ -170,7 +170,17 @@ class ZImageProcess:
         options["seed"] = drawn[0] if isinstance(seed, int) else drawn
         return self._sent("submit", {"prompt": prompt, **options}, on_event)
 
-    def plan(self, prompt: str, **options: Any) -> Remote:
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        on_event: Callable[[Event | None], None] | None = None,
+        **options: Any,
+    ) -> Remote:
+        """As ZImage.submit_encode."""
+        return self._sent("encode", {"texts": texts, **options}, on_event)
+
+    def plan(self, prompt: str | None = None, **options: Any) -> Remote:
         """As ZImage.plan: its result is Planned."""
         return self._sent("plan", {"prompt": prompt, **options}, None)
 

@@ -60,12 +60,37 @@ from .options import Number
 @click.option(
     "--page/--no-page", "has_page", default=True, help="Show the page at /, or only APIs."
 )
+@click.option(
+    "--tensors",
+    "has_tensors",
+    is_flag=True,
+    help="Add routes that take and give text features, latents and pictures as tensors, for ComfyUI.",
+)
+@click.option(
+    "--parent",
+    type=Number(int, 1, 2**31 - 1),
+    metavar="PID",
+    help="End when this process has ended.",
+)
 @options.MODEL
 @options.DTYPE
 @options.memory_options
 @options.DEVICES
 def command(
-    host, port, data, api_key, hosts, most, has_page, model, dtype, devices, **memory_flags
+    *,
+    host,
+    port,
+    data,
+    api_key,
+    hosts,
+    most,
+    has_page,
+    has_tensors,
+    parent,
+    model,
+    dtype,
+    devices,
+    **memory_flags,
 ) -> None:
     """Serve pictures until Ctrl-C or SIGTERM.
 
@@ -81,6 +106,8 @@ def command(
             f"--host {host}: other machines could use this server; give it an --api-key, or listen "
             "at 127.0.0.1"
         )
+    if parent is not None:
+        interrupts.end_with(parent)
     memory: Any
     if devices:
         memory = options.memories_of(devices, **memory_flags)
@@ -111,7 +138,16 @@ def command(
         closing(app.Store(data)) as store,
         open_engine() as engine,
     ):
-        app.serve(engine, store, listener, most=most, key=api_key, hosts=hosts, has_page=has_page)
+        app.serve(
+            engine,
+            store,
+            listener,
+            most=most,
+            key=api_key,
+            hosts=hosts,
+            has_page=has_page,
+            has_tensors=has_tensors,
+        )
 
 
 def _is_loopback(host: str) -> bool:

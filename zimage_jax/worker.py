@@ -21,6 +21,7 @@ from typing import Any
 
 from . import cli
 from .errors import UsageError
+from .pipeline.request import Planned
 from .process import without_model
 
 BEAT = 1.0  # seconds between two signs of life
@@ -69,7 +70,9 @@ class Worker:
                 done = "done", number, self._pipe.plan(**job)
             else:
                 heard = functools.partial(self._heard, number)
-                request = self._pipe.submit(**job, on_event=heard)
+                submit = self._pipe.submit if word == "submit" else self._pipe.submit_encode
+                request = submit(**job, on_event=heard)
+                self._heard(number, Planned(request.plan, request.budget))
                 done = "planning", number, False
                 with self._lock:
                     self._requests[number] = request

@@ -17,6 +17,7 @@ from ..runtime.placement import Placement
 from ..runtime.programs import Programs
 from ..runtime.recorder import Recorder
 from ..runtime.store import Loan
+from .given import LatentCanvas
 from .job import Job
 
 
@@ -46,10 +47,14 @@ class Attempt:
     @property
     def latents(self) -> Float[np.ndarray, "B h w C"]:
         """The final latents; the picture's own if no NFE changes them."""
-        if "denoise" in self.results:
-            return self.results["denoise"]
-        encoded = self.results["encode"]
-        return np.broadcast_to(encoded, (self.work.batch, *encoded.shape))
+        return self.results["denoise"] if "denoise" in self.results else self.first
+
+    @property
+    def first(self) -> Float[np.ndarray, "B h w C"]:
+        """The latents that the job begins from: given ones, or those of its picture."""
+        canvas = self.job.canvas
+        found = canvas.latents if isinstance(canvas, LatentCanvas) else self.results["encode"]
+        return np.broadcast_to(found, (self.work.batch, *found.shape[-3:]))
 
     @property
     def config(self) -> ModelConfig:

@@ -43,6 +43,7 @@ class Canvas:
     pixels: UInt8[np.ndarray, "H W 3"]
     mask: Float32[np.ndarray, "H W"] | None
     cut: Cut | None = None
+    count = 1  # picture, for all that are drawn
     enlarges: bool = False  # a small picture, whose composition is to be kept
     settings: dict[str, Any] = field(default_factory=dict)  # for the metadata: names, how it fits
 
@@ -124,6 +125,12 @@ class Canvas:
         _check_redraws(drawn)
         cut = Cut(opened.pixels, region, mask[inside])
         return cls(_resized(opened.pixels[inside], wide, high), drawn, cut)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        height, width = self.pixels.shape[:2]
+        return width, height
 
     def finish(self, drawn: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H0 W0 3"]:
         """The picture with what was drawn: `drawn`, weighted by the mask, over the fitted picture

@@ -18,6 +18,7 @@ from ..runtime.ledger import Ledger
 from ..runtime.programs import Programs
 from ..runtime.recorder import Recorder
 from ..runtime.store import ParameterStore
+from .canvas import Canvas
 from .engine import Engine
 from .job import Job
 from .plans import Plans
@@ -91,6 +92,8 @@ class Intake:
         )
 
     def _work(self, job: Job, encoded: dict[str, prompts_of.Encoded]) -> Work:
+        given = [f for f in (*job.features, job.negative_features) if f is not None]
+        lengths = [len(e.ids) for e in encoded.values()] + [len(features) for features in given]
         return Work.of(
             self._programs.config,
             job.width,
@@ -98,10 +101,10 @@ class Intake:
             job.trajectory,
             job.kv,
             self._programs.dtype,
-            bucket=prompts_of.bucket(max(len(e.ids) for e in encoded.values())),
+            bucket=prompts_of.bucket(max(lengths, default=1)),
             batch=len(job.prompts),
             prompts=len(emphasis.to_run(encoded.values())),
-            encodes=job.canvas is not None,
+            encodes=isinstance(job.canvas, Canvas),
             region=job.region,
             attention=job.attention,
         )

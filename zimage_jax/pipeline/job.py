@@ -7,13 +7,13 @@ import contextlib
 import operator
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 
 from .. import checks
 from ..errors import UsageError
@@ -29,7 +29,11 @@ from ..runtime.ledger import Ledger
 from ..units import size
 from . import picture as image
 from .canvas import Canvas
+from .given import Features, LatentCanvas, features_of
 from .size import check_size, region_of
+
+# what a job gives: pictures of 8 bits, what the VAE decodes in floats, or latents alone
+OUTPUTS = ("picture", "image", "latents")
 
 
 class ZImageWarning(UserWarning):
@@ -138,7 +142,10 @@ class Report(TypedDict):
 
 @dataclass(frozen=True)
 class Result:
+    """`pictures` is empty unless they were the `output` asked for, and `images` None."""
+
     pictures: list[Picture]
+    images: Float32[np.ndarray, "B H W 3"] | None  # from 0 to 1
     report: Report
     latents: Float[np.ndarray, "B h w C"]
     work: Work
@@ -148,7 +155,7 @@ class Result:
     def __repr__(self) -> str:
         report = self.report
         return (
-            f"<Result {len(self.pictures)} of {report['width']}x{report['height']}, "
+            f"<Result {len(self.latents)} of {report['width']}x{report['height']}, "
             f"{report['steps']} NFEs, schedule {report['schedule']}, "
             f"{report['seconds']['total']:.1f} s, peak {size(report['peak_device_bytes'])}>"
         )
@@ -171,7 +178,9 @@ class Job:
     shift: float
     cfg_normalization: float
     cfg_truncation: float
-    canvas: Canvas | None  # the picture to begin from, and its mask
+    features: tuple[Features, ...]  # of each prompt, in place of its text; () for texts
+    negative_features: Features | None  # in place of the negative prompt
+    canvas: Canvas | LatentCanvas | None  # what to begin from, and its mask
     strength: float | None  # None without a canvas
     strength_rule: str
     differential: bool
@@ -181,6 +190,7 @@ class Job:
     prompt_weights: bool
     text_weight: float
     variance: float
+    output: str  # one of OUTPUTS
 
     @property
     def trajectory(self) -> Trajectory:
@@ -207,9 +217,27 @@ class Job:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """One text per context: the prompts, then with guidance the negative prompt for each."""
-        negatives = (self.negative_prompt,) * len(self.prompts) if self.guidance else ()
-        return self.prompts + negatives
+        """The texts to encode: the prompts, and with guidance the negative prompt, but for those
+        whose features are given."""
+        negative = self.guidance and self.negative_features is None
+        return (() if self.features else self.prompts) + (
+            (self.negative_prompt,) if negative else ()
+        )
+
+    def features_of_contexts(self, of_text: Mapping[str, Features]) -> list[Features]:
+        """Features of each context: the prompts', then with guidance the negative ones for each.
+        Those of prompts vary with the picture's seed. `of_text`: those of `texts`."""
+        own = self.features or [of_text[text] for text in self.prompts]
+        varied = [
+            emphasis.vary(of_prompt, self.variance, seed)
+            for of_prompt, seed in zip(own, self.seeds, strict=True)
+        ]
+        if not self.guidance:
+            return varied
+        negative = self.negative_features
+        if negative is None:
+            negative = of_text[self.negative_prompt]
+        return varied + [negative] * len(varied)
 
     @classmethod
     def of(
@@ -229,7 +257,9 @@ class Job:
         shift: object = None,
         cfg_normalization: object = 0.0,
         cfg_truncation: object = 1.0,
-        canvas: Canvas | None = None,
+        features: object = None,
+        negative_features: object = None,
+        canvas: Canvas | LatentCanvas | None = None,
         strength: object = None,
         strength_rule: object = "noise",
         differential: object = False,
@@ -239,18 +269,34 @@ class Job:
         prompt_weights: object = False,
         text_weight: object = 1.0,
         variance: object = 0.0,
+        output: object = "picture",
+        draws: bool = True,
     ) -> "Job":
         """Check the type and the bounds of each value; None is replaced by the model's default.
 
-        Raises UsageError.
+        `draws`: whether there will be NFEs; without any, texts may be empty or missing. Raises
+        UsageError.
         """
-        prompts = _several("prompt", prompt, str)
+        draws = draws and strength != 0
+        given = () if features is None else features_of(config, "features", features)
+        negative = None
+        if negative_features is not None:
+            if negative_prompt:
+                raise UsageError("negative_prompt and negative_features: give one of them")
+            negative, *more = features_of(config, "negative_features", negative_features)
+            if more:
+                raise UsageError("negative_features must be those of one text")
+        prompts = _prompts(prompt, len(given), draws)
         seeds = _several("seed", seed, int)
-        count = max(len(prompts), len(seeds))
+        count = max(len(prompts), len(seeds), 0 if canvas is None else canvas.count)
         if not prompts or not seeds or any(len(of) not in (1, count) for of in (prompts, seeds)):
             raise UsageError(
                 f"{len(prompts)} prompts and {len(seeds)} seeds: expected as many of one as of the "
                 "other, or one"
+            )
+        if canvas is not None and canvas.count not in (1, count):
+            raise UsageError(
+                f"latents of {canvas.count} pictures, for {count}: expected as many, or one"
             )
         side, defaults = config.vae.sample_size, config.defaults
         if guidance is None:
@@ -258,17 +304,18 @@ class Job:
         if shift is None:
             shift = config.scheduler.shift
         if canvas is not None:
-            rows, columns = canvas.pixels.shape[:2]
-            for name, value, own in (("width", width, columns), ("height", height, rows)):
+            for name, value, own in zip(
+                ("width", "height"), (width, height), canvas.size, strict=True
+            ):
                 if value not in (None, own):
                     raise UsageError(f"{name} {checks.shown(value)}: the canvas has {own}")
-            width, height = columns, rows
-            region = region_of(config, columns, rows) if region is None else region
+            width, height = canvas.size
+            region = region_of(config, width, height) if region is None else region
             strength = _strength(canvas, region is not None) if strength is None else strength
         elif strength is not None:
             raise UsageError("strength needs an image: there is none to begin from")
         job = cls(
-            prompts=tuple(_prompt(text) for text in (prompts * count)[:count]),
+            prompts=tuple((prompts * count)[:count]),
             seeds=tuple(_seed(number) for number in (seeds * count)[:count]),
             negative_prompt=checks.text("negative_prompt", negative_prompt),
             width=side if width is None else checks.whole("width", width),
@@ -281,6 +328,8 @@ class Job:
             shift=checks.real("shift", shift, 0, 100, above=True),
             cfg_normalization=checks.real("cfg_normalization", cfg_normalization, 0, 100),
             cfg_truncation=checks.real("cfg_truncation", cfg_truncation, 0, 1),
+            features=(given * count)[:count],
+            negative_features=negative,
             canvas=canvas,
             strength=None if strength is None else checks.real("strength", strength, 0, 1),
             strength_rule=checks.one_of(
@@ -293,9 +342,12 @@ class Job:
             prompt_weights=checks.instance("prompt_weights", prompt_weights, bool),
             text_weight=checks.real("text_weight", text_weight, 0, emphasis.LARGEST_WEIGHT),
             variance=checks.real("variance", variance, 0, 1),
+            output=checks.one_of("output", output, OUTPUTS),
         )
-        for text in prompts if job.prompt_weights else ():
+        for text in prompts if draws and job.prompt_weights and not given else ():
             emphasis.check(text)
+        if isinstance(canvas, LatentCanvas) and not job.strength and job.output == "latents":
+            raise UsageError("strength 0 gives the latents themselves: there is nothing to do")
         check_size(config, job.width, job.height, job.region)
         return job
 
@@ -319,7 +371,7 @@ class Job:
         return found
 
 
-def _strength(canvas: Canvas, in_regions: bool) -> float:
+def _strength(canvas: Canvas | LatentCanvas, in_regions: bool) -> float:
     """The strength if none is given. A small picture that is enlarged keeps its composition
     (scripts/results/pictures.md): a region sees a part of it and all of the prompt."""
     if canvas.mask is not None:
@@ -352,11 +404,20 @@ def _several(name: str, value: object, kind: type) -> list:
     return list(value)
 
 
-def _prompt(value: object) -> str:
-    text = checks.text("prompt", value)
-    if not text.strip():
+def _prompts(value: object, features: int, draws: bool) -> list[str]:
+    """The prompts; "" for each whose `features` are given, or that has no effect."""
+    if features:
+        if value is not None:
+            raise UsageError("prompt and features: give one of them")
+        return [""] * features
+    if value is None:
+        if draws:
+            raise UsageError("expected a prompt, or its features")
+        return [""]
+    found = [checks.text("prompt", text) for text in _several("prompt", value, str)]
+    if draws and not all(text.strip() for text in found):
         raise UsageError("the prompt is empty: say what to draw")
-    return text
+    return found
 
 
 def _seed(value: object) -> int:

@@ -37,13 +37,14 @@ from ..weights.components import COMPONENTS
 from . import report as reports
 from .canvas import Canvas, enlarged_size
 from .engine import IN_FLIGHT, Engine
+from .given import Features, LatentCanvas
 from .intake import Intake
 from .job import Job, Picture, Result, Step, ZImageWarning
 from .opened import Source, open_picture
 from .plans import Plans
 from .preview import Preview
 from .request import Event, Planned, Request
-from .stages import STAGES
+from .stages import STAGES, TEXT, WITHOUT_DECODE
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -160,10 +161,12 @@ class ZImage:
 
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
+        features: Features | Sequence[Features] | None = None,
         seed: int | Sequence[int] = -1,
         negative_prompt: str = "",
+        negative_features: Features | None = None,
         width: int | None = None,
         height: int | None = None,
         steps: int | None = None,
@@ -175,6 +178,8 @@ class ZImage:
         cfg_truncation: float = 1.0,
         noise: str = "torch",
         image: Source | Canvas | None = None,
+        latents: Float[np.ndarray, "B h w C"] | None = None,
+        noise_mask: Float[np.ndarray, "m h w"] | None = None,
         strength: float | None = None,
         strength_rule: str = "noise",
         fit: str | None = None,
@@ -189,6 +194,7 @@ class ZImage:
         prompt_weights: bool = False,
         text_weight: float = 1.0,
         variance: float = 0.0,
+        output: str = "picture",
         memory: Memory | None = None,
         on_plan: Callable[[Plan, int], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
@@ -198,7 +204,9 @@ class ZImage:
         `width`, `height`: pixels; None is the model's own, or the image's. `steps`: evaluations of
         the DiT (NFEs); `sampler` heun takes nearly two for a step. `guidance`: as in diffusers, 0
         is off; ComfyUI's cfg is one more. For steps, shift and guidance, None is the checkpoint's
-        default. `sampler`, `sigmas`: model.samplers lists them.
+        default. `sampler`, `sigmas`: model.samplers lists them. `features`, `negative_features`:
+        what `encode` gives for a text, in place of the text, which is not encoded then. The bits are
+        the same if the texts of a job were encoded together.
 
         `image`: a picture to begin from (a path, a PIL image, or an array [H, W, 3 or 4] of uint8
         or of floats in 0..1), fitted to the size by `fit` (crop, pad or stretch). `strength`: how
@@ -209,12 +217,17 @@ class ZImage:
         says how much is redrawn. `region`: draw in overlapping regions with sides of so many
         pixels; by default only if the size is too large for the model or the memory.
 
+        `latents`: what to begin from in place of an image, as `Result.latents` has them, of each
+        picture or one for all. `noise_mask`: [1 or B, h, w], 0 to 1, what is redrawn of them.
+
         `prompt_weights`: brackets weigh words, as in "a (red:1.3) circle" (model.emphasis has the
         syntax); without it they are text. `text_weight`: weight of text in quotes, 0 to 4.
         `variance`: noise on each prompt's features from the picture's seed, 0 to 1, so that
         pictures of one prompt differ more. `kv`: how the DiT stores K and V (precision, groups,
         reuse), which changes the picture. `attention`: the kernel (model.attention.Attend lists them), which
-        changes last bits. `memory`: replaces, for this job, the one given to `load`.
+        changes last bits. `output`: "picture" gives pictures of 8 bits, "image" gives
+        `Result.images` in floats, "latents" leaves out the VAE's decoder. `memory`: replaces, for
+        this job, the one given to `load`.
 
         `on_plan(plan, budget)`, budget in bytes, is called before anything runs, and again if the
         device ran out of memory and another plan is tried. `on_step(step)` is called after every
@@ -226,8 +239,10 @@ class ZImage:
         """
         request = self._request(
             prompt,
+            features=features,
             seed=seed,
             negative_prompt=negative_prompt,
+            negative_features=negative_features,
             width=width,
             height=height,
             steps=steps,
@@ -239,6 +254,8 @@ class ZImage:
             cfg_truncation=cfg_truncation,
             noise=noise,
             image=image,
+            latents=latents,
+            noise_mask=noise_mask,
             strength=strength,
             strength_rule=strength_rule,
             fit=fit,
@@ -253,6 +270,7 @@ class ZImage:
             prompt_weights=prompt_weights,
             text_weight=text_weight,
             variance=variance,
+            output=output,
             memory=memory,
         )
         if on_plan is not None:
@@ -263,7 +281,7 @@ class ZImage:
 
     def submit(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         on_event: Callable[[Event | None], None] | None = None,
         **options: Any,
@@ -277,7 +295,7 @@ class ZImage:
         """
         return self.submit_all([{"prompt": prompt, "on_event": on_event, **options}])[0]
 
-    def plan(self, prompt: str | Sequence[str], **options: Any) -> Planned:
+    def plan(self, prompt: str | Sequence[str] | None = None, **options: Any) -> Planned:
         """The plan that a job would have alone, and the budget in bytes; nothing runs.
 
         `options`: the arguments of `generate`. Raises UsageError and OutOfMemoryError.
@@ -311,18 +329,52 @@ class ZImage:
         return requests
 
     def encode(
-        self, texts: Sequence[str], memory: Memory | None = None
+        self,
+        texts: Sequence[str],
+        *,
+        prompt_weights: bool = False,
+        text_weight: float = 1.0,
+        memory: Memory | None = None,
     ) -> list[Float[np.ndarray, "T E"]]:
-        """Features of each text: Qwen3's hidden_states[-2]. Raises like `generate`."""
-        text = next(stage for stage in STAGES if stage.name == "text")
+        """Features of each text: Qwen3's hidden_states[-2], moved by their weights.
 
+        The options are those of `generate`, and so is what it raises; a text may be empty.
+        """
+        request = self._encoding(
+            texts, memory, prompt_weights=prompt_weights, text_weight=text_weight
+        )
+        return self._follow(request, None, None)
+
+    def submit_encode(
+        self,
+        texts: Sequence[str],
+        *,
+        on_event: Callable[[Event | None], None] | None = None,
+        memory: Memory | None = None,
+        **options: Any,
+    ) -> Request:
+        """Like `encode`, but returns at once, as `submit` does."""
+        request = self._encoding(texts, memory, **options)
+        request.listener = on_event
+        self._engine.submit(request)
+        return request
+
+    def _encoding(self, texts: Sequence[str], memory: Memory | None, **options: Any) -> Request:
         def features(request: Request) -> list[Float[np.ndarray, "T E"]]:
-            found = request.attempt.results[text.name]
+            found = request.attempt.results["text"]
             return [found[text] for text in request.job.prompts]
 
-        options = {"seed": 0, "steps": 1, "guidance": 0.0}
-        request = self._intake.request(texts, self._memory(memory), (text,), features, options)
-        return self._follow(request, None, None)
+        options |= {"seed": 0, "steps": 1, "guidance": 0.0, "draws": False}
+        return self._intake.request(texts, self._memory(memory), tuple(TEXT), features, options)
+
+    def decode(
+        self, latents: Float[np.ndarray, "B h w C"], *, memory: Memory | None = None
+    ) -> Float[np.ndarray, "B H W 3"]:
+        """What the VAE's decoder makes of latents, from 0 to 1; in tiles with `Memory.vae_tile`.
+        The arguments are those of `generate`, and so is what it raises."""
+        found = self.generate(latents=latents, strength=0.0, output="image", memory=memory, seed=0)
+        assert found.images is not None
+        return found.images
 
     def _follow(
         self,
@@ -350,9 +402,11 @@ class ZImage:
 
     def _request(
         self,
-        prompt: Any,
+        prompt: Any = None,
         *,
         image: Source | Canvas | None = None,
+        latents: Any = None,
+        noise_mask: Any = None,
         width: int | None = None,
         height: int | None = None,
         mask: Source | None = None,
@@ -373,6 +427,11 @@ class ZImage:
         }
         given = {name: value for name, value in fitting.items() if value is not None}
         self._engine.check_caller()
+        if image is not None and latents is not None:
+            raise UsageError("image and latents: give one of them to begin from")
+        if noise_mask is not None and latents is None:
+            raise UsageError("noise_mask needs latents: there are none")
+        canvas: Canvas | LatentCanvas | None
         if image is None or isinstance(image, Canvas):
             canvas = image
             for name in given:
@@ -380,13 +439,17 @@ class ZImage:
                 raise UsageError(f"{name} needs an image: {why}")
         else:
             canvas = self.canvas(image, width=width, height=height, **given)
-        for name in options.keys() - inspect.signature(Job.of).parameters.keys():
+        if latents is not None:
+            canvas = LatentCanvas.of(self.config, latents, noise_mask)
+        known = inspect.signature(Job.of).parameters.keys() - {"draws"}
+        for name in options.keys() - known:
             raise UsageError(
                 f"no such argument: {printable(name, 40)}; ZImage.generate has them all"
             )
         options |= {"width": width, "height": height, "canvas": canvas}
+        stages = WITHOUT_DECODE if options.get("output") == "latents" else STAGES
         memory = self._memory(memory)
-        return self._intake.request(prompt, memory, tuple(STAGES), self._result, options)
+        return self._intake.request(prompt, memory, tuple(stages), self._result, options)
 
     # -- pictures to begin from --------------------------------------------------------------------
 
@@ -450,9 +513,14 @@ class ZImage:
             }
             for text, seed, row in zip(job.prompts, job.seeds, latents, strict=True)
         ]
-        pictures = [
-            Picture(pixels, {**own, **common})
-            for pixels, own in zip(attempt.results[STAGES[-1].name], each, strict=True)
-        ]
+        decoded = attempt.results.get("decode", [])
+        pictures, images = [], None
+        if job.output == "picture":
+            pictures = [
+                Picture(pixels, {**own, **common})
+                for pixels, own in zip(decoded, each, strict=True)
+            ]
+        elif job.output == "image":
+            images = np.stack(decoded)
         report = reports.report(attempt, common, each, request.warned, self._store.host_bytes)
-        return Result(pictures, report, latents, attempt.work, attempt.plan, attempt.ledger)
+        return Result(pictures, images, report, latents, attempt.work, attempt.plan, attempt.ledger)

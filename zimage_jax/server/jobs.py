@@ -270,7 +270,7 @@ class Jobs:
                         **arguments, seed=seed, on_event=_Listener(self, live, picture)
                     )
                 except EngineError as fault:
-                    self._break(fault)
+                    self.break_off(fault)
                     return
                 self._handed += 1
 
@@ -307,7 +307,7 @@ class Jobs:
                 self.store.picture(live.id, picture).unlink(missing_ok=True)
                 return
             live.pictures[picture] = facts
-            self._note(result)
+            self.note(result)
             if is_last:
                 self.metrics.ended(DONE)
                 self._leave(live, DONE)
@@ -316,10 +316,10 @@ class Jobs:
         except CancelledError:  # by `_end`, or by a stop
             return
         except (OutputError, sqlite3.Error) as fault:  # a full disk, say: it is drawn another time
-            self._break(fault)
+            self.break_off(fault)
         except ZImageError as fault:
             if self.engine.is_closed:
-                self._break(fault)
+                self.break_off(fault)
             else:
                 # messages name files of ours
                 message = str(fault).replace(f"{self.store.folder}/", "")
@@ -340,7 +340,8 @@ class Jobs:
             **{name: report[name] for name in names},  # type: ignore[literal-required]
         }
 
-    def _note(self, result: Result) -> None:
+    def note(self, result: Result) -> None:
+        """Remember what a picture took."""
         seconds = result.report["seconds"]["total"]
         self._seconds += (seconds - self._seconds) / 4
         self.metrics.drawn(seconds)
@@ -363,7 +364,7 @@ class Jobs:
         self.metrics.ended(state)
         self._leave(live, state)
 
-    def _break(self, fault: Exception) -> None:
+    def break_off(self, fault: Exception) -> None:
         """Nothing can be drawn or kept any more: the jobs stay stored, and the server ends."""
         if not self.is_stopping and self.fault is None:
             self.fault = str(fault)

@@ -52,21 +52,24 @@ def request_of(name: str, of: Callable, *leave_out: str, **other: Any) -> type[R
 
 KV = request_of("KV", KVPolicy.parse)
 MemoryOptions = request_of("MemoryOptions", Memory, pins=(list[list[int | str]], []))
+AS_JSON: dict[str, Any] = {
+    "negative_prompt": (Text, ""),
+    "seed": (Seed, -1),
+    "kv": (KV | None, None),
+    "memory": (MemoryOptions | None, None),
+}
 Drawing = request_of(
     "Drawing",
     ZImage.generate,
-    *("on_plan", "on_step"),
+    *("on_plan", "on_step", "features", "negative_features", "latents", "noise_mask", "output"),
+    **AS_JSON,
     prompt=(Text, Field(examples=["a red circle"])),
-    negative_prompt=(Text, ""),
-    seed=(Seed, -1),
     count=(
         Annotated[int, Field(ge=1, le=MOST_PICTURES, description="pictures; the seed counts up")],
         1,
     ),
     image=(Base64 | None, None),
     mask=(Base64 | None, None),
-    kv=(KV | None, None),
-    memory=(MemoryOptions | None, None),
     enlarge=(
         float | None,
         Field(None, description="draw the image again, so many times as large; it sets the size"),
@@ -120,7 +123,7 @@ def order(
     ZImage.enlarged. Raises UsageError.
     """
     arguments = {name: value for name, value in given.items() if value is not None}
-    inputs, seeds = dict(inputs or {}), _seeds(seed, count)
+    inputs, seeds = dict(inputs or {}), seeds_of(seed, count)
     if enlarge is not None:
         arguments |= _enlarged(config, inputs, arguments, enlarge)
     job = as_arguments(arguments)
@@ -201,9 +204,9 @@ def seed_to_json(seed: int) -> int | str:
     return seed if seed <= EXACT else str(seed)
 
 
-def _seeds(seed: int | str | None, count: int) -> tuple[int, ...]:
-    """`count` seeds: a seed counts up, -1 is drawn for each picture."""
-    checks.whole("the number of pictures", count, 1, MOST_PICTURES)
+def seeds_of(seed: int | str | None, count: int, most: int = MOST_PICTURES) -> tuple[int, ...]:
+    """`count` seeds: a seed counts up, -1 is drawn for each picture. Raises UsageError."""
+    checks.whole("the number of pictures", count, 1, most)
     if isinstance(seed, str):
         if (
             not (seed.removeprefix("-").isascii() and seed.removeprefix("-").isdigit())

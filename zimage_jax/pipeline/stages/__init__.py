@@ -11,3 +11,5 @@ from .encode import Encode
 from .text import Text
 
 STAGES: list[Stage] = [Text(), ContextStage(), Encode(), Denoise(), Decode()]
+WITHOUT_DECODE = STAGES[:-1]  # of a job that gives latents
+TEXT = STAGES[:1]  # of a job that gives features

@@ -43,7 +43,7 @@ class Whole(NamedTuple):
 
     @classmethod
     def first(cls, attempt: Attempt) -> "Whole":
-        """Noise, or the picture's latents with noise up to the first level."""
+        """Noise, or the latents that the job begins from, with noise up to the first level."""
         job, work, path = attempt.job, attempt.work, attempt.trajectory
         shape = work.h, work.w, attempt.config.transformer.in_channels
 
@@ -55,15 +55,14 @@ class Whole(NamedTuple):
 
         noise, kept, noises = draw(0), None, None
         latents = noise
-        if work.encodes:
-            picture = np.broadcast_to(attempt.results["encode"], noise.shape)
+        if job.canvas is not None:
+            picture = attempt.first
             level = np.float32(path.start)
             latents = level * noise + (1 - level) * picture
             if work.update.kept is not None:
-                assert job.canvas is not None
                 of_picture = job.canvas.latent_mask(attempt.config.vae.scale)
                 assert of_picture is not None
-                mask = np.broadcast_to(of_picture[None, :, :, None], (*noise.shape[:3], 1))
+                mask = np.broadcast_to(of_picture[..., None], (*noise.shape[:3], 1))
                 kept = sampling.Kept(*map(of_views, (picture, noise, mask)))
         if work.update.noise is not None:
             noises = np.stack([of_views(draw(index + 1)) for index in range(path.nfes)])

@@ -36,7 +36,7 @@ class Text:
     name = "text"
 
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
-        if not work.phases:
+        if not work.phases or not work.prompts:
             return
         if memory.text_encoder == "host":
             yield Option(TextChoice(), {}, {}, frozenset())
@@ -77,7 +77,8 @@ class Text:
         self, attempt: Attempt
     ) -> Generator[Sweeps | Call, list, dict[str, Float[np.ndarray, "T E"]]]:
         """Features by text, without padding. The embedding table stays on the host."""
-        ids, lengths = prompt.batch_ids(emphasis.to_run(attempt.encoded.values()))
+        texts = emphasis.to_run(attempt.encoded.values())
+        ids, lengths = prompt.batch_ids(texts, attempt.work.bucket)
         (table,) = attempt.loan.on_host(COMPONENT, "embed_tokens")
         x = ops.to_tokens(np.asarray(text_encoder.embed(table, ids)), attempt.programs.dtype)
         choice: TextChoice = attempt.plan.choices[self.name]
