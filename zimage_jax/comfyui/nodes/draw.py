@@ -223,16 +223,18 @@ class Sampler(io.ComfyNode):
         if mask is not None and image is None:
             raise ValueError("mask needs an image: connect the picture that it masks")
         count, strength, rule = 1, widgets.pop("strength"), widgets.pop("strength_rule")
-        given: dict[str, Any] = {"image": image, "mask": mask}
+        given: dict[str, Any] = {}
         if image is not None:
-            count = image.shape[0]
+            count, given["image"] = image.shape[0], tensors.picture(image)
+        if mask is not None:
+            given["mask"] = tensors.picture(mask)
         if latent_image is not None:
             tensors.check_latent(latent_image)
             count, widgets["width"], widgets["height"] = tensors.size_of(latent_image)
             if tensors.begins_from(latent_image):
                 given["latents"] = latent_image["samples"]
-                given["noise_mask"] = latent_image.get("noise_mask")
-        begins = any(value is not None for value in given.values())
+                given["noise_mask"] = tensors.noise_mask(latent_image)
+        begins = bool(given)
         own = {"strength": strength, "strength_rule": rule} if begins else {}
         if begins:
             del widgets["width"], widgets["height"]
@@ -243,7 +245,7 @@ class Sampler(io.ComfyNode):
         jobs = []
         for number, of_picture in enumerate(settings.seeds_from(seed, count)):
             parts = {name: tensors.one_of(value, number) for name, value in given.items()}
-            jobs.append(({"seed": of_picture, **own}, parts))
+            jobs.append(({"seed": settings.seed_to_json(of_picture), **own}, parts))
         return _draw(cls.hidden.unique_id, pipe, schedule, jobs, at_once=True, **widgets)
 
 
@@ -303,7 +305,14 @@ class BatchProcessor(io.ComfyNode):
         if negative is not None and widgets["cfg"] > 1:
             parts["negative_features"] = tensors.features(negative, "negative")
         jobs = [
-            ({"prompt": text, "seed": number, "prompt_weights": prompt_weights}, parts)
+            (
+                {
+                    "prompt": text,
+                    "seed": settings.seed_to_json(number),
+                    "prompt_weights": prompt_weights,
+                },
+                parts,
+            )
             for text, number in zip(texts, settings.seeds_from(seed, len(texts)), strict=True)
         ]
         at_once = order == "one sweep"
@@ -325,7 +334,7 @@ def _draw(
 ) -> io.NodeOutput:
     """Draw jobs, a picture each: their keys, and their tensors."""
     common = dict(schedule or _SCHEDULE)
-    shown = host.Shown(node, len(jobs) * common.get("steps", 8))
+    shown = host.Shown(node, len(jobs))
     cap = host.ready(pipe, shown.tell)
     tile = tile_size if vae_decode == "tiled" else None
     common["memory"] = pipe.memory_of_job(cap, prefetch=common.pop("prefetch"), vae_tile=tile)
@@ -333,12 +342,10 @@ def _draw(
     if width is not None:
         common |= {"width": width, "height": height}
     bodies = [tensors.job(common | own, **parts) for own, parts in jobs]
-    found = host.ENGINE.draw(bodies, shown.step, host.check, at_once=at_once)
+    found = host.ENGINE.draw(bodies, shown.hear, host.check, at_once=at_once)
     reports = [report for report, _ in found]
     drawn = [tensors.tensors(data) for _, data in found]
-    shown.tell(settings.line_of(reports[-1]))
-    for warning in dict.fromkeys(text for report in reports for text in report["warnings"]):
-        shown.tell(f"warning: {warning}")
+    shown.tell(settings.line_of_end(reports))
     image: Any = ExecutionBlocker(None)
     if vae_decode != "off":
         image = torch.cat([of["image"] for of in drawn])

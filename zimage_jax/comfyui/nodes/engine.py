@@ -230,7 +230,8 @@ class Engine:
                 if event["event"] == "error":
                     raise EngineError(event["error"])
                 if event["event"] == "done":
-                    found[number] = event.get("report", {}), data
+                    (report,) = event.get("reports", [{}])
+                    found[number] = report, data
                 elif on_step is not None:
                     on_step(number, event, data)
         return [found[number] for number in range(len(requests))]

@@ -12,7 +12,7 @@ from comfy.utils import ProgressBar
 from PIL import Image
 from server import PromptServer
 
-from . import home
+from . import home, settings
 from .engine import Engine
 from .settings import GIB
 
@@ -142,9 +142,9 @@ def memory_line(wanted: int | None) -> str:
 class Shown:
     """A node that computes: its line of text, its bar and its previews."""
 
-    def __init__(self, node_id: str, total: int = 0):
-        self._node, self._lines = node_id, list[str]()
-        self._bar = ProgressBar(total, node_id=node_id) if total else None
+    def __init__(self, node_id: str, jobs: int = 0):
+        self._node, self._lines, self._jobs = node_id, list[str](), jobs
+        self._bar = ProgressBar(max(1, jobs), node_id=node_id)
         self._steps: dict[int, int] = {}
 
     def tell(self, line: str) -> None:
@@ -154,19 +154,17 @@ class Shown:
         server = PromptServer.instance
         server.send_progress_text("\n".join(self._lines), self._node, server.client_id)
 
-    def step(self, number: int, event: dict[str, Any], data: bytes) -> None:
-        """An event of a job in progress."""
-        if event["event"] != "step" or self._bar is None:
-            return
-        self._steps[number] = event["nfe"]
-        preview = None
-        if data:
+    def hear(self, number: int, event: dict[str, Any], data: bytes) -> None:
+        """An event of one of the jobs."""
+        if event["event"] == "plan":
+            self.tell(settings.line_of_plan(event))
+        elif event["event"] == "warning":
+            self.tell(f"warning: {event['warning']}")
+        elif event["event"] == "step":
+            self._steps[number] = event["nfe"]
             preview = ("JPEG", Image.open(io.BytesIO(data)), None)
-        self._bar.update_absolute(sum(self._steps.values()), preview=preview)
-
-    def finish(self, total: int) -> None:
-        if self._bar is not None:
-            self._bar.update_absolute(total, total)
+            total = self._jobs * event["of"]
+            self._bar.update_absolute(sum(self._steps.values()), total, preview)
 
 
 def ready(pipe: Any, tell: Callable[[str], None]) -> int | None:

@@ -119,12 +119,19 @@ def seeds_from(first: int, count: int) -> list[int]:
     return [(first + number) % (LARGEST_SEED + 1) for number in range(count)]
 
 
-def line_of(report: dict[str, Any]) -> str:
-    """The line that the article's sampler shows, with the peak that was predicted."""
-    chunks, resident = report["chunks"], report["resident_chunks"]
-    seconds = report["seconds"]["total"]
-    return (
-        f"[Chunk Mode: {report['schedule']}, {resident} of {chunks} chunks resident] "
-        f"predicted peak {report['predicted_peak_bytes'] / GIB:.2f} GiB, "
-        f"{report['nfes']} NFEs, {seconds:.1f} s"
-    )
+def seed_to_json(seed: int) -> int | str:
+    """JSON's numbers are exact up to 2^53."""
+    return seed if seed <= 2**53 else str(seed)
+
+
+def line_of_plan(event: dict[str, Any]) -> str:
+    """The line that the article's sampler shows, and the peak."""
+    peak = event["predicted_peak_bytes"] / GIB
+    return f"[Chunk Mode: {event['mode']}] predicted peak {peak:.2f} GiB"
+
+
+def line_of_end(reports: list[dict[str, Any]]) -> str:
+    """What drawing took, of all pictures."""
+    peak = max(report["peak_device_bytes"] for report in reports) / GIB
+    seconds = max(report["seconds"]["total"] for report in reports)
+    return f"drawn: peak {peak:.2f} GiB, {reports[0]['nfes']} NFEs, {seconds:.1f} s"

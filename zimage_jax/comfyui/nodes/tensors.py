@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import torch
+from comfy.utils import reshape_mask
 from safetensors.torch import load, save
 
 CHANNELS = 16  # of Z-Image's latents
@@ -13,11 +14,23 @@ PIXELS = 8  # of a latent
 def job(keys: dict[str, Any], **tensors: torch.Tensor | None) -> bytes:
     """A job's safetensors: its keys in the metadata, and the tensors that there are."""
     given = {
-        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        name: tensor.detach().cpu().contiguous()
         for name, tensor in tensors.items()
         if tensor is not None
     }
     return save(given, {"job": json.dumps(keys)})
+
+
+def picture(image: torch.Tensor) -> torch.Tensor:
+    """An IMAGE or MASK in bytes, to which the engine rounds it anyway."""
+    return (image.detach().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def noise_mask(latent: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """The noise mask of a LATENT, of any size, at its samples' [B, h, w]."""
+    if latent.get("noise_mask") is None:
+        return None
+    return reshape_mask(latent["noise_mask"], latent["samples"].shape)[:, 0]
 
 
 def tensors(data: bytes) -> dict[str, torch.Tensor]:
