@@ -154,7 +154,7 @@ class Listener:
                 (size,) = struct.unpack(">H", self._file.read(2))
             elif size == 127:
                 (size,) = struct.unpack(">Q", self._file.read(8))
-            kind, parts = (head[0] & 15) or kind, parts + self._file.read(size)  # noqa: F821
+            kind, parts = (head[0] & 15) or kind, parts + self._file.read(size)
             if head[0] & 128:
                 if kind == 1:
                     self.messages.put(json.loads(parts))

@@ -20,6 +20,11 @@ COMMON = {
     **{"seed": 7, "width": 64, "height": 64, "cfg": 1.0},
     **{"vae_decode": "exact", "tile_size": 64},
 }
+SAMPLER = {
+    **{"pipe": ["1", 0], "positive": ["3", 0], "schedule": ["2", 0]},
+    **{"strength": 1.0, "strength_rule": "noise"},
+    **COMMON,
+}
 
 
 def node(kind: str, **inputs) -> dict:
@@ -35,11 +40,7 @@ def text_to_image(prompt: str = "a red circle", *, loader=None, schedule=None, *
             "ZImageTurboTextEncoder",
             **{"pipe": ["1", 0], "prompt": prompt, "prompt_weights": False, "text_weight": 1.0},
         ),
-        "4": node(
-            "ZImageTurboSampler",
-            **{"pipe": ["1", 0], "positive": ["3", 0], "schedule": ["2", 0]},
-            **{"strength": 1.0, "strength_rule": "noise"} | COMMON | sampler,
-        ),
+        "4": node("ZImageTurboSampler", **SAMPLER | sampler),
         "5": node("SaveImage", images=["4", 0], filename_prefix="zimage"),
         "6": node("PreviewAny", source=["4", 2]),
     }

@@ -63,7 +63,7 @@ class Scheduler(io.ComfyNode):
                     "kv_dtype",
                     options=list(settings.KV_DTYPES),
                     default="default",
-                    tooltip="How K and V are stored: fp8, int8 and less change the picture.",
+                    tooltip="How K and V are stored: fp8:fp16, int8 and less change the picture.",
                 ),
                 io.Float.Input(
                     "kv_switch_t",

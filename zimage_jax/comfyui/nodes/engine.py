@@ -120,6 +120,7 @@ class Engine:
             text=True,
             errors="replace",
             env=environment,
+            cwd=self._folder.name,  # python -m looks there first
             start_new_session=True,  # Ctrl-C in ComfyUI's terminal is ComfyUI's: it ends us
         )
         listening: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -137,11 +138,12 @@ class Engine:
     def _hear(self, process: subprocess.Popen, listening: queue.SimpleQueue) -> None:
         """In a thread: its lines, and the port in one of them; None when it has ended."""
         assert process.stdout is not None
-        for line in process.stdout:
-            self._words.append(line.strip())
-            LOG.info("engine: %s", line.strip())
-            if match := _LISTENING.search(line):
-                listening.put(int(match[1]))
+        with process.stdout as lines:
+            for line in lines:
+                self._words.append(line.strip())
+                LOG.info("engine: %s", line.strip())
+                if match := _LISTENING.search(line):
+                    listening.put(int(match[1]))
         process.wait()
         listening.put(None)
 
@@ -302,7 +304,7 @@ def frames(read: Callable[[int], bytes]) -> Iterator[tuple[dict[str, Any], bytes
     """
 
     def whole(count: int) -> bytes:
-        data = read(count)
+        data = read(count) if count else b""  # http.client would wait for the next chunk
         if len(data) < count:
             raise ConnectionError("the stream ended within an event")
         return data

@@ -9,7 +9,7 @@ MODES = ("auto", "resident", "streamed")
 SAMPLERS = ("euler", "dpmpp_2m", "res_multistep", "heun", "euler_ancestral")
 SIGMAS = ("simple", "sgm_uniform", "beta", "linear_quadratic")
 STRENGTH_RULES = ("noise", "diffusers", "comfyui")
-KV_DTYPES = ("default", "bf16", "fp16", "bf16:fp16", "float32", "int8", "int6", "k5v6", "fp8")
+KV_DTYPES = ("default", "bf16", "fp16", "bf16:fp16", "float32", "int8", "int6", "k5v6", "fp8:fp16")
 DECODES = ("exact", "tiled", "off")
 LARGEST_SEED = 2**64 - 1
 
