@@ -326,10 +326,11 @@ def _job(data: bytes, number: int) -> dict[str, Any]:
 
 def allowed() -> set[str]:
     """The keys of a job."""
+    from .pipeline.given import ARGUMENTS
     from .pipeline.pipeline import ZImage
 
     return set(inspect.signature(ZImage.generate).parameters) - {
-        *("self", "memory", "on_plan", "on_step")
+        *("self", "memory", "on_plan", "on_step", *ARGUMENTS)
     }
 
 

@@ -47,7 +47,8 @@ class Attempt:
     @property
     def latents(self) -> Float[np.ndarray, "B h w C"]:
         """The final latents; the picture's own if no NFE changes them."""
-        return self.results["denoise"] if "denoise" in self.results else self.first
+        found = self.results.get("denoise")
+        return self.first if found is None else found
 
     @property
     def first(self) -> Float[np.ndarray, "B h w C"]:

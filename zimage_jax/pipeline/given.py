@@ -15,6 +15,9 @@ from ..errors import UsageError
 from ..model.config import ModelConfig
 from ..model.prompt import MAX_TOKENS
 
+# arguments of ZImage.generate that programs give, not people
+ARGUMENTS = ("features", "negative_features", "latents", "noise_mask", "output")
+
 Features = Float32[np.ndarray, "_ E"]
 
 

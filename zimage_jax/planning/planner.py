@@ -5,8 +5,9 @@ chunks, a staged text encoder, the VAE in strips of rows. It never chooses one t
 picture (K and V, `vae_tile`).
 """
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -36,11 +37,14 @@ class Planner:
 
     def __init__(self, stages: Sequence[Stage], storage: Storage, compute_bytes: int, costs: Costs):
         self._stages, self._costs = stages, costs
+        self._all = stages  # also those that a job of some stages leaves out
         self._sizes = Sizes(storage, compute_bytes)
 
     def of(self, stages: Sequence[Stage]) -> "Planner":
         """A planner of these stages alone, for the same model."""
-        return Planner(stages, self._sizes.storage, self._sizes.compute_bytes, self._costs)
+        made = copy.copy(self)
+        made._stages = stages
+        return made
 
     def plan(self, work: Work, memory: Memory, budget: int) -> Plan:
         """The fastest plan whose predicted peak is within `budget` bytes; with `low_vram` the
@@ -88,7 +92,8 @@ class Planner:
         memory: Memory,
         budget: int,
     ) -> tuple[Plan, ...]:
-        if not memory.low_vram and (found := self._kept(candidates, budget)):
+        others = self._left_out(works[0].whole, memory, candidates.keys())
+        if not memory.low_vram and (found := self._kept(candidates, others, budget)):
             first = {name: of_stage[0] for name, of_stage in candidates.items()}
             arrays, units = found
             return self._filled(works, memory, first, arrays, kept=units)
@@ -160,13 +165,28 @@ class Planner:
         choices = tuple(option and option.choice for option in options)
         return _Candidate(choices, first.weights, activations, first.stays, first.always, scratch)
 
+    def _left_out(
+        self, whole: Work, memory: Memory, names: Container[str]
+    ) -> list[frozenset[tuple[str, str]] | None]:
+        """What stays of the stages that a job leaves out: what it keeps on the device is the same
+        as for a whole job, so that jobs of one part each do not take turns there."""
+        options = (
+            next(stage.options(self._sizes, whole, memory), None)
+            for stage in self._all
+            if stage.name not in names
+        )
+        return [option.stays for option in options if option is not None]
+
     def _kept(
-        self, candidates: dict[str, list["_Candidate"]], budget: int
+        self,
+        candidates: dict[str, list["_Candidate"]],
+        others: Sequence[frozenset[tuple[str, str]] | None],
+        budget: int,
     ) -> tuple[dict[str, dict[str, int]], frozenset[tuple[str, str]]] | None:
-        """Arrays by stage if every parameter stays on the device, and the parameters' units; None
-        if that does not fit."""
+        """Arrays by stage if every parameter stays on the device, also those of `others`, and the
+        parameters' units; None if that does not fit."""
         largest = {name: found[0] for name, found in candidates.items()}
-        stays = [candidate.stays for candidate in largest.values()]
+        stays = [*(candidate.stays for candidate in largest.values()), *others]
         units = frozenset[tuple[str, str]]().union(*(names for names in stays if names is not None))
         weights: Counter[str] = Counter()
         for component, unit in units:

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ..model import dit, kv
 from ..model.config import DiTConfig, ModelConfig
 from ..model.kv import KVPolicy, Nfe, Phase
@@ -71,6 +73,12 @@ class Work:
         rows, columns = without_phases.view
         phases = policy.phases(trajectory.scheduler_times, compute, rows // 2, columns // 2)
         return replace(without_phases, phases=phases)
+
+    @property
+    def whole(self) -> "Work":
+        """This work with texts and an NFE, whatever the job leaves out."""
+        plain = (Phase(kv.plain(np.float32), 1),)
+        return replace(self, prompts=max(1, self.prompts), phases=self.phases or plain)
 
     @property
     def is_guided(self) -> bool:

@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..model.config import ModelConfig
 from ..model.kv import KVPolicy
 from ..pipeline.canvas import Canvas, enlarged_size
+from ..pipeline.given import ARGUMENTS
 from ..pipeline.job import Job
 from ..pipeline.opened import decode, mask_of
 from ..pipeline.pipeline import ZImage
@@ -61,7 +62,7 @@ AS_JSON: dict[str, Any] = {
 Drawing = request_of(
     "Drawing",
     ZImage.generate,
-    *("on_plan", "on_step", "features", "negative_features", "latents", "noise_mask", "output"),
+    *("on_plan", "on_step", *ARGUMENTS),
     **AS_JSON,
     prompt=(Text, Field(examples=["a red circle"])),
     count=(

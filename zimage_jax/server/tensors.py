@@ -40,7 +40,7 @@ from .jobs import Jobs
 from .order import AS_JSON, MemoryOptions, Request, Text, as_arguments, given, request_of, seeds_of
 from .streams import PING, until
 
-MOST = 64  # pictures of a job
+MOST, MOST_PIXELS = 64, 64 << 20  # pictures of a job, and pixels of all of them
 SAFETENSORS, FRAMES = "application/x-safetensors", "application/octet-stream"
 _TENSORS = ("features", "negative_features", "latents", "noise_mask", "image", "mask")
 
@@ -105,6 +105,7 @@ def wanted(config: ModelConfig, data: bytes) -> Wanted:
     for name, array in arrays.items():
         if len(array) not in (1, count):
             raise UsageError(f"{name} has {len(array)} pictures of {count}: expected 1 or {count}")
+    _check_pixels(config, arrays, said, count)
     seeds = seeds_of(said.pop("seed", -1), count, MOST)
     arguments = as_arguments({name: v for name, v in said.items() if v is not None})
     arguments["output"] = "latents" if output == "latents" else "image"
@@ -118,6 +119,23 @@ def wanted(config: ModelConfig, data: bytes) -> Wanted:
         for n, seed in enumerate(seeds)
     ]
     return Wanted(pictures, ("latents", "image") if output == "both" else (output,))
+
+
+def _check_pixels(
+    config: ModelConfig, arrays: dict[str, np.ndarray], said: dict[str, Any], count: int
+) -> None:
+    """Raises UsageError for an answer over 0.8 GB."""
+    width = height = config.vae.sample_size
+    if "latents" in arrays:
+        height, width = (config.vae.scale * n for n in arrays["latents"].shape[1:3])
+    elif "image" in arrays:
+        height, width = arrays["image"].shape[1:3]
+    width, height = said.get("width") or width, said.get("height") or height
+    if count * width * height > MOST_PIXELS:
+        raise UsageError(
+            f"{count} pictures of {width}x{height}: expected at most {MOST_PIXELS >> 20} of 1024x1024, "
+            "or as many pixels"
+        )
 
 
 def _opened(
