@@ -38,7 +38,9 @@ def main() -> None:
             polling=1000,
         )
         page.keyboard.press("Escape")
-        page.evaluate("() => { const c = window.app.canvas; c.ds.reset(); c.fitViewToSelectionAnimated?.() }")
+        page.evaluate(
+            "() => { const c = window.app.canvas; c.ds.reset(); c.fitViewToSelectionAnimated?.() }"
+        )
         page.keyboard.press(".")  # fit the view
         page.wait_for_timeout(3000)
         arguments.picture.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ GENERATE = """
 import sys, numpy as np
 from zimage_jax import ZImage
 drawn = ZImage.load().generate("a red circle", seed=7, width=64, height=64, steps=4)
-np.savez(sys.argv[1], latents=drawn.latents, image=drawn.pictures[0].image)
+np.savez(sys.argv[1], latents=drawn.latents, image=drawn.pictures[0].pixels)
 print(drawn.report["latents_sha256"])
 """
 
@@ -78,6 +78,7 @@ def test_previews_arrive(comfyui, listener, request):
     assert Image.open(io.BytesIO(previews[0][1][4:])).size[0] > 0
     lines = [of[1] for of in found if isinstance(of, tuple) and of[0] == 3]
     assert any(b"[Chunk Mode: " in line and b"predicted peak" in line for line in lines)
+    assert b"drawn: peak" in lines[-1]
     assert [of["value"] for of in texts(found, "progress")][-4:] == [1, 2, 3, 4]
 
 
