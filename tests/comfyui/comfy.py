@@ -52,12 +52,9 @@ class ComfyUI:
         raise TimeoutError(self.log.read_text()[-4000:])
 
     def close(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        """End it so that it cannot end its engine: that sees it by itself."""
+        self.process.kill()
+        self.process.wait()
 
     # -- its API -----------------------------------------------------------------------------------
 

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.comfyui.comfy import ComfyUI, Listener
+from tests.comfyui.comfy import ComfyUI, Listener, command_line
 
 ROOT = Path(__file__).parents[2]
 MINE = Path(__file__).parent / "custom_node"
@@ -31,8 +32,13 @@ def comfyui(tmp_path_factory, cache_of_processes):
     try:
         made.wait()
         yield made
+        engines = made.engine_pids()
     finally:
         made.close()
+    until = time.monotonic() + 30
+    while any(map(command_line, engines)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(command_line, engines)), "the engine outlives ComfyUI"
 
 
 @pytest.fixture
