@@ -187,11 +187,6 @@ class Engine:
         found = self._stream([(path, json.dumps(body).encode(), "application/json")], None, check)
         return found[0][1]
 
-    def decode(self, body: bytes, check: Check) -> bytes:
-        """Latents -> a picture, both safetensors. Raises EngineError."""
-        found = self._stream([("/tensors/decode", body, "application/x-safetensors")], None, check)
-        return found[0][1]
-
     def draw(
         self, bodies: Sequence[bytes], on_step: OnStep, check: Check, *, at_once: bool
     ) -> list[tuple[dict[str, Any], bytes]]:
@@ -293,7 +288,7 @@ def _follow(
         else:
             events.put((number, {"event": "done"}, answer.read()))
     except (OSError, http.client.HTTPException, ValueError, AttributeError):
-        # an interrupt closed it (AttributeError: http.client's own, of a socket that is gone), or the process died
+        # the process died, or an interrupt closed the socket (AttributeError: http.client's own then)
         events.put((number, None, b""))
 
 
