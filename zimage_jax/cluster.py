@@ -182,10 +182,14 @@ class ZImageCluster(ZImagePool):
         while not self._is_stopping.wait(PERIOD):
             with suppress(RayError):
                 self._look()
-            while not self._news.empty():
-                _, found = self._news.get()
-                if isinstance(found, Exception):
-                    self._say(str(found))
+            self._tell()
+        self._tell()
+
+    def _tell(self) -> None:
+        while not self._news.empty():
+            _, found = self._news.get()
+            if isinstance(found, Exception):
+                self._say(str(found))
 
     def _look(self) -> None:
         """Keep a process for each device of each machine that is there."""
