@@ -315,7 +315,7 @@ def _connect(address: str) -> None:
     if not re.fullmatch(r"local|[^\s/]+:[0-9]{1,5}", address):
         raise UsageError(f"--cluster {printable(address)}: expected HOST:PORT or local")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    local = {"include_dashboard": False} if address == "local" else {}
+    local: Any = {"include_dashboard": False} if address == "local" else {}
     try:
         with _own_signals():
             ray.init(address, logging_level="ERROR", log_to_driver=False, **local)

@@ -15,7 +15,9 @@ from click.testing import CliRunner
 from zimage_jax.comfyui import __main__ as command
 from zimage_jax.comfyui.nodes import engine, home, settings
 from zimage_jax.model.choices import SAMPLERS, SCHEDULES, STRENGTH_RULES
+from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import KVPolicy
+from zimage_jax.server.loras import LoraFolder
 from zimage_jax.server.order import as_arguments
 
 NODES = command.NODES
@@ -162,7 +164,9 @@ def test_the_choices_are_the_engines():
 def test_the_loaders_widgets_are_memory_options():
     pipe = settings.pipe_of("MODEL", "", **WIDGETS).with_pin(1, "resident").with_pin(2, "streamed")
     pipe = pipe.with_pin(1, "streamed").with_pin(2, "auto")
-    memory = as_arguments({"memory": pipe.memory_of_job(pipe.cap, prefetch=0, vae_tile=None)})
+    memory = as_arguments(
+        {"memory": pipe.memory_of_job(pipe.cap, prefetch=0, vae_tile=None)}, LoraFolder(None, TURBO)
+    )
     found = memory["memory"]
     assert (found.chunks_on_device, found.max_chunk_bytes) == (2, int(3.5 * 2**30))
     assert (found.max_vram_bytes, found.text_encoder) == (6 << 30, "device")

@@ -10,12 +10,8 @@ from hypothesis import strategies as st
 
 from tests import small
 from tests.planning.jobs import one_phase, plan_of, planner, square
-<<<<<<< HEAD
-from zimage_jax.errors import OutOfMemoryError
-from zimage_jax.model.config import ControlConfig
-=======
 from zimage_jax.errors import OutOfMemoryError, UsageError
->>>>>>> comfynodes
+from zimage_jax.model.config import ControlConfig
 from zimage_jax.model.kv import KVPolicy
 from zimage_jax.model.samplers import SAMPLERS, Trajectory
 from zimage_jax.pipeline.stages import STAGES
