@@ -39,7 +39,7 @@ def inspect(path: Path) -> dict:
         notes = {"tokenizer": "present" if tokenizer == "file" else "missing"}
         return {"kind": "diffusers folder", "components": components, "notes": notes}
     header, components, faults = sources.read_header(path), {}, []
-    if found := _lora(path):
+    if found := _lora(path, header):
         return found
     for name in sources.COMPONENTS:
         try:
@@ -61,7 +61,7 @@ def _named(header: Header) -> dict[str, str]:
     return {"name": printable(names[0])} if names else {}
 
 
-def _lora(path: Path) -> dict | None:
+def _lora(path: Path, header: Header) -> dict | None:
     """What a LoRA changes of the published model, or of the tiny one; None if the file is none."""
     try:
         try:
@@ -83,7 +83,7 @@ def _lora(path: Path) -> dict | None:
     }
     return {
         "kind": "LoRA",
-        "components": {"lora": _summary("-", sources.read_header(path).tensors)},
+        "components": {"lora": _summary("-", header.tensors)},
         "notes": {key: value for key, value in notes.items() if value},
         "lora": found,
     }

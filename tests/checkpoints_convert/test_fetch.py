@@ -1,5 +1,6 @@
 """Fetching a model, and converting it while it comes: what is fetched, refused and left behind."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -48,7 +49,12 @@ def every_file(folder):
 
 
 def contents(folder) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in every_file(folder)}
+    """The files by name; a download that was stopped may still take one away."""
+    found = {}
+    for path in every_file(folder):
+        with contextlib.suppress(FileNotFoundError):
+            found[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return found
 
 
 def get(dst, **options):

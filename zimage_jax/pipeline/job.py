@@ -286,43 +286,25 @@ class Job:
         """
         draws = draws and strength != 0
         given = () if features is None else features_of(config, "features", features)
-        negative = None
-        if negative_features is not None:
-            if negative_prompt:
-                raise UsageError("negative_prompt and negative_features: give one of them")
-            negative, *more = features_of(config, "negative_features", negative_features)
-            if more:
-                raise UsageError("negative_features must be those of one text")
         prompts = _prompts(prompt, len(given), draws)
         seeds = _several("seed", seed, int)
-        count = max(len(prompts), len(seeds), 0 if canvas is None else canvas.count)
-        if not prompts or not seeds or any(len(of) not in (1, count) for of in (prompts, seeds)):
-            raise UsageError(
-                f"{len(prompts)} prompts and {len(seeds)} seeds: expected as many of one as of the "
-                "other, or one"
-            )
-        if canvas is not None and canvas.count not in (1, count):
-            raise UsageError(
-                f"latents of {canvas.count} pictures, for {count}: expected as many, or one"
-            )
+        count = _count(prompts, seeds, canvas)
         side, defaults = config.vae.sample_size, config.defaults
         if guidance is None:
             guidance = defaults.guidance
         if shift is None:
             shift = config.scheduler.shift
         if canvas is not None:
-            for name, value, own in zip(
-                ("width", "height"), (width, height), canvas.size, strict=True
-            ):
-                if value not in (None, own):
-                    raise UsageError(f"{name} {checks.shown(value)}: the canvas has {own}")
+            _refuse_other_size(width, height, canvas.size, "the canvas")
             width, height = canvas.size
             region = region_of(config, width, height) if region is None else region
             strength = _strength(canvas, region is not None) if strength is None else strength
         elif strength is not None:
             raise UsageError("strength needs an image: there is none to begin from")
         if control is not None:
-            width, height = _controlled(config, canvas, control, width, height)
+            _check_control(config, canvas)
+            _refuse_other_size(width, height, control.size, "the control image")
+            width, height = control.size
         elif control_scale is not None:
             raise UsageError("control_scale needs a control_image: there is none")
         job = cls(
@@ -340,7 +322,7 @@ class Job:
             cfg_normalization=checks.real("cfg_normalization", cfg_normalization, 0, 100),
             cfg_truncation=checks.real("cfg_truncation", cfg_truncation, 0, 1),
             features=(given * count)[:count],
-            negative_features=negative,
+            negative_features=_negative(config, negative_prompt, negative_features),
             canvas=canvas,
             control=control,
             control_scale=checks.real(
@@ -386,25 +368,48 @@ class Job:
         return found
 
 
-def _controlled(
-    config: ModelConfig,
-    canvas: Canvas | LatentCanvas | None,
-    control: Canvas,
-    width: object,
-    height: object,
-) -> tuple[int, int]:
-    """Width and height of a job with a control image. Raises UsageError."""
+def _negative(config: ModelConfig, text: object, features: object) -> Features | None:
+    """The features in place of the negative prompt `text`. Raises UsageError."""
+    if features is None:
+        return None
+    if text:
+        raise UsageError("negative_prompt and negative_features: give one of them")
+    found, *more = features_of(config, "negative_features", features)
+    if more:
+        raise UsageError("negative_features must be those of one text")
+    return found
+
+
+def _count(prompts: list, seeds: list, canvas: Canvas | LatentCanvas | None) -> int:
+    """How many pictures these are. Raises UsageError."""
+    count = max(len(prompts), len(seeds), 0 if canvas is None else canvas.count)
+    if not prompts or not seeds or any(len(of) not in (1, count) for of in (prompts, seeds)):
+        raise UsageError(
+            f"{len(prompts)} prompts and {len(seeds)} seeds: expected as many of one as of the "
+            "other, or one"
+        )
+    if canvas is not None and canvas.count not in (1, count):
+        raise UsageError(
+            f"latents of {canvas.count} pictures, for {count}: expected as many, or one"
+        )
+    return count
+
+
+def _refuse_other_size(width: object, height: object, size: tuple[int, int], what: str) -> None:
+    """Raises UsageError if a side is given that is not the one of `what`."""
+    for name, value, own in zip(("width", "height"), (width, height), size, strict=True):
+        if value not in (None, own):
+            raise UsageError(f"{name} {checks.shown(value)}: {what} has {own}")
+
+
+def _check_control(config: ModelConfig, canvas: Canvas | LatentCanvas | None) -> None:
+    """Raises UsageError if there can be no control image."""
     if config.control is None:
         raise UsageError(
             "control_image needs a ControlNet: load the model with control (--control FILE)"
         )
     if isinstance(canvas, Canvas) and canvas.cut is not None:
         raise UsageError("control_image cannot be given with crop_mask: it is of the whole picture")
-    rows, columns = control.pixels.shape[:2]
-    for name, value, own in (("width", width, columns), ("height", height, rows)):
-        if value not in (None, own):
-            raise UsageError(f"{name} {checks.shown(value)}: the control image has {own}")
-    return columns, rows
 
 
 def _strength(canvas: Canvas | LatentCanvas, in_regions: bool) -> float:

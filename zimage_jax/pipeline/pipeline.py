@@ -578,14 +578,13 @@ class ZImage:
             }
             for text, seed, row in zip(job.prompts, job.seeds, latents, strict=True)
         ]
-        decoded = attempt.results.get("decode", [])
+        drawn = attempt.results.get(request.stages[-1].name)
         pictures, images = [], None
         if job.output == "picture":
             pictures = [
-                Picture(pixels, {**own, **common})
-                for pixels, own in zip(decoded, each, strict=True)
+                Picture(pixels, {**own, **common}) for pixels, own in zip(drawn, each, strict=True)
             ]
         elif job.output == "image":
-            images = np.stack(decoded)
+            images = np.stack(drawn)
         report = reports.report(attempt, common, each, request.warned, self._store.host_bytes)
         return Result(pictures, images, report, latents, attempt.work, attempt.plan, attempt.ledger)

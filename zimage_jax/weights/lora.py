@@ -36,7 +36,8 @@ from . import components, names
 from .names import Entry
 from .patch import Patch
 from .peft import PeftConfig, checked_alpha, read_peft
-from .tensors import READABLE, Tensor, read_safetensors
+from .sources import read_header
+from .tensors import READABLE, Tensor
 
 _SHOWN = 3  # keys named in one message
 # what comes before a layer's name, with "." as "_"
@@ -204,7 +205,7 @@ def open_lora(file: Path, config: ModelConfig) -> Lora:
     Raises UsageError if there is no such file, ConversionError for a damaged one or shapes that are
     not the model's, ForeignError if no key is of this model.
     """
-    header = read_safetensors(file)
+    header = read_header(file)
     patches: dict[tuple[str, str], Patch] = {}
     unused: dict[str, str] = {}
     spellings: Counter[str] = Counter()
