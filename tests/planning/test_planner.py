@@ -30,7 +30,7 @@ class LinearCosts:
     def __init__(self, token: int, block: int, pixel: int):
         self.token, self.block, self.pixel = token, block, pixel
 
-    def scratch(self, stage: Stage, work: Work, choice: Any) -> int:
+    def scratch(self, stage: Stage, work: Work, choice: Any, device: int = 0) -> int:
         if stage.name in ("encode", "decode"):
             return (choice.rows or 8 * work.h) * 8 * work.w * self.pixel
         if stage.name == "denoise" and choice.is_one_program:

@@ -102,12 +102,12 @@ def timeline(
         def read(self, component, *units) -> float:
             return read
 
-        def copy(self, component, *units, without_kv=False) -> float:
-            return copy
+        def moved(self, component, *units, without_kv=False) -> float:
+            return copy * self.rates.link
 
     plan = Plan(nfes=3, choices={}, host_window=window, arrays_by_stage={})
     timing = Given(plan, square(512), SIZES, rates)
-    return timing.stream(stream, lambda unit, nfe: run, (None,) * 3, groups)
+    return timing.stream(stream, lambda device, unit, nfe: run, (None,) * 3, groups)
 
 
 def test_reuse_of_k_and_v_saves_copies_and_groups_save_products():

@@ -12,7 +12,7 @@ from ..errors import OutOfMemoryError
 from ..files import printable
 from ..model import emphasis
 from ..model import prompt as prompts_of
-from ..planning.plan import Memory, Stage
+from ..planning.plan import Memory, Stage, each
 from ..planning.work import Work
 from ..runtime.ledger import Ledger
 from ..runtime.programs import Programs
@@ -64,7 +64,7 @@ class Intake:
             warnings = [*job.remarks, *_cuts(encoded)]
             work = self._work(job, encoded)
             budget = self._engine.budget(memory)
-            self._store.read_ahead(budget, memory.host_bytes, Recorder(ledger))
+            self._store.read_ahead(sum(each(budget)), memory.host_bytes, Recorder(ledger))
             with self._planning:
                 try:
                     plan = self._plans.plan(work, memory, budget, stages)

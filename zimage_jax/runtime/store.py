@@ -1,5 +1,6 @@
-"""The parameters of one model: on the device, in host memory, or on disk."""
+"""The parameters of one model: on the devices, in host memory, or on disk."""
 
+import functools
 import threading
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 import numpy as np
 
-from ..planning.plan import StreamPlan
+from ..planning.plan import Place, StreamPlan
 from ..units import tree_bytes
 from ..weights import components
 from ..weights.checkpoint import Checkpoint
@@ -15,9 +16,7 @@ from .placement import DEVICE, Placement, free_host_bytes
 from .program import Program
 from .reader import READERS, HostSource, Leaves, Source, WindowSource, read_units, settled
 from .recorder import Recorder
-from .stream import Stream
-
-Unit = tuple[str, str]  # component, unit
+from .stream import Lane, Stream
 
 
 class ParameterStore:
@@ -32,15 +31,15 @@ class ParameterStore:
         self.checkpoint, self.placement, self.program = checkpoint, placement, program
         # a pin waits for a read: in one pool, pins before their reads would wait for ever
         self.readers, self.pinners = ThreadPoolExecutor(READERS), ThreadPoolExecutor(READERS)
-        self.device: dict[Unit, Future[Leaves]] = {}
-        self._host: dict[Unit, tuple[np.ndarray, ...]] = {}
+        self.device: dict[Place, Future[Leaves]] = {}
+        self._host: dict[tuple[str, str], tuple[np.ndarray, ...]] = {}
         self._sources: dict[tuple[str, int | None], Source] = {}
         self._lock = threading.Lock()
 
-    def lend(self, recorder: Recorder, *, kept: frozenset[Unit], host_bytes: int | None) -> "Loan":
+    def lend(self, recorder: Recorder, *, kept: frozenset[Place], host_bytes: int | None) -> "Loan":
         """The loan of the jobs in flight.
 
-        `kept`: the units that their plans keep on the device. `host_bytes`: read blocks through a
+        `kept`: the places of units that their plans keep on the device. `host_bytes`: read blocks through a
         window of this size instead of keeping them in host memory.
         """
         return Loan(self, recorder, kept=kept, host_bytes=host_bytes)
@@ -48,8 +47,11 @@ class ParameterStore:
     def read_ahead(self, budget: int, host_bytes: int | None, recorder: Recorder) -> None:
         """Start to read blocks into host memory, so that they are read while programs compile.
 
-        Only if the blocks exceed `budget` and must stream from host memory.
+        Only if the blocks exceed `budget` and must stream from host memory; and for one device,
+        because the plan says to which of several a block belongs.
         """
+        if self.placement.others:
+            return
         components = ("text_encoder", "transformer")
         total = sum(self.checkpoint.nbytes(component) for component in components)
         if self.placement.shares_memory or host_bytes is not None or total <= budget:
@@ -59,31 +61,28 @@ class ParameterStore:
             if isinstance(source, HostSource):
                 for unit in self.checkpoint.units(component):
                     if "." in unit:  # a block
-                        source.unit(unit, recorder, self.readers)
+                        source.unit(unit, recorder, self.placement, self.readers)
 
-    def read(self, units: Sequence[tuple[str, tuple[str, ...]]], host_bytes: int | None) -> int:
-        """Read blocks into host memory, where they stay. Returns their bytes: none that are read
-        through a window.
-
-        `units`: component and units, or halves, of each chunk.
-        """
-        reading = dict[Unit, Future[Leaves]]()
-        for component, chunk in units:
-            source = self.source(component, host_bytes)
-            if isinstance(source, HostSource):
-                for unit in map(components.unit_of, chunk):
-                    if (component, unit) not in reading:
-                        future = source.unit(unit, Recorder(), self.readers)
-                        reading[component, unit] = future
+    def read(self, stream: StreamPlan, host_bytes: int | None) -> int:
+        """Read a stream's blocks into host memory, where they stay. Returns their bytes: none that
+        are read through a window."""
+        source, reading = self.source(stream.component, host_bytes), dict[str, Future[Leaves]]()
+        if not isinstance(source, HostSource):
+            return 0
+        for chunk in stream.streamed:
+            placement = self.placement.each[stream.owner(chunk)]
+            for unit in map(components.unit_of, stream.chunks[chunk]):
+                if unit not in reading:
+                    reading[unit] = source.unit(unit, Recorder(), placement, self.readers)
         for future in reading.values():
             future.result()
-        return sum(map(self.nbytes, reading))
+        return self.checkpoint.storage.nbytes(stream.component, *reading)
 
     def clear(self, recorder: Recorder) -> None:
-        """Drop all parameters from the device."""
+        """Drop all parameters from the devices."""
         settled(self.device)
-        for component, unit in self.device:
-            recorder.drop(f"{component} {unit}")
+        for component, unit, device in self.device:
+            recorder.each[device].drop(f"{component} {unit}")
         self.device = {}
 
     def on_host(self, component: str, unit: str) -> tuple[np.ndarray, ...]:
@@ -106,9 +105,10 @@ class ParameterStore:
             first = ("transformer",) if component == "transformer" else ("transformer", component)
             nbytes = sum(self.checkpoint.nbytes(c) for c in first)
             if host_bytes is None and nbytes <= 0.8 * (free_host_bytes() + self.host_bytes):
-                made: Source = HostSource(self.checkpoint, component, self.placement)
+                made: Source = HostSource(self.checkpoint, component)
             else:
-                made = WindowSource(self.checkpoint, component, self.placement, host_bytes)
+                devices = len(self.placement.each)
+                made = WindowSource(self.checkpoint, component, devices, host_bytes)
             self._sources[component, host_bytes] = made
         return self._sources[component, host_bytes]
 
@@ -119,12 +119,17 @@ class ParameterStore:
             list(self._host.values())
         )
 
-    def free_device_bytes(self) -> int:
-        """Device bytes that a plan may use: the free ones, and those of parameters there."""
-        return self.placement.free_bytes() + sum(map(self.nbytes, list(self.device)))
+    def free_device_bytes(self) -> tuple[int, ...]:
+        """Bytes of each device that a plan may use: the free ones, and those of parameters there."""
+        there = list(self.device)
+        return tuple(
+            placement.free_bytes() + sum(self.nbytes(of) for of in there if of[2] == device)
+            for device, placement in enumerate(self.placement.each)
+        )
 
-    def nbytes(self, unit: Unit) -> int:
-        return self.checkpoint.storage.nbytes(*unit)
+    def nbytes(self, place: Place) -> int:
+        component, unit, _ = place
+        return self.checkpoint.storage.nbytes(component, unit)
 
 
 class Loan:
@@ -135,7 +140,7 @@ class Loan:
         store: ParameterStore,
         recorder: Recorder,
         *,
-        kept: frozenset[Unit],
+        kept: frozenset[Place],
         host_bytes: int | None,
     ):
         self.store, self._recorder, self._kept, self._host_bytes = store, recorder, kept, host_bytes
@@ -144,31 +149,35 @@ class Loan:
         self._pins_from_host = not kept and host_bytes is None and not store.placement.shares_memory
 
     def pin(self, component: str, units: Sequence[str]) -> tuple[Leaves, ...]:
-        """The leaves of units on the device, where they stay until `release`."""
+        """The leaves of units on the first device, where they stay until `release`."""
         return tuple(leaves.result() for leaves in self.pin_ahead(component, units))
 
-    def pin_ahead(self, component: str, units: Sequence[str]) -> list[Future[Leaves]]:
+    def pin_ahead(
+        self, component: str, units: Sequence[str], device: int = 0
+    ) -> list[Future[Leaves]]:
         """Like `pin`, but returns futures at once. The ledger counts their bytes from now on."""
-        store = self.store
-        for unit in units:
-            if (component, unit) not in store.device:
-                self._recorder.hold(
+        store, places = self.store, [(component, unit, device) for unit in units]
+        for place in places:
+            if place not in store.device:
+                _, unit, _ = place
+                self._recorder.each[device].hold(
                     f"{component} {unit}", store.checkpoint.storage.specs(component, unit)
                 )
-                store.device[component, unit] = store.pinners.submit(self._read, component, unit)
-        return [store.device[component, unit] for unit in units]
+                store.device[place] = store.pinners.submit(self._read, place)
+        return [store.device[place] for place in places]
 
-    def _read(self, component: str, unit: str) -> Leaves:
-        store, name = self.store, f"{component} {unit}"
-        nbytes = store.nbytes((component, unit))
+    def _read(self, place: Place) -> Leaves:
+        store, (component, unit, device) = self.store, place
+        placement, recorder = store.placement.each[device], self._recorder.each[device]
+        name, nbytes = f"{component} {unit}", store.nbytes(place)
         source = store.source(component, None) if self._pins_from_host else None
         if isinstance(source, HostSource):
-            of_unit = source.unit(components.unit_of(unit), self._recorder).result()
+            of_unit = source.unit(components.unit_of(unit), recorder, placement).result()
             leaves = source.of_half(unit, of_unit)
-            with self._recorder.event("copy", name, nbytes):
-                return store.placement.put(leaves)
-        with self._recorder.event("tier", name, nbytes), self._recorder.event("copy", name, nbytes):
-            return read_units(store.checkpoint, component, [unit], store.placement, DEVICE)[unit]
+            with recorder.event("copy", name, nbytes):
+                return placement.put(leaves)
+        with recorder.event("tier", name, nbytes), recorder.event("copy", name, nbytes):
+            return read_units(store.checkpoint, component, [unit], placement, DEVICE)[unit]
 
     def module(self, component: str, unit: str):
         """A unit's module, on the device until `release`."""
@@ -187,30 +196,44 @@ class Loan:
     ) -> Stream:
         """A stream of a stage's blocks under its schedule."""
         store = self.store
-        return Stream(
-            store.source(plan.component, self._host_bytes),
-            plan,
-            store.checkpoint.storage,
-            sweeps,
-            program=store.program,
-            recorder=self._recorder,
-            pin=lambda units: self.pin_ahead(plan.component, units),
-            without_kv=without_kv,
-            spread=store.placement.spread,
-        )
 
-    def release(self, *, wanted: Container[Unit] = (), room: int = 0) -> None:
-        """Drop parameters from the device, but for those that the plan keeps.
+        def lane(device: int, of: StreamPlan) -> Lane:
+            return Lane(
+                store.source(plan.component, self._host_bytes),
+                of,
+                store.checkpoint.storage,
+                sweeps,
+                placement=store.placement.each[device],
+                program=functools.partial(store.program, device=device),
+                recorder=self._recorder.each[device],
+                pin=lambda units: self.pin_ahead(plan.component, units, device),
+                without_kv=without_kv,
+            )
 
-        Of the `wanted` units, those stay that were pinned first and take at most `room` bytes.
+        lanes: list[Lane] = []
+        try:
+            for device, of in enumerate(plan.lanes):
+                lanes.append(lane(device, of))
+        except BaseException:  # one device lacks memory: the others get theirs back
+            for made in lanes:
+                made.close(settles=False)
+            raise
+        return Stream(plan, lanes, self._recorder)
+
+    def release(self, *, wanted: Container[Place] = (), room: Sequence[int] = ()) -> None:
+        """Drop parameters from the devices, but for those that the plan keeps.
+
+        Of the `wanted` units, those stay that were pinned first and take at most so many bytes of
+        `room` on their device.
         """
-        kept = {}
+        kept, left = {}, list(room)
         for of, future in settled(self.store.device).items():
+            *_, device = of
             if of in self._kept:
                 kept[of] = future
-            elif of in wanted and self.store.nbytes(of) <= room:
-                room -= self.store.nbytes(of)
+            elif of in wanted and self.store.nbytes(of) <= left[device]:
+                left[device] -= self.store.nbytes(of)
                 kept[of] = future
-        for component, unit in self.store.device.keys() - kept.keys():
-            self._recorder.drop(f"{component} {unit}")
+        for component, unit, device in self.store.device.keys() - kept.keys():
+            self._recorder.each[device].drop(f"{component} {unit}")
         self.store.device = kept
