@@ -74,6 +74,7 @@ class _PartType(click.ParamType):
 @options.DTYPE
 @options.memory_options
 @options.DEVICES
+@options.split("pictures")
 @click.option(
     "--part",
     type=_PartType(),
@@ -95,6 +96,7 @@ def command(
     model,
     dtype,
     devices,
+    split,
     part,
     in_flight,
     strict,
@@ -126,18 +128,18 @@ def command(
         with talk.warnings(), ExitStack() as stack:
             given = {"dtype": dtype, "in_flight": in_flight}
             pipe: Any
-            if devices:
+            if devices and split == "pictures":
                 from .pool import ZImagePool
 
                 memory: Any = options.memories_of(devices, **memory_flags)
                 pipe = ZImagePool(model, devices=devices, memory=memory, **given)
                 stack.enter_context(pipe)
             else:
-                cli.start_jax()
+                memory = options.memory_of(devices=devices or (), **memory_flags)
+                device = options.only(devices)
                 from .pipeline.pipeline import ZImage
 
-                memory = options.memory_of(**memory_flags)
-                pipe = ZImage.load(model, memory=memory, **given)
+                pipe = ZImage.load(model, memory=memory, device=device, **given)
             talk.start(pipe, memory)
             with Progress(len(todo), silent=quiet or as_json) as progress:
                 for line, found in _draw_all(pipe, todo, ahead=2 * pipe.in_flight):

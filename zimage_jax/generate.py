@@ -92,6 +92,8 @@ LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
 @options.kv_options
 @options.ATTENTION
 @options.memory_options
+@options.DEVICES
+@options.split("chunks")
 @click.option(
     "--batch-size",
     type=Number(int, 1, 1024),
@@ -162,6 +164,8 @@ def command(
     enlarge,
     explore,
     pick,
+    devices,
+    split,
     **flags,
 ) -> None:
     """Draw PROMPT with Z-Image-Turbo and write it as a PNG.
@@ -195,11 +199,14 @@ def command(
 
     talk = Talk(quiet or as_json, is_tiny=model is None)
     with talk.warnings():
-        cli.start_jax()  # takes a second, so only after the checks
+        if devices and split == "pictures":
+            raise UsageError("--split pictures: generate draws in one process; batch has more")
+        memory = options.memory_of(devices=devices or (), **flags)
+        device = options.only(devices)  # starting JAX takes a second, so only after the checks
         from .pipeline.pipeline import ZImage
 
-        memory, job["kv"] = options.memory_of(**flags), options.kv_of(kv, picture_kv)
-        pipe = ZImage.load(model, dtype=dtype)
+        job["kv"] = options.kv_of(kv, picture_kv)
+        pipe = ZImage.load(model, dtype=dtype, device=device)
         side, multiple = pipe.config.vae.sample_size, pipe.config.pixel_multiple
         if size:
             job["width"], job["height"] = parse_size(size, side, multiple)

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from . import checks
+from . import checks, cli
 from .errors import UsageError
 from .files import printable, read_toml
 from .planning import schedule as schedules
 from .units import COMPUTE, GIB
 
 if TYPE_CHECKING:
+    import jax
+
     from .model.kv import KVPolicy
     from .planning.plan import Memory
 
@@ -262,6 +264,7 @@ def with_options(options: list[Callable], command: Callable) -> Callable:
 
 def memory_of(
     *,
+    devices: tuple[int, ...] = (),
     schedule,
     chunks,
     resident_chunks,
@@ -276,13 +279,13 @@ def memory_of(
     host_memory,
     vae_tile,
 ) -> "Memory":
-    """The memory options as a plan.Memory.
+    """The memory options as a plan.Memory, for one process with these `devices`.
 
     Without --schedule, ZIMAGE_CHUNKED_LOADING and ZIMAGE_CHUNK_COUNT choose the schedule.
     """
     from .planning.plan import Memory
 
-    if isinstance(max_vram, tuple):
+    if isinstance(max_vram, tuple) and len(max_vram) != len(devices):
         raise UsageError(f"--max-vram: {len(max_vram)} sizes need --devices with as many")
     if not _is_given("schedule"):
         schedule, resident_chunks = _from_chunk_count(schedule, chunks, resident_chunks)
@@ -304,6 +307,25 @@ def memory_of(
         vae_tile=vae_tile,
         pins=(*_blocks(offload_layers), *map(_pin, pins)),
     )
+
+
+def only(devices: tuple[int, ...] | None) -> "tuple[jax.Device, ...]":
+    """Start JAX in this process, with these GPUs alone if any are named.
+
+    Raises UsageError for a number that is named twice, and if there are fewer devices.
+    """
+    if not devices and _is_given("split"):
+        raise UsageError("--split needs --devices, the numbers of several")
+    if devices:
+        if len(set(devices)) < len(devices):
+            raise UsageError("--devices: --split chunks takes each device once")
+        from .process import visible
+
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible(devices)
+    cli.start_jax()
+    from .runtime.placement import Placement
+
+    return Placement.first(len(devices or (0,))).devices
 
 
 def memories_of(devices: tuple[int, ...], *, max_vram, **flags) -> "list[Memory]":
@@ -409,8 +431,22 @@ DEVICES = _option(
     "--devices",
     type=Devices(),
     metavar="N,N",
-    help="Draw with these GPUs, numbered as by nvidia-smi: a process for each, which draws whole jobs.",
+    help="Draw with these GPUs, numbered as by nvidia-smi.",
 )
+
+
+def split(default: str) -> Callable:
+    """The option --split of a command."""
+    return _option(
+        "--split",
+        type=click.Choice(["pictures", "chunks"]),
+        default=default,
+        show_default=True,
+        help="What the GPUs of --devices share out: whole jobs, to a process for each (pictures), or "
+        "the blocks of every picture, in one process (chunks).",
+    )
+
+
 ATTENTION = _option(
     "--attention",
     type=click.Choice(["auto", "flash", "cudnn", "chunks"]),

@@ -74,8 +74,8 @@ class ZImageProcess:
     `path`, `dtype`, `memory`, `in_flight`: as of ZImage.load. `patience`: seconds without progress after which
     the process counts as hung. `on_start(seconds, nbytes)` is called after each start: the seconds to
     start the process, to open the model, to plan a picture and to read what it streams, and the
-    bytes read into host memory. `device`: the GPU that the process sees, by number; JAX_PLATFORMS=cpu
-    makes each number a process on the CPU. `heir(job)`: called for each job that is left when the
+    bytes read into host memory. `device`: the GPU that the process sees, by number, or several that share
+    the blocks out; JAX_PLATFORMS=cpu makes each number a device of the CPU. `heir(job)`: called for each job that is left when the
     process cannot be started again; True if it took the job.
 
     Raises what ZImage.load raises, and EngineError if the process cannot be started.
@@ -89,7 +89,7 @@ class ZImageProcess:
         memory: Memory | None = None,
         patience: float | int = PATIENCE,
         on_start: Callable[[dict[str, float], int], None] | None = None,
-        device: int | None = None,
+        device: int | tuple[int, ...] | None = None,
         heir: Callable[["Remote"], bool] | None = None,
         in_flight: int | None = None,
     ):
@@ -192,7 +192,8 @@ class ZImageProcess:
 
     def _start(self) -> Connection:
         """Start the process and wait until the model is open. Raises what it cannot open."""
-        began = time.perf_counter()
+        began, device = time.perf_counter(), self.device
+        numbers = () if device is None else device if isinstance(device, tuple) else (device,)
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -201,11 +202,11 @@ class ZImageProcess:
                     "-m",
                     "zimage_jax.worker",
                     str(theirs.fileno()),
-                    *_named(self.device),
+                    *map(str, numbers),
                 ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=None if self.device is None else _environment(self.device),
+                env=_environment(numbers) if numbers else None,
             )
         link = Connection(ours.detach())
         try:
@@ -404,20 +405,22 @@ def without_model(event: Event) -> Event:
     return Step(event.index, event.steps, event.t, event.latents, _Made(event.previews()))
 
 
-def _named(device: int | None) -> list[str]:
-    return [] if device is None else [str(device)]
-
-
-def _environment(device: int) -> dict[str, str]:
-    """Of a process that sees one GPU."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = seen.split(",") if seen else []
-    if names and device >= len(names):
-        raise UsageError(f"device {device}: CUDA_VISIBLE_DEVICES names {len(names)} devices")
+def _environment(devices: tuple[int, ...]) -> dict[str, str]:
+    """Of a process that sees these GPUs."""
     return os.environ | {
-        "CUDA_VISIBLE_DEVICES": names[device] if names else str(device),
+        "CUDA_VISIBLE_DEVICES": visible(devices),
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cuda,cpu",
     }
+
+
+def visible(devices: tuple[int, ...]) -> str:
+    """CUDA_VISIBLE_DEVICES of a process that sees these GPUs alone. Raises UsageError."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = seen.split(",") if seen else []
+    for device in devices:
+        if names and device >= len(names):
+            raise UsageError(f"device {device}: CUDA_VISIBLE_DEVICES names {len(names)} devices")
+    return ",".join(names[device] if names else str(device) for device in devices)
 
 
 class _Made:

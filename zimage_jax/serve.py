@@ -64,8 +64,9 @@ from .options import Number
 @options.DTYPE
 @options.memory_options
 @options.DEVICES
+@options.split("pictures")
 def command(
-    host, port, data, api_key, hosts, most, has_page, model, dtype, devices, **memory_flags
+    host, port, data, api_key, hosts, most, has_page, model, dtype, devices, split, **memory_flags
 ) -> None:
     """Serve pictures until Ctrl-C or SIGTERM.
 
@@ -82,10 +83,11 @@ def command(
             "at 127.0.0.1"
         )
     memory: Any
-    if devices:
+    has_process_each = bool(devices) and split == "pictures"
+    if has_process_each:
         memory = options.memories_of(devices, **memory_flags)
     else:
-        memory = options.memory_of(**memory_flags)
+        memory = options.memory_of(devices=devices or (), **memory_flags)
     with interrupts.at_once():
         try:
             from .server import app
@@ -102,9 +104,9 @@ def command(
         from .process import ZImageProcess
 
     def open_engine() -> ZImageProcess | ZImagePool:
-        if devices:
+        if has_process_each:
             return ZImagePool(model, devices=devices, dtype=dtype, memory=memory)
-        return ZImageProcess(model, dtype=dtype, memory=memory)
+        return ZImageProcess(model, dtype=dtype, memory=memory, device=devices or None)
 
     with (
         closing(app.listen(host, port)) as listener,

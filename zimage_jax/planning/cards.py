@@ -28,6 +28,9 @@ ASSUMED = (
     f"{ACHIEVED_LINK:.0%} of the link's"
 )
 ASSUMED_DISK, DISK_ASSUMED = 3.0e9, "assumed: an NVMe drive"  # bytes/s, files not cached
+# bytes/s at which the host's memory serves all links together: two thirds of two channels of
+# DDR5-5600. It counts where several cards copy at once
+ASSUMED_HOST, HOST_ASSUMED = 60e9, "assumed: two channels of DDR5-5600"
 
 # MiB by capability, assumed: a process's CUDA context, its kernels, and the handles of cuBLAS and
 # cuDNN, all outside JAX's allocator. PyTorch's users report 300 and more; larger chips reserve more

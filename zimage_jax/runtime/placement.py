@@ -96,19 +96,23 @@ class Placement:
         return cls(first, gate, tuple(map(cls.on, others)))
 
     @classmethod
-    def numbered(cls, *numbers: int) -> "Placement":
-        """The placement of the process's devices with these numbers. Raises UsageError."""
+    def first(cls, count: int) -> "Placement":
+        """The placement of the process's first devices. Raises UsageError if it has fewer."""
         found = jax.local_devices()
-        for number in numbers:
-            if number >= len(found):
-                raise UsageError(
-                    f"device {number}: JAX finds {len(found)} of platform {found[0].platform}"
-                )
-        return cls.on(*(found[number] for number in numbers))
+        if len(found) < count:
+            raise UsageError(
+                f"--devices: expected {count}, JAX finds {len(found)} of platform "
+                f"{found[0].platform}"
+            )
+        return cls.on(*found[:count])
 
     def __str__(self) -> str:
         counts = Counter(placement.device.device_kind for placement in self.each)
         return ", ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in counts.items())
+
+    @property
+    def devices(self) -> tuple[jax.Device, ...]:
+        return tuple(placement.device for placement in self.each)
 
     @property
     def each(self) -> tuple["Placement", ...]:
