@@ -39,7 +39,8 @@ BUCKET = 64  # caption tokens: a sentence or two
 @click.option(
     "--card",
     metavar="NAME|FILE",
-    help="A card's name, as in rtx-4090, or the file of a measured card, as in mine.json.  "
+    help="A card's name, as in rtx-4090, or rtx-4090@x8 in a slot with 8 lanes, or the file of a "
+    "measured card, as in mine.json.  "
     "[default: this machine's own device]",
 )
 @click.option(

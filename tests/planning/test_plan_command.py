@@ -302,8 +302,8 @@ def test_it_is_among_the_commands(run):
 def test_a_card_without_bfloat16_computes_in_float16():
     card = find("rtx-3060")
     turing = replace(card, name="rtx-2060", capability=(7, 5))
-    assert devices.of_card(card, uniform(TURBO, "bfloat16"), False).compute == "bfloat16"
-    assert devices.of_card(turing, uniform(TURBO, "bfloat16"), False).compute == "float16"
+    assert devices.of_cards([card], uniform(TURBO, "bfloat16"), False).compute == "bfloat16"
+    assert devices.of_cards([turing], uniform(TURBO, "bfloat16"), False).compute == "float16"
 
 
 @pytest.mark.exhaustive

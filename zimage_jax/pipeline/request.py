@@ -32,7 +32,8 @@ class Planned:
     @property
     def of_fullest(self) -> int:
         """The budget of the device with the highest peak."""
-        return max(zip(self.plan.peaks_by_device, each(self.budget), strict=True))[1]
+        peaks, budgets = self.plan.peaks_by_device, each(self.budget)
+        return budgets[peaks.index(max(peaks))] if len(budgets) > 1 else budgets[0]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ chunks, a staged text encoder, the VAE in strips of rows. It never chooses one t
 picture (K and V, `vae_tile`).
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -181,7 +182,10 @@ class Planner:
         for work, choice in zip(works, candidate.choices, strict=True):
             if choice is not None:
                 timing = Timing(plan, work, self._sizes, first, others=tuple(others))
-                return stage.seconds(timing, choice) or 0.0
+                try:
+                    return stage.seconds(timing, choice) or 0.0
+                except UsageError:  # a chunk is larger than a device's part of the host window
+                    return math.inf
         return 0.0
 
     def _candidates(

@@ -136,6 +136,7 @@ class Lane:
         self._pin, self._without_kv = pin, without_kv
         self._actions = actions(plan.schedule, plan.kinds, sweeps)
         self._next: Visit | None = None
+        self._is_unused = False  # the last chunk was copied, and its reader does not know yet
         self._trees = [storage.trees(plan.component, chunk) for chunk in plan.chunks]
         self._pinned: dict[int, list[Future[Leaves]]] = {}
         self._slots, self._kinds = dict[int, Chunk](), dict[int, Hashable]()
@@ -180,13 +181,18 @@ class Lane:
         return f"{self._plan.component} slot {slot}"
 
     def _load(self, load: Load) -> None:
+        if self._is_unused:
+            self._reader.used()
         following = self._take(load)
         spare, copied = self._spare(load), (self._name(load.chunk), tree_bytes(following))
         filled = self._program(fill, donate=(0,))(
             self._recorder, replaced_by(spare, following), following, copied=copied
         )
         self._slots[load.slot] = with_leaves(spare, filled)
-        self._reader.used()
+        # the reader of a window waits for the copy: other devices must not
+        self._is_unused = self._plan.schedule.takes_turns
+        if not self._is_unused:
+            self._reader.used()
 
     def _take(self, load: Load) -> Chunk:
         without_kv = self._without_kv(self._plan.number(load.chunk), load.sweep)
