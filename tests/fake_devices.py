@@ -63,7 +63,8 @@ def check(model: str, name: str, count: int, options: dict, one: dict) -> None:
         n > 0 for n in copied[1:]
     ] or not result.plan.kept
     held = sum(pipe.held.values())
-    assert sum(on_devices(before).values()) == held, "each load has left its device, once"
+    left = on_devices(before)
+    assert sum(left.values()) == held, f"each load has left its device, once: {left}, held {held}"
     assert bool(held) == bool(result.plan.kept)
 
 

@@ -32,6 +32,14 @@ class Gate:
         self._changed, self._inside, self._wanted = threading.Condition(), 0, 0
         self.in_flight: list[jax.Array] = []  # arrays that `Placement.send` has not yet placed
 
+    def forget_placed(self) -> None:
+        """Keep no array alive that is placed."""
+        self.in_flight[:] = [
+            array
+            for array in self.in_flight
+            if not (array.is_deleted() or array.is_ready())  # type: ignore[attr-defined]
+        ]
+
     @property
     def is_wanted(self) -> bool:
         """Whether a thread is inside alone, or waits to be."""
@@ -182,13 +190,8 @@ class Placement:
         `settled` awaits them before a program's first run.
         """
         sent = jax.device_put(tree, self.sharding(kind))
-        in_flight = self.gate.in_flight
-        in_flight[:] = [
-            array
-            for array in in_flight
-            if not (array.is_deleted() or array.is_ready())  # type: ignore[attr-defined]
-        ]
-        in_flight += jax.tree.leaves(sent)
+        self.gate.forget_placed()
+        self.gate.in_flight += jax.tree.leaves(sent)
         return sent
 
     def brought(self, tree):

@@ -311,8 +311,11 @@ class Stream:
             for lane in self._lanes:
                 lane.close(settles=fault[0] is None)
         finally:
+            self._inputs.clear()
             for recorder in self._recorder.each[1:]:
                 recorder.drop(AWAY)
+            for lane in self._lanes:
+                lane.placement.gate.forget_placed()
 
     def visit(self, calls: Sequence[Call]) -> list[list]:
         """Run the next chunk over each micro-batch of each call. Raises CallError."""
