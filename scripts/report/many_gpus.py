@@ -54,11 +54,12 @@ def row_of_machine(cards: list[str], alone: list[dict]) -> str:
 
 
 def row_of_hosts(cards: list[str], size: int) -> str:
-    """A row: seconds and bound by the rate of the host's memory."""
-    found = [name_of(cards), SIZES[size]]
+    """A row: seconds of one such card, then seconds and bound by the rate of the host's memory."""
+    budget = "--max-vram", str(BUDGET_GIB)
+    alone = predicted(cards[:1], *budget)[size]["predicted_seconds"]
+    found = [name_of(cards), SIZES[size], f"{alone:.2g} s"]
     for rate in HOSTS:
-        options = "--max-vram", str(BUDGET_GIB), "--host-gbps", str(rate)
-        of = predicted(cards, *options)[size]
+        of = predicted(cards, *budget, "--host-gbps", str(rate))[size]
         found.append(f"{of['predicted_seconds']:.2g} s, {of['bound_by']}")
     return "| " + " | ".join(found) + " |"
 
