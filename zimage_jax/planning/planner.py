@@ -7,17 +7,14 @@ picture (K and V, `vae_tile`).
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import product
 from typing import Any, NamedTuple
 
 from ..errors import OutOfMemoryError, UsageError
 from ..units import size
-from ..weights import components
 from ..weights.formats import Storage
-from . import schedule
 from .plan import (
     Budget,
     Choice,
@@ -30,10 +27,8 @@ from .plan import (
     Sizes,
     Stage,
     StreamPlan,
-    chunked,
     each,
     mixed,
-    stream_plan,
 )
 from .seconds import Rates, Timing, shares
 from .work import Work
@@ -471,134 +466,3 @@ def _fitted(
         stays=None,
         scratch=lambda device: picks[device].scratch(device),
     )
-
-
-# -- streams of blocks -----------------------------------------------------------------------------
-
-
-def streams(
-    sizes: Sizes, component: str, early: tuple[str, ...], main: tuple[str, ...], memory: Memory
-) -> Iterator[StreamPlan]:
-    """Partitions and schedules that `memory` allows, the fastest first.
-
-    Streams that never wait for a copy come first, then those of whole blocks, then those that copy
-    the fewest bytes.
-    `early` blocks form chunks of their own before the `main` chunks, and no larger than these.
-
-    Raises UsageError for a number of chunks, a number of resident chunks, or a pin that does not
-    exist.
-    """
-    found: dict[tuple, StreamPlan] = {}
-    counts = _chunk_counts(sizes, component, main, memory)
-    for count, weights in product(counts, sizes.shares):
-        # what stays on the device is not halved: the next job may keep it, whatever its chunks
-        mains = [chunked(component, main, n) for n in (count, min(count, len(main)))]
-        befores = [_early(component, early, of_main) for of_main in mains]
-        # their kinds and bytes, whatever the schedule
-        plans = [
-            _shared_out(sizes, component, before + of_main, weights)
-            for before, of_main in zip(befores, mains, strict=True)
-        ]
-        for row, resident in _rows(memory, count):
-            plan, before = plans[row.keeps_all], len(befores[row.keeps_all])
-            chunks = plan.chunks
-            made = schedule.make(
-                row.name,
-                len(chunks) if row.keeps_all else count,
-                resident,
-                memory.prefetch,
-                plan.owners if row.keeps_all else plan.owners[before:],
-            )
-            made = made if row.keeps_all else made.after(before)
-            made = made.with_pins(_pins(memory, chunks, before), before, len(chunks))
-            key = chunks, plan.owners, made.slots, made.resident, made.takes_turns
-            found.setdefault(key, replace(plan, schedule=made))
-    if not found or (memory.resident_chunks or 0) > counts[-1]:
-        raise UsageError(
-            f"--resident-chunks {memory.resident_chunks}: expected 0 to {counts[-1] - 1}, "
-            "fewer than the chunks"
-        )
-
-    # Halves come last: where the link is the slower for one half alone, they take longer than their
-    # blocks. Where two copy the same bytes, the one with fewer chunks is faster
-    def rank(stream: StreamPlan) -> tuple:
-        return stream.waits, stream.is_halved, stream.copied_bytes, len(stream.chunks)
-
-    return iter(sorted(found.values(), key=rank))
-
-
-def _shared_out(
-    sizes: Sizes, component: str, chunks: tuple[tuple[str, ...], ...], weights: tuple[float, ...]
-) -> StreamPlan:
-    """A stream of `chunks`, shared out among the devices by `weights`; its schedule is to come."""
-    made = schedule.make("swap", len(chunks))
-    if len(weights) == 1:
-        return stream_plan(sizes.storage, component, chunks, made)
-    owners = schedule.share_out(len(chunks), weights)
-    return stream_plan(sizes.storage, component, chunks, made, owners, len(weights))
-
-
-def _early(
-    component: str, early: tuple[str, ...], main: tuple[tuple[str, ...], ...]
-) -> tuple[tuple[str, ...], ...]:
-    """`early` blocks in chunks no larger than the largest of `main`."""
-    if not early:
-        return ()
-    if all(len(units) == 1 and components.half_of(units[0]) for units in main):
-        return chunked(component, early, 2 * len(early))
-    return chunked(component, early, -(-len(early) // max(map(len, main))))
-
-
-def _chunk_counts(sizes: Sizes, component: str, main: tuple[str, ...], memory: Memory) -> list[int]:
-    blocks, nbytes = len(main), sizes.storage.nbytes
-    halves = [half for unit in main for half in components.halves(component, unit)]
-    if memory.chunks:
-        most = len(halves) or blocks
-        if memory.chunks > most:
-            what = "two to a block" if halves else "the number of blocks"
-            raise UsageError(f"--chunks {memory.chunks}: expected 1 to {most}, {what}")
-        return [memory.chunks]
-    if memory.max_chunk_bytes:
-        block = max(nbytes(component, unit) for unit in main)
-        half = max((nbytes(component, half) for half in halves), default=None)
-        return [schedule.chunks_under(blocks, block, half, memory.max_chunk_bytes)]
-    # the default number, then each about half as many again, up to one chunk per block; then halves
-    counts = [min(schedule.CHUNKS, blocks)]
-    while counts[-1] < blocks:
-        counts.append(min(blocks, counts[-1] * 3 // 2 + 1))
-    return [*counts, len(halves)] if halves else counts
-
-
-def _rows(memory: Memory, count: int) -> Iterator[tuple[schedule.Row, int]]:
-    """(schedule, resident chunks) that `memory` allows for a partition of `count` chunks."""
-    for row in schedule.ROWS:
-        is_tried = memory.schedule == "auto" and row.is_automatic and row.admits(memory.prefetch)
-        if row.name != memory.schedule and not is_tried:
-            continue
-        allowed = row.resident(count)
-        if memory.resident_chunks is None:
-            yield from ((row, resident) for resident in allowed)
-        elif row.keeps_all:
-            continue
-        elif memory.resident_chunks in allowed:
-            yield row, memory.resident_chunks
-
-
-def _pins(memory: Memory, chunks: tuple[tuple[str, ...], ...], first: int) -> dict[int, str]:
-    """`memory.pins` by the number of a main chunk; `first` is the index of the first main chunk.
-
-    Raises UsageError for a block that is in no chunk.
-    """
-    found: dict[int, str] = {}
-    blocks = [[components.unit_of(name) for name in chunk] for chunk in chunks[first:]]
-    for which, how in memory.pins:
-        if isinstance(which, str):
-            numbers = [c for c, units in enumerate(blocks) if which in units]
-            if not numbers:
-                raise UsageError(
-                    f"{which}: no such block; expected {blocks[0][0]} to {blocks[-1][-1]}"
-                )
-            found |= dict.fromkeys(numbers, how)
-        else:
-            found[which] = how
-    return found

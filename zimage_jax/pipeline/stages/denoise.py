@@ -17,9 +17,9 @@ from ...model import dit, kv
 from ...model.kv import Nfe, Phase
 from ...planning import schedule
 from ...planning.plan import MAIN, Choice, Held, Memory, Option, Sizes, StreamPlan, VisitKind
-from ...planning.planner import streams
 from ...planning.seconds import Timing
 from ...planning.stored import Figures
+from ...planning.streams import streams
 from ...planning.work import Work
 from ...runtime.programs import Programs
 from ...runtime.stream import Call, Sweeps

@@ -14,9 +14,9 @@ from ...model import emphasis, ops, prompt, text_encoder
 from ...model.kv import Nfe
 from ...planning import schedule
 from ...planning.plan import Choice, Held, Memory, Option, Sizes
-from ...planning.planner import streams
 from ...planning.seconds import Timing
 from ...planning.stored import Figures
+from ...planning.streams import streams
 from ...planning.work import Work
 from ...runtime.placement import DEVICE, Placement
 from ...runtime.programs import Programs
