@@ -48,21 +48,13 @@ def check(model: str, name: str, count: int, options: dict, one: dict) -> None:
 
     for result in (pipe.generate(**options), pipe.generate(**options, on_step=look)):
         np.testing.assert_array_equal(result.latents, one[key])
-    rows, stream = result.report["devices"], result.plan.denoise.blocks
+    rows = result.report["devices"]
     assert [row["ledger_peak_bytes"] for row in rows] == [*result.plan.peaks_by_device], rows
-    assert [row["peak_device_bytes_by_stage"] for row in rows[1:]] == [
-        {stage: n for stage, n in row["predicted_peak_bytes_by_stage"].items() if n}
-        for row in rows[1:]
-    ] or result.plan.kept
     assert set(most) <= set(devices), "nothing is on another device"
     for device, row in zip(devices, rows, strict=True):
         assert most[device] <= row["predicted_peak_bytes"], (device, row)
     assert sum(row["chunks"] for row in rows) == result.report["chunks"]
     assert sum(row["copied_bytes"] for row in rows) == result.report["copied_bytes"]
-    copied = [sum(lane.nbytes[c] for c in lane.streamed) for lane in stream.lanes]
-    assert [row["copied_bytes"] > 0 for row in rows[1:]] == [
-        n > 0 for n in copied[1:]
-    ] or not result.plan.kept
     held = sum(pipe.held.values())
     gc.collect()  # an attempt and its callback know each other
     left = on_devices(before)

@@ -119,12 +119,13 @@ class Denoise:
             activations["latents"] = work.latents_bytes(
                 config.in_channels, in_one_program=choice.is_one_program
             )
-            weights, *others = (lane.device_arrays for lane in choice.blocks.lanes)
+            first, *others = choice.blocks.lanes
             stays = choice.blocks.places | {STEM} if choice.blocks.is_resident else None
             # what passes from device to device, and the inputs of all blocks
             away = {name: activations.get(name, 0) for name in ("tokens", "rotations")}
-            held = tuple(Held(own, away) for own in others)
-            yield Option(choice, stem | weights, activations, stays, others=held)
+            held = tuple(Held(of.device_arrays, away if of.chunks else {}) for of in others)
+            weights = stem | first.device_arrays
+            yield Option(choice, weights, activations, stays, others=held)
 
     def compiled(
         self, programs: Programs, work: Work, choice: DenoiseChoice, device: int = 0

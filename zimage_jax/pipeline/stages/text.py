@@ -49,9 +49,9 @@ class Text:
                 continue
             stays = stream.places if stream.is_resident else None
             always = memory.text_encoder == "device"
-            weights, *others = (lane.device_arrays for lane in stream.lanes)
-            away = tuple(Held(own, activations) for own in others)
-            yield Option(TextChoice(stream), weights, activations, stays, always, away)
+            first, *others = stream.lanes
+            away = tuple(Held(of.device_arrays, activations if of.chunks else {}) for of in others)
+            yield Option(TextChoice(stream), first.device_arrays, activations, stays, always, away)
 
     def compiled(self, programs: Programs, work: Work, choice: TextChoice, device: int = 0) -> int:
         if choice.stream is None:
