@@ -6,14 +6,16 @@ import time
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from zimage_jax.errors import ForeignError, UsageError
 from zimage_jax.files import kind_of, printable
 from zimage_jax.model.config import TURBO_SHIFT
 from zimage_jax.units import size
+from zimage_jax.weights import formats, sources
 from zimage_jax.weights.checkpoint import Checkpoint
 
-from . import sources
+from . import checksums
 from .convert import convert as convert_source
 from .convert import reencode
 from .export import LAYOUTS
@@ -33,9 +35,10 @@ FILE = click.Path(path_type=Path)
     "--dit",
     "transformer",
     type=FILE,
-    help="The DiT as one safetensors file (ComfyUI or diffusers names).",
+    help="The DiT as one file (ComfyUI or diffusers names), which may be quantised: safetensors as "
+    "ComfyUI has them, or GGUF.",
 )
-@click.option("--text-encoder", type=FILE, help="The Qwen3 text encoder as one file.")
+@click.option("--text-encoder", type=FILE, help="The Qwen3 text encoder, likewise.")
 @click.option("--vae", type=FILE, help="The VAE as one file (diffusers or Flux names).")
 @click.option(
     "--config",
@@ -54,13 +57,12 @@ FILE = click.Path(path_type=Path)
     "--format",
     "--dtype",
     "form",
-    default="bfloat16",
-    show_default=True,
     metavar="FORMAT",
     help="How parameters are stored: bfloat16; float32; lossless (matrices of blocks in 12 bits, "
     "the same pictures as bfloat16); int8 or int8-hadamard (8 bits, which changes pictures). "
     "PATTERN=FORMAT gives some another, as in 'lossless,text_encoder=int8' or 'layers.*=int8': the "
-    "last pattern that matches a component, block or path counts.",
+    "last pattern that matches a component, block or path counts.  [default: bfloat16, and int8 for "
+    "what ComfyUI has in int8]",
 )
 @click.option("--verify", is_flag=True, help="First compare SRC with the published MD5 sums.")
 @click.option("--quiet", is_flag=True, help="Show neither progress nor summary.")
@@ -70,7 +72,8 @@ def convert(
 ) -> None:
     """Convert a PyTorch Z-Image to a native checkpoint, or a native one to another format.
 
-    SRC is a folder in diffusers layout, one file with all three models, or a native checkpoint.
+    SRC is a folder in diffusers layout, one file with all three models, a native checkpoint, or the
+    file of a ControlNet Union (for a model that is not the published one, --config names its folder).
     --dit, --text-encoder and --vae give single files (ComfyUI's, for example) instead of SRC, or
     replace parts of SRC.
     After an interruption, run the same command again to resume.
@@ -88,15 +91,23 @@ def convert(
                 f"{src} is a native checkpoint: only --format, --quiet and --json apply"
             )
         checkpoint = Checkpoint(src)
-        reencode(checkpoint, dst, form, quiet=quiet or as_json)
-        config = checkpoint.config
+        reencode(checkpoint, dst, form or "bfloat16", quiet=quiet or as_json)
+    elif src is not None and not given and kind_of(src) == "file" and sources.is_control(src):
+        if tokenizer or verify:
+            raise click.UsageError(f"{src} is a ControlNet: --tokenizer and --verify do not apply")
+        config = sources.controlled_config(config_folder, variant)
+        source = sources.open_control_file(src, config)
+        convert_source(source, dst, form, quiet=quiet or as_json)
     else:
         if verify and src is not None:
-            sources.verify(src, quiet=quiet)
+            checksums.verify(src, quiet=quiet)
         source = sources.open_source(src, given, config_folder, tokenizer, variant)
+        for remark in source.remarks():
+            click.echo(f"warning: {remark}", err=True)
         convert_source(source, dst, form, quiet=quiet or as_json)
-        config = source.config
     nbytes, seconds = _nbytes(dst), time.monotonic() - began
+    made = Checkpoint(dst, kind=None)
+    config, form = made.config, form or formats.names(made.storage)
     if as_json:
         click.echo(
             json.dumps(
@@ -105,8 +116,8 @@ def convert(
         )
     elif not quiet:
         click.echo(f"{dst}: {size(nbytes)} in {form}, {seconds:.1f} s")
-        shift, defaults = config.scheduler.shift, config.defaults
-        if shift != TURBO_SHIFT:
+        if config.control is None and config.scheduler.shift != TURBO_SHIFT:
+            shift, defaults = config.scheduler.shift, config.defaults
             click.echo(
                 f"shift is {shift:g}, Turbo's is {TURBO_SHIFT:g}: this looks like the base model; "
                 f"its defaults are --steps {defaults.steps} --guidance {defaults.guidance:g}"
@@ -229,3 +240,19 @@ def inspect(path: Path, as_json: bool) -> None:
         )
     for key, value in parts.get("notes", {}).items():
         click.echo(f"  {key}: {value}")
+
+
+NAMED = {"inspect": inspect, "fetch": fetch, "export": export}
+
+
+class _Completed(click.Group):
+    """What a shell completes: the named commands, or the options and paths of `convert`."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        return [*super().shell_complete(ctx, incomplete), CompletionItem(incomplete, type="file")]
+
+
+def completed() -> click.Group:
+    """All commands as a group, for shell completion alone."""
+    options = [param for param in convert.params if isinstance(param, click.Option)]
+    return _Completed("convert", NAMED, params=options)

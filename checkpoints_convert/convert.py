@@ -4,10 +4,9 @@ A PyTorch source is read tensor by tensor: two matrices are in memory at a time.
 two units are.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,20 +17,15 @@ from tqdm import tqdm
 from zimage_jax import interrupts
 from zimage_jax.errors import ConversionError, UsageError
 from zimage_jax.files import LARGEST_JSON, read_regular
-from zimage_jax.model.prompt import Prompts
-from zimage_jax.weights import components, formats
-from zimage_jax.weights import names as rules
-from zimage_jax.weights.checkpoint import Checkpoint
+from zimage_jax.weights import formats, origins
+from zimage_jax.weights.checkpoint import CONTROL, MODEL, Checkpoint, stored_units
 from zimage_jax.weights.encodings import Encoding, Lossless
 from zimage_jax.weights.formats import Storage
+from zimage_jax.weights.origins import Origins
+from zimage_jax.weights.sources import COMPONENTS, Source
 from zimage_jax.weights.writer import Writer, partial_folder
 
-from .sources import COMPONENTS, Source, Tensor
-
-_RUN_BYTES = 32 << 20  # of the result, written at a time
 _WORKERS = 2  # one computes while the other waits for the disk; each has one matrix
-# item size -> (integer type, exponent bits) of bfloat16 and float32; all ones is infinity or NaN
-_EXPONENT = {2: (np.uint16, 0x7F80), 4: (np.uint32, 0x7F800000)}
 
 
 @runtime_checkable
@@ -63,50 +57,56 @@ class Supply(Protocol):
 def convert(
     source: Source,
     dst: Path,
-    form: str = "bfloat16",
+    form: str | None = None,
     *,
     quiet: bool = False,
     supply: Supply | None = None,
 ) -> Path:
-    """Write the native checkpoint `dst` from `source`, stored in `form` (see formats.parse).
-    Returns `dst`.
+    """Write the native checkpoint `dst`, of a model or a ControlNet, from `source`, stored in `form`
+    (see formats.parse). Returns `dst`.
 
-    `supply`: brings the files, if they are not all there; `form` must then not be lossless, which
-    reads every matrix twice. After an interruption, call it again to resume. Raises ConversionError before anything is
-    written if a tensor is unknown, missing, duplicate or misshapen, and later if one has NaN or
-    infinity; UsageError if a file of the source is inside DST.partial; OutputError (see Writer).
+    `form` None: what the source has in an int8 of ours stays so, all else is bfloat16. `supply`:
+    brings the files, if they are not all there; `form` must then not be lossless, which reads every
+    matrix twice. After an interruption, call it again to resume. Raises ConversionError before
+    anything is written if a tensor is unknown, missing, duplicate or misshapen, and later if one
+    has NaN or infinity; UsageError if a file of the source is inside DST.partial; OutputError (see Writer).
     """
-    files = supply.identity() if supply else _identity(source)
-    _refuse_inside(partial_folder(dst), [*files, source.tokenizer])
+    files = supply.identity() if supply else source.identity()
+    tokenizers = [source.tokenizer] if source.tokenizer else []
+    _refuse_inside(partial_folder(dst), [*files, *tokenizers])
     source.check()
-    tokenizer = read_regular(source.tokenizer, LARGEST_JSON, ConversionError)
-    vocabulary = Prompts.parse(tokenizer, str(source.tokenizer)).vocab_size
-    if vocabulary > source.config.text_encoder.vocab_size:
-        raise ConversionError(
-            f"{source.tokenizer}: has {vocabulary} tokens, the text encoder "
-            f"{source.config.text_encoder.vocab_size}; it belongs to another model"
-        )
+    tokenizer, kind = source.read_tokenizer(), source.kind
     provenance = {
-        "layouts": {c: source.components[c].layout for c in COMPONENTS},
+        "layouts": {c: of.layout for c, of in source.components.items()},
         "files": {f"{f.parent.name}/{f.name}": nbytes for f, (_, nbytes, _) in files.items()},
     }
-    origins = {c: _Origins(source, c) for c in COMPONENTS}
-    storage = _fitted(formats.parse(source.config, form), lambda c, _: origins[c], quiet)
-    with Writer(dst, storage, {"files": list(files.values())}) as writer:
+    parts = {c: Origins(source, c) for c in source.components}
+    wanted = formats.parse(source.config, form) if form else origins.storage(source, parts)
+    storage = _fitted(wanted, lambda c, _: parts[c], quiet, kind)
+    if kind == CONTROL:
+        storage = _by_name(storage)
+    with Writer(dst, storage, {"files": list(files.values())}, kind) as writer:
 
         def batches(units: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
             if supply is None:
                 yield units
             else:
-                yield from supply.batches({(c, u): origins[c].files(u) for c, u in units})
+                yield from supply.batches({(c, u): parts[c].files(u) for c, u in units})
 
-        _write_units(writer, lambda c, _: origins[c], quiet, batches)
+        _write_units(writer, lambda c, _: parts[c], quiet, batches)
         return writer.finish(tokenizer, provenance)
 
 
-def _identity(source: Source) -> dict[Path, list]:
-    files = {f: f.stat() for c in COMPONENTS for f in source.components[c].files}
-    return {f: [f.name, s.st_size, s.st_mtime_ns] for f, s in files.items()}
+def _by_name(storage: Storage) -> Storage:
+    """A ControlNet's storage with a row for each parameter that differs: patterns might match the
+    model's parameters too."""
+    rows = [
+        (f"{component}.{path}", storage.of(component, path))
+        for component, unit in stored_units(storage, CONTROL)
+        for path in storage.parameters(component, unit)
+        if storage.of(component, path) != storage.format
+    ]
+    return replace(storage, special=tuple(rows))
 
 
 def reencode(source: Checkpoint, dst: Path, form: str, *, quiet: bool = False) -> Path:
@@ -118,8 +118,8 @@ def reencode(source: Checkpoint, dst: Path, form: str, *, quiet: bool = False) -
     UsageError if `source` is inside DST.partial; OutputError (see Writer).
     """
     manifest = source.path / "manifest" / "manifest.json"
-    _refuse_inside(partial_folder(dst), [manifest, source.tokenizer])
-    tokenizer = read_regular(source.tokenizer, LARGEST_JSON, ConversionError)
+    _refuse_inside(partial_folder(dst), [manifest])
+    tokenizer = read_regular(source.tokenizer(), LARGEST_JSON, ConversionError)
     fingerprint = xxhash.xxh3_64_hexdigest(manifest.read_bytes())
     provenance = source.provenance | {"formats before": formats.describe(source.storage)}
 
@@ -159,7 +159,12 @@ def refuse_widening(source: Checkpoint, wanted: Storage) -> None:
                     )
 
 
-def _fitted(storage: Storage, unit_of_source: Callable[[str, str], Unit], quiet: bool) -> Storage:
+def _fitted(
+    storage: Storage,
+    unit_of_source: Callable[[str, str], Unit],
+    quiet: bool,
+    kind: str = MODEL,
+) -> Storage:
     """`storage`, with bfloat16 for the matrices that lossless has no room for.
 
     If one block's matrix has too many exceptions, those of all blocks stay in bfloat16: blocks of
@@ -167,8 +172,7 @@ def _fitted(storage: Storage, unit_of_source: Callable[[str, str], Unit], quiet:
     """
     todo = [
         (component, unit, path, encoding)
-        for component in COMPONENTS
-        for unit in storage.units(component)
+        for component, unit in stored_units(storage, kind)
         for path, encoding in storage.parameters(component, unit).items()
         if isinstance(encoding, Lossless)
     ]
@@ -212,7 +216,7 @@ def _write_units(
     """Write the units that an earlier writer has not, in the batches that `batches` makes of
     them."""
     storage = writer.storage
-    units = [(c, unit) for c in COMPONENTS for unit in storage.units(c)]
+    units = writer.units
     total = sum(storage.nbytes(*unit) for unit in units)
     with (
         tqdm(
@@ -290,67 +294,3 @@ class Stored:
             encoding, tree = self._encoded[path]
             array = encoding.decode(tree)
         yield array.astype(dtype, copy=False)
-
-
-# -- PyTorch sources -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """The part of a source tensor that becomes one native array: part `part` of `parts`."""
-
-    tensor: Tensor
-    transform: str
-    part: int
-    parts: int
-
-
-class _Origins:
-    """The parameters of a component of a PyTorch source, of all its units."""
-
-    def __init__(self, source: Source, component: str):
-        tensors = source.components[component].tensors
-        self._of = {
-            path: _Origin(tensors[name], entry.transform, part, len(entry.paths))
-            for name, entry in source.entries(component).items()
-            for part, path in enumerate(entry.paths)
-        }
-
-    def files(self, unit: str) -> set[Path]:
-        """The files of a unit's tensors."""
-        return {o.tensor.file for path, o in self._of.items() if components.unit_of(path) == unit}
-
-    def encoded(self, path: str, encoding: Encoding) -> None:
-        return None
-
-    def runs(self, path: str, dtype: np.dtype) -> Iterator[np.ndarray]:
-        return _runs(self._of[path], path, dtype)
-
-
-def _runs(origin: _Origin, path: str, target: np.dtype) -> Iterator[np.ndarray]:
-    """The native array in runs of rows, cast to `target`; `path` is for the message.
-
-    Raises ConversionError for NaN and infinity.
-    """
-    rows = origin.tensor.shape[0] // origin.parts
-    first = origin.part * rows
-    if origin.transform == rules.SAME:
-        step = max(1, _RUN_BYTES // max(1, target.itemsize * math.prod(origin.tensor.shape[1:])))
-        parts = (
-            origin.tensor.rows(first + a, first + min(a + step, rows)).astype(target, copy=False)
-            for a in range(0, rows, step)
-        )
-    else:
-        # cast the whole matrix first, then transpose it in slabs that fit the cache
-        matrix = origin.tensor.rows(first, first + rows).astype(target, copy=False)
-        native = rules.to_native(matrix, origin.transform)
-        step = 256 if native.ndim == 2 else len(native)
-        parts = (np.ascontiguousarray(native[a : a + step]) for a in range(0, len(native), step))
-    for run in parts:
-        bits, ones = _EXPONENT[target.itemsize]
-        if bool(((run.view(bits) & ones) == ones).any()):
-            raise ConversionError(
-                f"{origin.tensor.file}: {origin.tensor.name} has NaN or infinity in {target.name}; "
-                f"the file is damaged or was cast badly ({path} was not written)"
-            )
-        yield run

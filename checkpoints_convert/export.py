@@ -24,15 +24,14 @@ from zimage_jax.errors import OutputError
 from zimage_jax.files import LARGEST_JSON, kind_of, read_regular
 from zimage_jax.model.config import TURBO_SHIFT, ModelConfig
 from zimage_jax.units import size
-from zimage_jax.weights import components
+from zimage_jax.weights import components, sources
 from zimage_jax.weights import names as rules
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.formats import uniform
+from zimage_jax.weights.sources import COMPONENTS
 from zimage_jax.weights.writer import Lock, partial_folder
 
-from . import sources
 from .convert import Stored, refuse_widening
-from .sources import COMPONENTS
 
 LAYOUTS = ("diffusers", "comfyui")
 LARGEST_SHARD = 5_000_000_000  # bytes of parameters in one file of the diffusers layout
@@ -191,7 +190,7 @@ def _diffusers_texts(source: Checkpoint, files: list[_File]) -> dict[str, bytes]
             place = f"{component}/{sources.WEIGHTS[component]}.safetensors.index.json"
             texts[place] = {"metadata": {"total_size": total}, "weight_map": names}
     found = {name: (json.dumps(text, indent=2) + "\n").encode() for name, text in texts.items()}
-    found["tokenizer/tokenizer.json"] = read_regular(source.tokenizer, LARGEST_JSON)
+    found["tokenizer/tokenizer.json"] = read_regular(source.tokenizer(), LARGEST_JSON)
     return found
 
 

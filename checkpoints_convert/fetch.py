@@ -19,16 +19,17 @@ from tqdm import tqdm
 from zimage_jax.errors import DownloadError, OutputError, UsageError
 from zimage_jax.files import printable
 from zimage_jax.units import size
-from zimage_jax.weights import formats
+from zimage_jax.weights import formats, sources
 from zimage_jax.weights.encodings import Lossless
 from zimage_jax.weights.formats import Storage
+from zimage_jax.weights.sources import COMPONENTS, Source
+from zimage_jax.weights.tensors import Header
 from zimage_jax.weights.writer import Lock
 
-from . import sources
+from . import checksums
 from .convert import convert
 from .downloads import Download, Downloads, nbytes_taken, present
 from .hub import Digest, Limits, RemoteFile, Repository, open_repository
-from .sources import COMPONENTS, Source, Tensor
 
 PUBLISHED = "Tongyi-MAI/Z-Image-Turbo"
 _TOKENIZER = "tokenizer/tokenizer.json"
@@ -243,7 +244,7 @@ def _arriving(
             tqdm.write(f"warning: {printable(line, 300)}", file=sys.stderr)
 
     repository = open_repository(hub, repo, revision, limits, say)
-    published = sources.published_md5() if repo == PUBLISHED and revision is None else {}
+    published = checksums.published_md5() if repo == PUBLISHED and revision is None else {}
     with ExitStack() as stack:
         stack.enter_context(_locked(folder))
         bar = stack.enter_context(_bar("fetch", quiet, 0))
@@ -317,12 +318,10 @@ def _weight_names(repository: Repository, folder: Path, component: str) -> list[
     return [f"{component}/{sources.WEIGHTS[component]}.safetensors"]
 
 
-def _header_reader(
-    downloads: Downloads, shards: dict[Path, Download]
-) -> Callable[[Path], list[Tensor]]:
+def _header_reader(downloads: Downloads, shards: dict[Path, Download]) -> Callable[[Path], Header]:
     """Like sources.read_header, also for shards of which nothing is there yet."""
 
-    def read(file: Path) -> list[Tensor]:
+    def read(file: Path) -> Header:
         download = shards.get(file)
         if download is None:
             return sources.read_header(file)
@@ -333,7 +332,8 @@ def _header_reader(
             raise DownloadError(f"{download.remote.name}: not a safetensors file")
         downloads.wait_for_start(download, 8 + nbytes)
         # the file has its size already, and holes where nothing came yet
-        return [replace(tensor, file=file) for tensor in sources.read_header(download.partial)]
+        found = sources.read_header(download.partial)
+        return found._replace(tensors=[replace(tensor, file=file) for tensor in found.tensors])
 
     return read
 

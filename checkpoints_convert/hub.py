@@ -27,7 +27,7 @@ from zimage_jax.errors import DownloadError, UsageError
 from zimage_jax.files import LARGEST_JSON, parse_json, printable
 from zimage_jax.units import size as in_units
 
-from .sources import hash_file
+from .checksums import hash_file
 
 _REDIRECTS = 10
 _LONGEST_WAIT = 60.0  # seconds between two tries

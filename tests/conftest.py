@@ -138,7 +138,8 @@ def native(tmp_path_factory):
 
     def make(name: str) -> Path:
         if name not in made:
-            config, tensors = small.CONFIGS[name], small.random_tensors(small.CONFIGS[name])
+            config = small.NATIVE[name]
+            tensors = small.random_tensors(config)
             models = {c: small.our_model(c, config, tensors[c]) for c in small.MODELS}
             made[name] = save(
                 folder / name,

@@ -1,4 +1,4 @@
-"""Write tests/goldens/*.npz: what the PyTorch classes give for every small configuration. Needs the
+"""Write tests/goldens/*.npz: what the PyTorch classes give for every small configuration and ControlNet. Needs the
 reference extra.
 
 python -m tests.make_goldens
@@ -15,10 +15,10 @@ TESTS = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    for name in CONFIGS:
+    for name in (*CONFIGS, "control"):
         path = TESTS / "goldens" / f"{name}.npz"
         path.parent.mkdir(exist_ok=True)
-        found = reference.outputs(name)
+        found = reference.controlled() if name == "control" else reference.outputs(name)
         # bfloat16 results only serve to measure PyTorch's own error, so half precision holds them
         # well enough
         np.savez_compressed(

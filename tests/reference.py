@@ -11,14 +11,26 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    ZImageControlNetModel,
+    ZImageControlNetPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-from tests.small import CASES, CONFIGS, inputs, random_tensors, tokenizer
-from zimage_jax.model.config import ModelConfig
+from tests.small import (
+    CASES,
+    CONFIGS,
+    CONTROLLED,
+    CONTROLS,
+    control_inputs,
+    control_tensors,
+    inputs,
+    random_tensors,
+    tokenizer,
+)
+from zimage_jax.model.config import ControlConfig, ModelConfig
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -121,6 +133,77 @@ def outputs(name: str) -> dict[str, np.ndarray]:
                 found[key + suffix] = value.float().numpy()
         found |= _pipeline(name, config, tensors)
     return found
+
+
+def controlled() -> dict[str, np.ndarray]:
+    """The velocity of the small DiT under each ControlNet, in float32 and bfloat16."""
+    return {
+        name + suffix: _controlled(of, dtype).float().numpy()
+        for name, of in CONTROLS.items()
+        for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, "_bf16"))
+    }
+
+
+def control_net(config: ModelConfig, of: ControlConfig) -> ZImageControlNetModel:
+    """diffusers' ControlNet, without what it has of the transformer."""
+    c = config.transformer
+    model = ZImageControlNetModel(
+        control_layers_places=list(of.places(c.n_layers)),
+        control_refiner_layers_places=list(range(c.n_refiner_layers)),
+        control_in_dim=of.in_channels,
+        add_control_noise_refiner=None if of.refiner == "none" else of.refiner,
+        dim=c.dim,
+        n_refiner_layers=c.n_refiner_layers,
+        n_heads=c.n_heads,
+        n_kv_heads=c.n_heads,
+        norm_eps=c.norm_eps,
+    )
+    return _filled(model, control_tensors(config, of))
+
+
+def controlled_latents(
+    of: ControlConfig, picture, prompt, seed, scale, *, steps, guidance
+) -> np.ndarray:
+    """Latents that diffusers' pipeline draws from a control image of the size to draw."""
+    parts = pipeline(CONTROLLED, random_tensors(CONTROLLED)).components
+    pipe = ZImageControlNetPipeline(controlnet=control_net(CONTROLLED, of), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    height, width = picture.shape[:2]
+    found = pipe(
+        prompt,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        control_image=Image.fromarray(picture),
+        controlnet_conditioning_scale=scale,
+        negative_prompt="" if guidance else None,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(seed),
+    ).images
+    return found.permute(0, 2, 3, 1).numpy()
+
+
+def _controlled(of: ControlConfig, dtype) -> torch.Tensor:
+    config, given = CONTROLLED, inputs(CONTROLLED)
+    latents, image, scale = control_inputs(config, of)
+    dit = transformer(config, random_tensors(config)).to(dtype)
+    net = ZImageControlNetModel.from_transformer(control_net(config, of).to(dtype), dit)
+
+    def listed(array):
+        return [x[:, None] for x in torch.from_numpy(array.transpose(0, 3, 1, 2)).to(dtype)]
+
+    features = [
+        torch.from_numpy(f[:n]).to(dtype)
+        for f, n in zip(given["features"], given["lengths"], strict=True)
+    ]
+    t = torch.from_numpy(given["t"])
+    with torch.no_grad():
+        added = net(listed(latents), t, features, listed(image), conditioning_scale=scale)
+        found = dit(
+            listed(latents), t, features, controlnet_block_samples=added, return_dict=False
+        )[0]
+    return torch.stack(found)[:, :, 0].permute(0, 2, 3, 1)
 
 
 def _models(config, tensors, given, dtype) -> dict[str, torch.Tensor]:

@@ -5,15 +5,23 @@ Weights come from numpy alone, so that goldens need no weights on disk and the P
 same ones."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from zimage_jax.model import dit, text_encoder, vae
-from zimage_jax.model.config import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig
+from zimage_jax.model import control, dit, text_encoder, vae
+from zimage_jax.model.config import (
+    ControlConfig,
+    DefaultsConfig,
+    DiTConfig,
+    ModelConfig,
+    SigmasConfig,
+    TextEncoderConfig,
+    VAEConfig,
+)
 from zimage_jax.model.layers import with_arrays
 from zimage_jax.weights import names as rules
 
@@ -96,6 +104,21 @@ CONFIGS = {
 }
 
 
+# ControlNets as published, of fewer blocks
+CONTROLS = {
+    "union 1.0": ControlConfig(2, 16, "none"),
+    "union 2.0": ControlConfig(4, 33, "control_layers"),
+    "union 2.1": ControlConfig(2, 33, "control_noise_refiner"),
+    "union 2.1 lite": ControlConfig(1, 33, "control_noise_refiner"),
+}
+CONTROLLED = small_config(layers=4, refiners=2)
+CONTROLLED = replace(CONTROLLED, vae=replace(CONTROLLED.vae, sample_size=256))  # draws no more
+BASE = replace(  # the published base model differs from Turbo in its shift alone
+    CONFIGS["plain"], scheduler=SigmasConfig(6.0), defaults=DefaultsConfig.of(SigmasConfig(6.0))
+)
+NATIVE = CONFIGS | {"controlled": CONTROLLED, "base": BASE}
+
+
 @dataclass(frozen=True)
 class Case:
     """One job for the whole pipeline, drawn by ours and by diffusers'."""
@@ -172,12 +195,33 @@ def our_model(
 ):
     """Our module of one component, filled with the tensors of `random_tensors`."""
     spec = MODELS[component].spec(getattr(config, component))
+    return _filled(spec, rules.expected(TABLES[component], spec), tensors, dtype)
+
+
+def _filled(spec, entries: dict[str, rules.Entry], tensors: dict[str, np.ndarray], dtype):
     arrays = {}
-    for name, entry in rules.expected(TABLES[component], spec).items():
+    for name, entry in entries.items():
         for path, part in zip(entry.paths, np.split(tensors[name], len(entry.paths)), strict=True):
             arrays[path] = rules.to_native(part, entry.transform)
     # rounded by numpy: JAX would compile a program for every shape
     return with_arrays(spec, lambda path, leaf: jnp.asarray(arrays[path].astype(dtype)))
+
+
+def control_tensors(config: ModelConfig, of: ControlConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """float32 tensors of a ControlNet by PyTorch name."""
+    branch = control.Branch(config.transformer, of)
+    entries = rules.expected(rules.CONTROL, branch)
+    return {name: _random(name, entry.shape, seed) for name, entry in entries.items()}
+
+
+def our_controlled(
+    config: ModelConfig, of: ControlConfig, dtype=jnp.float32
+) -> control.ControlledDiT:
+    """Our DiT with a ControlNet, filled with `random_tensors` and `control_tensors`."""
+    spec = control.ControlledDiT(config.transformer, of)
+    entries = rules.expected([*rules.DIT_DIFFUSERS, *rules.CONTROL_ALONE], spec)
+    tensors = random_tensors(config)["transformer"] | control_tensors(config, of)
+    return _filled(spec, entries, tensors, dtype)
 
 
 def inputs(config: ModelConfig) -> dict[str, np.ndarray]:
@@ -198,3 +242,11 @@ def inputs(config: ModelConfig) -> dict[str, np.ndarray]:
             (1, h * config.vae.scale, w * config.vae.scale, 3), np.float32
         ),
     }
+
+
+def control_inputs(config: ModelConfig, of: ControlConfig) -> tuple[np.ndarray, np.ndarray, float]:
+    """Latents, a control image's latents with channels for inpainting that are 0, and a scale."""
+    latents = inputs(config)["latents"]
+    image = np.random.default_rng(2).standard_normal(latents.shape, np.float32)
+    more = np.zeros((*latents.shape[:3], of.in_channels - latents.shape[3]), np.float32)
+    return latents, np.concatenate([image, more], -1), 0.7

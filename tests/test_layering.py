@@ -18,8 +18,11 @@ FLOORS = [
     ("planning",),
     ("runtime",),
     ("pipeline",),
+    ("link",),
     ("process",),
     ("pool",),
+    ("relay",),
+    ("cluster",),
     ("server",),
     (
         *("__init__", "interrupts", "cli", "options", "picture_options", "naming", "origin"),
@@ -27,7 +30,7 @@ FLOORS = [
     ),
 ]
 CONVERTER_ORDER = [
-    *("sources", "convert", "inspect", "export", "hub", "downloads", "fetch"),
+    *("checksums", "convert", "inspect", "export", "hub", "downloads", "fetch"),
     *("commands", "__main__"),
 ]
 FLOOR = {name: index for index, names in enumerate(FLOORS) for name in names}

@@ -38,7 +38,7 @@ def info(picture: Path, as_json: bool) -> None:
 
 def main() -> None:
     interrupts.install()
-    cli.run(command, prog="python -m zimage_jax")
+    cli.run(command, prog=cli.program("zimage", "zimage_jax"))
 
 
 if __name__ == "__main__":

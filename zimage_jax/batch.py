@@ -33,7 +33,7 @@ from .talk import Talk
 LONGEST_LINE = 256 << 10  # bytes
 MOST_JOBS = 1_000_000
 RESULTS, _ALL_RESULTS = "results.jsonl", "results*.jsonl"
-_PATHS = ("image", "mask")  # relative to the folder of JOBS
+_PATHS = ("image", "mask", "control_image")  # relative to the folder of JOBS, as LoRAs are
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,12 @@ class _PartType(click.ParamType):
     help="Folder for the pictures, named by line, and for results.jsonl. A second run goes on.",
 )
 @options.MODEL
+@options.CONTROL
 @options.DTYPE
 @options.memory_options
 @options.DEVICES
 @options.split("pictures")
+@options.CLUSTER
 @click.option(
     "--part",
     type=_PartType(),
@@ -94,9 +96,11 @@ def command(
     jobs,
     output,
     model,
+    control,
     dtype,
     devices,
     split,
+    cluster,
     part,
     in_flight,
     strict,
@@ -126,23 +130,26 @@ def command(
             click.echo(f"{done} pictures are drawn already", err=True)
         talk = Talk(quiet or as_json, is_tiny=model is None)
         with talk.warnings(), ExitStack() as stack:
-            given = {"dtype": dtype, "in_flight": in_flight}
+            given = {"control": control, "dtype": dtype, "in_flight": in_flight}
             pipe: Any
-            if devices and split == "pictures":
-                from .pool import ZImagePool
+            if devices is not None or cluster is not None:
 
-                memory: Any = options.memories_of(devices, **memory_flags)
-                pipe = ZImagePool(model, devices=devices, memory=memory, **given)
-                stack.enter_context(pipe)
+                def say(line: str) -> None:
+                    if not quiet:
+                        tqdm.write(f"warning: {line}", file=sys.stderr)
+
+                places: Any = {"devices": devices, "split": split, "cluster": cluster, "say": say}
+                opened = options.engine_of(model, **places, memory_flags=memory_flags, **given)
+                pipe = stack.enter_context(opened())
             else:
-                memory = options.memory_of(devices=devices or (), **memory_flags)
                 device = options.only(devices)
                 from .pipeline.pipeline import ZImage
 
+                memory = options.memory_of(**memory_flags)
                 pipe = ZImage.load(model, memory=memory, device=device, **given)
-            talk.start(pipe, memory)
+            talk.start(pipe, pipe.memory)
             with Progress(len(todo), silent=quiet or as_json) as progress:
-                for line, found in _draw_all(pipe, todo, ahead=2 * pipe.in_flight):
+                for line, found in _draw_all(pipe, todo):
                     where = f"{printable(jobs)}: line {line.number}"
                     if isinstance(found, str):
                         progress.say(f"warning: {where}: {found}")
@@ -194,18 +201,20 @@ class Progress:
         self._bar.update()
 
 
-def _draw_all(pipe, lines: list["Line"], *, ahead: int) -> Iterator[tuple["Line", Any]]:
+def _draw_all(pipe, lines: list["Line"]) -> Iterator[tuple["Line", Any]]:
     """Each line with its result, or with the error that its job cannot be drawn for, as they come;
     and before, with its warnings.
 
-    `ahead`: jobs that are submitted and not done, so that those that wait can join together.
+    Twice as many as can be in flight are submitted and not done, so that those that wait can join
+    together.
     """
     left, heard = iter(lines), SimpleQueue[tuple[Line, Any]]()
     submitted: dict[int, Any] = {}
     try:
         while True:
             interrupts.check()
-            for line in itertools.islice(left, ahead - len(submitted)):
+            room = max(0, 2 * pipe.in_flight - len(submitted))  # machines come and go
+            for line in itertools.islice(left, room):
                 try:
                     submitted[line.number] = pipe.submit(
                         **line.arguments(), on_event=_listener(heard, line)
@@ -264,6 +273,8 @@ class Line:
             )
         if "kv" in given:
             given["kv"] = KVPolicy.parse(**given["kv"])
+        if "lora" in given:
+            given["lora"] = [(self.folder / file, weight) for file, weight in given["lora"]]
         return given | {name: self.folder / given[name] for name in _PATHS if name in given}
 
 
@@ -321,17 +332,31 @@ def _job(data: bytes, number: int) -> dict[str, Any]:
             raise UsageError(f"line {number}: {name} must be {expected}")
     if "prompt" not in job:
         raise UsageError(f"line {number}: prompt is missing")
+    if "lora" in job:
+        _check_loras(job["lora"], number)
     if "kv" in job:
         check_metadata(f"line {number}: kv", job["kv"], KV_FIELDS, only_these=True)
     return job
 
 
+def _check_loras(loras: Any, number: int) -> None:
+    """Raises UsageError."""
+    for pair in loras if isinstance(loras, list) else [None]:
+        file, weight = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not isinstance(file, str) or not is_number:
+            raise UsageError(
+                f'line {number}: lora must be a list of pairs, as in [["style.safetensors", 0.8]]'
+            )
+
+
 def allowed() -> set[str]:
     """The keys of a job."""
+    from .pipeline.given import ARGUMENTS
     from .pipeline.pipeline import ZImage
 
     return set(inspect.signature(ZImage.generate).parameters) - {
-        *("self", "memory", "on_plan", "on_step")
+        *("self", "memory", "on_plan", "on_step", *ARGUMENTS)
     }
 
 

@@ -18,6 +18,14 @@ _LONGEST_LINE = 1000
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
+def program(script: str, module: str) -> str:
+    """The name under which the user called a command: of the installed script, or `python -m`.
+
+    Click's shell completion goes by it.
+    """
+    return script if Path(sys.argv[0]).stem == script else f"python -m {module}"
+
+
 def run(command: click.Command, args: list[str] | None = None, prog: str | None = None) -> None:
     """Run a command and exit: 0 done, 1 the job failed, 2 bad arguments, 130 interrupted."""
     try:

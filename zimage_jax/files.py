@@ -70,6 +70,15 @@ def open_regular(path: Path, fault: Fault = UsageError, *, buffering: int = 0) -
     return os.fdopen(handle, "rb", buffering=buffering)
 
 
+def fill(buffer: Any, file: BinaryIO) -> int:
+    """Read until `buffer`, an array of bytes, is full or the file ends. Returns the bytes read."""
+    count = 0
+    # typeshed's BinaryIO lacks readinto, which every file opened in binary mode has
+    while run := file.readinto(buffer.data[count:]):  # type: ignore[attr-defined]
+        count += run
+    return count
+
+
 def read_regular(path: Path, limit: int, fault: Fault = UsageError) -> bytes:
     """The bytes of a regular file. Raises `fault` if there are more than `limit`."""
     with open_regular(path, fault, buffering=-1) as f:  # buffered: read() continues short reads

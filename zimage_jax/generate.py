@@ -38,6 +38,7 @@ LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
     help="Read a prompt from a UTF-8 file of at most 64 KiB. May be repeated.",
 )
 @options.MODEL
+@options.CONTROL
 @click.option(
     "--size",
     help="Size in pixels, as in 1280x720, or a ratio such as 16:9.  [default: the model's own]",
@@ -89,6 +90,7 @@ LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
 )
 @options.DTYPE
 @picture_options
+@options.lora_options
 @options.kv_options
 @options.ATTENTION
 @options.memory_options
@@ -135,6 +137,7 @@ def command(
     prompts,
     files,
     model,
+    control,
     size,
     width,
     height,
@@ -166,6 +169,8 @@ def command(
     pick,
     devices,
     split,
+    lora,
+    lora_merge,
     **flags,
 ) -> None:
     """Draw PROMPT with Z-Image-Turbo and write it as a PNG.
@@ -184,6 +189,8 @@ def command(
         "guidance": _guidance(guidance, cfg_scale),
         "noise": noise,
         "attention": attention,
+        "lora": list(lora),
+        "lora_merge": lora_merge,
         **{name: flags.pop(name) for name in OF_JOB},
     }
     origin = Origin.of({name: flags.pop(name) for name in OF_CANVAS}, from_image, enlarge, pick)
@@ -195,7 +202,10 @@ def command(
     picture_kv = _complete(job, origin.settings, count)
     _check_weights(job)
     files_out = _Output(output, overwrite, not no_metadata, preview, report, trace, bool(explore))
-    files_out.check(len(job["prompts"]), job["seeds"], [*files, *origin.files])
+    job["lora"] = origin.loras(job["lora"])
+    inputs = [*files, *origin.files, job["control_image"], *(file for file, _ in job["lora"])]
+    files_out.check(len(job["prompts"]), job["seeds"], inputs)
+    origin.check_control(control, job)
 
     talk = Talk(quiet or as_json, is_tiny=model is None)
     with talk.warnings():
@@ -206,7 +216,7 @@ def command(
         from .pipeline.pipeline import ZImage
 
         job["kv"] = options.kv_of(kv, picture_kv)
-        pipe = ZImage.load(model, dtype=dtype, device=device)
+        pipe = ZImage.load(model, control=control, dtype=dtype, device=device)
         side, multiple = pipe.config.vae.sample_size, pipe.config.pixel_multiple
         if size:
             job["width"], job["height"] = parse_size(size, side, multiple)
@@ -216,6 +226,8 @@ def command(
         if canvas := origin.canvas(pipe, job):
             job["image"] = canvas
             talk.canvas(canvas, job, pipe)
+        if job["control_image"] is not None:
+            job["control_image"] = origin.control_canvas(pipe, job)
         _draw(pipe, job, batch_size, files_out, talk, as_json=as_json, memory=memory)
 
 
@@ -235,7 +247,7 @@ def _draw(pipe, job: dict, batch_size: int, output: "_Output", talk: Talk, *, as
     seeds, reports = job.pop("seeds"), []
     pictures: list[tuple] = []  # of the contact sheet, with their paths
     todo = ((prompt, seed) for prompt in job.pop("prompts") for seed in seeds)
-    settings, first = {k: v for k, v in job.items() if v is not None}, 0
+    settings, first = {k: v for k, v in job.items() if v not in (None, [])}, 0
     while batch := list(islice(todo, batch_size)):
         prompts, numbers = (list(column) for column in zip(*batch, strict=True))
         with talk.bar() as bar:

@@ -7,10 +7,15 @@ libraries turn them into others. After the command it is ignored.
 """
 
 import os
+import select
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+from .errors import UsageError
 
 EXIT_CODE = 130
 _remembered: list[int] = []
@@ -66,6 +71,27 @@ def remembered() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_IGN if _installed else signal.default_int_handler)
         sys.unraisablehook = unraisable
         _remembered.clear()
+
+
+def end_with(pid: int) -> None:
+    """Send this process SIGTERM when another has ended. Raises UsageError if there is none."""
+    try:
+        os.kill(pid, 0)
+        handle = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+    except OSError as fault:
+        raise UsageError(f"process {pid}: {fault.strerror}") from None
+
+    def watch() -> None:
+        if handle is not None:  # Linux: the number may name another process later
+            select.select([handle], [], [])
+        else:
+            with suppress(OSError):
+                while True:
+                    os.kill(pid, 0)
+                    time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="zimage parent", daemon=True).start()
 
 
 def check() -> None:

@@ -7,6 +7,7 @@ of --config.
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from .model.kv import KVPolicy
     from .planning.plan import Memory
+    from .pool import ZImagePool
+    from .process import ZImageProcess
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -314,12 +317,9 @@ def only(devices: tuple[int, ...] | None) -> "tuple[jax.Device, ...]":
 
     Raises UsageError for a number that is named twice, and if there are fewer devices.
     """
-    if not devices and _is_given("split"):
-        raise UsageError("--split needs --devices, the numbers of several")
+    _check_split(devices)
     if devices:
-        if len(set(devices)) < len(devices):
-            raise UsageError("--devices: --split chunks takes each device once")
-        from .process import visible
+        from .link import visible
 
         os.environ["CUDA_VISIBLE_DEVICES"] = visible(devices)
     cli.start_jax()
@@ -328,12 +328,55 @@ def only(devices: tuple[int, ...] | None) -> "tuple[jax.Device, ...]":
     return Placement.first(len(devices or (0,))).devices
 
 
+def _check_split(devices: tuple[int, ...] | None) -> None:
+    """Raises UsageError for --split chunks of no devices, or of one that is named twice."""
+    if not devices and _is_given("split"):
+        raise UsageError("--split needs --devices, the numbers of several")
+    if devices and len(set(devices)) < len(devices):
+        raise UsageError("--devices: --split chunks takes each device once")
+
+
 def memories_of(devices: tuple[int, ...], *, max_vram, **flags) -> "list[Memory]":
     """The memory options for each of --devices."""
     sizes = max_vram if isinstance(max_vram, tuple) else (max_vram,) * len(devices)
     if len(sizes) != len(devices):
         raise UsageError(f"--max-vram: {len(sizes)} sizes for {len(devices)} devices")
     return [memory_of(max_vram=size, **flags) for size in sizes]
+
+
+def engine_of(
+    model: Path | None,
+    *,
+    devices: tuple[int, ...] | None,
+    split: str,
+    cluster: str | None,
+    say: Callable[[str], object],
+    memory_flags: dict[str, Any],
+    **given: Any,
+) -> "Callable[[], ZImageProcess | ZImagePool]":
+    """What opens the engine that --devices, --split and --cluster ask for: a process, or several.
+    `say`: called with news of a cluster's machines. `given`: control, dtype and in_flight."""
+    from .pool import ZImagePool
+    from .process import ZImageProcess
+
+    if cluster is not None and devices is not None:
+        raise UsageError("--cluster draws with all devices of its machines: leave out --devices")
+    if cluster is not None and _is_given("split"):
+        raise UsageError("--cluster gives each device whole pictures: leave out --split")
+    if devices is not None and split == "pictures":
+        memories = memories_of(devices, **memory_flags)
+        return partial(ZImagePool, model, devices=devices, memory=memories, **given)
+    memory = memory_of(devices=devices or (), **memory_flags)
+    if cluster is None:
+        _check_split(devices)
+        return partial(ZImageProcess, model, memory=memory, device=devices, **given)
+    try:
+        from .cluster import ZImageCluster
+    except ImportError as fault:
+        raise UsageError(
+            f'{fault}: --cluster needs more packages; pip install "zimage_jax[ray]"'
+        ) from None
+    return partial(ZImageCluster, cluster, model, memory=memory, say=say, **given)
 
 
 def _is_given(name: str) -> bool:
@@ -419,7 +462,15 @@ _KV = [
 MODEL = click.option(
     "--model",
     type=click.Path(path_type=Path),
-    help="Folder written by checkpoints_convert.  [default: the tiny model in the package]",
+    help="Folder written by checkpoints_convert; or, read in place, a folder in diffusers layout, "
+    "ComfyUI's folder, or files separated by commas: DIT,TEXT_ENCODER,VAE,tokenizer.json.  "
+    "[default: the tiny model in the package]",
+)
+CONTROL = click.option(
+    "--control",
+    type=click.Path(path_type=Path),
+    help="ControlNet Union for --control-image: its file, or the folder that checkpoints_convert made "
+    "of it.",
 )
 DTYPE = click.option(
     "--dtype",
@@ -447,11 +498,57 @@ def split(default: str) -> Callable:
     )
 
 
+CLUSTER = _option(
+    "--cluster",
+    metavar="ADDRESS|local",
+    help="Draw with the GPUs of a Ray cluster, by its head's address as in 10.0.0.2:6379; local: "
+    "with all of this machine. Needs the extra ray.",
+)
 ATTENTION = _option(
     "--attention",
     type=click.Choice(["auto", "flash", "cudnn", "chunks"]),
     help="Attention kernel; it changes a picture's last bits.  [default: auto]",
 )
+
+
+class LoraFile(click.ParamType):
+    """FILE or FILE:WEIGHT, as a pair of a path and a weight."""
+
+    name = "lora"
+
+    def convert(self, value, param, context):
+        if not isinstance(value, str):
+            return value
+        file, colon, weight = value.rpartition(":")
+        try:
+            number = float(weight) if colon and not os.path.exists(value) else None
+        except ValueError:  # a colon of the name
+            number = None
+        if number is None:
+            return Path(value), 1.0
+        return Path(file), checks.real(_place(param, context), number, -100, 100)
+
+
+_LORA = [
+    click.option(
+        "--lora",
+        type=LoraFile(),
+        multiple=True,
+        metavar="FILE[:WEIGHT]",
+        help="LoRA to draw with, in any spelling; WEIGHT is 1 by default. May be repeated.",
+    ),
+    click.option(
+        "--lora-merge",
+        is_flag=True,
+        default=None,
+        help="Add LoRAs to the parameters when these are read, instead of computing them beside.",
+    ),
+]
+
+
+def lora_options(command: Callable) -> Callable:
+    """Add the options about LoRAs to a command."""
+    return with_options(_LORA, command)
 
 
 def kv_options(command: Callable) -> Callable:

@@ -1,11 +1,12 @@
 """What the command's --from-image, --image and --enlarge begin from: settings and pictures."""
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
-from .files import printable
+from .files import open_regular, printable
 
 if TYPE_CHECKING:
     from .pipeline.canvas import Canvas
@@ -32,6 +33,7 @@ class Origin:
     pick: int | None = None  # its seed on a contact sheet
     factor: float | None = None
     drawn_from: dict[str, Any] = field(default_factory=dict)  # of a repeated picture's metadata
+    control: dict[str, Any] = field(default_factory=dict)  # likewise: its ControlNet and image
     folder: Path | None = None  # where its files are looked for
     files: tuple[Path, ...] = ()
 
@@ -57,6 +59,8 @@ class Origin:
             source = picked(from_image, pick)
             metadata, enlarge = source.metadata, enlarge or 2.0
         settings = _settings(metadata)
+        if "control" in metadata:
+            found = replace(found, control=metadata["control"])
         if enlarge is None:
             return replace(
                 found,
@@ -76,6 +80,31 @@ class Origin:
             factor=enlarge,
             folder=from_image.parent,
         )
+
+    def loras(self, given: list) -> list[tuple[Path, float]]:
+        """The LoRAs with their weights: those that are given, else the repeated picture's, whose
+        files lie beside it. Raises UsageError for one that is missing or another file."""
+        found = []
+        for row in given:
+            if isinstance(row, tuple):
+                found.append(row)
+                continue
+            assert self.folder is not None
+            file = self.folder / Path(row["name"]).name
+            if not file.is_file():
+                raise UsageError(
+                    f"--from-image was drawn with {printable(file.name)}, which is not beside it: "
+                    "give it with --lora"
+                )
+            with open_regular(file) as f:
+                digest = hashlib.file_digest(f, "sha256").hexdigest()  # type: ignore[arg-type]
+            if digest != row["sha256"]:
+                raise UsageError(
+                    f"{printable(file.name)} is not the LoRA that --from-image was drawn with: its "
+                    "checksum differs; give the right one with --lora"
+                )
+            found.append((file, row["weight"]))
+        return found
 
     @property
     def begins_from_a_picture(self) -> bool:
@@ -97,6 +126,46 @@ class Origin:
         for name in given:
             raise UsageError(f"--{name.replace('_', '-')} needs --image: there is none")
         return None
+
+    def check_control(self, control: Path | None, job: dict) -> None:
+        """Fill in the control image of a repeated picture: it lies beside it. Raises UsageError for
+        a ControlNet without an image, and the other way round."""
+        if self.control and job["control_image"] is None:
+            name = self.control["image"]
+            assert self.folder is not None
+            image = None if name is None else self.folder / Path(name).name
+            if image is None or not image.is_file():
+                what = "a picture without a name" if name is None else printable(name)
+                raise UsageError(
+                    f"--from-image follows {what}, which is not beside it: give it with "
+                    "--control-image"
+                )
+            job["control_image"] = image
+        if job["control_image"] is None:
+            for flag, value in (("--control", control), ("--control-scale", job["control_scale"])):
+                if value is not None:
+                    raise UsageError(f"{flag} needs --control-image: there is none to follow")
+        elif control is None:
+            name = f", {printable(self.control['model'])}" if self.control else ""
+            raise UsageError(f"--control-image needs --control, a ControlNet{name}")
+
+    def control_canvas(self, pipe, job: dict) -> "Canvas":
+        """The control image at the job's size. Raises UsageError, also for another than a repeated
+        picture's."""
+        if job.get("image") is not None:
+            height, width = job["image"].pixels.shape[:2]
+        else:
+            width, height = job["width"], job["height"]
+        is_the_same = job["control_image"].name == self.control.get("image")
+        fit = {"fit": self.control["fit"]} if is_the_same else {}
+        canvas = pipe.control_canvas(job["control_image"], width=width, height=height, **fit)
+        own = self.settings.get("width"), self.settings.get("height")
+        if is_the_same and (width, height) == own and canvas.sha256 != self.control["sha256"]:
+            raise UsageError(
+                f"{printable(job['control_image'].name)} is not the picture that --from-image "
+                "follows: its checksum differs; give the right one with --control-image"
+            )
+        return canvas
 
     def _again(self, pipe, size: dict, given: dict) -> "Canvas":
         """The canvas of a repeated picture: its files lie beside it, by name and checksum."""
@@ -136,7 +205,10 @@ def _settings(metadata: dict) -> dict[str, Any]:
         "prompts": [metadata["prompt"]],
         "seeds": [metadata["seed"]],
         "kv": metadata.get("kv", {}),
+        "lora": metadata.get("lora", []),
+        "lora_merge": any(row.get("merged") for row in metadata.get("lora", [])) or None,
         **{key: metadata[key] for key in _SAME},
         **{key: metadata.get(key) for key in _MAYBE},
         **{key: of_image.get(key) for key in _STRENGTH},
+        "control_scale": metadata.get("control", {}).get("scale"),
     }

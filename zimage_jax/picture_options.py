@@ -123,6 +123,18 @@ _PICTURE = [
         "[default: the model's own side, where a picture is too large for model or memory]",
     ),
     click.option(
+        "--control-image",
+        type=FILE,
+        help="Picture that the drawing follows (edges, depth, a pose), by the ControlNet of "
+        "--control. Without a size the drawing has its own.",
+    ),
+    click.option(
+        "--control-scale",
+        type=Number(float, 0, 10),
+        metavar="S",
+        help="How much it follows; 0 is not at all.  [default: 0.75]",
+    ),
+    click.option(
         "--enlarge",
         type=Number(float, 1, 8),
         metavar="FACTOR",
@@ -146,6 +158,7 @@ _PICTURE = [
 OF_JOB = (
     *("sampler", "sigmas", "shift", "cfg_normalization", "cfg_truncation"),
     *("strength", "strength_rule", "differential", "region"),
+    *("control_image", "control_scale"),
     *("prompt_weights", "text_weight", "variance"),
 )
 OF_CANVAS = "image", "mask", "fit", "mask_blur", "mask_grow", "crop_mask"

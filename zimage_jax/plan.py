@@ -37,6 +37,12 @@ BUCKET = 64  # caption tokens: a sentence or two
     "'layers.*=int8'.  [default: bfloat16]",
 )
 @click.option(
+    "--control",
+    metavar="FOLDER|NAME",
+    help="Follow a control image, by a ControlNet that checkpoints_convert wrote, or by the sizes of "
+    "union-1.0, union-2.0, union-2.1 or union-2.1-lite.",
+)
+@click.option(
     "--card",
     metavar="NAME|FILE",
     help="A card's name, as in rtx-4090, or rtx-4090@x8 in a slot with 8 lanes, or the file of a "
@@ -98,6 +104,7 @@ BUCKET = 64  # caption tokens: a sentence or two
     metavar="N",
     help="Plan up to N such pictures in flight together, which share the weights on their way.",
 )
+@options.lora_options
 @options.kv_options
 @options.memory_options
 @click.option("--explain", is_flag=True, help="Print what takes the device memory, array by array.")
@@ -105,6 +112,7 @@ BUCKET = 64  # caption tokens: a sentence or two
 def command(
     model,
     form,
+    control,
     card,
     cards,
     split,
@@ -122,6 +130,8 @@ def command(
     kv_switch_t,
     kv_group,
     kv_reuse,
+    lora,
+    lora_merge,
     **memory_flags,
 ) -> None:
     """Print a plan for each size of picture, without drawing any.
@@ -149,7 +159,9 @@ def command(
     from .weights.formats import describe, is_encoded, uniform
 
     wanted = list(map(find, names))
-    name, storage = _model(model, form, bool(wanted))
+    name, storage = _model(model, form, bool(wanted), control)
+    if lora and not lora_merge:  # merged LoRAs change no bytes
+        storage = _with_loras(storage, lora)
     steps = steps or storage.config.defaults.steps
     device = devices.of_cards(wanted, storage, compiles) if wanted else devices.own(storage)
     if host_gbps is not None:
@@ -232,12 +244,15 @@ def _budget(memory: "Memory", device: devices.Device, *, is_card: bool) -> "Budg
 # -- model and sizes -------------------------------------------------------------------------------
 
 
-def _model(model: str | None, form: str | None, has_card: bool) -> "tuple[str, Storage]":
-    """The model's name, and its parameters as stored."""
-    from .model.config import PRESETS
-    from .pipeline.pipeline import TINY
-    from .weights.checkpoint import Checkpoint
+def _model(
+    model: str | None, form: str | None, has_card: bool, control: str | None
+) -> "tuple[str, Storage]":
+    """The model's name, and its parameters as stored, with those of the ControlNet."""
+    from .model.config import CONTROLS, PRESETS
+    from .weights.controlled import Controlled
     from .weights.formats import parse
+    from .weights.in_place import open_control, open_model
+    from .weights.search import TINY
 
     if model is None and has_card:
         model = "turbo"
@@ -246,16 +261,42 @@ def _model(model: str | None, form: str | None, has_card: bool) -> "tuple[str, S
             "--model is needed: a folder written by checkpoints_convert, or one of "
             f"{', '.join(PRESETS)}"
         )
+    if control is not None and control not in CONTROLS and not Path(control).exists():
+        raise UsageError(f"--control {control}: neither a folder nor one of {', '.join(CONTROLS)}")
     if model in PRESETS:
-        return model, parse(PRESETS[model], form or "bfloat16")
+        storage = parse(PRESETS[model], form or "bfloat16")
+        if control is None:
+            return model, storage
+        if control in CONTROLS:
+            config = replace(PRESETS[model], control=CONTROLS[control])
+            return f"{model} with {control}", parse(config, form or "bfloat16")
+        raise UsageError(f"--control {control}: with {model} expected one of {', '.join(CONTROLS)}")
     if form is not None:
         raise UsageError(
             f"--format is for {', '.join(PRESETS)}; a checkpoint is stored as it was converted"
         )
-    if model is not None and not Path(model).exists():
+    if model is not None and "," not in model and not Path(model).exists():
         raise UsageError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
-    checkpoint = Checkpoint(model or TINY)
-    return checkpoint.path.resolve().name, checkpoint.storage
+    files = open_model(model or TINY)
+    name = files.path.resolve().name
+    if control is None:
+        return name, files.storage
+    if control in CONTROLS:
+        raise UsageError(f"--control {control}: with a folder as --model expected a folder")
+    of = open_control(control, files.config)
+    return f"{name} with {of.path.resolve().name}", Controlled(files, of).storage
+
+
+def _with_loras(storage: "Storage", files) -> "Storage":
+    """The model with LoRAs beside it. Raises ForeignError and ConversionError."""
+    from .weights.adapters import storage_beside
+    from .weights.lora import open_lora
+
+    opened = [(open_lora(file, storage.config), weight) for file, weight in files]
+    for found, _ in opened:
+        if found.remark:
+            click.echo(f"warning: {found.remark}", err=True)
+    return storage_beside(storage, opened)
 
 
 def _pixels(text: str, config: "ModelConfig") -> tuple[int, int]:
@@ -304,6 +345,7 @@ def _rows(
             bucket=BUCKET,
             prompts=2 if config.defaults.guidance else 1,
             encodes=from_picture,
+            controls=config.control is not None,
             region=region_of(config, width, height) if from_picture else None,
         )
         row: dict = {"size": f"{width}x{height}", "width": width, "height": height}

@@ -1,25 +1,23 @@
 """The engine in a process of its own, which is started again when it dies or hangs."""
 
+import functools
 import itertools
-import os
 import pickle
 import secrets
-import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from . import checks
 from .errors import EngineError, UsageError
+from .link import Child, Link
 from .model.config import ModelConfig
 from .pipeline.engine import IN_FLIGHT
 from .pipeline.job import Step
@@ -39,13 +37,37 @@ class Remote(Handle):
     """A job in the other process. It is kept here until it has ended, and sent again after a death."""
 
     number: int
+    draws: bool  # or it is planned alone
     message: bytes  # as it was when it was submitted
-    ask: Callable[[bytes], None]
+    ask: Callable[[bytes], None]  # of who has it
     is_planning: bool = False  # the process plans it
     is_started: bool = False
     restarts: int = 0  # of the process, while the job was in flight
     deaths: int = 0  # those since its last NFE
     _seen: int = -1  # NFEs
+
+    @classmethod
+    def of(
+        cls,
+        word: str,
+        job: dict[str, Any],
+        on_event: Callable[[Event | None], None] | None,
+        ask: Callable[[bytes], None],
+    ) -> "Remote":
+        """A job to submit or to plan. Raises UsageError if it cannot go to another process."""
+        number = next(_NUMBERS)
+        try:
+            message = pickle.dumps((word, number, job))
+        except Exception as fault:
+            raise UsageError(f"a job's arguments go to another process: {fault}") from None
+        return cls(
+            number=number,
+            draws=word != "plan",
+            message=message,
+            ask=ask,
+            listener=on_event,
+            wants_steps=on_event is not None,
+        )
 
     def __repr__(self) -> str:
         state = "done" if self.done() else "in flight" if self.is_started else "waiting"
@@ -67,16 +89,26 @@ class Remote(Handle):
         super().tell(event)
 
 
+def with_seed(options: dict[str, Any]) -> dict[str, Any]:
+    """A job whose seeds of -1 are drawn, so that it is the same in each process."""
+    seed = options.get("seed", -1)
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    drawn = [secrets.randbits(32) if number == -1 else number for number in seeds]
+    return options | {"seed": drawn[0] if isinstance(seed, int) else drawn}
+
+
 class ZImageProcess:
     """A model in a process of its own: a crash, a hang or another budget starts it again, and every
     job goes on. A job gives the same picture in any process.
 
-    `path`, `dtype`, `memory`, `in_flight`: as of ZImage.load. `patience`: seconds without progress after which
+    `path`, `control`, `dtype`, `memory`, `in_flight`: as of ZImage.load. `patience`: seconds without progress after which
     the process counts as hung. `on_start(seconds, nbytes)` is called after each start: the seconds to
     start the process, to open the model, to plan a picture and to read what it streams, and the
-    bytes read into host memory. `device`: the GPU that the process sees, by number, or several that share
-    the blocks out; JAX_PLATFORMS=cpu makes each number a device of the CPU. `heir(job)`: called for each job that is left when the
-    process cannot be started again; True if it took the job.
+    bytes read into host memory. `device`: the GPU that the process sees, by number, or several that
+    share the blocks out; JAX_PLATFORMS=cpu makes each number a device of the CPU. `heir(job)`: called
+    for each job that is left when the process cannot be started again; True if it took the job.
+    `on_room`: called when a job has ended, or all of them.
+    `launch`: starts the process elsewhere. `tries`: to start it again when it has died.
 
     Raises what ZImage.load raises, and EngineError if the process cannot be started.
     """
@@ -85,27 +117,38 @@ class ZImageProcess:
         self,
         path: str | Path | None = None,
         *,
+        control: str | Path | None = None,
         dtype: str | None = None,
         memory: Memory | None = None,
         patience: float | int = PATIENCE,
         on_start: Callable[[dict[str, float], int], None] | None = None,
-        device: int | tuple[int, ...] | None = None,
+        device: int | tuple[int, ...] | str | None = None,
         heir: Callable[["Remote"], bool] | None = None,
+        on_room: Callable[[], None] | None = None,
         in_flight: int | None = None,
+        launch: Callable[[], Link] | None = None,
+        tries: int = STARTS,
     ):
         if sys.platform == "win32":
             raise UsageError("an engine in its own process needs Linux or macOS: use ZImage")
         self._arguments: dict[str, Any] = {
-            **{"path": path, "dtype": dtype, "memory": memory, "in_flight": in_flight}
+            **{"path": path, "control": control, "dtype": dtype},
+            **{"memory": memory, "in_flight": in_flight},
         }
         self._patience, self._on_start = patience, on_start
-        self.device, self._heir = device, heir
+        self.device, self._heir, self._on_room = device, heir, on_room
+        if launch is None:
+            assert not isinstance(device, str), "a device's name is for messages"
+            numbers = device if isinstance(device, tuple) else () if device is None else (device,)
+            launch = functools.partial(Child.on, *numbers)
+        self._launch = launch
+        self._tries = tries
         self._lock, self._requests = threading.RLock(), dict[int, Remote]()
         self.starts, self.held = 0, dict[str, int]()  # device bytes by array, a second old
         self.seconds: dict[str, float] = {}  # of the last start: start, open, plan and read
         self.host_bytes = 0  # read into host memory by the last start
         self._is_closed = self._is_wanted = False  # the process is to end; and to start again
-        self._fault: Exception | None = None  # why there is no process
+        self.fault: Exception | None = None  # why there is no process, unless it was closed
         self._outbox: SimpleQueue[bytes | None] | None = None  # None while there is no process
         self._watcher = threading.Thread(
             target=self._watch, args=[self._start()], name="zimage process", daemon=True
@@ -123,9 +166,7 @@ class ZImageProcess:
         self.close()
 
     def __repr__(self) -> str:
-        return (
-            f"<ZImageProcess {self._process.pid}: {len(self._requests)} jobs, {self.starts} starts>"
-        )
+        return f"<ZImageProcess {self.pid}: {len(self._requests)} jobs, {self.starts} starts>"
 
     @property
     def is_closed(self) -> bool:
@@ -153,24 +194,35 @@ class ZImageProcess:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._link.pid
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the process runs on this machine."""
+        return self._link.is_here
 
     def submit(
         self,
-        prompt: str,
+        prompt: str | None = None,
         *,
         on_event: Callable[[Event | None], None] | None = None,
         **options: Any,
     ) -> Remote:
         """As ZImage.submit, but what is wrong with the job is raised by `result`. A seed of -1 is
         drawn here, so that the job is the same in each process."""
-        seed = options.pop("seed", -1)
-        seeds = [seed] if isinstance(seed, int) else list(seed)
-        drawn = [secrets.randbits(32) if number == -1 else number for number in seeds]
-        options["seed"] = drawn[0] if isinstance(seed, int) else drawn
-        return self._sent("submit", {"prompt": prompt, **options}, on_event)
+        return self._sent("submit", with_seed({"prompt": prompt, **options}), on_event)
 
-    def plan(self, prompt: str, **options: Any) -> Remote:
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        on_event: Callable[[Event | None], None] | None = None,
+        **options: Any,
+    ) -> Remote:
+        """As ZImage.submit_encode."""
+        return self._sent("encode", {"texts": texts, **options}, on_event)
+
+    def plan(self, prompt: str | None = None, **options: Any) -> Remote:
         """As ZImage.plan: its result is Planned."""
         return self._sent("plan", {"prompt": prompt, **options}, None)
 
@@ -179,51 +231,37 @@ class ZImageProcess:
         if memory is not None:
             self._arguments["memory"] = checks.instance("memory", memory, Memory)
         self._is_wanted = True
-        self._process.kill()
+        self._link.kill()
 
     def close(self) -> None:
         """End the process, and all jobs that are not done."""
         self._is_closed = True
-        self._process.kill()
+        self._link.kill()
         self._watcher.join()
         self._end_all(CancelledError("the engine was closed"))
 
+    def wait(self) -> None:
+        """Wait until it takes no more jobs, because it was closed or cannot be started again."""
+        self._watcher.join()
+
     # -- the process -------------------------------------------------------------------------------
 
-    def _start(self) -> Connection:
+    def _start(self) -> Link:
         """Start the process and wait until the model is open. Raises what it cannot open."""
-        began, device = time.perf_counter(), self.device
-        numbers = () if device is None else device if isinstance(device, tuple) else (device,)
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "zimage_jax.worker",
-                    str(theirs.fileno()),
-                    *map(str, numbers),
-                ],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=_environment(numbers) if numbers else None,
-            )
-        link = Connection(ours.detach())
+        began = time.perf_counter()
+        self._link = link = self._launch()
         try:
             if self._is_closed:  # meanwhile
-                self._process.kill()
-            link.send(self._arguments)
+                link.kill()
+            link.send_bytes(pickle.dumps(self._arguments))
             word, _, what = link.recv()
         except (EOFError, OSError):
-            code = self._end(link)
-            raise EngineError(
-                f"the engine's process ended at its start ({_ending(code)})"
-            ) from None
+            raise EngineError(f"the engine's process ended at its start ({link.end()})") from None
         except BaseException:
-            self._end(link)
+            link.end()
             raise
         if word == "failed":
-            self._end(link)
+            link.end()
             raise what
         self.config, self.name, self.description, self.seconds, self.host_bytes = what
         self.seconds["start"] = time.perf_counter() - began - sum(self.seconds.values())
@@ -233,17 +271,11 @@ class ZImageProcess:
             if self._on_start is not None:
                 self._on_start(self.seconds, self.host_bytes)
         except BaseException:
-            self._end(link)
+            link.end()
             raise
         return link
 
-    def _end(self, link: Connection) -> int:
-        """End the process, if it has not ended. Returns its exit code."""
-        self._process.kill()
-        link.close()
-        return self._process.wait()
-
-    def _watch(self, link: Connection) -> None:
+    def _watch(self, link: Link) -> None:
         """In a thread: hear the process, and start it again if it dies or hangs."""
         self._send_all(link)
         while True:
@@ -251,33 +283,39 @@ class ZImageProcess:
                 if link.poll(1.0):
                     self._hear(*link.recv())
                 if self._is_hung():
-                    self._process.kill()
+                    link.kill()
                 continue
             except Exception:  # it has died, or sent what cannot be read
-                code = self._end(link)
+                ending = link.end()
             with self._lock:
                 assert self._outbox is not None
                 self._outbox.put(None)
                 self._outbox = None
-            again = None if self._is_closed else self._start_again()
+            if not self._is_closed:
+                self._blame(ending)
+            again = None if self._is_closed else self._start_again(ending)
             if again is None:
-                self._end_all(self._fault or CancelledError("the engine was closed"))
+                self._end_all(self.fault or CancelledError("the engine was closed"))
                 return
             link = again
-            self._blame(code)
             self._send_all(link)
+            self._tell_room()  # if it was asked to draw what it died of
 
-    def _start_again(self) -> Connection | None:
-        for _ in range(STARTS):
+    def _start_again(self, ending: str) -> Link | None:
+        self.fault = EngineError(f"the engine's process ended ({ending})")
+        for _ in range(self._tries):
             try:
-                return self._start()
+                link = self._start()
             except Exception as fault:
                 if self._is_closed:
                     return None
-                self._fault = EngineError(f"the engine cannot be started again: {fault}")
+                self.fault = EngineError(f"the engine cannot be started again: {fault}")
+            else:
+                self.fault = None
+                return link
         return None
 
-    def _blame(self, code: int) -> None:
+    def _blame(self, ending: str) -> None:
         """Count a death of the process for the jobs that it planned or drew, and end those to
         blame."""
         with self._lock:
@@ -290,8 +328,7 @@ class ZImageProcess:
                 fault: BaseException = remote.cancelled()
             elif remote.deaths >= TRIES:
                 fault = EngineError(
-                    f"the engine's process ended {TRIES} times before an NFE of this job "
-                    f"({_ending(code)})"
+                    f"the engine's process ended {TRIES} times before an NFE of this job ({ending})"
                 )
             else:
                 continue
@@ -299,7 +336,7 @@ class ZImageProcess:
                 self._requests.pop(remote.number, None)
             remote.end(fault=fault)
 
-    def _send_all(self, link: Connection) -> None:
+    def _send_all(self, link: Link) -> None:
         """Send all jobs that are not done; those that are submitted from now on are sent at once.
 
         A thread sends, for a process that hangs reads nothing.
@@ -338,6 +375,11 @@ class ZImageProcess:
         else:
             self._progressed = time.monotonic()
             remote.end(**{"result" if word == "done" else "fault": what})
+            self._tell_room()
+
+    def _tell_room(self) -> None:
+        if self._on_room is not None:
+            self._on_room()
 
     def _is_hung(self) -> bool:
         with self._lock:
@@ -352,9 +394,11 @@ class ZImageProcess:
         for remote in left:
             if not (is_broken and self._heir is not None and self._heir(remote)):
                 remote.end(fault=fault)
+        if is_broken:
+            self._tell_room()
 
     def adopt(self, remote: Remote) -> bool:
-        """Take a job of another process, which draws it no more. False if this one is closed."""
+        """Take a job that no other process draws, or draws any more. False if this one is closed."""
         remote.restarts += remote.is_started
         remote.is_planning = remote.is_started = False
         with self._lock:
@@ -370,25 +414,9 @@ class ZImageProcess:
     def _sent(
         self, word: str, job: dict[str, Any], on_event: Callable[[Event | None], None] | None
     ) -> Remote:
-        number = next(_NUMBERS)
-        try:
-            message = pickle.dumps((word, number, job))
-        except Exception as fault:
-            raise UsageError(f"a job's arguments go to another process: {fault}") from None
-        remote = Remote(
-            number=number,
-            message=message,
-            ask=self._ask,
-            listener=on_event,
-            wants_steps=on_event is not None,
-        )
-        with self._lock:
-            if self._is_closed:
-                raise EngineError(
-                    f"the engine is closed{f' ({self._fault})' if self._fault else ''}"
-                )
-            self._requests[number] = remote
-            self._ask(message)
+        remote = Remote.of(word, job, on_event, self._ask)
+        if not self.adopt(remote):
+            raise EngineError(f"the engine is closed{f' ({self.fault})' if self.fault else ''}")
         return remote
 
     def _ask(self, message: bytes) -> None:
@@ -405,24 +433,6 @@ def without_model(event: Event) -> Event:
     return Step(event.index, event.steps, event.t, event.latents, _Made(event.previews()))
 
 
-def _environment(devices: tuple[int, ...]) -> dict[str, str]:
-    """Of a process that sees these GPUs."""
-    return os.environ | {
-        "CUDA_VISIBLE_DEVICES": visible(devices),
-        "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cuda,cpu",
-    }
-
-
-def visible(devices: tuple[int, ...]) -> str:
-    """CUDA_VISIBLE_DEVICES of a process that sees these GPUs alone. Raises UsageError."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = seen.split(",") if seen else []
-    for device in devices:
-        if names and device >= len(names):
-            raise UsageError(f"device {device}: CUDA_VISIBLE_DEVICES names {len(names)} devices")
-    return ",".join(names[device] if names else str(device) for device in devices)
-
-
 class _Made:
     """Previews, in place of the function that makes them."""
 
@@ -431,7 +441,3 @@ class _Made:
 
     def __call__(self, latents):
         return self._pixels
-
-
-def _ending(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"

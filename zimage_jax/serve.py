@@ -9,6 +9,7 @@ import importlib.util
 import ipaddress
 import threading
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,50 @@ from .options import Number
 @click.option(
     "--page/--no-page", "has_page", default=True, help="Show the page at /, or only APIs."
 )
+@click.option(
+    "--loras",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    metavar="FOLDER",
+    help="Folder whose LoRAs (.safetensors) clients may choose by name.",
+)
+@click.option(
+    "--tensors",
+    "has_tensors",
+    is_flag=True,
+    help="Add routes that take and give text features, latents and pictures as tensors, for ComfyUI.",
+)
+@click.option(
+    "--parent",
+    type=Number(int, 1, 2**31 - 1),
+    metavar="PID",
+    help="End when this process has ended.",
+)
 @options.MODEL
+@options.CONTROL
 @options.DTYPE
 @options.memory_options
 @options.DEVICES
 @options.split("pictures")
+@options.CLUSTER
 def command(
-    host, port, data, api_key, hosts, most, has_page, model, dtype, devices, split, **memory_flags
+    *,
+    host,
+    port,
+    data,
+    api_key,
+    hosts,
+    most,
+    has_page,
+    loras,
+    has_tensors,
+    parent,
+    model,
+    control,
+    dtype,
+    devices,
+    split,
+    cluster,
+    **memory_flags,
 ) -> None:
     """Serve pictures until Ctrl-C or SIGTERM.
 
@@ -82,12 +120,12 @@ def command(
             f"--host {host}: other machines could use this server; give it an --api-key, or listen "
             "at 127.0.0.1"
         )
-    memory: Any
-    has_process_each = bool(devices) and split == "pictures"
-    if has_process_each:
-        memory = options.memories_of(devices, **memory_flags)
-    else:
-        memory = options.memory_of(devices=devices or (), **memory_flags)
+    if parent is not None:
+        interrupts.end_with(parent)
+    places: Any = {"devices": devices, "split": split, "cluster": cluster}
+    places["say"] = partial(click.echo, err=True)
+    given: Any = {"control": control, "dtype": dtype}
+    open_engine = options.engine_of(model, **places, memory_flags=memory_flags, **given)
     with interrupts.at_once():
         try:
             from .server import app
@@ -100,20 +138,21 @@ def command(
             raise UsageError(
                 f'{fault}: the server needs more packages; pip install "zimage_jax[serve]"'
             ) from None
-        from .pool import ZImagePool
-        from .process import ZImageProcess
-
-    def open_engine() -> ZImageProcess | ZImagePool:
-        if has_process_each:
-            return ZImagePool(model, devices=devices, dtype=dtype, memory=memory)
-        return ZImageProcess(model, dtype=dtype, memory=memory, device=devices or None)
 
     with (
         closing(app.listen(host, port)) as listener,
         closing(app.Store(data)) as store,
         open_engine() as engine,
     ):
-        app.serve(engine, store, listener, most=most, key=api_key, hosts=hosts, has_page=has_page)
+        app.serve(
+            *(engine, store, listener),
+            most=most,
+            key=api_key,
+            hosts=hosts,
+            has_page=has_page,
+            loras=loras,
+            has_tensors=has_tensors,
+        )
 
 
 def _is_loopback(host: str) -> bool:

@@ -3,8 +3,8 @@
     python -m zimage_jax.worker SOCKET [DEVICE]...
 
 SOCKET is the inherited descriptor of a socket to the owner, DEVICE the number of a GPU that must be
-drawn with; several share the blocks out. The first message has the arguments of ZImage.load; messages are answered until the
-socket closes.
+drawn with; several share the blocks out. The first message has the arguments of ZImage.load, where
+path and control may be a Sought; messages are answered until the socket closes.
 """
 
 import functools
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import cli
 from .errors import UsageError
+from .pipeline.request import Planned
 from .process import without_model
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ class Worker:
                 done = "done", number, self._pipe.plan(**job)
             else:
                 heard = functools.partial(self._heard, number)
-                request = self._pipe.submit(**job, on_event=heard)
+                submit = self._pipe.submit if word == "submit" else self._pipe.submit_encode
+                request = submit(**job, on_event=heard)
+                self._heard(number, Planned(request.plan, request.budget))
                 done = "planning", number, False
                 with self._lock:
                     self._requests[number] = request
@@ -144,8 +147,15 @@ def main() -> None:
             cli.start_jax()
             devices = _devices(*sys.argv[2:])
             from .pipeline.pipeline import ZImage
+            from .weights.search import Sought
 
+            sought = {n: of for n, of in arguments.items() if isinstance(of, Sought)}
+            arguments |= {n: of.find() for n, of in sought.items()}
             pipe = ZImage.load(**arguments, device=devices)
+            if "path" in sought:  # pictures have the names in their metadata
+                pipe.name = sought["path"].name
+            if "control" in sought:
+                pipe.control_name = sought["control"].name
             pipe.measure()
             opened = time.perf_counter()
             plan = pipe.plan("a", seed=0).plan

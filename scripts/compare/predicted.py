@@ -40,10 +40,10 @@ def seconds_of(cell: dict, result: "Result", against: list[Drawn]) -> dict:
     resident run's and those of the copies."""
     import jax.numpy as jnp
 
-    from zimage_jax.pipeline.pipeline import TINY
     from zimage_jax.runtime.placement import Placement, default_dtype
     from zimage_jax.runtime.rates import measure
     from zimage_jax.weights.checkpoint import Checkpoint
+    from zimage_jax.weights.search import TINY
 
     if result.plan.choices["text"].stream is None:  # the host's text encoder is not predicted
         return {"predicted_seconds": None, "predicted_cpu_seconds": None}

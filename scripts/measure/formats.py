@@ -28,11 +28,11 @@ from zimage_jax.model import dit, ops
 from zimage_jax.model.attention import Attend
 from zimage_jax.model.config import TURBO
 from zimage_jax.model.layers import named_arrays, with_arrays
-from zimage_jax.pipeline.pipeline import TINY
 from zimage_jax.weights import components
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.encodings import Lossless
 from zimage_jax.weights.formats import FORMATS
+from zimage_jax.weights.search import TINY
 
 BATCH = 20
 REFERENCE = "bfloat16"

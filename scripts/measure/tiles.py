@@ -17,9 +17,9 @@ from scripts.tiny import data as tiny_data
 from zimage_jax.model import vae
 from zimage_jax.model.vae_strips import decode_tiles
 from zimage_jax.pipeline.picture import to_uint8
-from zimage_jax.pipeline.pipeline import TINY
 from zimage_jax.runtime.reader import load
 from zimage_jax.weights.checkpoint import Checkpoint
+from zimage_jax.weights.search import TINY
 
 
 def psnr(pictures: np.ndarray, others: np.ndarray) -> np.ndarray:

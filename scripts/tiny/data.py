@@ -7,7 +7,7 @@ shorter side. One combination in ten (of shape, colour and background; of both s
 the relation; of the glyphs) is held out by a hash and never drawn for training."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,8 @@ SHAPES = {
     "cross": "十字形",
     "heart": "心形",
 }
+# what the tiny model never saw: scripts/tiny/train_lora.py teaches it
+TAUGHT = {"arrow": "箭头"}
 MIDDLE = "in the middle"  # where a shape lies when the caption does not say
 POSITIONS = {  # centre of the shape, as fractions of width and height
     "on the left": (0.27, 0.5),
@@ -135,6 +137,18 @@ def random_scene(
     while True:
         chosen = kind or rng.choice(["one", "pair", "text"], p=shares)
         scene = {"one": _one, "pair": _pair, "text": lambda r: _text(r, glyphs)}[chosen](rng)
+        if scene.held_out == held_out:
+            return scene
+
+
+def taught_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
+    """A scene of one shape that the tiny model never saw; its combinations are held out as all
+    are."""
+    while True:
+        scene = _one(rng)
+        (item,) = scene.items
+        shape = str(rng.choice(list(TAUGHT)))
+        scene = replace(scene, items=(replace(item, shape=shape),))
         if scene.held_out == held_out:
             return scene
 
@@ -264,7 +278,9 @@ def _chinese(scene: Scene, pick) -> str:
         names = []
         for item in scene.items:
             size = SIZES[scene.size][0] if scene.size else ""
-            names.append(f"{size}{COLOURS_ZH[item.colour]}色{pick('的', '')}{SHAPES[item.shape]}")
+            names.append(
+                f"{size}{COLOURS_ZH[item.colour]}色{pick('的', '')}{(SHAPES | TAUGHT)[item.shape]}"
+            )
         if scene.relation:
             names = [pick("一个", "") + n for n in names]
             body = (
@@ -351,13 +367,16 @@ def _outline(shape: str) -> list[tuple[float, float]]:
             (-a, -b),
             (-b, -b),
         ]
+    if shape == "arrow":
+        a, b, neck = 1.0, 0.36, 0.1
+        return [(-a, -b), (neck, -b), (neck, -0.85), (a, 0), (neck, 0.85), (neck, b), (-a, b)]
     t = np.linspace(0, 2 * np.pi, 60, endpoint=False)  # the classic heart curve
     x = 16 * np.sin(t) ** 3
     y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
     return list(zip(x / 17, (y + 2.5) / 15.5, strict=True))
 
 
-OUTLINES = {shape: np.array(_outline(shape)) for shape in SHAPES}
+OUTLINES = {shape: np.array(_outline(shape)) for shape in (*SHAPES, *TAUGHT)}
 
 
 def draw(

@@ -4,6 +4,8 @@ No learned part: nearest palette colour per pixel, the largest connected piece o
 with each outline, correlation with each glyph. On true drawings it is right in 99 % and more
 (tests/test_tiny.py)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
@@ -15,7 +17,9 @@ from scripts.tiny.data import (
     LOOK_ALIKES,
     OUTLINES,
     POSITIONS,
+    SHAPES,
     SIZES,
+    TAUGHT,
     Scene,
     glyph_masks,
     text_boxes,
@@ -79,8 +83,10 @@ def _judge_shapes(labels: np.ndarray, scene: Scene) -> dict[str, bool]:
         return found | dict.fromkeys(asked + (["size"] if scene.size else []), False)
     if scene.relation == "inside":  # the inner shape cuts a hole into the outer one
         pieces[1] = ndimage.binary_fill_holes(pieces[1])
+    # a taught shape is looked for only where one is asked for: all other verdicts stay as they were
+    shapes = [*SHAPES, *(item.shape for item in scene.items if item.shape in TAUGHT)]
     found["shape"] = all(
-        best_shape(p) == item.shape for p, item in zip(pieces, scene.items, strict=True)
+        best_shape(p, shapes) == item.shape for p, item in zip(pieces, scene.items, strict=True)
     )
     boxes = [_box(p) for p in pieces]
     centres = [((l + r) / 2 / width, (t + b) / 2 / height) for l, t, r, b in boxes]  # noqa: E741
@@ -110,8 +116,8 @@ def _relation_holds(relation: str, centres, boxes) -> bool:
     return ahead > 0.1 and ahead > across
 
 
-def best_shape(mask: np.ndarray) -> str:
-    """The outline whose overlap with the piece is largest, both stretched to the same box."""
+def best_shape(mask: np.ndarray, shapes: Sequence[str] = tuple(SHAPES)) -> str:
+    """The one of `shapes` whose overlap with the piece is largest, both stretched to the same box."""
     left, top, right, bottom = _box(mask)
     cut = Image.fromarray(mask[top:bottom, left:right]).resize(
         (_GRID, _GRID), Image.Resampling.BILINEAR
@@ -120,6 +126,7 @@ def best_shape(mask: np.ndarray) -> str:
     scores = {
         name: (grid & outline).sum() / (grid | outline).sum()
         for name, outline in _stretched().items()
+        if name in shapes
     }
     return max(scores, key=scores.__getitem__)
 

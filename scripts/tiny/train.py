@@ -248,11 +248,23 @@ def split(params: Params) -> tuple[dit.DiT, text_encoder.TextEncoder]:
 
 
 def dit_loss(params: Params, key: Array, x: Float[Array, "B h w C"], sigma, ids, lengths) -> Array:
+    """`matching_loss` of the modules in `params`."""
+    return matching_loss(*split(params), key, x, sigma, ids, lengths)
+
+
+def matching_loss(
+    transformer: dit.DiT,
+    text: text_encoder.TextEncoder,
+    key: Array,
+    x: Float[Array, "B h w C"],
+    sigma,
+    ids,
+    lengths,
+) -> Array:
     """Flow matching: the model's velocity is picture minus noise."""
-    transformer, text = split(params)
     count, h, w, _ = x.shape
     sides = dit.inputs(CONFIG.transformer, h, w, np.full(count, CAPTION_BUCKET), CAPTION_BUCKET)
-    features = text_encoder.run(text.layers, text.embed_tokens[...][ids])
+    features = text_encoder.apply_blocks(text.layers, text.embed_tokens[...][ids])
     context = dit.context(transformer, features, lengths, sides.caption._replace(lengths=None))
     noise = jax.random.normal(key, x.shape)
     s = sigma[:, None, None, None]
@@ -313,7 +325,7 @@ def train_dit(
             encoded = [prompts.encode(c, CAPTION_BUCKET) for c in captions[group]]
             ids, lengths = batch_ids(encoded)
             sides = dit.inputs(config.transformer, 16, 16, lengths, ids.shape[1])
-            features = text_encoder.run(text.layers, text.embed_tokens[...][ids])
+            features = text_encoder.apply_blocks(text.layers, text.embed_tokens[...][ids])
             context = dit.context(transformer, features, lengths, sides.caption)
             noise = np.stack(
                 [sampling.noise_torch(i, 16, 16, 16) for i in range(first, first + len(ids))]

@@ -22,7 +22,8 @@ from checkpoints_convert.hub import Limits
 REPO = "someone/z-image"
 NAME = "vae/diffusion_pytorch_model.safetensors"
 DATA = np.random.default_rng(0).bytes(300_123)
-LIMITS = Limits(connections=3, timeout=0.5, retries=5, backoff=0.01, block=4096, segment=32768)
+# a timeout that no busy machine reaches: a part asked for twice would be counted twice
+LIMITS = Limits(connections=3, timeout=20, retries=5, backoff=0.01, block=4096, segment=32768)
 Fault = Callable[["Handler", str], bool]  # True if it answered
 
 

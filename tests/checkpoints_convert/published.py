@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from checkpoints_convert import sources
 from checkpoints_convert.convert import convert
 from tests import small
 from zimage_jax.model.layers import named_arrays
-from zimage_jax.weights import components
+from zimage_jax.weights import components, sources
 from zimage_jax.weights.checkpoint import Checkpoint
 
 CONFIG = small.CONFIGS["five_blocks"]
@@ -73,16 +72,12 @@ def assert_holds(found: Checkpoint, dtype=np.float32) -> None:
             np.testing.assert_array_equal(array, expected[path])
 
 
-def comfy_files(folder: Path, *, prefix: str = "", flux_vae: bool = True) -> dict[str, Path]:
-    """The same weights under ComfyUI's names, made by the inverse of nothing but NumPy."""
-    folder.mkdir()
-    tensors = TENSORS
+def comfy_named(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """diffusers' names of the DiT to ComfyUI's, with q, k and v fused."""
     renamed = {}
-    for name, array in tensors["transformer"].items():
+    for name, array in tensors.items():
         if ".to_q." in name:
-            parts = [
-                tensors["transformer"][name.replace("to_q", t)] for t in ("to_q", "to_k", "to_v")
-            ]
+            parts = [tensors[name.replace("to_q", t)] for t in ("to_q", "to_k", "to_v")]
             renamed[name.replace("to_q", "qkv")] = np.concatenate(parts)
         elif ".to_k." not in name and ".to_v." not in name:
             for old, new in {
@@ -94,6 +89,14 @@ def comfy_files(folder: Path, *, prefix: str = "", flux_vae: bool = True) -> dic
             }.items():
                 name = name.replace(old, new)
             renamed[name] = array
+    return renamed
+
+
+def comfy_files(folder: Path, *, prefix: str = "", flux_vae: bool = True) -> dict[str, Path]:
+    """The same weights under ComfyUI's names, made by the inverse of nothing but NumPy."""
+    folder.mkdir()
+    tensors = TENSORS
+    renamed = comfy_named(tensors["transformer"])
     renamed["norm_final.weight"] = np.ones(3, np.float32)
     dit_file, text_file, vae_file = (folder / f"{n}.safetensors" for n in ("dit", "text", "ae"))
     save_file({prefix + n: a for n, a in renamed.items()}, dit_file)

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
-from checkpoints_convert import commands, sources
+from checkpoints_convert import checksums, commands
 from checkpoints_convert.inspect import inspect
 from tests import small
 from tests.checkpoints_convert.published import (
@@ -39,7 +39,7 @@ from zimage_jax.model import dit, text_encoder, vae
 from zimage_jax.model.config import BASE, TURBO, DefaultsConfig
 from zimage_jax.model.layers import named_arrays
 from zimage_jax.weights import names as rules
-from zimage_jax.weights import writer
+from zimage_jax.weights import sources, writer
 
 # -- tables ----------------------------------------------------------------------------------------
 
@@ -300,19 +300,19 @@ def test_verify_compares_with_the_published_sums(folder, monkeypatch):
     sums = {
         n: hashlib.md5((folder / n).read_bytes(), usedforsecurity=False).hexdigest() for n in names
     }
-    monkeypatch.setattr(sources, "published_md5", lambda: sums)
-    sources.verify(folder, quiet=True)
+    monkeypatch.setattr(checksums, "published_md5", lambda: sums)
+    checksums.verify(folder, quiet=True)
     sums[names[0]] = "0" * 32
     sums["gone.json"] = "1" * 32
     with pytest.raises(ConversionError) as fault:
-        sources.verify(folder, quiet=True)
+        checksums.verify(folder, quiet=True)
     assert "gone.json is missing" in str(fault.value)
     assert f"{names[0]} has MD5" in str(fault.value)
 
 
 def test_the_published_sums_name_sixteen_files():
-    assert len(sources.published_md5()) == 16
-    assert all(len(digest) == 32 for digest in sources.published_md5().values())
+    assert len(checksums.published_md5()) == 16
+    assert all(len(digest) == 32 for digest in checksums.published_md5().values())
 
 
 def test_inspect_says_what_is_there(folder, tmp_path):

@@ -44,8 +44,10 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_passes(server, tmp_path, fault):
     said = []
-    server.faults = [some(2 if "stalled" in fault else 4, FAULTS[fault])]
-    download(tmp_path / "file", said=said)
+    stalls = "stalled" in fault
+    server.faults = [some(2 if stalls else 4, FAULTS[fault])]
+    limits = replace(LIMITS, timeout=0.5) if stalls else LIMITS
+    download(tmp_path / "file", limits=limits, said=said)
     assert (tmp_path / "file").read_bytes() == DATA
     assert os.listdir(tmp_path) == ["file"]
     assert said

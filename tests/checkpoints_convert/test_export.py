@@ -12,12 +12,13 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from checkpoints_convert import commands, export, sources
+from checkpoints_convert import commands, export
 from checkpoints_convert.convert import convert, reencode
 from checkpoints_convert.inspect import inspect
 from tests import small
 from tests.checkpoints_convert.published import CONFIG, TENSORS, arrays_of, comfy_files
 from zimage_jax.errors import ConversionError, DamagedError, OutputError
+from zimage_jax.weights import sources
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.writer import partial_folder
 
@@ -115,7 +116,7 @@ def test_there_and_back(natives, tmp_path, form, layout):
         source = sources.open_source(dst, {}, None, None)
         assert source.config == CONFIG
         tokenizer = dst / "tokenizer" / "tokenizer.json"
-        assert tokenizer.read_bytes() == Checkpoint(natives[form]).tokenizer.read_bytes()
+        assert tokenizer.read_bytes() == Checkpoint(natives[form]).tokenizer().read_bytes()
     else:
         files = {c: dst / name for c, name in COMFY.items()}
         configs = make(natives[form], tmp_path / "configs")

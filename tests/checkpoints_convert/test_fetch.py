@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
-from checkpoints_convert import commands, downloads, fetch, hub, sources
+from checkpoints_convert import checksums, commands, downloads, fetch, hub
 from checkpoints_convert import convert as converting
 from checkpoints_convert.convert import convert
 from checkpoints_convert.downloads import Download
@@ -21,6 +21,7 @@ from tests.checkpoints_convert.local_hub import REPO, LocalHub
 from tests.schedules import every
 from zimage_jax import cli
 from zimage_jax.errors import ConfigError, ConversionError, DownloadError, OutputError, UsageError
+from zimage_jax.weights import sources
 from zimage_jax.weights.writer import Writer, partial_folder
 
 LIMITS = Limits(connections=3, timeout=5.0, retries=2, backoff=0.01, block=65536, segment=1 << 18)
@@ -96,7 +97,7 @@ def test_the_published_model_is_verified_with_the_published_sums(
     server, files, tmp_path, monkeypatch
 ):
     sums = {n: hashlib.md5(d, usedforsecurity=False).hexdigest() for n, d in files.items()}
-    monkeypatch.setattr(sources, "published_md5", lambda: sums)
+    monkeypatch.setattr(checksums, "published_md5", lambda: sums)
     monkeypatch.setattr(fetch, "PUBLISHED", REPO)
     get(tmp_path / "right")
     sums[SHARD.format(2)] = "0" * 32

@@ -158,7 +158,7 @@ def test_every_missing_key_is_named(kind):
         (DiTConfig, {"qk_norm": False}, "qk_norm = False is not supported"),
         (DiTConfig, {"n_kv_heads": 1}, "n_kv_heads = 1"),
         (DiTConfig, {"all_patch_size": [2, 4]}, "all_patch_size"),
-        (DiTConfig, {"siglip_feat_dim": 1152}, "siglip_feat_dim"),
+        (DiTConfig, {"siglip_feat_dim": 1152}, "siglip_feat_dim = 1152: Z-Image Omni or Edit"),
         (DiTConfig, {"dim": 47}, "not a multiple of n_heads"),
         (DiTConfig, {"axes_dims": [8, 8, 4]}, "add up to"),
         (DiTConfig, {"dim": "48"}, "dim must be a whole number"),

@@ -111,6 +111,30 @@ def test_limits_of_guidance_are_those_of_diffusers(native):
     assert relative(free.latents, expected) > 1e-2
 
 
+def test_the_base_models_defaults_are_its_own(native):
+    job = ZImage.load(native("base")).submit("a red fox", seed=5, width=64, height=64)
+    report = job.result().report
+    assert (report["steps"], report["shift"], report["guidance"]) == (28, 6.0, 4.0)
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("limits", [{}, {"cfg_normalization": 1.0, "cfg_truncation": 0.6}])
+def test_the_base_model_agrees_with_diffusers(limits, native):
+    """diffusers' True is a normalization of 1."""
+    from tests import reference
+
+    given = {"cfg_normalization": 0.0, "cfg_truncation": 1.0} | limits
+    theirs = given | {"cfg_normalization": bool(given["cfg_normalization"])}
+    job = {"steps": 6, "guidance": 4.0}
+    expected = reference.limited(small.BASE, "a red fox", 5, 64, **job, **theirs)
+    pipe = ZImage.load(native("base"))
+    result = pipe.generate("a red fox", seed=5, width=64, height=64, steps=6, **given)
+    assert relative(result.latents, expected) <= 1e-4
+    turbo = ZImage.load(native("plain"))
+    other = turbo.generate("a red fox", seed=5, width=64, height=64, **job, **given)
+    assert relative(other.latents, expected) > 1e-2, "the shift is the model's own"
+
+
 # -- under every schedule --------------------------------------------------------------------------
 
 QUICK = ["soft mask", "masked regions", "no NFE"]

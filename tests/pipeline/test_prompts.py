@@ -75,10 +75,10 @@ def test_the_plan_counts_the_neutral_texts(native):
 
 
 def test_variance_is_of_the_prompts_and_of_each_seed(pipe, monkeypatch):
-    from zimage_jax.pipeline.stages import context
-
-    seen, features = [], context._features
-    monkeypatch.setattr(context, "_features", lambda *of: seen.append(features(*of)) or seen[-1])
+    seen, features = [], Job.features_of_contexts
+    monkeypatch.setattr(
+        Job, "features_of_contexts", lambda *of: seen.append(features(*of)) or seen[-1]
+    )
     job = JOB | {"seed": [1, 2], "guidance": 2.0, "negative_prompt": "b"}
     drawn = [pipe.generate("a", variance=v, **job) for v in (0.0, 0.5)]
     (plain_1, plain_2, no_1, no_2), (varied_1, varied_2, still_1, still_2) = seen

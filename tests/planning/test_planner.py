@@ -1,6 +1,7 @@
 """What the planner promises whatever the programs take."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tests import small
 from tests.planning.jobs import one_phase, plan_of, planner, square
 from zimage_jax.errors import OutOfMemoryError
+from zimage_jax.model.config import ControlConfig
 from zimage_jax.model.kv import KVPolicy
 from zimage_jax.model.samplers import SAMPLERS, Trajectory
 from zimage_jax.pipeline.stages import STAGES
@@ -21,7 +23,8 @@ from zimage_jax.planning.work import Work
 from zimage_jax.units import GIB
 from zimage_jax.weights.formats import uniform
 
-STORAGE = uniform(small.CONFIGS["five_blocks"], "float32")
+CONTROL = ControlConfig(5, 33, "control_layers")  # whose blocks are in three runs
+STORAGE = uniform(replace(small.CONFIGS["five_blocks"], control=CONTROL), "float32")
 BLOCKS = small.CONFIGS["five_blocks"].transformer.n_layers
 
 
@@ -32,7 +35,7 @@ class LinearCosts:
         self.token, self.block, self.pixel = token, block, pixel
 
     def scratch(self, stage: Stage, work: Work, choice: Any, device: int = 0) -> int:
-        if stage.name in ("encode", "decode"):
+        if stage.name in ("encode", "control", "decode"):
             return (choice.rows or 8 * work.h) * 8 * work.w * self.pixel
         if stage.name == "denoise" and choice.is_one_program:
             return 2 * work.contexts * work.tokens * self.token
@@ -72,6 +75,7 @@ SHAPES = st.tuples(
     st.integers(1, 4),
     st.integers(1, 3),
     st.sampled_from(sorted(SAMPLERS)),
+    st.sampled_from([0, CONTROL.layers]),
     st.sampled_from([0, 8, 16]),  # latents of a region's side, in a picture that begins from one
 )
 COSTS = st.tuples(st.integers(0, 4000), st.integers(0, 10**5), st.integers(0, 2000))
@@ -80,10 +84,21 @@ jobs = given(st.tuples(COSTS, WORDS, st.booleans(), SHAPES, st.integers(10**5, 2
 
 def planned(costs, words, low_vram, shape, budget):
     """The plan, or the bytes of the smallest budget that would do."""
-    batch, guided, bucket, h, w, steps, reuse, sampler, side = shape
+    batch, guided, bucket, h, w, steps, reuse, sampler, control, side = shape
     path = Trajectory.of(1, 3.0, sampler=sampler, guidance=float(guided), is_masked=side > 0)
     phases = one_phase(steps, reuse)
-    work = Work(batch, batch, bucket, 2 * h, 2 * w, phases, path.template, side > 0, side or None)
+    work = Work(
+        batch,
+        batch,
+        bucket,
+        2 * h,
+        2 * w,
+        phases,
+        path.template,
+        encodes=side > 0,
+        side=side or None,
+        control_layers=control,
+    )
     try:
         return Planner(STAGES, STORAGE, 4, LinearCosts(*costs)).plan(
             work, Memory(low_vram=low_vram, **words), budget

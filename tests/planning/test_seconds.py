@@ -99,7 +99,15 @@ def timeline(
     block = STORAGE.nbytes("transformer", "layers.0")
     owners = schedule.share_out(4, (1.0,) * (1 + len(others))) if others else ()
     made, devices = schedule.make(name, 4, owners=owners), 1 + len(others)
-    stream = StreamPlan("transformer", chunks, made, (0,) * 4, (block,) * 4, owners, devices)
+    stream = StreamPlan(
+        "transformer",
+        chunks,
+        made,
+        (0,) * 4,
+        ((block,),) * 4,
+        owners=owners,
+        devices=devices,
+    )
     window = None if ahead is None else ahead * block
 
     class Given(Timing):

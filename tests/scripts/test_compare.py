@@ -18,8 +18,8 @@ from scripts.compare import rows as report_data
 from scripts.compare import schedules as compare_schedules
 from scripts.report import report
 from zimage_jax.errors import UsageError
-from zimage_jax.pipeline.pipeline import TINY
 from zimage_jax.weights.checkpoint import Checkpoint
+from zimage_jax.weights.search import TINY
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = """

@@ -3,6 +3,7 @@ for."""
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import pytest
 from scripts.tiny import data as tiny_data
 from scripts.tiny.evaluate import held_out, percent, table, verdicts
 from scripts.tiny.judge import judge
+from scripts.tiny.train_lora import LORA, taught
 from tests.schedules import every
 from zimage_jax import Memory, ZImage
-from zimage_jax.pipeline.pipeline import TINY
+from zimage_jax.weights.search import TINY
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,53 @@ def test_schedules_change_no_bit_of_trained_weights(tiny, schedule):
     result = tiny.generate("a green star", **job, memory=Memory(schedule=schedule))
     np.testing.assert_array_equal(result.latents, expected.latents)
     assert result.report["peak_device_bytes"] < expected.report["peak_device_bytes"]
+
+
+def shapes_right(tiny, scenes: int, lora: list) -> float:
+    """Per cent of pictures of the taught shape that show it."""
+    judged = verdicts(tiny, list(taught(scenes)), quiet=True, lora=lora)
+    return percent([found["shape"] for *_, found in judged])
+
+
+@pytest.mark.exhaustive
+def test_a_lora_teaches_it_a_shape_that_it_never_saw(tiny):
+    assert shapes_right(tiny, 64, [(LORA, 1.0)]) >= 80
+    assert shapes_right(tiny, 64, []) <= 20
+
+
+@pytest.mark.exhaustive
+def test_with_the_lora_it_draws_all_else_as_before(tiny):
+    """A small sample with room for chance; the card has the figures."""
+    prompts = list(held_out(48))
+    before, after = (
+        table(verdicts(tiny, prompts, quiet=True, lora=lora))["all"] for lora in ([], [(LORA, 1.0)])
+    )
+    for attribute in ("background", "colour", "position", "relation", "shape", "1 glyph"):
+        was, now = ([v for of in rows[attribute].values() for v in of] for rows in (before, after))
+        assert percent(now) >= percent(was) - 6, attribute
+
+
+def test_the_lora_is_small_and_described():
+    assert LORA.stat().st_size < 300_000
+    card = LORA.with_suffix(".md").read_text("utf-8")
+    assert all(word in card for word in ("Data", "Training", "Accuracy", "Limits"))
+
+
+def test_the_judge_is_right_about_the_taught_shape():
+    rng = np.random.default_rng(3)
+    scenes = [tiny_data.taught_scene(rng, held_out=True) for _ in range(100)]
+    right = [judge(tiny_data.draw(s, 128, 128, rng), s)["shape"] for s in scenes]
+    others = [tiny_data.random_scene(rng, kind="one") for _ in range(100)]
+    wrong = [
+        judge(
+            tiny_data.draw(
+                replace(s, items=(replace(s.items[0], shape=o.items[0].shape),)), 128, 128, rng
+            ),
+            s,
+        )["shape"]
+        for s, o in zip(scenes, others, strict=True)
+    ]
+    assert (percent(right) >= 98, percent(wrong) <= 2) == (True, True)
 
 
 def test_the_command_says_which_model_draws(tmp_path, monkeypatch, capsys):

@@ -5,11 +5,14 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 pytest.importorskip("fastapi", reason="the server needs the serve extra")
 
 from scripts.bench.live_server import LiveServer
+from tests import small
 from tests.schedules import MODEL
+from tests.weights import lora_files
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +28,21 @@ def start(native, cache_of_processes):
     return call
 
 
+@pytest.fixture(scope="session")
+def lora_folder(tmp_path_factory):
+    """A LoRA, ink, and a file that is none."""
+    folder = tmp_path_factory.mktemp("loras")
+    made = lora_files.lora(small.CONFIGS[MODEL], lambda n: f"transformer.{n}")
+    words = {"modelspec.trigger_phrase": "drawn in ink"}
+    save_file(made.tensors, folder / "ink.safetensors", words)
+    save_file({"a": np.ones(1, np.float32)}, folder / "other.safetensors")
+    return folder
+
+
 @pytest.fixture(scope="module")
-def server(start, tmp_path_factory):
-    with start(tmp_path_factory.mktemp("server") / "data", "--queue", 20) as made:
+def server(start, lora_folder, tmp_path_factory):
+    data = tmp_path_factory.mktemp("server") / "data"
+    with start(data, "--queue", 20, "--loras", lora_folder) as made:
         yield made
 
 

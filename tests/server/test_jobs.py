@@ -79,6 +79,7 @@ def test_from_a_picture(server, picture):
     assert "not base64" in server.refused("/jobs", JOB | {"image": "/etc/passwd"})
     text = base64.b64encode(b"/etc/passwd").decode()
     assert "expected a PNG" in server.refused("/jobs", JOB | {"image": text})
+    assert "needs a ControlNet" in server.refused("/jobs", JOB | {"control_image": image})
 
 
 @pytest.mark.parametrize(

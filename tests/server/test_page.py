@@ -21,9 +21,9 @@ PATIENCE = 60_000  # milliseconds
 
 
 @pytest.fixture(scope="module")
-def server(start, tmp_path_factory):
+def server(start, lora_folder, tmp_path_factory):
     data = tmp_path_factory.mktemp("page") / "data"
-    with start(data, "--page", ZIMAGE_API_KEY=KEY) as made:
+    with start(data, "--page", "--loras", lora_folder, ZIMAGE_API_KEY=KEY) as made:
         yield made
 
 
@@ -85,12 +85,20 @@ def test_a_form_becomes_the_job_that_filled_it(server):
         **{"prompt": "a", "negative_prompt": "b", "width": 512, "height": 768, "steps": 5},
         **{"guidance": 2.0, "sampler": "heun", "sigmas": "karras", "kv": {"reuse": 2}},
         "memory": {"max_vram_bytes": 2**33, "low_vram": True, "pins": [[0, "resident"]]},
+        "lora": [{"name": "ink", "weight": 0.5}, {"name": "b", "weight": 0.5}],
     }
     filled = form.of_job(given, 2**60, first)
     rest = filled.pop("rest")
     assert rest == {"sigmas": "karras", "kv": {"reuse": 2}}
     assert filled["seed"] == str(2**60)
     assert rest | form.arguments(filled, memory, has_picture=False) == given
+    # one weight for all is what the form has a field for
+    for lora in ([{"name": "a", "weight": 5.0}], [{"name": "a"}, {"name": "b", "weight": 0.5}]):
+        filled = form.of_job(given | {"lora": lora}, 1, first)
+        assert (filled["loras"], filled["rest"]["lora"]) == ([], lora)
+    drawn = {"seed": 1, "lora": [{"name": "ink.safetensors", "weight": 0.5, "sha256": "0"}]}
+    filled = form.of_metadata(drawn, first)
+    assert (filled["loras"], filled["lora_weight"]) == (["ink"], 0.5)
     # untouched switches say nothing about memory
     untouched = form.arguments(first | {"prompt": "a"}, memory, has_picture=False)
     assert "memory" not in untouched
@@ -203,6 +211,31 @@ def test_a_prompt_becomes_a_saved_png_whose_settings_refill_the_form(
     assert np.array_equal(
         *(np.asarray(Image.open(io.BytesIO(m["path"].read_bytes()))) for m in (metadata, again))
     )
+
+
+@pytest.mark.exhaustive
+def test_a_lora_is_chosen_and_comes_back_with_its_picture(visit, server):
+    page = visit()
+    for name in ("width", "height"):
+        set_number(page, "en", name, 64)
+    page.get_by_text("LoRA", exact=True).click()
+    page.click("#z-loras input")
+    page.get_by_role("option", name="ink (drawn in ink)").click()
+    set_number(page, "en", "lora_weight", 0.5)
+    draw(page, "a fox in ink")
+    page.wait_for_selector("#z-now .z-run", state="detached")
+    job = server.get("/jobs?limit=1")["jobs"][0]
+    assert job["arguments"]["lora"] == [{"name": "ink", "weight": 0.5}]
+    page.reload()
+    page.wait_for_selector(".z-card")
+    page.locator("button[data-act=again]").first.click()
+    page.wait_for_function("document.querySelector('#z-prompt textarea').value !== ''")
+    draw(page, "a fox again")
+    page.wait_for_selector("#z-now .z-run", state="detached")
+    again = server.get("/jobs?limit=1")["jobs"][0]
+    assert again["arguments"]["lora"] == job["arguments"]["lora"]
+    digests = {of["pictures"][0]["latents_sha256"] for of in (job, again)}
+    assert len(digests) == 2  # another prompt
 
 
 @pytest.mark.long  # on a machine that is busy it may miss the seconds in which the job runs

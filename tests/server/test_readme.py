@@ -18,7 +18,7 @@ def test_every_curl_line_of_the_page_works(server, tmp_path):
         block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "curl" in block
     ]
     lines = "\n".join(blocks).replace("http://127.0.0.1:7860", server.url)
-    assert lines.count("curl ") == text.count("curl ") == 20
+    assert lines.count("curl ") == text.count("curl ") == 22
     command = ["bash", "-euxo", "pipefail", "-c", lines]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]

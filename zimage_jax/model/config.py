@@ -62,10 +62,12 @@ def _coerce(value, hint):
         return value
     if hint is float and (is_int or isinstance(value, float)) and abs(value) < 1e30:
         return float(value)
+    if hint is str and isinstance(value, str):
+        return value
     is_tuple = typing.get_origin(hint) is tuple
     if is_tuple and isinstance(value, list | tuple) and 0 < len(value) <= 16:
         return tuple(_coerce(v, int) for v in value)
-    names = {int: f"a whole number from 1 to {_LARGEST}", float: "a number"}
+    names = {int: f"a whole number from 1 to {_LARGEST}", float: "a number", str: "text"}
     raise ValueError(
         f"must be {names.get(hint, 'a short list of whole numbers')}, got {_shown(value)}"
     )
@@ -136,7 +138,14 @@ class DiTConfig:
     @classmethod
     def from_json(cls, data: object, where: str = "transformer/config.json") -> "DiTConfig":
         """From the published JSON object; `where` begins each message. Raises ConfigError."""
-        heads = data.get("n_heads") if isinstance(data, dict) else None
+        heads = None
+        if isinstance(data, dict):
+            heads = data.get("n_heads")
+            _require(
+                data.get("siglip_feat_dim") is None,
+                f"{where}: siglip_feat_dim = {_shown(data.get('siglip_feat_dim'))}: "
+                "Z-Image Omni or Edit, which are not supported",
+            )
         neutral = {
             "n_kv_heads": [heads],
             "qk_norm": [True],
@@ -149,6 +158,41 @@ class DiTConfig:
     def to_json(self) -> dict:
         """The JSON object that `from_json` reads."""
         return dataclasses.asdict(self) | {"n_kv_heads": self.n_heads, "qk_norm": True}
+
+
+# What refines the control tokens before the main blocks, by the names of diffusers'
+# `add_control_noise_refiner`: plain blocks (there None; Union 1.0), the control blocks that act on
+# the main blocks (2.0), or blocks of its own that act on the noise refiner too (2.1)
+REFINERS = "none", "control_layers", "control_noise_refiner"
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """A ControlNet Union of Z-Image (diffusers `ZImageControlNetModel`). Its blocks have the
+    widths of the DiT that it controls, whose main blocks they follow at equal distances."""
+
+    layers: int  # control blocks beside the main ones
+    in_channels: int  # latents of the control image, and for inpainting a mask and latents more
+    refiner: str  # one of REFINERS
+
+    def __post_init__(self):
+        _require_layers(layers=self.layers)
+        _require(self.refiner in REFINERS, f"refiner must be one of {', '.join(REFINERS)}")
+
+    def places(self, main: int) -> tuple[int, ...]:
+        """The main blocks, of so many, that a control block follows. Raises ConfigError if they
+        cannot be at equal distances."""
+        _require(main % self.layers == 0, f"{self.layers} control blocks for {main} main blocks")
+        return tuple(range(0, main, main // self.layers))
+
+    @classmethod
+    def from_json(cls, data: object, where: str = "control") -> "ControlConfig":
+        """From an object that `to_json` wrote. Raises ConfigError."""
+        return _read(cls, data, where)
+
+    def to_json(self) -> dict:
+        """The JSON object that `from_json` reads."""
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -365,13 +409,15 @@ class DefaultsConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The configs of one checkpoint: three components, the scheduler and the defaults."""
+    """The configs of one checkpoint: three components, the scheduler and the defaults; and of what
+    controls the transformer, which is a checkpoint of its own."""
 
     transformer: DiTConfig = DiTConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     vae: VAEConfig = VAEConfig()
     scheduler: SigmasConfig = SigmasConfig()
     defaults: DefaultsConfig = DefaultsConfig()
+    control: ControlConfig | None = None
 
     def __post_init__(self):
         _require(
@@ -383,6 +429,20 @@ class ModelConfig:
             self.transformer.in_channels == self.vae.latent_channels,
             f"the transformer takes {self.transformer.in_channels} latent channels, "
             f"the VAE has {self.vae.latent_channels}",
+        )
+        if self.control is not None:
+            self._check_control(self.control)
+
+    def _check_control(self, control: ControlConfig) -> None:
+        dit = self.transformer
+        control.places(dit.n_layers)
+        _require(
+            control.in_channels >= dit.in_channels,
+            f"the control takes {control.in_channels} channels, the VAE gives {dit.in_channels}",
+        )
+        _require(
+            control.refiner != "control_layers" or control.layers >= dit.n_refiner_layers,
+            f"{control.layers} control blocks for {dit.n_refiner_layers} blocks of the refiner",
         )
 
     @property
@@ -397,6 +457,7 @@ class ModelConfig:
         Checkpoints of version 1 have no "defaults".
         """
         parts = typing.get_type_hints(cls)
+        del parts["control"]
         _require(
             isinstance(data, dict) and parts.keys() - {"defaults"} <= data.keys() <= parts.keys(),
             f"{where}: expected the keys {sorted(parts)}",
@@ -407,8 +468,9 @@ class ModelConfig:
         return cls(**{"defaults": DefaultsConfig.of(read["scheduler"])} | read)
 
     def to_json(self) -> dict:
-        """The JSON object that `from_json` reads."""
-        return {f.name: getattr(self, f.name).to_json() for f in dataclasses.fields(self)}
+        """The JSON object that `from_json` reads; without `control`."""
+        names = [f.name for f in dataclasses.fields(self) if f.name != "control"]
+        return {name: getattr(self, name).to_json() for name in names}
 
 
 TURBO = ModelConfig()
@@ -419,4 +481,11 @@ PRESETS = {
     "base": BASE,
     # 24 blocks make four equal chunks of 6
     "turbo-24": replace(TURBO, transformer=replace(TURBO.transformer, n_layers=24)),
+}
+# the published ControlNet Unions, for Turbo and the base model
+CONTROLS = {
+    "union-1.0": ControlConfig(6, 16, "none"),
+    "union-2.0": ControlConfig(15, 33, "control_layers"),
+    "union-2.1": ControlConfig(15, 33, "control_noise_refiner"),
+    "union-2.1-lite": ControlConfig(3, 33, "control_noise_refiner"),
 }

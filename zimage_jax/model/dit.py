@@ -46,7 +46,7 @@ TIME_WIDTH, TIME_HIDDEN = 256, 1024
 # other attributes are None
 HALVES = {
     "attention": ("attention", "attention_norm1", "attention_norm2", "modulation"),
-    "feed_forward": ("feed_forward", "ffn_norm1", "ffn_norm2"),
+    "feed_forward": ("feed_forward", "ffn_norm1", "ffn_norm2", "to_trunk"),  # of control.Block
 }
 Count = TypeVar("Count", int, np.ndarray)
 
@@ -350,9 +350,13 @@ def embed_caption(
     return jnp.where(valid, x, ops.to_tokens(stem.cap_pad_token[...], dtype)[None])
 
 
-def embed_image(stem: Stem, latents: Float[Array, "B h w C"], dtype) -> Float[Array, "B I D"]:
-    """Image tokens of `dtype` from patches of the latents, padded with the learned pad token."""
-    x = stem.x_embedder(ops.patchify(latents).astype(dtype), ops.wide(dtype))
+def embed_image(
+    stem: Stem, latents: Float[Array, "B h w _"], dtype, embedder: Linear | None = None
+) -> Float[Array, "B I D"]:
+    """Image tokens of `dtype` from patches of the latents, padded with the learned pad token.
+    `embedder`: instead of the stem's."""
+    embedder = embedder or stem.x_embedder
+    x = embedder(ops.patchify(latents).astype(dtype), ops.wide(dtype))
     x, pad = (ops.to_tokens(values, dtype) for values in (x, stem.x_pad_token[...]))
     batch, tokens, dim = x.shape
     pad = jnp.broadcast_to(pad[None], (batch, padded(tokens) - tokens, dim))
@@ -388,7 +392,7 @@ def apply_blocks(
 
     Blocks may be halves if `x` is a Halfway; else it has axes B T D.
     """
-    return _applied(blocks, x, inputs, attend, kv_format, None)[0]
+    return applied(blocks, x, inputs, attend, kv_format, None)[0]
 
 
 def apply_blocks_cached(
@@ -403,11 +407,11 @@ def apply_blocks_cached(
     replaced by new ones."""
     x, cache = carry
     if reuses:
-        return _applied(blocks, x, inputs, attend, kv_format, cache)
-    return _applied(blocks, x, inputs, attend, kv_format, None)
+        return applied(blocks, x, inputs, attend, kv_format, cache)
+    return applied(blocks, x, inputs, attend, kv_format, None)
 
 
-def _applied(
+def applied(
     blocks,
     x: Tokens,
     inputs: BlockInputs,
@@ -415,7 +419,8 @@ def _applied(
     kv_format: KVFormat | None,
     held: tuple[KV, ...] | None,
 ) -> tuple[Tokens, tuple[KV, ...]]:
-    """The tokens after blocks or halves, and the K and V of their attentions."""
+    """The tokens after blocks or halves, and the K and V of their attentions: those `held`, if
+    given."""
     at = x if isinstance(x, Halfway) else Halfway.before(x, modulated=inputs.time is not None)
     kv_format = kv_format or kv.plain(at.x.dtype)
     used: list[KV] = []

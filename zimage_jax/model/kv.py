@@ -52,8 +52,8 @@ OWN_DTYPES = {
 }
 GROUPS = (1, 2, 4)
 Tree = TypeVar("Tree")
-# parameters of a block that an NFE does not need if it reuses K and V
-UNUSED_WHEN_REUSED = ("attention.to_k.kernel", "attention.to_v.kernel", "attention.norm_k.scale")
+# layers of a block that an NFE does not need if it reuses K and V
+UNUSED_WHEN_REUSED = ("attention.to_k", "attention.to_v", "attention.norm_k")
 
 
 @dataclass(frozen=True)

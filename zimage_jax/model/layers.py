@@ -14,7 +14,7 @@ Axes: B pictures, h, w rows and columns, C channels, D width, i and o a layer's 
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +33,66 @@ def parameter(*shape: int) -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
+class Side(NamedTuple):
+    """What LoRAs add to a Linear's result: x @ down @ up + x @ kernel + bias, and of DoRAs, with K
+    the Linear's own kernel, (x @ K) * rows + (x * columns) @ K.
+
+    `kernel` is for changes that no matrices of low rank make.
+    """
+
+    down: Float[Array | np.ndarray, "i r"] | None = None
+    up: Float[Array | np.ndarray, "r o"] | None = None
+    kernel: Float[Array | np.ndarray, "i o"] | None = None
+    rows: Float[Array | np.ndarray, "o"] | None = None
+    columns: Float[Array | np.ndarray, "i"] | None = None
+    bias: Float[Array | np.ndarray, "o"] | None = None
+
+    def of_own(self, x: Float[Array, "n i"], own: Any, dtype) -> Float[Array, "n o"]:
+        """What the Linear's own kernel gives with rows and columns: x @ K without them."""
+        if self.columns is None:
+            y = encoded.product(x, own, dtype)
+            return y if self.rows is None else _times_one_more(y, self.rows)
+        y = encoded.product(_times_one_more(x, self.columns), own, dtype)
+        if self.rows is None:
+            return y
+        # DoRAs of both kinds: (x * (1 + columns)) @ K + (x @ K) * rows
+        of_rows = encoded.product(x, own, dtype).astype(jnp.float32)
+        added = of_rows * ops.last_axis(jnp.asarray(self.rows, jnp.float32), 2)
+        return (y.astype(jnp.float32) + added).astype(dtype)
+
+    def added(self, y: Float[Array, "n o"], x: Float[Array, "n i"]) -> Float[Array, "n o"]:
+        """`y` and what this side adds for `x`, in y's dtype.
+
+        In float16 x @ down may be beyond its range, and is scaled for the second product.
+        """
+        if self.down is not None:
+            assert self.up is not None
+            low, factor = encoded.product(x, self.down, ops.wide(x.dtype)), None
+            if x.dtype == jnp.float16:
+                low, factor = ops.rows_in_range(low)
+            high = encoded.product(low, self.up, ops.wide(y.dtype))
+            y = y + (high if factor is None else high * factor).astype(y.dtype)
+        if self.kernel is not None:
+            y = y + encoded.product(x, self.kernel, y.dtype)
+        return y if self.bias is None else y + ops.last_axis(jnp.asarray(self.bias, y.dtype), 2)
+
+
+def _times_one_more(
+    x: Float[Array, "n D"], more: Float[Array | np.ndarray, "D"]
+) -> Float[Array, "n D"]:
+    """x * (1 + more), rounded once to x's dtype."""
+    factor = 1 + ops.last_axis(jnp.asarray(more, jnp.float32), 2)
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 class Linear(nnx.Module):
     """x @ kernel + bias; the result is in `out_dtype`, by default x's. (PyTorch `Linear`)
 
-    The kernel is an array, or one of the trees of model.encoded.
+    The kernel is an array, or one of the trees of model.encoded. `side`: a parameter with a Side,
+    where LoRAs change the layer.
     """
+
+    side: nnx.Param | None = None
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool = True):
         self.kernel = parameter(d_in, d_out)
@@ -52,13 +107,23 @@ class Linear(nnx.Module):
             x, kernel = encoded.decoded_after(x, kernel)
         # one matrix: on a CPU the kernel's gradient is three times as slow over two contracted axes
         rows = x.reshape(-1, x.shape[-1])
-        y = encoded.product(rows, kernel, out_dtype or x.dtype)
+        dtype = out_dtype or x.dtype
+        if self.side is None:
+            y = encoded.product(rows, kernel, dtype)
+        else:
+            side = self.side.get_value()
+            y = side.added(side.of_own(rows, kernel, dtype), rows)
         y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + ops.last_axis(self.bias[...].astype(y.dtype), y.ndim)
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm with statistics in float32. (PyTorch `RMSNorm`)"""
+    """Root-mean-square norm with statistics in float32. (PyTorch `RMSNorm`)
+
+    `change`: a parameter that LoRAs add to the scale.
+    """
+
+    change: nnx.Param | None = None
 
     def __init__(self, width: int, eps: float):
         self.scale = parameter(width)
@@ -68,7 +133,10 @@ class RMSNorm(nnx.Module):
         self, x: Float[Array, "*b D"], factor: Array | None = None, out_dtype=None
     ) -> Float[Array, "*b D"]:
         """`factor` multiplies the result before it is rounded to `out_dtype` (default: x's)."""
-        y = ops.rms_norm(x, self.scale[...], self.eps)
+        scale = self.scale[...]
+        if self.change is not None:
+            scale = scale.astype(jnp.float32) + self.change[...].astype(jnp.float32)
+        y = ops.rms_norm(x, scale, self.eps)
         return (y if factor is None else y * factor).astype(out_dtype or x.dtype)
 
 

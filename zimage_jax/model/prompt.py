@@ -129,10 +129,13 @@ def bucket(tokens: int) -> int:
     return size
 
 
-def batch_ids(encoded: list[Encoded]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
-    """Ids, padded at the end to the bucket of the longest prompt, and each prompt's length."""
+def batch_ids(
+    encoded: list[Encoded], size: int | None = None
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+    """Ids, padded at the end to `size`, by default the bucket of the longest prompt, and each
+    prompt's length."""
     lengths = np.array([len(e.ids) for e in encoded], np.int32)
-    ids = np.zeros((len(encoded), bucket(int(lengths.max()))), np.int32)
+    ids = np.zeros((len(encoded), size or bucket(int(lengths.max()))), np.int32)
     for row, e in zip(ids, encoded, strict=True):
         row[: len(e.ids)] = e.ids
     return ids, lengths

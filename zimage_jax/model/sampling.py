@@ -17,8 +17,9 @@ from jax.experimental import io_callback
 from jaxtyping import Float
 
 from ..errors import UsageError
-from . import dit, kv
+from . import control, dit, kv
 from .attention import Attend
+from .config import ControlConfig, DiTConfig
 from .kv import KV, Phase
 from .regions import Regions
 from .samplers import Update
@@ -192,17 +193,20 @@ def sample(
     keys: tuple[dit.KeyTable | None, ...],
     noises: Float[Array, "nfes B h w C"] | None = None,
     kept: Kept | None = None,
+    controlled: tuple[Float[Array, "G I D"], Float[Array, ""]] | None = None,
     *,
     attend: Attend,
     phases: tuple[Phase, ...],
     regions: Regions | None = None,
+    parts: tuple[DiTConfig, ControlConfig] | None = None,
     on_step: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> Float[Array, "#B H W C"]:
     """All NFEs, from the first `latents` to the last in float32: one lax.scan per phase.
 
     With `regions`, `latents` and the result are whole pictures, all else is of regions. `updates`
     has a row per NFE, and so have `noises`, for a sampler that adds some. `keys` has one entry per
-    phase (`dit.grouped_keys`). If the phase reuses K and V, the carry has those of every main
+    phase (`dit.grouped_keys`). `controlled`: control tokens and scale of a model that has a
+    ControlNet, and `parts` its configs. If the phase reuses K and V, the carry has those of every main
     block. The program calls `on_step(index, latents)` on the host after each NFE.
     """
     state, first = State.first(latents, updates, regions), 0
@@ -217,11 +221,23 @@ def sample(
             x, time = before_blocks(
                 model.stem, state.latents, update.t, is_guided=is_guided, dtype=context.dtype
             )
-            x = dit.apply_blocks(model.noise_refiner, x, inputs.image._replace(time=time), attend)
-            x, joint = dit.join(x, context), inputs.joint._replace(time=time, keys=phase_keys)
-            x, cache = _main_blocks(
-                model.layers, (x, cache), joint, attend, phase.kv_format, reuses
-            )
+            image = inputs.image._replace(time=time)
+            joint = inputs.joint._replace(time=time, keys=phase_keys)
+            if controlled is None:
+                x = dit.join(dit.apply_blocks(model.noise_refiner, x, image, attend), context)
+                x, cache = _main_blocks(
+                    dit, model.layers, (x, cache), (joint,), attend, phase.kv_format, reuses
+                )
+            else:
+                assert isinstance(model, control.ControlledDiT)
+                assert parts is not None
+                given, scale = controlled
+                tokens = control.before_main(model, parts, x, given, context, image, scale, attend)
+                main = control.blocks_of(model, control.runs(*parts)[-1])
+                tokens, cache = _main_blocks(
+                    control, main, (tokens, cache), (joint, scale), attend, phase.kv_format, reuses
+                )
+                x = tokens.trunk.x
             state = after_blocks(model.stem, x, time, state, update, noise, kept)
             state = together(state, regions)
             if on_step is not None:
@@ -235,7 +251,7 @@ def sample(
             tokens = inputs.joint.cos.shape[1]
             cache = tuple(
                 kv.empty(phase.kv_format, context.shape[0], tokens, heads, width)
-                for _ in model.layers
+                for _ in range(len(model.layers) + (parts[1].layers if parts else 0))
             )
         end = first + phase.steps
         rows = jax.tree.map(lambda values: values[first:end], of_nfes)  # noqa: B023
@@ -246,15 +262,22 @@ def sample(
 
 
 def _main_blocks(
-    blocks, carry, joint: dit.BlockInputs, attend: Attend, kv_format: kv.KVFormat, reuses: Array
+    of: Any,
+    blocks,
+    carry,
+    joint: tuple,
+    attend: Attend,
+    kv_format: kv.KVFormat,
+    reuses: Array,
 ):
-    """The main blocks of one NFE. The carry is the tokens and the cache of K and V, or None."""
+    """The main blocks of one NFE, applied by the module `of`, dit or control. The carry is the
+    tokens and the cache of K and V, or None."""
     x, cache = carry
     if cache is None:
-        return dit.apply_blocks(blocks, x, joint, attend, kv_format), None
+        return of.apply_blocks(blocks, x, *joint, attend, kv_format), None
 
     def apply(carry, *, reuses: bool):
-        return dit.apply_blocks_cached(blocks, carry, joint, attend, kv_format, reuses)
+        return of.apply_blocks_cached(blocks, carry, *joint, attend, kv_format, reuses)
 
     reuse, compute = functools.partial(apply, reuses=True), functools.partial(apply, reuses=False)
     return lax.cond(reuses, reuse, compute, carry)

@@ -17,6 +17,8 @@ from ..runtime.placement import Placement
 from ..runtime.programs import Programs
 from ..runtime.recorder import Recorder
 from ..runtime.store import Loan
+from ..weights.adapters import Adapters
+from .given import LatentCanvas
 from .job import Job
 
 
@@ -31,6 +33,7 @@ class Attempt:
     work: Work
     plan: Plan
     programs: Programs
+    adapters: Adapters | None  # LoRAs
     loan: Loan
     placement: Placement
     recorder: Recorder
@@ -46,10 +49,15 @@ class Attempt:
     @property
     def latents(self) -> Float[np.ndarray, "B h w C"]:
         """The final latents; the picture's own if no NFE changes them."""
-        if "denoise" in self.results:
-            return self.results["denoise"]
-        encoded = self.results["encode"]
-        return np.broadcast_to(encoded, (self.work.batch, *encoded.shape))
+        found = self.results.get("denoise")
+        return self.first if found is None else found
+
+    @property
+    def first(self) -> Float[np.ndarray, "B h w C"]:
+        """The latents that the job begins from: given ones, or those of its picture."""
+        canvas = self.job.canvas
+        found = canvas.latents if isinstance(canvas, LatentCanvas) else self.results["encode"]
+        return np.broadcast_to(found, (self.work.batch, *found.shape[-3:]))
 
     @property
     def config(self) -> ModelConfig:

@@ -18,7 +18,7 @@ from PIL import Image
 from .. import checks
 from ..errors import UsageError
 from ..model.choices import FITS
-from .opened import LONGEST_SIDE, Opened, check_pixels, open_mask, open_picture
+from .opened import LONGEST_SIDE, File, Opened, check_pixels, open_mask, open_picture
 
 _STRIP = 256  # rows that are computed at once in float32: bounds the temporaries
 _FAINT = 1 / 512  # a smaller weight changes no byte
@@ -43,6 +43,7 @@ class Canvas:
     pixels: UInt8[np.ndarray, "H W 3"]
     mask: Float32[np.ndarray, "H W"] | None
     cut: Cut | None = None
+    count = 1  # picture, for all that are drawn
     enlarges: bool = False  # a small picture, whose composition is to be kept
     settings: dict[str, Any] = field(default_factory=dict)  # for the metadata: names, how it fits
 
@@ -99,13 +100,31 @@ class Canvas:
                 opened, soft, crop_mask, tuple(side or model_side for side in asked)
             )
         return made.named(
-            image=_name(image),
-            mask=_name(mask),
+            image=name_of(image),
+            mask=name_of(mask),
             fit=fit,
             mask_blur=blur,
             mask_grow=grow,
             crop_mask=crop_mask,
         )
+
+    @classmethod
+    def of_control(
+        cls,
+        image: object,
+        *,
+        width: object = None,
+        height: object = None,
+        multiple: int = 16,
+        fit: object = "crop",
+    ) -> "Canvas":
+        """What a ControlNet makes the picture follow, opaque, at the size to draw: by default its
+        own. The arguments are those of `of`. Raises UsageError."""
+        opened = image if isinstance(image, Opened) else open_picture(image, "control_image")
+        if opened.alpha is not None:
+            raise UsageError("control_image has transparent parts: expected an opaque picture")
+        made = cls.of(opened, width=width, height=height, multiple=multiple, fit=fit)
+        return made.named(image=name_of(image))
 
     @classmethod
     def _cropped(
@@ -124,6 +143,12 @@ class Canvas:
         _check_redraws(drawn)
         cut = Cut(opened.pixels, region, mask[inside])
         return cls(_resized(opened.pixels[inside], wide, high), drawn, cut)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        height, width = self.pixels.shape[:2]
+        return width, height
 
     def finish(self, drawn: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H0 W0 3"]:
         """The picture with what was drawn: `drawn`, weighted by the mask, over the fitted picture
@@ -175,8 +200,10 @@ class Canvas:
         return found.hexdigest()
 
 
-def _name(source: object) -> str | None:
+def name_of(source: object) -> str | None:
     """The name of a file, for the metadata; never its folder."""
+    if isinstance(source, File):
+        return source.name
     return Path(source).name if isinstance(source, str | os.PathLike) else None
 
 

@@ -3,7 +3,7 @@ chunk once, and applies it to every request in flight.
 
 Requests are never merged into one program, so that the bits of a picture do not depend on its
 company. Requests that differ in step, prompt, size, guidance or kind fly together if they have the
-same memory options. They join and leave between two sweeps; there the stages other than denoise run
+same memory options and the same LoRAs. They join and leave between two sweeps; there the stages other than denoise run
 too, for all requests that have reached them, and whoever goes on leaves the device meanwhile.
 
 Nobody starves: requests join in the order in which they came, and one that does not fit beside the
@@ -243,8 +243,8 @@ class Flight:
             (only,) = requests
             if only.budget == self._budget:
                 return [only.plan]
-            return [self._engine.plans.plan(only.work, only.memory, self._budget, only.stages)]
-        return self._engine.plans.together(
+            return [only.fitted.plans.plan(only.work, only.memory, self._budget, only.stages)]
+        return requests[0].fitted.plans.together(
             [request.work for request in requests],
             [request.plan for request in requests],
             self._memory,
@@ -255,7 +255,10 @@ class Flight:
     def _go_by(self, plans: Sequence[Plan]) -> None:
         """Give all requests the plans that they have together."""
         self._loan = self._engine.store.lend(
-            self._recorder, kept=plans[0].kept, host_bytes=self._memory.host_bytes
+            self._recorder,
+            kept=plans[0].kept,
+            host_bytes=self._memory.host_bytes,
+            loras=self._requests[0].fitted.loras,
         )
         for request, plan in zip(self._requests, plans, strict=True):
             if not request.has_begun:
@@ -288,7 +291,8 @@ class Flight:
             encoded=request.encoded,
             work=request.work,
             plan=plan,
-            programs=engine.programs,
+            programs=request.fitted.programs,
+            adapters=request.fitted.adapters,
             loan=self._loan,
             placement=engine.placement,
             recorder=self._recorder,

@@ -18,9 +18,10 @@ from ..runtime.ledger import Ledger
 from ..runtime.programs import Programs
 from ..runtime.recorder import Recorder
 from ..runtime.store import ParameterStore
+from .canvas import Canvas
 from .engine import Engine
 from .job import Job
-from .plans import Plans
+from .loras import Fitted
 from .request import Request
 
 
@@ -31,11 +32,10 @@ class Intake:
         self,
         prompts: prompts_of.Prompts,
         programs: Programs,
-        plans: Plans,
         store: ParameterStore,
         engine: Engine,
     ):
-        self._prompts, self._programs, self._plans = prompts, programs, plans
+        self._prompts, self._programs = prompts, programs
         self._store, self._engine = store, engine
         self._planning = threading.Lock()
 
@@ -45,6 +45,7 @@ class Intake:
         memory: Memory,
         stages: tuple[Stage, ...],
         finish: Callable[[Request], Any],
+        fitted: Fitted,
         options: dict[str, Any],
     ) -> Request:
         """A request that is not submitted yet. `options`: of Job.of.
@@ -61,13 +62,15 @@ class Intake:
                 )
                 for text in job.texts
             }
-            warnings = [*job.remarks, *_cuts(encoded)]
+            warnings = [*job.remarks, *fitted.remarks, *_cuts(encoded)]
             work = self._work(job, encoded)
             budget = self._engine.budget(memory)
-            self._store.read_ahead(sum(each(budget)), memory.host_bytes, Recorder(ledger))
+            if not fitted.is_merged:  # the parameters are others then
+                free = sum(each(budget))
+                self._store.read_ahead(free, memory.host_bytes, Recorder(ledger))
             with self._planning:
                 try:
-                    plan = self._plans.plan(work, memory, budget, stages)
+                    plan = fitted.plans.plan(work, memory, budget, stages)
                 except OutOfMemoryError as fault:
                     in_regions = job.in_regions(config)
                     if in_regions is None:
@@ -75,12 +78,14 @@ class Intake:
                     warnings.append(f"{fault}; drawing in regions of {in_regions.region} pixels")
                     job = in_regions
                     work = self._work(job, encoded)
-                    plan = self._plans.plan(work, memory, budget, stages)
+                    plan = fitted.plans.plan(work, memory, budget, stages)
+        warnings += self._store.remarks(plan)
         return Request(
             job=job,
             encoded=encoded,
             work=work,
             memory=memory,
+            fitted=fitted,
             stages=stages,
             plan=plan,
             budget=budget,
@@ -91,6 +96,8 @@ class Intake:
         )
 
     def _work(self, job: Job, encoded: dict[str, prompts_of.Encoded]) -> Work:
+        given = [f for f in (*job.features, job.negative_features) if f is not None]
+        lengths = [len(e.ids) for e in encoded.values()] + [len(features) for features in given]
         return Work.of(
             self._programs.config,
             job.width,
@@ -98,10 +105,11 @@ class Intake:
             job.trajectory,
             job.kv,
             self._programs.dtype,
-            bucket=prompts_of.bucket(max(len(e.ids) for e in encoded.values())),
+            bucket=prompts_of.bucket(max(lengths, default=1)),
             batch=len(job.prompts),
             prompts=len(emphasis.to_run(encoded.values())),
-            encodes=job.canvas is not None,
+            encodes=isinstance(job.canvas, Canvas),
+            controls=job.control is not None,
             region=job.region,
             attention=job.attention,
         )

@@ -7,13 +7,13 @@ import contextlib
 import operator
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 
 from .. import checks
 from ..errors import UsageError
@@ -29,7 +29,12 @@ from ..runtime.ledger import Ledger
 from ..units import size
 from . import picture as image
 from .canvas import Canvas
+from .given import Features, LatentCanvas, features_of
 from .size import check_size, region_of
+
+CONTROL_SCALE = 0.75  # diffusers' default
+# what a job gives: pictures of 8 bits, what the VAE decodes in floats, or latents alone
+OUTPUTS = ("picture", "image", "latents")
 
 
 class ZImageWarning(UserWarning):
@@ -102,7 +107,9 @@ class Report(TypedDict):
     cfg_normalization: NotRequired[float]
     cfg_truncation: NotRequired[float]
     region: NotRequired[int]
+    lora: NotRequired[list[dict[str, Any]]]  # names, weights and checksums
     image: NotRequired[dict[str, Any]]  # what a picture began from, and its strength
+    control: NotRequired[dict[str, Any]]  # the ControlNet, the control image and its scale
     kv: dict[str, Any]  # arguments of KVPolicy.parse
     dtype: str  # of the computation
     formats: str  # of the stored parameters
@@ -139,7 +146,10 @@ class Report(TypedDict):
 
 @dataclass(frozen=True)
 class Result:
+    """`pictures` is empty unless they were the `output` asked for, and `images` None."""
+
     pictures: list[Picture]
+    images: Float32[np.ndarray, "B H W 3"] | None  # from 0 to 1
     report: Report
     latents: Float[np.ndarray, "B h w C"]
     work: Work
@@ -149,7 +159,7 @@ class Result:
     def __repr__(self) -> str:
         report = self.report
         return (
-            f"<Result {len(self.pictures)} of {report['width']}x{report['height']}, "
+            f"<Result {len(self.latents)} of {report['width']}x{report['height']}, "
             f"{report['steps']} NFEs, schedule {report['schedule']}, "
             f"{report['seconds']['total']:.1f} s, peak {size(report['peak_device_bytes'])}>"
         )
@@ -172,7 +182,11 @@ class Job:
     shift: float
     cfg_normalization: float
     cfg_truncation: float
-    canvas: Canvas | None  # the picture to begin from, and its mask
+    features: tuple[Features, ...]  # of each prompt, in place of its text; () for texts
+    negative_features: Features | None  # in place of the negative prompt
+    canvas: Canvas | LatentCanvas | None  # what to begin from, and its mask
+    control: Canvas | None  # the control image, which has no mask
+    control_scale: float
     strength: float | None  # None without a canvas
     strength_rule: str
     differential: bool
@@ -182,6 +196,7 @@ class Job:
     prompt_weights: bool
     text_weight: float
     variance: float
+    output: str  # one of OUTPUTS
 
     @property
     def trajectory(self) -> Trajectory:
@@ -208,9 +223,27 @@ class Job:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """One text per context: the prompts, then with guidance the negative prompt for each."""
-        negatives = (self.negative_prompt,) * len(self.prompts) if self.guidance else ()
-        return self.prompts + negatives
+        """The texts to encode: the prompts, and with guidance the negative prompt, but for those
+        whose features are given."""
+        negative = self.guidance and self.negative_features is None
+        return (() if self.features else self.prompts) + (
+            (self.negative_prompt,) if negative else ()
+        )
+
+    def features_of_contexts(self, of_text: Mapping[str, Features]) -> list[Features]:
+        """Features of each context: the prompts', then with guidance the negative ones for each.
+        Those of prompts vary with the picture's seed. `of_text`: those of `texts`."""
+        own = self.features or [of_text[text] for text in self.prompts]
+        varied = [
+            emphasis.vary(of_prompt, self.variance, seed)
+            for of_prompt, seed in zip(own, self.seeds, strict=True)
+        ]
+        if not self.guidance:
+            return varied
+        negative = self.negative_features
+        if negative is None:
+            negative = of_text[self.negative_prompt]
+        return varied + [negative] * len(varied)
 
     @classmethod
     def of(
@@ -230,7 +263,11 @@ class Job:
         shift: object = None,
         cfg_normalization: object = 0.0,
         cfg_truncation: object = 1.0,
-        canvas: Canvas | None = None,
+        features: object = None,
+        negative_features: object = None,
+        canvas: Canvas | LatentCanvas | None = None,
+        control: Canvas | None = None,
+        control_scale: object = None,
         strength: object = None,
         strength_rule: object = "noise",
         differential: object = False,
@@ -240,18 +277,34 @@ class Job:
         prompt_weights: object = False,
         text_weight: object = 1.0,
         variance: object = 0.0,
+        output: object = "picture",
+        draws: bool = True,
     ) -> "Job":
         """Check the type and the bounds of each value; None is replaced by the model's default.
 
-        Raises UsageError.
+        `draws`: whether there will be NFEs; without any, texts may be empty or missing. Raises
+        UsageError.
         """
-        prompts = _several("prompt", prompt, str)
+        draws = draws and strength != 0
+        given = () if features is None else features_of(config, "features", features)
+        negative = None
+        if negative_features is not None:
+            if negative_prompt:
+                raise UsageError("negative_prompt and negative_features: give one of them")
+            negative, *more = features_of(config, "negative_features", negative_features)
+            if more:
+                raise UsageError("negative_features must be those of one text")
+        prompts = _prompts(prompt, len(given), draws)
         seeds = _several("seed", seed, int)
-        count = max(len(prompts), len(seeds))
+        count = max(len(prompts), len(seeds), 0 if canvas is None else canvas.count)
         if not prompts or not seeds or any(len(of) not in (1, count) for of in (prompts, seeds)):
             raise UsageError(
                 f"{len(prompts)} prompts and {len(seeds)} seeds: expected as many of one as of the "
                 "other, or one"
+            )
+        if canvas is not None and canvas.count not in (1, count):
+            raise UsageError(
+                f"latents of {canvas.count} pictures, for {count}: expected as many, or one"
             )
         side, defaults = config.vae.sample_size, config.defaults
         if guidance is None:
@@ -259,17 +312,22 @@ class Job:
         if shift is None:
             shift = config.scheduler.shift
         if canvas is not None:
-            rows, columns = canvas.pixels.shape[:2]
-            for name, value, own in (("width", width, columns), ("height", height, rows)):
+            for name, value, own in zip(
+                ("width", "height"), (width, height), canvas.size, strict=True
+            ):
                 if value not in (None, own):
                     raise UsageError(f"{name} {checks.shown(value)}: the canvas has {own}")
-            width, height = columns, rows
-            region = region_of(config, columns, rows) if region is None else region
+            width, height = canvas.size
+            region = region_of(config, width, height) if region is None else region
             strength = _strength(canvas, region is not None) if strength is None else strength
         elif strength is not None:
             raise UsageError("strength needs an image: there is none to begin from")
+        if control is not None:
+            width, height = _controlled(config, canvas, control, width, height)
+        elif control_scale is not None:
+            raise UsageError("control_scale needs a control_image: there is none")
         job = cls(
-            prompts=tuple(_prompt(text) for text in (prompts * count)[:count]),
+            prompts=tuple((prompts * count)[:count]),
             seeds=tuple(_seed(number) for number in (seeds * count)[:count]),
             negative_prompt=checks.text("negative_prompt", negative_prompt),
             width=side if width is None else checks.whole("width", width),
@@ -282,7 +340,13 @@ class Job:
             shift=checks.real("shift", shift, 0, 100, above=True),
             cfg_normalization=checks.real("cfg_normalization", cfg_normalization, 0, 100),
             cfg_truncation=checks.real("cfg_truncation", cfg_truncation, 0, 1),
+            features=(given * count)[:count],
+            negative_features=negative,
             canvas=canvas,
+            control=control,
+            control_scale=checks.real(
+                "control_scale", CONTROL_SCALE if control_scale is None else control_scale, 0, 10
+            ),
             strength=None if strength is None else checks.real("strength", strength, 0, 1),
             strength_rule=checks.one_of(
                 "strength_rule", strength_rule, tuple(samplers.STRENGTH_RULES)
@@ -294,9 +358,12 @@ class Job:
             prompt_weights=checks.instance("prompt_weights", prompt_weights, bool),
             text_weight=checks.real("text_weight", text_weight, 0, emphasis.LARGEST_WEIGHT),
             variance=checks.real("variance", variance, 0, 1),
+            output=checks.one_of("output", output, OUTPUTS),
         )
-        for text in prompts if job.prompt_weights else ():
+        for text in prompts if draws and job.prompt_weights and not given else ():
             emphasis.check(text)
+        if isinstance(canvas, LatentCanvas) and not job.strength and job.output == "latents":
+            raise UsageError("strength 0 gives the latents themselves: there is nothing to do")
         check_size(config, job.width, job.height, job.region)
         return job
 
@@ -320,7 +387,28 @@ class Job:
         return found
 
 
-def _strength(canvas: Canvas, in_regions: bool) -> float:
+def _controlled(
+    config: ModelConfig,
+    canvas: Canvas | LatentCanvas | None,
+    control: Canvas,
+    width: object,
+    height: object,
+) -> tuple[int, int]:
+    """Width and height of a job with a control image. Raises UsageError."""
+    if config.control is None:
+        raise UsageError(
+            "control_image needs a ControlNet: load the model with control (--control FILE)"
+        )
+    if isinstance(canvas, Canvas) and canvas.cut is not None:
+        raise UsageError("control_image cannot be given with crop_mask: it is of the whole picture")
+    rows, columns = control.pixels.shape[:2]
+    for name, value, own in (("width", width, columns), ("height", height, rows)):
+        if value not in (None, own):
+            raise UsageError(f"{name} {checks.shown(value)}: the control image has {own}")
+    return columns, rows
+
+
+def _strength(canvas: Canvas | LatentCanvas, in_regions: bool) -> float:
     """The strength if none is given. A small picture that is enlarged keeps its composition
     (scripts/results/pictures.md): a region sees a part of it and all of the prompt."""
     if canvas.mask is not None:
@@ -353,11 +441,20 @@ def _several(name: str, value: object, kind: type) -> list:
     return list(value)
 
 
-def _prompt(value: object) -> str:
-    text = checks.text("prompt", value)
-    if not text.strip():
+def _prompts(value: object, features: int, draws: bool) -> list[str]:
+    """The prompts; "" for each whose `features` are given, or that has no effect."""
+    if features:
+        if value is not None:
+            raise UsageError("prompt and features: give one of them")
+        return [""] * features
+    if value is None:
+        if draws:
+            raise UsageError("expected a prompt, or its features")
+        return [""]
+    found = [checks.text("prompt", text) for text in _several("prompt", value, str)]
+    if draws and not all(text.strip() for text in found):
         raise UsageError("the prompt is empty: say what to draw")
-    return text
+    return found
 
 
 def _seed(value: object) -> int:

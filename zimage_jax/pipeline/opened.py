@@ -28,7 +28,6 @@ from ..errors import UsageError
 from ..files import LONGEST_PATH, printable, read_regular
 
 LONGEST_SIDE, MOST_PIXELS = 65536, 16384 * 16384
-Source = str | os.PathLike | Image.Image | np.ndarray  # a picture, as users give one
 _LARGEST_FILE = 256 << 20  # bytes
 # `Image.open` is not used: its limit of pixels is a global of the process, and it may choose other
 # readers. A phone's JPEG with several pictures (MPO) is read as its first
@@ -40,6 +39,25 @@ _READERS: list[tuple[str, bytes, Callable[[io.BytesIO], Image.Image]]] = [
     ("TIFF", rb"II[*+]\0|MM\0[*+]", TiffImageFile),
     ("GIF", rb"GIF8[79]a", GifImageFile),
 ]
+
+
+@dataclass(frozen=True, eq=False)
+class File:
+    """A file's bytes, for a machine that does not have it."""
+
+    name: str
+    data: bytes
+
+    @classmethod
+    def read(cls, path: str | os.PathLike, name: str) -> "File":
+        """`name` is the user's name of the value. Raises UsageError."""
+        try:
+            return cls(Path(path).name, read_regular(Path(path), _LARGEST_FILE))
+        except UsageError as fault:
+            raise UsageError(f"{name} {fault}") from None
+
+
+Source = str | os.PathLike | File | Image.Image | np.ndarray  # a picture, as users give one
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,15 +80,13 @@ def open_picture(source: object, name: str) -> Opened:
         return _from_array(source, name)
     if isinstance(source, Image.Image):
         return _from_image(source, name)
-    if not isinstance(source, str | os.PathLike):
+    if isinstance(source, str | os.PathLike):
+        where, file = Path(source), File.read(source, name)
+    elif isinstance(source, File):
+        where, file = Path(source.name), source
+    else:
         checks.refuse(name, "a path, a PIL image or a numpy array", source)
-    path = Path(source)
-    where = f"{name} {printable(path, LONGEST_PATH)}"
-    try:
-        data = read_regular(path, _LARGEST_FILE)
-    except UsageError as fault:
-        raise UsageError(f"{name} {fault}") from None
-    return decode(data, where)
+    return decode(file.data, f"{name} {printable(where, LONGEST_PATH)}")
 
 
 def decode(data: bytes, where: str, most_pixels: int = MOST_PIXELS) -> Opened:

@@ -171,6 +171,28 @@ _IMAGE_FIELDS: dict[str, Callable] = {
     "noise_level": partial(checks.real, low=0, high=1),
     "differential": lambda name, value: checks.instance(name, value, bool),
 }
+_CONTROL_FIELDS: dict[str, Callable] = {
+    "model": checks.text,
+    "image": lambda name, value: value is None or checks.text(name, value),
+    "fit": partial(checks.one_of, choices=FITS),
+    "sha256": checks.text,
+    "scale": partial(checks.real, low=0, high=10),
+}
+_LORA_FIELDS: dict[str, Callable] = {
+    "name": checks.text,
+    "weight": partial(checks.real, low=-100, high=100),
+    "sha256": checks.text,
+    "merged?": partial(checks.instance, kind=bool),
+}
+
+
+def _loras(name: str, value: object) -> None:
+    if not isinstance(value, list):
+        checks.refuse(name, "a list", value)
+    for row in value:
+        check_metadata(name, row, _LORA_FIELDS)
+
+
 # a "?" marks a key that older pictures lack; unknown keys are ignored
 FIELDS: dict[str, Callable] = {
     "prompt": checks.text,
@@ -192,6 +214,8 @@ FIELDS: dict[str, Callable] = {
     "cfg_truncation?": partial(checks.real, low=0, high=1),
     "region?": _PIXELS,
     "image?": lambda name, value: check_metadata(name, value, _IMAGE_FIELDS),
+    "control?": lambda name, value: check_metadata(name, value, _CONTROL_FIELDS),
+    "lora?": _loras,
     "model": checks.text,
     "kv?": lambda name, value: check_metadata(name, value, KV_FIELDS, only_these=True),
     "versions": lambda name, value: check_metadata(name, value, {"zimage_jax": checks.text}),

@@ -29,6 +29,13 @@ class Plans:
         self.rates = known if has_all else None
         self.planner = self._planner(CompiledCosts(programs))
 
+    def of(self, programs: Programs) -> "Plans":
+        """The plans of the same model stored otherwise, on the same devices."""
+        found = Plans(programs)
+        found.rates = self.rates
+        found.planner = found._planner(CompiledCosts(programs))
+        return found
+
     def _planner(self, costs) -> Planner:
         programs = self._programs
         return Planner(STAGES, programs.storage, programs.dtype.itemsize, costs, self.rates)

@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from ..model import vae
 from ..runtime.placement import DEVICE, Placement
 from ..runtime.reader import read_units
-from ..weights.checkpoint import Checkpoint
+from ..weights.checkpoint import ModelFiles
 from . import picture
 
 
@@ -22,7 +22,7 @@ class Preview:
     It is fitted once, on the CPU, because no plan has device memory for a decode between NFEs.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: ModelFiles):
         self._checkpoint, self._lock = checkpoint, threading.Lock()
         self._basis: tuple[np.ndarray, np.ndarray] | None = None
 

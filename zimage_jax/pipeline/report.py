@@ -9,8 +9,9 @@ from .attempt import Attempt
 from .job import Report
 
 
-def metadata(attempt: Attempt, model: str) -> dict[str, Any]:
-    """The settings that all pictures of a job share. `model`: the checkpoint's name."""
+def metadata(attempt: Attempt, model: str, control: str | None) -> dict[str, Any]:
+    """The settings that all pictures of a job share. `model` and `control`: the checkpoints'
+    names."""
     job = attempt.job
     common = {
         "width": job.width,
@@ -35,7 +36,16 @@ def metadata(attempt: Attempt, model: str) -> dict[str, Any]:
         "cfg_normalization": job.cfg_normalization or None,
         "cfg_truncation": None if job.cfg_truncation == 1 else job.cfg_truncation,
         "region": job.region,
+        "lora": None if attempt.adapters is None else attempt.adapters.to_json(),
         "image": None if job.canvas is None else _image(attempt),
+        "control": job.control
+        and {
+            "model": control,
+            "image": job.control.settings["image"],
+            "fit": job.control.settings["fit"],
+            "sha256": job.control.sha256,
+            "scale": job.control_scale,
+        },
     }
     return common | {key: value for key, value in optional.items() if value is not None}
 

@@ -17,6 +17,7 @@ from ..runtime.ledger import Ledger
 from ..runtime.stream import Call, Sweeps
 from .attempt import Attempt
 from .job import Job, Step
+from .loras import Fitted
 
 _numbers = itertools.count(1)
 
@@ -127,6 +128,7 @@ class Request(Handle):
     encoded: dict[str, Encoded]
     work: Work
     memory: Memory
+    fitted: Fitted  # the model, with its LoRAs
     stages: tuple[Stage, ...]
     plan: Plan  # of the job alone
     budget: Budget
@@ -146,11 +148,12 @@ class Request(Handle):
 
     @property
     def key(self) -> tuple:
-        """Requests in flight together have the same: options about memory, and stages. One program
-        for all NFEs shares no sweep."""
-        denoise = self.plan.denoise
+        """Requests in flight together have the same: options about memory, stages, LoRAs with their
+        weights, and whether a ControlNet's blocks are between the model's. One program for all NFEs
+        shares no sweep."""
+        denoise, stages = self.plan.denoise, tuple(stage.name for stage in self.stages)
         alone = self.number if denoise is not None and denoise.is_one_program else None
-        return self.memory, tuple(stage.name for stage in self.stages), alone
+        return self.memory, stages, self.fitted.key, bool(self.work.control_layers), alone
 
     @property
     def has_begun(self) -> bool:

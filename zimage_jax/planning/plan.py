@@ -4,10 +4,10 @@ A stage offers options; the planner takes one option of each stage. `Option.choi
 of the stage's own subclass of Choice.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ..errors import UsageError
@@ -20,7 +20,6 @@ from .schedule import Kinds, Row, Schedule
 from .work import Work
 
 SMALLEST_TILE = 64  # pixels of a VAE tile: 8 latents
-MAIN = "layers."  # prefix of the main blocks' units
 
 
 Budget = int | tuple[int, ...]  # bytes of the device, or of each of several
@@ -99,25 +98,38 @@ class VisitKind(NamedTuple):
     copied: int  # blocks or halves of another chunk that are copied during the visit
     without_kv: bool = False  # the copy leaves out the parameters that make K and V
     nfe: Nfe | None = None  # how main blocks store K and V; None for other blocks
-    kind: Hashable = 0  # of the chunk, in StreamPlan.kinds
-    copied_kind: Hashable = 0
+    shape: Hashable = 0  # of the chunk, in StreamPlan.shapes
+    copied_shape: Hashable = 0
     half: str | None = None  # of the chunk, if it is half a block
     unused: int = 0  # bytes that the chunk leaves free in a slot of every kind
+    run: int = 0  # of the chunk: StreamPlan.run_of
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """How the blocks of one stage reach the device: their chunks, and a schedule of these."""
+    """How the blocks of one stage reach the device: their chunks, and a schedule of these.
+
+    A sweep has runs of chunks, of which the last has the main blocks: all blocks of a run have the
+    same inputs. A unit may be in two runs.
+    """
 
     component: str
     chunks: tuple[tuple[str, ...], ...]  # the units of each chunk, or halves of blocks
     schedule: Schedule
     kinds: Kinds  # the kind of each chunk: chunks of one kind may use the same slot
-    nbytes: tuple[int, ...]  # of each chunk
+    nbytes_of_units: tuple[tuple[int, ...], ...]  # of each chunk
+    # of each chunk: those of one shape with as many units run the same programs
+    shapes: Kinds = ()
+    runs: tuple[int, ...] = ()  # chunks of each run; empty: all are one
     owners: tuple[int, ...] = ()  # the device of each chunk, of several
     devices: int = 1
     # of what one device has of a stream: the numbers of its chunks there
     numbers: tuple[int, ...] = ()
+
+    @cached_property
+    def nbytes(self) -> tuple[int, ...]:
+        """Of each chunk."""
+        return tuple(map(sum, self.nbytes_of_units))
 
     @cached_property
     def lanes(self) -> tuple["StreamPlan", ...]:
@@ -128,13 +140,18 @@ class StreamPlan:
 
     def _lane(self, device: int) -> "StreamPlan":
         own = tuple(chunk for chunk, owner in enumerate(self.owners) if owner == device)
+        runs = [self.run_of(chunk) for chunk in own]
         resident = frozenset(i for i, chunk in enumerate(own) if chunk in self.schedule.resident)
-        return StreamPlan(
-            self.component,
-            tuple(self.chunks[chunk] for chunk in own),
-            replace(self.schedule, resident=resident),
-            tuple(self.kinds[chunk] for chunk in own),
-            tuple(self.nbytes[chunk] for chunk in own),
+        return replace(
+            self,
+            chunks=_at(self.chunks, own),
+            schedule=replace(self.schedule, resident=resident),
+            kinds=_at(self.kinds, own),
+            nbytes_of_units=_at(self.nbytes_of_units, own),
+            shapes=_at(self.shapes or self.kinds, own),
+            runs=tuple(map(runs.count, range(len(self.runs)))),
+            owners=(),
+            devices=1,
             numbers=own,
         )
 
@@ -180,19 +197,42 @@ class StreamPlan:
         return tuple(map(self.slot_of, self.slot_kinds))
 
     def slot_of(self, kind: Hashable) -> tuple[str, ...]:
-        """The largest streamed chunk of a kind: a slot that holds any of them has its arrays."""
-        return self.chunks[self._largest(kind)]
+        """The units whose arrays a slot for chunks of a kind has: the largest of the streamed chunks
+        in each place. A slot of every kind has those of the largest."""
+        return tuple(unit for unit, _ in self._widest(kind))
 
-    def _largest(self, kind: Hashable) -> int:
-        fitting = (c for c in self.streamed if kind in (schedule.ANY, self.kinds[c]))
-        return max(fitting, key=self.nbytes.__getitem__)
+    def slot_for(self, chunk: tuple[str, ...]) -> tuple[str, ...]:
+        """The units of a slot for this chunk."""
+        return self.slot_of(self.kinds[self.chunks.index(chunk)])
 
-    def like(self, kind: Hashable, units: int) -> tuple[str, ...]:
-        """A chunk of a kind with so many units: all of these have the same shapes."""
+    def _widest(self, kind: Hashable) -> list[tuple[str, int]]:
+        """Unit and bytes for each place in a slot."""
+        if kind is schedule.ANY:
+            kinds = dict.fromkeys(self.kinds[chunk] for chunk in self.streamed)
+            return self._widest(max(kinds, key=self.slot_bytes))
+        fitting = [chunk for chunk in self.streamed if self.kinds[chunk] == kind]
+        fitting.sort(key=lambda chunk: -self.nbytes[chunk])
+        widest: list[tuple[str, int]] = []
+        for chunk in fitting:
+            units = zip(self.chunks[chunk], self.nbytes_of_units[chunk], strict=True)
+            for place, unit in enumerate(units):
+                if place == len(widest):
+                    widest.append(unit)
+                elif unit[1] > widest[place][1]:
+                    widest[place] = unit
+        return widest
+
+    def slot_bytes(self, kind: Hashable) -> int:
+        """Device bytes of a slot for chunks of a kind."""
+        return sum(nbytes for _, nbytes in self._widest(kind))
+
+    def like(self, shape: Hashable, units: int) -> tuple[str, ...]:
+        """A chunk of a shape with so many units: all these run the same programs."""
+        shapes = self.shapes or self.kinds
         return next(
             chunk
-            for chunk, of in zip(self.chunks, self.kinds, strict=True)
-            if of == kind and len(chunk) == units
+            for chunk, of in zip(self.chunks, shapes, strict=True)
+            if of == shape and len(chunk) == units
         )
 
     @property
@@ -213,13 +253,20 @@ class StreamPlan:
     def device_arrays(self) -> dict[str, int]:
         """Device bytes of the resident chunks and of each slot, by name."""
         resident = self.schedule.resident
-        found = {"resident chunks": sum(self.nbytes[c] for c in resident)} if resident else {}
+        found = {"resident chunks": sum(self.bytes_of(resident).values())} if resident else {}
         for slot, kind in enumerate(self.slot_kinds):
-            largest = self._largest(kind)
-            first, *rest = self.chunks[largest]
+            first, *rest = self.slot_of(kind)
             units = f"{first} and {len(rest)} more" if rest else first
-            found[f"slot {slot} (as large as {units})"] = self.nbytes[largest]
+            found[f"slot {slot} (as large as {units})"] = self.slot_bytes(kind)
         return found
+
+    def bytes_of(self, chunks: Iterable[int]) -> dict[str, int]:
+        """Unit -> bytes, of these chunks; a unit that is in two of them counts once."""
+        return {
+            unit: nbytes
+            for chunk in chunks
+            for unit, nbytes in zip(self.chunks[chunk], self.nbytes_of_units[chunk], strict=True)
+        }
 
     @property
     def device_bytes(self) -> int:
@@ -231,11 +278,16 @@ class StreamPlan:
         of = self.schedule
         if of.slots != 1 or of.takes_turns or chunk in of.resident:
             return 0
-        largest, own = (self._largest(kind) for kind in (schedule.ANY, self.kinds[chunk]))
-        return self.nbytes[largest] - self.nbytes[own]
+        return self.slot_bytes(schedule.ANY) - self.slot_bytes(self.kinds[chunk])
+
+    def run_of(self, chunk: int) -> int:
+        """The run that a chunk belongs to."""
+        ends = accumulate(self.runs or (len(self.chunks),))
+        return next(run for run, end in enumerate(ends) if chunk < end)
 
     def is_main(self, chunk: int) -> bool:
-        return self.chunks[chunk][0].startswith(MAIN)
+        """Whether a chunk is in the last run."""
+        return self.run_of(chunk) == max(0, len(self.runs) - 1)
 
     def without_kv(self, chunk: int, nfe: Nfe | None) -> bool:
         """Whether the copy of a chunk for `nfe` leaves out the parameters that make K and V."""
@@ -255,10 +307,12 @@ class StreamPlan:
             copied = len(self.chunks[then.chunk]) if then else 0
             without_kv = then is not None and self.without_kv(then.chunk, nfes[then.sweep])
             nfe = nfes[sweep] if self.is_main(chunk) else None
-            kinds = self.kinds[chunk], self.kinds[then.chunk] if then else 0
+            of = self.shapes or self.kinds
+            shapes = of[chunk], of[then.chunk] if then else 0
             units = self.chunks[chunk]
             half = components.half_of(units[0]) if len(units) == 1 else None
-            kind = VisitKind(len(units), copied, without_kv, nfe, *kinds, half, self.unused(chunk))
+            unused, run = self.unused(chunk), self.run_of(chunk)
+            kind = VisitKind(len(units), copied, without_kv, nfe, *shapes, half, unused, run)
             yield sweep, chunk, kind
 
     @property
@@ -291,22 +345,46 @@ def stream_plan(
     component: str,
     chunks: tuple[tuple[str, ...], ...],
     of: Schedule,
+    runs: tuple[int, ...] = (),
     owners: tuple[int, ...] = (),
     devices: int = 1,
 ) -> StreamPlan:
-    """A stream of `chunks`. `owners`: the device of each, of several `devices`.
+    """A stream of `chunks`, so many of them in each run. `owners`: the device of each, of several
+    `devices`.
 
     Chunks whose blocks all have the same stored leaves are of one kind, however long they are. A
-    chunk whose blocks differ is of one kind with those that differ in the same way.
+    chunk whose blocks differ is of one kind with those that differ in the same way. A block whose
+    leaves are the first of another's counts as that one: it takes a part of its slot.
     """
-    nbytes = tuple(storage.nbytes(component, *chunk) for chunk in chunks)
-    numbers = iter(storage.alike(component, [unit for chunk in chunks for unit in chunk]))
-    blocks = [tuple(islice(numbers, len(chunk))) for chunk in chunks]
-    shapes = [of_chunk if len(set(of_chunk)) > 1 else of_chunk[:1] for of_chunk in blocks]
-    kinds = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
-    return StreamPlan(
-        component, chunks, of, tuple(kinds[shape] for shape in shapes), nbytes, owners, devices
-    )
+    nbytes = tuple(tuple(storage.nbytes(component, unit) for unit in chunk) for chunk in chunks)
+    units = [unit for chunk in chunks for unit in chunk]
+    alike = dict(zip(units, storage.alike(component, units), strict=True))
+    leaves = {number: storage.specs(component, unit) for unit, number in alike.items()}
+
+    def holder(number: int) -> int:
+        """The number of the units with the most leaves that begin with these."""
+        mine = leaves[number]
+        fitting = [other for other, of in leaves.items() if of[: len(mine)] == mine]
+        return max(fitting, key=lambda other: len(leaves[other]))
+
+    holders = {number: holder(number) for number in leaves}
+    # blocks of two classes may have leaves of equal shapes
+    own = dict(zip(units, storage.trees(component, units), strict=True))
+    shapes = _numbered([tuple((alike[unit], own[unit]) for unit in chunk) for chunk in chunks])
+    kinds = _numbered([tuple(holders[alike[unit]] for unit in chunk) for chunk in chunks])
+    return StreamPlan(component, chunks, of, kinds, nbytes, shapes, runs, owners, devices)
+
+
+def _numbered(chunks: Sequence[tuple[Hashable, ...]]) -> tuple[int, ...]:
+    """A number for each chunk: equal for those of blocks that are all alike, however many, and for
+    those that differ in the same way."""
+    shapes = [blocks if len(set(blocks)) > 1 else blocks[:1] for blocks in chunks]
+    numbers = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
+    return tuple(numbers[shape] for shape in shapes)
+
+
+def _at(of: Sequence, chunks: tuple[int, ...]) -> tuple:
+    return tuple(of[chunk] for chunk in chunks)
 
 
 def mixed(picks: Sequence[StreamPlan]) -> StreamPlan:
@@ -481,21 +559,28 @@ def host_bytes(plan: Plan, storage: Storage, *, shares_memory: bool = False) -> 
     """Bytes of parameters that a plan keeps in host memory.
 
     These are the embedding table, and all streamed blocks or the window through which they are
-    read. Parameters that are on the device for one stage only are kept as well, unless the device's
-    memory is the host's (`shares_memory`).
+    read, and what LoRAs have beside the model. Parameters that are on the device for one stage only
+    are kept as well, unless the device's memory is the host's (`shares_memory`).
     """
-    resident = storage.nbytes("transformer", "stem") + storage.nbytes("vae", "decoder")
-    if "encode" in plan.choices:
+    own = storage.without_loras
+    beside = sum(
+        storage.nbytes(component, unit) - own.nbytes(component, unit)
+        for component in ("transformer", "text_encoder")
+        for unit in storage.units(component)
+    )
+    resident = own.nbytes("transformer", "stem") + storage.nbytes("vae", "decoder")
+    if plan.choices.keys() & {"encode", "control"}:
         resident += storage.nbytes("vae", "encoder")
+    if "control" in plan.choices:
+        resident += storage.nbytes("transformer", "control_embedder", "control_before")
     streamed = 0
     for stream in (choice.stream for choice in plan.choices.values() if choice.stream is not None):
-        for index, nbytes in enumerate(stream.nbytes):
-            if index in stream.schedule.resident:
-                resident += nbytes
-            else:
-                streamed += nbytes
+        of_stream = {unit for chunk in stream.chunks for unit in chunk}
+        stay = {unit for chunk in stream.schedule.resident for unit in stream.chunks[chunk]}
+        resident += own.nbytes(stream.component, *stay)
+        streamed += own.nbytes(stream.component, *(of_stream - stay))
     table = storage.nbytes("text_encoder", "embed_tokens")
     if plan.host_window is not None:
-        return table + min(plan.host_window, streamed)
+        return table + beside + min(plan.host_window, streamed)
     gives_back = not plan.kept and not shares_memory
-    return table + streamed + (resident if gives_back else 0)
+    return table + beside + streamed + (resident if gives_back else 0)

@@ -5,9 +5,10 @@ chunks, a staged text encoder, the VAE in strips of rows. It never chooses one t
 picture (K and V, `vae_tile`).
 """
 
+import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -49,12 +50,14 @@ class Planner:
         rates: Sequence[Rates] | None = None,
     ):
         self._stages, self._costs, self._rates = stages, costs, rates
+        self._all = stages  # also those that a job of some stages leaves out
         self._sizes = Sizes(storage, compute_bytes)
 
     def of(self, stages: Sequence[Stage]) -> "Planner":
         """A planner of these stages alone, for the same model."""
-        sizes = self._sizes
-        return Planner(stages, sizes.storage, sizes.compute_bytes, self._costs, self._rates)
+        made = copy.copy(self)
+        made._stages = stages
+        return made
 
     def plan(self, work: Work, memory: Memory, budget: Budget) -> Plan:
         """The fastest plan whose predicted peak is within `budget` bytes; with `low_vram` the
@@ -105,8 +108,10 @@ class Planner:
     ) -> tuple[Plan, ...]:
         budgets = each(budget)
         if not memory.low_vram:
-            for first in self._staying(candidates, works, memory):
-                if found := self._kept(first, budgets):
+            wholes = [work.whole for work in works]
+            others = self._left_out(wholes[0], memory, budget, candidates)
+            for first in self._staying(candidates | others, wholes, memory):
+                if found := self._kept(first, candidates, budgets):
                     arrays, units = found
                     return self._filled(works, memory, first, arrays, kept=units)
         candidates, staying = self._beside_what_stays(candidates)
@@ -169,12 +174,13 @@ class Planner:
     def _seconds(
         self, name: str, candidate: "_Candidate", works: Sequence[Work], memory: Memory
     ) -> float:
-        """Predicted seconds of a stage for the first job that has it."""
+        """Predicted seconds of a stage, for the first job that has it."""
         assert self._rates is not None
-        stage = next(stage for stage in self._stages if stage.name == name)
+        stage = next(stage for stage in self._all if stage.name == name)
         plan = Plan(nfes=0, choices={}, host_window=memory.host_bytes, arrays_by_stage={})
         first, *others = self._rates
-        for work, choice in zip(works, candidate.choices, strict=True):
+        # of a stage that the jobs leave out the candidate is the first job's
+        for work, choice in zip(works, candidate.choices, strict=False):
             if choice is not None:
                 timing = Timing(plan, work, self._sizes, first, others=tuple(others))
                 try:
@@ -278,11 +284,26 @@ class Planner:
             )
         return sets
 
+    def _left_out(
+        self,
+        whole: Work,
+        memory: Memory,
+        budget: Budget,
+        names: Container[str],
+    ) -> dict[str, list["_Candidate"]]:
+        """The candidates of the stages that jobs leave out: what a job keeps on the device is the
+        same as for a whole job, so that jobs of one part each do not take turns there."""
+        stages = [stage for stage in self._all if stage.name not in names]
+        return self.of(stages)._candidates([whole], memory, budget)
+
     def _kept(
-        self, staying: dict[str, "_Candidate"], budgets: tuple[int, ...]
+        self,
+        staying: dict[str, "_Candidate"],
+        names: Iterable[str],
+        budgets: tuple[int, ...],
     ) -> tuple[list[dict[str, dict[str, int]]], frozenset[Place]] | None:
-        """Arrays by device and stage if every parameter stays on its device, and the parameters'
-        places; None if that does not fit."""
+        """Arrays by device and stage, of the stages `names`, if every parameter stays on its device,
+        and the parameters' places; None if that does not fit."""
         stays = (candidate.stays for candidate in staying.values())
         places = frozenset[Place]().union(*(of for of in stays if of is not None))
         weights: list[Counter[str]] = [Counter() for _ in budgets]
@@ -292,7 +313,7 @@ class Planner:
         if any(of.total() > most for of, most in zip(weights, budgets, strict=True)):
             return None
         arrays = [
-            {name: c.with_weights(device, own) for name, c in staying.items()}
+            {name: staying[name].with_weights(device, own) for name in names}
             for device, own in enumerate(weights)
         ]
         peaks = (max(sum(of.values()) for of in stages.values()) for stages in arrays)

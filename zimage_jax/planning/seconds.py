@@ -135,13 +135,14 @@ class Timing:
         matrices are decoded for every run of tokens (ops.in_runs).
         """
         of_block = components.units(self.sizes.config, component)[components.unit_of(unit)]
+        stored = self.sizes.storage.leaves(component, unit)
         leaves = components.of_half(unit, of_block)
-        without = ["modulation.kernel", "modulation.bias"]  # once per picture, not per token
-        if reuses:
-            without += UNUSED_WHEN_REUSED
-        parameters = sum(
-            leaf.size for path, leaf in leaves.items() if not path.endswith(tuple(without))
-        )
+        leaves = leaves | {
+            path: leaf for path, leaf in stored.items() if ".side." in path
+        }  # of LoRAs
+        # modulation: once per picture, not per token
+        without = ("modulation", *(UNUSED_WHEN_REUSED if reuses else ()))
+        parameters = sum(leaf.size for path, leaf in leaves.items() if not _is_of(path, without))
         decoding = math.ceil(tokens / RUN_TOKENS) * self.decode(component, unit, reuses=reuses)
         scores = 4 * (keys or tokens) * width if components.has_attention(unit) else 0
         operations = batch * tokens * (2 * parameters + scores)
@@ -158,7 +159,8 @@ class Timing:
         config, nfes = self.sizes.config.transformer, self.work.nfes
         of_block = zip(nfes, self.work.kv_bytes_by_nfe(config), strict=True)
         moved = sum(nbytes for nfe, nbytes in of_block if nfe.keeps or nfe.reuses)
-        return self.jobs * config.n_layers * moved / self.rates.link
+        blocks = config.n_layers + self.work.control_layers
+        return self.jobs * blocks * moved / self.rates.link
 
     def stream(
         self,
@@ -170,8 +172,10 @@ class Timing:
     ) -> float:
         """Seconds of all visits of a stage.
 
-        `run(device, unit, nfe)`: seconds of one block. `groups`: micro-batches of a job that each
-        visit computes. `tokens`: bytes that pass on to the next chunk's device.
+        `run(device, unit, nfe)`: seconds of one block; `nfe` is None in all runs but the last.
+        `groups`: micro-batches of a job that each visit computes. `tokens`: bytes that pass on to
+        the next chunk's device.
+
         Resident chunks are read and copied in the order of use while others compute; streamed
         chunks use the link first.
         """
@@ -255,7 +259,8 @@ class _Lane:
         if action.then is not None:  # neither the program nor the copy starts before it is read
             copied = self._moved(action.then) / rates.link
             now = max(now, self._reader.arrival())
-        nfe = self._nfes[self._visits // len(stream.chunks)]
+        is_main = stream.is_main(action.chunk)
+        nfe = self._nfes[self._visits // len(stream.chunks)] if is_main else None
         computed = sum(self._run(self._device, unit, nfe) for unit in stream.chunks[action.chunk])
         if rates.overlaps:
             spread = min(SPREAD, groups)
@@ -346,13 +351,18 @@ def bound_by(
     return min(faster, key=lambda name: doubled(faster[name]))
 
 
+def _is_of(path: str, layers: Sequence[str]) -> bool:
+    """Whether a parameter is one of these layers of a block."""
+    return any(f".{layer}." in path for layer in layers)
+
+
 @functools.cache
 def _decoding_bytes(storage: Storage, component: str, unit: str, reuses: bool) -> int:
     leaves = components.units(storage.config, component)[components.unit_of(unit)]
     return sum(
         tree_bytes(encoding.stored(leaves[path])) + 2 * leaves[path].size
         for path, encoding in storage.parameters(component, unit).items()
-        if encoding is not None and not (reuses and path.endswith(UNUSED_WHEN_REUSED))
+        if encoding is not None and not (reuses and _is_of(path, UNUSED_WHEN_REUSED))
     )
 
 

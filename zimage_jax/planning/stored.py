@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..model.config import TURBO, ModelConfig
+from ..model.ops import RUN_TOKENS
 from ..units import MIB
 from ..weights import components
 from ..weights.formats import Storage
@@ -81,8 +82,21 @@ class Figures:
             ]
             own = _at(sorted(points), max(kind.units, kind.copied)) - kind.unused
             component = "text_encoder" if stage == "text" else "transformer"
-            scratch.append(own + self.decoded(component, kind.half))
+            scratch.append(
+                own + self.decoded(component, kind.half) + self.beside(component, tokens)
+            )
         return max(scratch)
+
+    def beside(self, component: str, tokens: int) -> int:
+        """Bytes added for a LoRA: what it adds to the widest layer's result, for a run of tokens in
+        float32. No figure was compiled with one."""
+        widths = [
+            leaf.shape[-1]
+            for unit in self.storage.units(component)
+            for path, leaf in self.storage.leaves(component, unit).items()
+            if ".side." in path
+        ]
+        return 4 * min(tokens, RUN_TOKENS) * max(widths, default=0)
 
     def decoded(self, component: str, half: str | None = None) -> int:
         """Bytes added for the matrix that a block of a component, or its half, has decoded."""

@@ -1,8 +1,8 @@
 """Streams of blocks: the partitions, shares and schedules that the user's options allow. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 
 from ..errors import UsageError
 from ..weights import components
@@ -11,13 +11,18 @@ from .plan import Memory, Sizes, StreamPlan, chunked, stream_plan
 
 
 def streams(
-    sizes: Sizes, component: str, early: tuple[str, ...], main: tuple[str, ...], memory: Memory
+    sizes: Sizes,
+    component: str,
+    early: Sequence[tuple[str, ...]],
+    main: tuple[str, ...],
+    memory: Memory,
 ) -> Iterator[StreamPlan]:
     """Partitions and schedules that `memory` allows, the fastest first.
 
     Streams that never wait for a copy come first, then those of whole blocks, then those that copy
     the fewest bytes.
-    `early` blocks form chunks of their own before the `main` chunks, and no larger than these.
+    The runs of `early` blocks form chunks of their own before the `main` chunks, and no larger than
+    these.
 
     Raises UsageError for a number of chunks, a number of resident chunks, or a pin that does not
     exist.
@@ -27,15 +32,11 @@ def streams(
     for count, weights in product(counts, sizes.shares):
         # what stays on the device is not halved: the next job may keep it, whatever its chunks
         mains = [chunked(component, main, n) for n in (count, min(count, len(main)))]
-        befores = [_early(component, early, of_main) for of_main in mains]
         # their kinds and bytes, whatever the schedule
-        plans = [
-            _shared_out(sizes, component, before + of_main, weights)
-            for before, of_main in zip(befores, mains, strict=True)
-        ]
+        plans = [_shared_out(sizes, component, early, of_main, weights) for of_main in mains]
         for row, resident in _rows(memory, count):
-            plan, before = plans[row.keeps_all], len(befores[row.keeps_all])
-            chunks = plan.chunks
+            plan = plans[row.keeps_all]
+            chunks, before = plan.chunks, sum(plan.runs[:-1])
             made = schedule.make(
                 row.name,
                 len(chunks) if row.keeps_all else count,
@@ -62,22 +63,44 @@ def streams(
 
 
 def _shared_out(
-    sizes: Sizes, component: str, chunks: tuple[tuple[str, ...], ...], weights: tuple[float, ...]
+    sizes: Sizes,
+    component: str,
+    early: Sequence[tuple[str, ...]],
+    main: tuple[tuple[str, ...], ...],
+    weights: tuple[float, ...],
 ) -> StreamPlan:
-    """A stream of `chunks`, shared out among the devices by `weights`; its schedule is to come."""
+    """A stream of the runs of `early` blocks and the `main` chunks, shared out among the devices by
+    `weights`; its schedule is to come.
+
+    A block that is in two runs has one device: its run is cut as the main chunks are.
+    """
+    is_split = len(weights) > 1
+    of_runs = (*(_early(component, run, main, is_split=is_split) for run in early), main)
+    chunks, runs = tuple(chain(*of_runs)), tuple(map(len, of_runs))
     made = schedule.make("swap", len(chunks))
-    if len(weights) == 1:
-        return stream_plan(sizes.storage, component, chunks, made)
+    if not is_split:
+        return stream_plan(sizes.storage, component, chunks, made, runs)
     owners = schedule.share_out(len(chunks), weights)
-    return stream_plan(sizes.storage, component, chunks, made, owners, len(weights))
+    last = {unit: owner for chunk, owner in zip(chunks, owners, strict=True) for unit in chunk}
+    owners = tuple(last[chunk[0]] for chunk in chunks)
+    return stream_plan(sizes.storage, component, chunks, made, runs, owners, len(weights))
 
 
 def _early(
-    component: str, early: tuple[str, ...], main: tuple[tuple[str, ...], ...]
+    component: str,
+    early: tuple[str, ...],
+    main: tuple[tuple[str, ...], ...],
+    *,
+    is_split: bool,
 ) -> tuple[tuple[str, ...], ...]:
     """`early` blocks in chunks no larger than the largest of `main`."""
     if not early:
         return ()
+    again = tuple(
+        tuple(unit for unit in chunk if components.unit_of(unit) in early) for chunk in main
+    )
+    if is_split and any(again):
+        return tuple(filter(None, again))
     if all(len(units) == 1 and components.half_of(units[0]) for units in main):
         return chunked(component, early, 2 * len(early))
     return chunked(component, early, -(-len(early) // max(map(len, main))))

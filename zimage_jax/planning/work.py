@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ..model import dit, kv
 from ..model.config import DiTConfig, ModelConfig
 from ..model.kv import KVPolicy, Nfe, Phase
@@ -32,6 +34,7 @@ class Work:
     encodes: bool = False  # the job begins from a picture
     side: int | None = None  # latents of a region's side; None: a picture is drawn whole
     attention: str = "auto"  # one of model.attention.CHOICES
+    control_layers: int = 0  # blocks of a ControlNet beside the main ones; 0: without one
 
     @classmethod
     def of(
@@ -47,12 +50,13 @@ class Work:
         batch: int = 1,
         prompts: int = 1,
         encodes: bool = False,
+        controls: bool = False,
         region: int | None = None,
         attention: str = "auto",
     ) -> "Work":
         """The work of pictures of `width` x `height` pixels; `compute` is the compute dtype.
 
-        `region`: pixels of a region's side, where pictures are drawn in regions.
+        `controls`: with the config's ControlNet. `region`: pixels of a region's side, where pictures are drawn in regions.
         """
         h, w = height // config.vae.scale, width // config.vae.scale
         side = None if region is None else region // config.vae.scale
@@ -65,12 +69,19 @@ class Work:
             phases=(),
             update=trajectory.template,
             encodes=encodes,
+            control_layers=config.control.layers if controls and config.control else 0,
             side=side if side is not None and side < max(h, w) else None,
             attention=attention,
         )
         rows, columns = without_phases.view
         phases = policy.phases(trajectory.scheduler_times, compute, rows // 2, columns // 2)
         return replace(without_phases, phases=phases)
+
+    @property
+    def whole(self) -> "Work":
+        """This work with texts and an NFE, whatever the job leaves out."""
+        plain = (Phase(kv.plain(np.float32), 1),)
+        return replace(self, prompts=max(1, self.prompts), phases=self.phases or plain)
 
     @property
     def is_guided(self) -> bool:
@@ -147,7 +158,7 @@ class Work:
         shape = self.tokens, config.n_heads, config.head_dim
         running = self.contexts * self.micro_batch // self.views
         found = (
-            p.kv_format.nbytes(self.contexts, *shape) * config.n_layers
+            p.kv_format.nbytes(self.contexts, *shape) * (config.n_layers + self.control_layers)
             if p.caches
             else p.kv_format.nbytes(running, *shape)
             for p in self.phases

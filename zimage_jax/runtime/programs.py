@@ -3,6 +3,7 @@
 Axes: B pictures, G contexts (B, or 2 B with guidance), L caption tokens, I image tokens, T = I + L.
 """
 
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -72,6 +73,12 @@ class Programs:
         self._lock = threading.Lock()
         self.observer = Observer()
 
+    def of(self, storage: Storage) -> "Programs":
+        """The programs of this model stored otherwise; what both need is compiled once."""
+        found = copy.copy(self)
+        found.storage = storage
+        return found
+
     @property
     def config(self) -> ModelConfig:
         return self.storage.config
@@ -135,6 +142,7 @@ class Programs:
             attend=self.attend(work),
             phases=work.phases,
             regions=work.regions,
+            parts=(self.config.transformer, self.config.control) if work.control_layers else None,
             on_step=self.observer,
         )
 
@@ -183,14 +191,14 @@ class Programs:
 
         scratch = [0]
         for kind in kinds:
-            units = plan.like(kind.kind, kind.units)
+            units = plan.like(kind.shape, kind.units)
             x, inputs, static = call(kind, units)
             chunk, static = on_device(units), static | {"trees": storage.trees(component, units)}
             if kind.copied:
                 ring = self(ring_step, donate=(1, 3), device=device, **static)
-                copied = plan.like(kind.copied_kind, kind.copied)
+                copied = plan.like(kind.copied_shape, kind.copied)
                 following = tuple(on_host(unit, kind.without_kv) for unit in copied)
-                spare = replaced_by(on_device(plan.slot_of(kind.copied_kind)), following)
+                spare = replaced_by(on_device(plan.slot_for(copied)), following)
                 compiled = ring.compiled(chunk, spare, following, x, *inputs)
             else:
                 plain = self(run_chunk, donate=(1,), device=device, **static)

@@ -13,7 +13,7 @@ from jax import Array
 
 from ..planning.seconds import read_ahead
 from ..weights import components
-from ..weights.checkpoint import Checkpoint
+from ..weights.checkpoint import ModelFiles
 from .placement import DEVICE, HOST, Placement
 from .recorder import Recorder
 
@@ -27,7 +27,7 @@ READERS = min(4, os.cpu_count() or 1)
 
 
 def read_units(
-    checkpoint: Checkpoint, component: str, units: Iterable[str], placement: Placement, kind: str
+    checkpoint: ModelFiles, component: str, units: Iterable[str], placement: Placement, kind: str
 ) -> dict[str, Leaves]:
     """Unit -> its leaves in the module's order, in DEVICE or HOST memory."""
 
@@ -49,7 +49,7 @@ def read_units(
 
 
 def load(
-    checkpoint: Checkpoint, component: str, placement: Placement | None = None, kind: str = DEVICE
+    checkpoint: ModelFiles, component: str, placement: Placement | None = None, kind: str = DEVICE
 ):
     """A whole component's module, in DEVICE or HOST memory."""
     leaves = read_units(
@@ -90,7 +90,7 @@ class HostSource:
     read again, in place of the first.
     """
 
-    def __init__(self, checkpoint: Checkpoint, component: str):
+    def __init__(self, checkpoint: ModelFiles, component: str):
         self._checkpoint, self._component = checkpoint, component
         self._kept: dict[str, Future[Leaves]] = {}
         self._placed: dict[str, Placement] = {}  # unit -> for which device
@@ -199,7 +199,7 @@ class WindowSource:
 
     host_bytes = 0  # nothing is kept between jobs
 
-    def __init__(self, checkpoint: Checkpoint, component: str, devices: int, nbytes: int | None):
+    def __init__(self, checkpoint: ModelFiles, component: str, devices: int, nbytes: int | None):
         self.checkpoint, self.component = checkpoint, component
         self._nbytes = None if nbytes is None else nbytes // devices
 

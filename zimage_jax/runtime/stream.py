@@ -7,8 +7,7 @@ module in Python costs 0.1 ms each time.
 
 import itertools
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from ..units import tree_bytes
 from ..weights.formats import Storage
 from .placement import Placement
 from .program import Program
-from .reader import Chunk, Leaves, Source
+from .reader import Chunk, Leaves, Reader
 from .recorder import Recorder
 
 
@@ -46,17 +45,19 @@ def replaced_by(spare: tuple, following: tuple) -> tuple:
     """The leaves of a slot that `following` replaces; None for the others."""
     pairs = zip(spare, following, strict=False)
     return tuple(
-        tuple(old if leaf is not None else None for old, leaf in zip(*blocks, strict=True))
+        tuple(old if leaf is not None else None for old, leaf in zip(*blocks, strict=False))
         for blocks in pairs
     )
 
 
 def with_leaves(slot: Chunk, filled: Chunk) -> Chunk:
-    """A slot with the leaves of `filled` that are not None."""
-    pairs = zip(slot, filled, strict=False)
-    blocks = (
-        tuple(old if leaf is None else leaf for old, leaf in zip(*of, strict=True)) for of in pairs
-    )
+    """A slot with the leaves of `filled` that are not None. A block may have fewer than its place."""
+
+    def block(old: Leaves, new: Leaves) -> Leaves:
+        pairs = zip(old, new, strict=False)
+        return (*(o if leaf is None else leaf for o, leaf in pairs), *old[len(new) :])
+
+    blocks = (block(*of) for of in zip(slot, filled, strict=False))
     return (*blocks, *slot[len(filled) :])
 
 
@@ -102,6 +103,22 @@ class Sweeps(NamedTuple):
     nfes: tuple[Nfe | None, ...] = (None,)
 
 
+@runtime_checkable
+class Pinned(Protocol):
+    """A resident unit on its way to the device."""
+
+    def result(self) -> Leaves: ...
+
+
+@runtime_checkable
+class Opens(Protocol):
+    """A source of a stream's chunks."""
+
+    def open(
+        self, order: Sequence[tuple[str, ...]], recorder: Recorder, placement: Placement
+    ) -> Reader: ...
+
+
 class CallError(Exception):
     """The program of one call failed: its place among the calls, and the `fault`."""
 
@@ -120,7 +137,7 @@ class Lane:
 
     def __init__(
         self,
-        source: Source,
+        source: Opens,
         plan: StreamPlan,
         storage: Storage,
         sweeps: int,
@@ -128,7 +145,7 @@ class Lane:
         placement: Placement,
         program: Callable[..., Program],
         recorder: Recorder,
-        pin: Callable[[tuple[str, ...]], list[Future[Leaves]]],
+        pin: Callable[[tuple[str, ...]], Sequence[Pinned]],
         without_kv: Callable[[int, int], bool],
     ):
         self._plan, self._storage, self.placement = plan, storage, placement
@@ -138,7 +155,7 @@ class Lane:
         self._next: Visit | None = None
         self._is_unused = False  # the last chunk was copied, and its reader does not know yet
         self._trees = [storage.trees(plan.component, chunk) for chunk in plan.chunks]
-        self._pinned: dict[int, list[Future[Leaves]]] = {}
+        self._pinned: dict[int, Sequence[Pinned]] = {}
         self._slots, self._kinds = dict[int, Chunk](), dict[int, Hashable]()
         self._allocate()
         order = [plan.chunks[load.chunk] for load in loads(plan.schedule, plan.kinds, sweeps)]
@@ -235,11 +252,12 @@ class Lane:
         return self._slots[load.slot]
 
     def _visit(self, visit: Visit, calls: Sequence[Call]) -> list[list]:
-        size = len(self._plan.chunks[visit.chunk])
         if visit.slot is None:
             chunk = tuple(leaves.result() for leaves in self._pinned[visit.chunk])
         else:
-            chunk = self._slots[visit.slot][:size]
+            counts = [tree.num_leaves for tree in self._trees[visit.chunk]]
+            slot = self._slots[visit.slot]
+            chunk = tuple(leaves[:n] for leaves, n in zip(slot, counts, strict=False))
         copies: list[Chunk] = []
         if visit.then is not None:
             # under all programs of the visit, not under the first alone: eight pictures of 512x512

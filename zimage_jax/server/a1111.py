@@ -6,6 +6,7 @@ that change nothing, and refused by name with others.
 
 import io
 import json
+import re
 import time
 from typing import Annotated, Any
 
@@ -14,18 +15,22 @@ from PIL import Image
 from pydantic import Field, create_model
 
 from ..errors import UsageError
+from ..files import printable
 from ..model.samplers import SAMPLERS, SCHEDULES
+from ..pipeline.loras import LARGEST_WEIGHT, MOST_LORAS
 from ..pipeline.opened import decode
 from ..pipeline.picture import A1111, texts_in
+from .body import Body
 from .errors import RefusedError
 from .jobs import RUNNING, Jobs, Live
+from .loras import Choice, Choices
 from .order import MOST_PIXELS, Base64, Count, Order, Seed, Text, from_base64, order, seed_to_json
-from .order import Request as Body
 from .pictures import to_base64
 from .store import CANCELLED
 from .streams import ended
 
 ORIGIN = "a1111"
+_TAG = re.compile(r"<lora:([^<>]*)>")
 _SAMPLERS = {A1111[name].lower(): name for name in SAMPLERS}
 _SCHEDULES = {A1111[name].lower(): name for name in SCHEDULES} | {"automatic": "simple"}
 _FITS = ("stretch", "crop", "pad")  # by resize_mode
@@ -50,7 +55,7 @@ _IGNORED = """
 
 
 class Txt2Img(Body):
-    prompt: Text = Field("", examples=["a red circle"])
+    prompt: Text = Field("", examples=["a red circle <lora:ink:0.8>"])
     negative_prompt: Text = ""
     seed: Seed = -1
     steps: int | None = None
@@ -63,13 +68,17 @@ class Txt2Img(Body):
     sampler_index: str | None = None
     scheduler: str | None = None
     denoising_strength: float | None = None
+    lora: Choices = Field([], description="beside the prompt's <lora:NAME:WEIGHT>")
 
     def arguments(self) -> dict[str, Any]:
         cfg = self.cfg_scale
         if cfg is not None and cfg < 1:
             raise UsageError(f"cfg_scale must be 1 or more, got {cfg:g}")
+        prompt, lora = _without_tags(self.prompt)
+        lora += [of.model_dump() for of in self.lora]
         return {
-            "prompt": self.prompt,
+            "prompt": prompt,
+            "lora": lora or None,
             "negative_prompt": self.negative_prompt or None,
             "steps": self.steps,
             "guidance": None if cfg is None else float(cfg - 1),
@@ -124,6 +133,27 @@ class Img2Img(Txt2Img):
 def _with_neutral(model: type[Txt2Img]) -> Any:
     neutral: dict[str, Any] = dict.fromkeys([*_NEUTRAL, *_IGNORED.split()], (Any, None))
     return create_model(model.__name__, __base__=model, **neutral)
+
+
+def _without_tags(prompt: str) -> tuple[str, list[dict[str, Any]]]:
+    """A prompt without its tags <lora:NAME:WEIGHT>, and the LoRAs that they name.
+
+    Raises UsageError for a tag that says something else, as a weight for each model does.
+    """
+    found = []
+    for tag in _TAG.findall(prompt):
+        name, _, weight = tag.partition(":")
+        try:
+            choice = Choice(name=name, weight=float(weight or 1))
+        except ValueError:
+            raise UsageError(
+                f"<lora:{printable(tag, 80)}>: expected <lora:NAME> or <lora:NAME:WEIGHT> with a "
+                f"weight of -{LARGEST_WEIGHT} to {LARGEST_WEIGHT}"
+            ) from None
+        found.append(choice.model_dump())
+    if len(found) > MOST_LORAS:
+        raise UsageError(f"prompt: expected at most {MOST_LORAS} LoRAs, got {len(found)}")
+    return (_TAG.sub("", prompt).strip() if found else prompt), found
 
 
 def _named(name: str, value: str | None, names: dict[str, str]) -> str | None:
@@ -228,6 +258,25 @@ def _lists(routes: APIRouter, jobs: Jobs) -> None:
         hashes = {"hash": None, "sha256": None, "config": None}
         return [{"title": name, "model_name": name, "filename": name, **hashes}]
 
+    @routes.get("/loras")
+    async def loras():
+        rows = await jobs.aside(jobs.loras.describe)
+        return [
+            {
+                "name": row["name"],
+                "alias": row["name"],
+                "path": row["file"],
+                "metadata": {"trigger_words": row["trigger_words"]},
+            }
+            for row in rows
+            if "error" not in row
+        ]
+
+    @routes.post("/refresh-loras")
+    async def refresh_loras():
+        """The folder is listed anew each time."""
+        return {}
+
 
 def _current(jobs: Jobs) -> Live | None:
     """The oldest job of this API in flight, or of any."""
@@ -252,7 +301,7 @@ async def _answer(jobs: Jobs, request: Request, body: Txt2Img) -> dict[str, Any]
 def _order(jobs: Jobs, body: Txt2Img) -> Order:
     count = body.batch_size * body.n_iter
     return order(
-        *(jobs.engine.config, ORIGIN, body.arguments()),
+        *(jobs.engine.config, jobs.loras, ORIGIN, body.arguments()),
         seed=body.seed,
         count=count,
         inputs=body.inputs(),

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Collection, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import uvicorn
@@ -21,10 +22,11 @@ from starlette.requests import Request
 from ..errors import EngineError, UsageError, ZImageError
 from ..pool import ZImagePool
 from ..process import ZImageProcess
-from . import a1111, native, openai
+from . import a1111, native, openai, tensors
 from .errors import RefusedError, invalid, refusal_of
 from .guard import COOKIE, Guard, same, session_of
 from .jobs import Jobs
+from .loras import LoraFolder
 from .order import LARGEST_BODY
 from .store import Store
 
@@ -32,7 +34,9 @@ CONNECTIONS = 1000  # beyond, clients are asked to come again
 _CLOSING = 2  # seconds that open connections have at a stop, after the jobs'
 
 
-def make_app(jobs: Jobs, key: str | None = None, *, has_page: bool) -> FastAPI:
+def make_app(
+    jobs: Jobs, key: str | None = None, *, has_page: bool, has_tensors: bool = False
+) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await jobs.start()
@@ -44,7 +48,7 @@ def make_app(jobs: Jobs, key: str | None = None, *, has_page: bool) -> FastAPI:
         lifespan=lifespan,
         max_body_size=LARGEST_BODY,
     )
-    for module in (openai, a1111, native):
+    for module in (openai, a1111, native, *([tensors] if has_tensors else [])):
         app.include_router(module.router(jobs))
     for kind in (RefusedError, ZImageError, Exception):
         app.add_exception_handler(kind, _refuse)
@@ -160,16 +164,22 @@ def serve(
     key: str | None = None,
     hosts: Collection[str] = (),
     has_page: bool = True,
+    loras: Path | None = None,
+    has_tensors: bool = False,
 ) -> None:
-    """Serve until a signal. Raises EngineError if the engine cannot be started again, and
-    KeyboardInterrupt after Ctrl-C."""
+    """Serve until a signal. `loras`: a folder of LoRAs that clients may choose.
+
+    Raises EngineError if the engine cannot be started again, UsageError if the folder cannot be
+    read, and KeyboardInterrupt after Ctrl-C.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    jobs = Jobs(engine, store, most=most)
+    jobs = Jobs(engine, store, LoraFolder(loras, engine.config), most=most)
     host, port = listener.getsockname()[:2]
     place = f"[{host}]" if ":" in host else host
     what = "a page for people, " if has_page else ""
     line = f"listening on http://{place}:{port} ({what}/docs for programs); model {engine.name}, data in {store.folder}"
-    server = Server(Guard(make_app(jobs, key, has_page=has_page), key, hosts), jobs, line)
+    app = make_app(jobs, key, has_page=has_page, has_tensors=has_tensors)
+    server = Server(Guard(app, key, hosts), jobs, line)
     server.run(sockets=[listener])
     if jobs.fault is not None:
         raise EngineError(f"{jobs.fault}; the jobs are stored, and drawn after the next start")

@@ -24,6 +24,7 @@ from ..pipeline.request import Event, Planned, Started
 from ..pool import ZImagePool
 from ..process import Remote, ZImageProcess
 from .errors import RefusedError
+from .loras import LoraFolder
 from .metrics import Metrics
 from .order import Order, as_arguments
 from .store import CANCELLED, DONE, FAILED, Record, Store
@@ -98,9 +99,10 @@ class Live:
 class Jobs:
     """`most`: jobs that may wait; beyond, clients are asked to come again."""
 
-    def __init__(self, engine: ZImageProcess | ZImagePool, store: Store, *, most: int):
-        self.engine, self.store, self.most = engine, store, most
-        self._ahead = AHEAD * engine.in_flight  # pictures
+    def __init__(
+        self, engine: ZImageProcess | ZImagePool, store: Store, loras: LoraFolder, *, most: int
+    ):
+        self.engine, self.store, self.loras, self.most = engine, store, loras, most
         self.live: dict[str, Live] = {}  # in the order in which they came
         self.metrics = Metrics(
             {
@@ -224,7 +226,7 @@ class Jobs:
         """The plan of a job that is not drawn. Raises OutOfMemoryError."""
 
         def ask() -> Planned:
-            return self.engine.plan(**order.to_plan()).result(PATIENCE)
+            return self.engine.plan(**order.to_plan(self.loras)).result(PATIENCE)
 
         return await self._loop.run_in_executor(self._planners, ask)
 
@@ -255,13 +257,19 @@ class Jobs:
 
     def _feed(self) -> None:
         """Give the engine as many pictures as it can use."""
-        while self._waiting and self._handed < self._ahead and not self.is_stopping:
+        while (
+            self._waiting and self._handed < AHEAD * self.engine.in_flight and not self.is_stopping
+        ):
             live = self._waiting.popleft()
             if live.state != QUEUED:
                 continue
             record = live.record
             inputs = {name: str(self.store.input(record.id, name)) for name in record.inputs}
-            arguments = as_arguments(record.arguments) | inputs
+            try:
+                arguments = as_arguments(record.arguments, self.loras) | inputs
+            except UsageError as fault:  # a LoRA has gone since the job was accepted
+                self.spawn(self._end(live, FAILED, str(fault), _code(fault)))
+                continue
             for picture, seed in enumerate(record.seeds):
                 if picture in live.pictures:
                     continue
@@ -270,7 +278,7 @@ class Jobs:
                         **arguments, seed=seed, on_event=_Listener(self, live, picture)
                     )
                 except EngineError as fault:
-                    self._break(fault)
+                    self.break_off(fault)
                     return
                 self._handed += 1
 
@@ -307,7 +315,7 @@ class Jobs:
                 self.store.picture(live.id, picture).unlink(missing_ok=True)
                 return
             live.pictures[picture] = facts
-            self._note(result)
+            self.note(result)
             if is_last:
                 self.metrics.ended(DONE)
                 self._leave(live, DONE)
@@ -316,13 +324,13 @@ class Jobs:
         except CancelledError:  # by `_end`, or by a stop
             return
         except (OutputError, sqlite3.Error) as fault:  # a full disk, say: it is drawn another time
-            self._break(fault)
+            self.break_off(fault)
         except ZImageError as fault:
             if self.engine.is_closed:
-                self._break(fault)
+                self.break_off(fault)
             else:
                 # messages name files of ours
-                message = str(fault).replace(f"{self.store.folder}/", "")
+                message = self.loras.without_folder(fault).replace(f"{self.store.folder}/", "")
                 await self._end(live, FAILED, message, _code(fault))
         except Exception as fault:
             await self._end(live, FAILED, f"{type(fault).__name__}: {fault}", "failed")
@@ -340,7 +348,8 @@ class Jobs:
             **{name: report[name] for name in names},  # type: ignore[literal-required]
         }
 
-    def _note(self, result: Result) -> None:
+    def note(self, result: Result) -> None:
+        """Remember what a picture took."""
         seconds = result.report["seconds"]["total"]
         self._seconds += (seconds - self._seconds) / 4
         self.metrics.drawn(seconds)
@@ -363,7 +372,7 @@ class Jobs:
         self.metrics.ended(state)
         self._leave(live, state)
 
-    def _break(self, fault: Exception) -> None:
+    def break_off(self, fault: Exception) -> None:
         """Nothing can be drawn or kept any more: the jobs stay stored, and the server ends."""
         if not self.is_stopping and self.fault is None:
             self.fault = str(fault)

@@ -89,7 +89,8 @@ def report(jobs: Jobs) -> dict[str, Any]:
         "plan": None if jobs.planned is None else plan_to_json(jobs.planned),
         "host": {
             "parameters_bytes": engine.host_bytes,
-            "engine_bytes": sum(_resident(of.pid) or 0 for of in engine.processes) or None,
+            "engine_bytes": sum(_resident(of.pid) or 0 for of in engine.processes if of.is_here)
+            or None,
             "server_bytes": _resident(os.getpid()),
             "available_bytes": _available(),
         },

@@ -66,16 +66,16 @@ def live_or_record(jobs: Jobs, job: str) -> Live | Record:
 def make_order(
     jobs: Jobs, body: Any, origin: str = "native", files: Mapping[str, bytes] | None = None
 ) -> Order:
-    """The order of a Drawing: call it in a thread. `files`: image and mask, if they are not in the
+    """The order of a Drawing: call it in a thread. `files`: pictures, if they are not in the
     body. Raises UsageError."""
     said = given(body)
     inputs = dict(files or {}) | {
         name: from_base64(name, data)
-        for name in ("image", "mask")
+        for name in ("image", "mask", "control_image")
         if (data := said.pop(name, None)) is not None
     }
     own = {name: said.pop(name) for name in ("seed", "count", "enlarge") if name in said}
-    return order(jobs.engine.config, origin, said, inputs=inputs, **own)
+    return order(jobs.engine.config, jobs.loras, origin, said, inputs=inputs, **own)
 
 
 def router(jobs: Jobs) -> APIRouter:
@@ -177,6 +177,11 @@ async def _events(jobs: Jobs, job: Live | Record) -> Events:
 
 
 def _machine(routes: APIRouter, jobs: Jobs) -> None:
+    @routes.get("/loras")
+    async def loras():
+        """The LoRAs that a job may name, or why a file is none of this model."""
+        return {"loras": await jobs.aside(jobs.loras.describe)}
+
     @routes.post("/plan")
     async def plan(body: Drawing):  # type: ignore[valid-type]
         """What a job would take, and the largest square that fits now. Nothing is drawn."""

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import Field, ValidationError
+from pydantic import Field, Json, ValidationError
 from starlette.datastructures import UploadFile
 
+from .body import Body
 from .errors import RefusedError, invalid
 from .jobs import Jobs, Live
+from .loras import Choices
 from .order import MOST_PIXELS, Count, Order, Seed, Text, order
-from .order import Request as Body
 from .pictures import Format, encoded, to_base64, transparent_as_mask
 from .store import DONE
 from .streams import PING, Events, cancelled_with, check_done, ended, stream
@@ -21,7 +22,7 @@ _FORM = {"max_files": 3, "max_fields": 40, "max_part_size": 1 << 20}
 
 
 class Generation(Body):
-    """Beside OpenAI's keys: seed, num_inference_steps, guidance_scale and negative_prompt."""
+    """Beside OpenAI's keys: seed, num_inference_steps, guidance_scale, negative_prompt and lora."""
 
     prompt: Text = Field(examples=["a red circle"])
     model: str | None = None
@@ -36,6 +37,7 @@ class Generation(Body):
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: Text | None = None
+    lora: Choices | None = None
     # what has no other meaning here than its default
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
@@ -53,6 +55,7 @@ class Generation(Body):
             "guidance": None if self.guidance_scale is None else float(self.guidance_scale),
             "width": width,
             "height": height,
+            "lora": None if self.lora is None else [of.model_dump() for of in self.lora],
         }
 
     @property
@@ -67,6 +70,7 @@ class Generation(Body):
 class Edit(Generation):
     """The fields of a form, beside its files `image` and `mask`. `strength`: how much is redrawn."""
 
+    lora: Json[Choices] | None = None  # a form's fields are text
     strength: float | None = None
     input_fidelity: Literal["low"] | None = None
 
@@ -166,6 +170,7 @@ def _order(jobs: Jobs, body: Generation, files: Mapping[str, bytes]) -> Order:
         inputs["mask"] = transparent_as_mask(inputs["mask"], MOST_PIXELS)
     return order(
         jobs.engine.config,
+        jobs.loras,
         "openai",
         body.arguments(),
         seed=body.seed,

@@ -8,17 +8,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import Field, create_model
 
 from .. import checks
 from ..errors import UsageError
 from ..model.config import ModelConfig
 from ..model.kv import KVPolicy
 from ..pipeline.canvas import Canvas, enlarged_size
+from ..pipeline.given import ARGUMENTS
 from ..pipeline.job import Job
 from ..pipeline.opened import decode, mask_of
 from ..pipeline.pipeline import ZImage
 from ..planning.plan import Memory
+from .body import Body
+from .loras import Choices, LoraFolder
 
 LONGEST_PROMPT = 32_000  # characters, as OpenAI's; the model reads 512 tokens
 LARGEST_BODY = 32 << 20  # bytes
@@ -32,13 +35,7 @@ Count = Annotated[int, Field(ge=1, le=MOST_PICTURES)]
 Base64 = Annotated[str, Field(description="a picture's file in base64, or a data URL of it")]
 
 
-class Request(BaseModel):
-    """A body. Unknown keys are refused, and values are not converted."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-def request_of(name: str, of: Callable, *leave_out: str, **other: Any) -> type[Request]:
+def request_of(name: str, of: Callable, *leave_out: str, **other: Any) -> type[Body]:
     """The body whose keys are the parameters of a function. `other`: fields that differ from them,
     or are added to them."""
     parameters = inspect.signature(of).parameters.values()
@@ -47,26 +44,32 @@ def request_of(name: str, of: Callable, *leave_out: str, **other: Any) -> type[R
         for p in parameters
         if p.name not in ("self", *leave_out)
     }
-    return create_model(name, __base__=Request, **fields | other)
+    return create_model(name, __base__=Body, **fields | other)
 
 
 KV = request_of("KV", KVPolicy.parse)
 MemoryOptions = request_of("MemoryOptions", Memory, pins=(list[list[int | str]], []))
+AS_JSON: dict[str, Any] = {
+    "negative_prompt": (Text, ""),
+    "seed": (Seed, -1),
+    "kv": (KV | None, None),
+    "memory": (MemoryOptions | None, None),
+}
 Drawing = request_of(
     "Drawing",
     ZImage.generate,
-    *("on_plan", "on_step"),
+    *("on_plan", "on_step", *ARGUMENTS),
+    "lora_merge",  # it reads the whole model again, for every job
+    **AS_JSON,
     prompt=(Text, Field(examples=["a red circle"])),
-    negative_prompt=(Text, ""),
-    seed=(Seed, -1),
     count=(
         Annotated[int, Field(ge=1, le=MOST_PICTURES, description="pictures; the seed counts up")],
         1,
     ),
     image=(Base64 | None, None),
     mask=(Base64 | None, None),
-    kv=(KV | None, None),
-    memory=(MemoryOptions | None, None),
+    control_image=(Base64 | None, None),
+    lora=(Choices, []),
     enlarge=(
         float | None,
         Field(None, description="draw the image again, so many times as large; it sets the size"),
@@ -88,16 +91,17 @@ class Order:
     origin: str
     arguments: dict[str, Any]  # of ZImage.generate, as JSON, without seed and pictures
     seeds: tuple[int, ...]
-    inputs: dict[str, bytes]  # files of image and mask
-    canvas: Canvas | None  # what they become
+    inputs: dict[str, bytes]  # files of image, mask and control_image
+    canvas: Canvas | None  # what image and mask become
+    control: Canvas | None  # what control_image becomes
 
-    def to_plan(self) -> dict[str, Any]:
-        """The arguments of ZImage.plan."""
-        found = as_arguments(self.arguments) | {"seed": self.seeds[0]}
-        if self.canvas is None:
-            return found
-        settled = _FITTING | {"width", "height"}  # in the canvas
-        return {n: v for n, v in found.items() if n not in settled} | {"image": self.canvas}
+    def to_plan(self, loras: LoraFolder) -> dict[str, Any]:
+        """The arguments of ZImage.plan. Raises UsageError."""
+        found = as_arguments(self.arguments, loras) | {"seed": self.seeds[0]}
+        opened = {"image": self.canvas, "control_image": self.control}
+        opened = {name: canvas for name, canvas in opened.items() if canvas is not None}
+        settled = _FITTING | {"width", "height"} if opened else set()  # in the canvases
+        return {n: v for n, v in found.items() if n not in settled} | opened
 
     def with_size(self, width: int, height: int) -> "Order":
         """The same, of another size: for a plan."""
@@ -106,6 +110,7 @@ class Order:
 
 def order(
     config: ModelConfig,
+    loras: LoraFolder,
     origin: str,
     given: Mapping[str, Any],
     *,
@@ -120,11 +125,13 @@ def order(
     ZImage.enlarged. Raises UsageError.
     """
     arguments = {name: value for name, value in given.items() if value is not None}
-    inputs, seeds = dict(inputs or {}), _seeds(seed, count)
+    inputs, seeds = dict(inputs or {}), seeds_of(seed, count)
     if enlarge is not None:
         arguments |= _enlarged(config, inputs, arguments, enlarge)
-    job = as_arguments(arguments)
-    job.pop("memory", None)
+    loras.check(arguments.get("lora", []))
+    job = as_arguments(arguments, loras)
+    for name in ("memory", "lora"):
+        job.pop(name, None)
     fitting = {name: job.pop(name) for name in _FITTING & job.keys()}
     for name in ({"mask": None} | fitting) if "image" not in inputs else ():
         if name in fitting or name in inputs:
@@ -142,12 +149,29 @@ def order(
         )
         canvas = replace(canvas, enlarges=enlarge is not None)
         job |= dict.fromkeys(size)
+    control = None
+    if "control_image" in inputs:
+        rows, columns = canvas.pixels.shape[:2] if canvas else (job.get("height"), job.get("width"))
+        control = Canvas.of_control(
+            decode(inputs["control_image"], "control_image", MOST_PIXELS),
+            width=columns,
+            height=rows,
+            multiple=config.pixel_multiple,
+        )
+        job |= {"control": control, "width": None, "height": None}
     checked = Job.of(config, job.pop("prompt"), seed=seeds[0], canvas=canvas, **job)
     if enlarge is not None:
         arguments["strength"] = (
             checked.strength
         )  # the engine gets a picture that is enlarged already
-    return Order(origin=origin, arguments=arguments, seeds=seeds, inputs=inputs, canvas=canvas)
+    return Order(
+        origin=origin,
+        arguments=arguments,
+        seeds=seeds,
+        inputs=inputs,
+        canvas=canvas,
+        control=control,
+    )
 
 
 def _enlarged(
@@ -163,9 +187,11 @@ def _enlarged(
     return {"fit": "stretch", "width": width, "height": height}
 
 
-def as_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def as_arguments(arguments: Mapping[str, Any], loras: LoraFolder) -> dict[str, Any]:
     """Arguments as JSON -> those of ZImage.generate. Raises UsageError."""
     found = dict(arguments)
+    if "lora" in found:
+        found["lora"] = loras.chosen(found["lora"])
     if "kv" in found:
         found["kv"] = KVPolicy.parse(**found["kv"])
     if "memory" in found:
@@ -182,7 +208,7 @@ def _pin(pair: list) -> tuple[int | str, str]:
     return pair[0], pair[1]
 
 
-def given(request: Request) -> dict[str, Any]:
+def given(request: Body) -> dict[str, Any]:
     """What a request says, without the values that it leaves to us."""
     return request.model_dump(exclude_unset=True, mode="json")
 
@@ -201,9 +227,9 @@ def seed_to_json(seed: int) -> int | str:
     return seed if seed <= EXACT else str(seed)
 
 
-def _seeds(seed: int | str | None, count: int) -> tuple[int, ...]:
-    """`count` seeds: a seed counts up, -1 is drawn for each picture."""
-    checks.whole("the number of pictures", count, 1, MOST_PICTURES)
+def seeds_of(seed: int | str | None, count: int, most: int = MOST_PICTURES) -> tuple[int, ...]:
+    """`count` seeds: a seed counts up, -1 is drawn for each picture. Raises UsageError."""
+    checks.whole("the number of pictures", count, 1, most)
     if isinstance(seed, str):
         if (
             not (seed.removeprefix("-").isascii() and seed.removeprefix("-").isdigit())

@@ -1,7 +1,7 @@
 """Jobs on disk: a SQLite database, the pictures that jobs began from, and those that were drawn.
 
     FOLDER/jobs.db              every job that was accepted, and every picture that was kept
-    FOLDER/inputs/JOB-image     what a job began from (JOB-mask: its mask), until it has ended
+    FOLDER/inputs/JOB-image     what a job began from (JOB-mask and JOB-control_image, too), until it has ended
     FOLDER/pictures/JOB-N.png   what it drew
 
 A file is on disk before the database says so. One thread writes the database; any may read it.
@@ -58,7 +58,7 @@ class Record:
     origin: str  # the API that took it
     arguments: dict[str, Any]  # of ZImage.generate, as JSON, without seed and pictures
     seeds: tuple[int, ...]  # of each picture, fixed when the job was accepted
-    inputs: tuple[str, ...]  # those of image and mask that it has
+    inputs: tuple[str, ...]  # those of image, mask and control_image that it has
     created: float  # seconds since 1970
     number: int = 0  # 0 until it is stored
     state: str = ACCEPTED

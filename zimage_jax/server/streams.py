@@ -35,16 +35,21 @@ def stream(events: Events) -> StreamingResponse:
 async def ended(request: Request, jobs: Jobs, live: Live) -> None:
     """Wait until a job is done. If its client goes away, the job is cancelled: nobody else knows of
     it. Raises RefusedError if it ends otherwise."""
-    end = asyncio.create_task(live.ended.wait())
+    await until(request, live.ended)
+    if not live.ended.is_set():
+        await jobs.cancel(live)
+    check_done(live)
+
+
+async def until(request: Request, ended: asyncio.Event) -> None:
+    """Wait for an event, as long as the client does."""
+    end = asyncio.create_task(ended.wait())
     gone = asyncio.create_task(_gone(request))
     try:
         await asyncio.wait((end, gone), return_when=asyncio.FIRST_COMPLETED)
     finally:
         end.cancel()
         gone.cancel()
-    if not live.ended.is_set():
-        await jobs.cancel(live)
-    check_done(live)
 
 
 async def _gone(request: Request) -> None:

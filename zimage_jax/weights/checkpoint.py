@@ -10,6 +10,9 @@
       vae/decoder.safetensors, encoder.safetensors
       tokenizer.json
 
+A ControlNet is a checkpoint of its own, of another kind: it has the files of transformer/ whose
+names begin with control_, and no tokenizer.
+
 The arrays are not in orbax's format, because orbax restores them at less than half the speed of
 plain reading (scripts/bench/checkpoint.py; figures in scripts/results/speed.md). The manifest has
 every array's offset, so that a unit is one read into one aligned buffer. Reading verifies the
@@ -21,24 +24,26 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import xxhash
 
 from ..dtypes import DTYPES, SAFETENSORS
 from ..errors import CheckpointError, ConfigError, DamagedError, ForeignError
-from ..files import LARGEST_JSON, kind_of, open_regular, printable, read_json, read_regular
-from ..model.config import ModelConfig
+from ..files import LARGEST_JSON, fill, kind_of, open_regular, printable, read_json, read_regular
+from ..model.config import ControlConfig, ModelConfig
+from ..model.control import is_of_branch
 from ..units import tree_bytes
 from . import components
 from .components import COMPONENTS
 from .formats import FORMATS, Storage
 
-FORMAT, VERSION = "zimage_jax checkpoint", 2
+MODEL, CONTROL = "zimage_jax checkpoint", "zimage_jax control"  # kinds: "format" in the manifest
+VERSION = 2
 _READ = (1, 2)  # versions; in 1 the manifest has no checksum of itself
 _LARGEST_MANIFEST = 16 << 20  # bytes
-_ALIGNMENT = 64  # bytes; XLA uses a host buffer without a copy if it is aligned so
+ALIGNMENT = 64  # bytes; XLA uses a host buffer without a copy if it is aligned so
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,19 @@ def layout(storage: Storage, component: str, unit: str) -> tuple[bytes, dict[str
         }
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
     start = 8 + len(text)
     records = {
         path: Record(leaf.dtype.name, leaf.shape, start + header[path]["data_offsets"][0], "")
         for path, leaf in leaves.items()
     }
     return len(text).to_bytes(8, "little") + text, records
+
+
+def stored_units(storage: Storage, kind: str) -> list[tuple[str, str]]:
+    """(component, unit) of each file of a checkpoint of this kind, in the model's order."""
+    units = ((c, unit) for c in COMPONENTS for unit in storage.units(c))
+    return [(c, unit) for c, unit in units if is_of_branch(unit) == (kind == CONTROL)]
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
@@ -107,29 +118,71 @@ def formats_json(storage: Storage) -> dict[str, Any]:
     return {"dtype": storage.format.name, **special}
 
 
+def config_json(storage: Storage, kind: str) -> dict[str, Any]:
+    """The manifest's keys about the model, and about what controls it."""
+    found = {"config": storage.config.to_json()}
+    if kind == CONTROL:
+        assert storage.config.control is not None
+        found["control"] = storage.config.control.to_json()
+    return found
+
+
 def _storage(config: ModelConfig, manifest: dict) -> Storage:
     rows = manifest.get("formats", [])
     return Storage(config, FORMATS[manifest["dtype"]], tuple((p, FORMATS[f]) for p, f in rows))
 
 
+@runtime_checkable
+class ModelFiles(Protocol):
+    """A model's parameters in files, read unit by unit."""
+
+    path: Path
+    config: ModelConfig
+    storage: Storage
+    remarks: list[str]  # what a user should know of the files
+    is_in_place: bool  # every read transposes and dequantises
+
+    def tokenizer(self) -> Path: ...
+
+    def units(self, component: str) -> list[str]: ...
+
+    def nbytes(self, component: str, unit: str | None = None) -> int: ...
+
+    def parameters(self, component: str) -> int: ...
+
+    def buffer_bytes(self, component: str, unit: str) -> int: ...
+
+    def read(
+        self, component: str, unit: str, buffer: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]: ...
+
+
 class Checkpoint:
     """A native checkpoint on disk. Opening it reads and checks the manifest, but no arrays.
 
-    Raises ForeignError if `path` is not a native checkpoint, DamagedError if the manifest is not
-    what was written, CheckpointError for another version or an unsupported config.
+    `kind`: MODEL or CONTROL; None is either. Raises ForeignError if `path` is not a native checkpoint of that kind,
+    DamagedError if the manifest is not what was written, CheckpointError for another version or an
+    unsupported config.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        manifest = self._read_manifest()
+    is_in_place = False
+
+    def __init__(self, path: str | Path, kind: str | None = MODEL):
+        self.path, self.remarks = Path(path), list[str]()
+        manifest = self._read_manifest(kind)
+        kind = manifest["format"]
         where = f"{self.path}/manifest"
         try:
             self.config = ModelConfig.from_json(manifest["config"], where)
+            if kind == CONTROL:
+                control = ControlConfig.from_json(manifest["control"], f"{where}, control")
+                self.config = replace(self.config, control=control)
             self.storage = _storage(self.config, manifest)
             self.provenance = dict(manifest["provenance"])
-            self._tokenizer_checksum = manifest["tokenizer"]
+            self._tokenizer_checksum = None if kind == CONTROL else manifest["tokenizer"]
             self._headers: dict[tuple[str, str], bytes] = {}
-            self._records = self._check_records(manifest["arrays"])
+            units = stored_units(self.storage, kind)
+            self._records = self._check_records(units, manifest["arrays"])
         except ConfigError as fault:
             raise CheckpointError(str(fault)) from None
         except (LookupError, TypeError, ValueError, AttributeError) as fault:
@@ -138,13 +191,15 @@ class Checkpoint:
                 "copy or convert again"
             ) from None
 
-    def _read_manifest(self) -> dict:
+    def _read_manifest(self, kind: str | None) -> dict:
         file = self.path / "manifest" / "manifest.json"
         if not kind_of(file, CheckpointError):
-            raise ForeignError(f"{self.path}: {_what_is_there(self.path)}")
+            raise ForeignError(f"{self.path}: {_what_is_there(self.path, kind)}")
         manifest = read_json(file, _LARGEST_MANIFEST, DamagedError)
-        if manifest.get("format") != FORMAT:
-            raise ForeignError(f"{file}: not the manifest of a {FORMAT}")
+        found = manifest.get("format")
+        if found not in ((kind,) if kind else (MODEL, CONTROL)):
+            what = f"; it is a {found}" if found in (MODEL, CONTROL) else ""
+            raise ForeignError(f"{file}: not the manifest of a {kind or MODEL}{what}")
         version = manifest.get("version")
         if version not in _READ:
             raise CheckpointError(
@@ -157,33 +212,40 @@ class Checkpoint:
             )
         return manifest
 
-    def _check_records(self, arrays: dict) -> dict[str, dict[str, dict[str, Record]]]:
+    def _check_records(
+        self, units: list[tuple[str, str]], arrays: dict
+    ) -> dict[str, dict[str, dict[str, Record]]]:
         """Component -> unit -> path -> record, from the manifest's "arrays".
 
         Raises DamagedError if a row differs from what config and formats imply.
         """
-        checked: dict[str, dict[str, dict[str, Record]]] = {}
-        for component in COMPONENTS:
-            checked[component] = {}
-            for unit in self.storage.units(component):
-                header, records = layout(self.storage, component, unit)
-                rows = arrays[component][unit]
-                for path in sorted(records.keys() | rows.keys()):
-                    r, row = records.get(path), rows.get(path)
-                    expected = [r.dtype, list(r.shape), r.offset] if r else "no such array"
-                    if row is None or row[:3] != expected:
-                        got = "none" if row is None else printable(row)
-                        raise DamagedError(
-                            f"{self.path}/manifest: {component} {printable(path)}: "
-                            f"expected {expected}, got {got}; copy or convert again"
-                        )
-                checked[component][unit] = {
-                    path: replace(r, checksum=rows[path][3]) for path, r in records.items()
-                }
-                self._headers[component, unit] = header
+        checked: dict[str, dict[str, dict[str, Record]]] = {c: {} for c in COMPONENTS}
+        for component, unit in units:
+            header, records = layout(self.storage, component, unit)
+            rows = arrays[component][unit]
+            for path in sorted(records.keys() | rows.keys()):
+                r, row = records.get(path), rows.get(path)
+                expected = [r.dtype, list(r.shape), r.offset] if r else "no such array"
+                if row is None or row[:3] != expected:
+                    got = "none" if row is None else printable(row)
+                    raise DamagedError(
+                        f"{self.path}/manifest: {component} {printable(path)}: "
+                        f"expected {expected}, got {got}; copy or convert again"
+                    )
+            checked[component][unit] = {
+                path: replace(r, checksum=rows[path][3]) for path, r in records.items()
+            }
+            self._headers[component, unit] = header
         return checked
 
     @property
+    def checksum(self) -> str:
+        """xxh3 of all that a picture follows from: config, formats, every array's checksum and the
+        tokenizer's. Where the model came from does not count, nor its folder's name."""
+        manifest = self._read_manifest(None)
+        names = ("format", "config", "control", "dtype", "formats", "tokenizer", "arrays")
+        return manifest_checksum({name: manifest[name] for name in names if name in manifest})
+
     def tokenizer(self) -> Path:
         """Path of the tokenizer.json. Raises DamagedError if it is not what was written."""
         file = self.path / "tokenizer.json"
@@ -209,12 +271,12 @@ class Checkpoint:
 
     def parameters(self, component: str) -> int:
         """Number of a component's parameters."""
-        leaves = components.units(self.config, component).values()
-        return sum(leaf.size for unit in leaves for leaf in unit.values())
+        of = components.units(self.config, component)
+        return sum(leaf.size for unit in self.units(component) for leaf in of[unit].values())
 
     def buffer_bytes(self, component: str, unit: str) -> int:
         """Bytes of the smallest buffer that `read` takes for a unit or a half."""
-        return self._runs(component, unit)[-1].end + _ALIGNMENT
+        return self._runs(component, unit)[-1].end + ALIGNMENT
 
     def _runs(self, component: str, name: str) -> list["_Run"]:
         """What is read of a unit's file for a unit or a half: the header, and its arrays."""
@@ -226,7 +288,7 @@ class Checkpoint:
             if r.offset == last.offset + last.nbytes:
                 runs[-1] = last._replace(nbytes=last.nbytes + r.nbytes)
             else:  # as far from an aligned address as in the file
-                place = last.end + (r.offset - last.end) % _ALIGNMENT
+                place = last.end + (r.offset - last.end) % ALIGNMENT
                 runs.append(_Run(r.offset, r.nbytes, place))
         return runs
 
@@ -249,13 +311,13 @@ class Checkpoint:
         runs = self._runs(component, name)
         if buffer is None:
             buffer = np.empty(self.buffer_bytes(component, name), np.uint8)
-        buffer = buffer[-buffer.ctypes.data % _ALIGNMENT :]
+        buffer = buffer[-buffer.ctypes.data % ALIGNMENT :]
         with open_regular(file, DamagedError) as f:
             found = os.fstat(f.fileno()).st_size
             try:
                 for run in runs if found == size else ():
                     f.seek(run.offset)
-                    read = _fill(buffer[run.place : run.end], f)
+                    read = fill(buffer[run.place : run.end], f)
                     if read != run.nbytes:  # cut while it was read
                         found = run.offset + read
                         break
@@ -288,21 +350,18 @@ class Checkpoint:
         return arrays
 
 
-def _fill(buffer: np.ndarray, file: BinaryIO) -> int:
-    """Read until `buffer` is full or the file ends. Returns the bytes read."""
-    count = 0
-    # typeshed's BinaryIO lacks readinto, which every file opened in binary mode has
-    while run := file.readinto(buffer.data[count:]):  # type: ignore[attr-defined]
-        count += run
-    return count
-
-
-def _what_is_there(path: Path) -> str:
+def _what_is_there(path: Path, of: str | None) -> str:
     """Why `path` is not a checkpoint, and what to do."""
+    if of == CONTROL and kind_of(path, CheckpointError) == "file":
+        return (
+            "a file, not a native ControlNet; convert it first: python -m checkpoints_convert "
+            f"{path} DST"
+        )
     convert = f"convert it first: python -m checkpoints_convert {path} DST"
     kind = kind_of(path, CheckpointError)
     if not kind:
-        return "no such folder; give --model the folder that checkpoints_convert wrote"
+        flag = "--control" if of == CONTROL else "--model"
+        return f"no such folder; give {flag} the folder that checkpoints_convert wrote"
     if kind_of(path / "model_index.json", CheckpointError):
         return f"a diffusers folder, not a native checkpoint; {convert}"
     if kind != "folder":

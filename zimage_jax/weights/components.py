@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from ..model import dit, text_encoder, vae
+from ..model import control, dit, text_encoder, vae
 from ..model.config import ModelConfig
 from ..model.layers import named_arrays
 
@@ -21,7 +21,10 @@ Leaf = TypeVar("Leaf")
 
 @functools.cache
 def spec(config: ModelConfig, component: str) -> Any:
-    """A component's module, with a ShapeDtypeStruct for every parameter."""
+    """A component's module, with a ShapeDtypeStruct for every parameter. The transformer's has those
+    of its ControlNet, where the config has one."""
+    if component == "transformer" and config.control is not None:
+        return control.ControlledDiT(config.transformer, config.control)
     return COMPONENTS[component].spec(getattr(config, component))
 
 

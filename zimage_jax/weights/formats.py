@@ -9,9 +9,10 @@ import fnmatch
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from flax import nnx
 
 from ..dtypes import DTYPES
 from ..errors import UsageError
@@ -19,7 +20,7 @@ from ..files import printable
 from ..model import dit
 from ..model.config import ModelConfig
 from ..model.kv import UNUSED_WHEN_REUSED
-from ..model.layers import named_arrays, with_arrays
+from ..model.layers import Linear, Side, named_arrays, with_arrays
 from ..units import tree_bytes
 from . import components
 from .encodings import Encoding, Int8, Lossless
@@ -71,6 +72,24 @@ def named(name: str) -> Format:
     return FORMATS[name]
 
 
+class Beside(NamedTuple):
+    """What is stored beside a layer: matrices of a `rank` (0 for none), a whole `kernel`, factors of
+    `rows` and `columns`, a `bias` (model.layers.Side; of a norm its `change`).
+
+    It is beside the layer of this name in all units that are alike `unit`: what some of them lack is
+    zero there, so that they share slots and programs.
+    """
+
+    component: str
+    unit: str
+    layer: str  # within the unit, as in "attention.to_q"
+    rank: int = 0
+    kernel: bool = False
+    rows: bool = False
+    columns: bool = False
+    bias: bool = False
+
+
 @dataclass(frozen=True)
 class Storage:
     """The format of every parameter of a model, and the shapes, dtypes and bytes that follow.
@@ -86,6 +105,12 @@ class Storage:
     config: ModelConfig
     format: Format
     special: tuple[tuple[str, Format], ...] = ()
+    beside: tuple[Beside, ...] = ()  # of LoRAs
+
+    @property
+    def without_loras(self) -> "Storage":
+        """The parameters that the checkpoint has."""
+        return replace(self, beside=())
 
     def of(self, component: str, path: str) -> Format:
         """The format of a parameter."""
@@ -127,7 +152,8 @@ class Storage:
             module = jax.tree.map(lambda leaf: leaf, module)  # a copy
             for other in dit.HALVES.keys() - {half}:
                 for name in dit.HALVES[other]:
-                    setattr(module, name, None)
+                    if hasattr(module, name):
+                        setattr(module, name, None)
         return module
 
     def leaves(self, component: str, unit: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -156,9 +182,14 @@ class Storage:
         of = _alike(self, component)
         return tuple(of[unit] for unit in units)
 
+    def units_alike(self, component: str, unit: str) -> list[str]:
+        """The units whose stored leaves have the shapes and dtypes of this unit's."""
+        of = _alike(self, component)
+        return [other for other in self.units(component) if of[other] == of[unit]]
+
     def assemble(self, component: str, arrays: Mapping[str, Sequence]) -> Any:
-        """A component's module from unit -> leaves. A unit missing in `arrays` becomes None (one
-        half of the VAE)."""
+        """A component's module from unit -> leaves. What is missing in `arrays` becomes None (one
+        half of the VAE, or groups of blocks)."""
         structure, paths = _structure(self, component, frozenset(arrays))
         table = {
             path: leaf
@@ -175,7 +206,7 @@ class Storage:
 
     def without_kv(self, component: str, unit: str, leaves: Sequence) -> tuple:
         """A DiT block's leaves for an NFE that reuses K and V: None for each unused leaf."""
-        unused = tuple(f"{components.unit_of(unit)}.{name}" for name in UNUSED_WHEN_REUSED)
+        unused = tuple(f"{components.unit_of(unit)}.{name}." for name in UNUSED_WHEN_REUSED)
         paths = self.leaves(component, unit)
         return tuple(
             None if path.startswith(unused) else leaf
@@ -247,7 +278,38 @@ def _stored(storage: Storage, component: str) -> Any:
     def stored(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
         return storage.of(component, path).stored(path, leaf)
 
-    return with_arrays(components.spec(storage.config, component), stored)
+    module = with_arrays(components.spec(storage.config, component), stored)
+    for row in storage.beside:
+        if row.component == component:
+            for unit in storage.without_loras.units_alike(component, row.unit):
+                _put_beside(module, storage, row, unit)
+    return module
+
+
+def _put_beside(module: Any, storage: Storage, row: Beside, unit: str) -> None:
+    """Give the layer of a `row` in a unit the specs of what is stored beside it."""
+    path = f"{unit}.{row.layer}"
+    layer = components.child(module, path)
+    is_linear = isinstance(layer, Linear)
+    own_format = storage.of(row.component, f"{path}.{'kernel' if is_linear else 'scale'}")
+
+    def spec(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, DTYPES[own_format.dtype])
+
+    if not is_linear:
+        layer.change = nnx.Param(spec(*layer.scale.shape))
+        return
+    own = components.child(components.spec(storage.config, row.component), path).kernel
+    inputs, outputs = own.shape
+    made: Any = (
+        spec(inputs, row.rank) if row.rank else None,
+        spec(row.rank, outputs) if row.rank else None,
+        spec(inputs, outputs) if row.kernel else None,
+        spec(outputs) if row.rows else None,
+        spec(inputs) if row.columns else None,
+        spec(outputs) if row.bias else None,
+    )
+    layer.side = nnx.Param(Side(*made))
 
 
 @functools.cache
@@ -296,6 +358,8 @@ def _structure(
     Cached: building the VAE's module takes 10 ms, and each picture needs it three times.
     """
     module = jax.tree.map(lambda leaf: leaf, _stored(storage, component))  # a copy
+    groups = {unit.split(".")[0] for unit in held}
     for unit in set(storage.units(component)) - held:
-        setattr(module, unit, None)
+        if unit.split(".")[0] not in groups:  # one half of the VAE; a DiT without its ControlNet
+            setattr(module, unit.split(".")[0], None)
     return jax.tree.structure(module), tuple(named_arrays(module))

@@ -18,7 +18,7 @@ import numpy as np
 from ..model.layers import named_arrays
 
 _CHOICES = {
-    "run": "layers|noise_refiner|context_refiner",
+    "run": "layers|noise_refiner|context_refiner|control_layers|control_noise_refiner",
     "to": "to_q|to_k|to_v",
     "norm": "attention_norm1|attention_norm2|ffn_norm1|ffn_norm2",
     "w": "w1|w2|w3",
@@ -90,30 +90,48 @@ def _norm(source: str, target: str, *, bias: bool = False) -> list:
     return [(f"{source}.weight", f"{target}.scale", SAME), *_bias(source, target, bias)]
 
 
-_DIT_SHARED = [
+_BLOCK_SHARED = [
+    *_norm("{run}.{i}.{norm}", "{run}.{i}.{norm}"),
+    *_linear("{run}.{i}.feed_forward.{w}", "{run}.{i}.feed_forward.{w}"),
+    *_linear("{run}.{i}.adaLN_modulation.0", "{run}.{i}.modulation", bias=True),
+]
+
+_BLOCK_DIFFUSERS = [
+    *_BLOCK_SHARED,
+    *_linear("{run}.{i}.attention.{to}", "{run}.{i}.attention.{to}"),
+    *_linear("{run}.{i}.attention.to_out.0", "{run}.{i}.attention.to_out"),
+    *_norm("{run}.{i}.attention.norm_{qk}", "{run}.{i}.attention.norm_{qk}"),
+]
+
+_STEM_SHARED = [
     ("x_pad_token", "stem.x_pad_token", SAME),
     ("cap_pad_token", "stem.cap_pad_token", SAME),
     *_norm("cap_embedder.0", "stem.cap_norm"),
     *_linear("cap_embedder.1", "stem.cap_embedder", bias=True),
     *_linear("t_embedder.mlp.0", "stem.time_in", bias=True),
     *_linear("t_embedder.mlp.2", "stem.time_out", bias=True),
-    *_norm("{run}.{i}.{norm}", "{run}.{i}.{norm}"),
-    *_linear("{run}.{i}.feed_forward.{w}", "{run}.{i}.feed_forward.{w}"),
-    *_linear("{run}.{i}.adaLN_modulation.0", "{run}.{i}.modulation", bias=True),
 ]
 
 DIT_DIFFUSERS = [
-    *_DIT_SHARED,
+    *_STEM_SHARED,
+    *_BLOCK_DIFFUSERS,
     *_linear("all_x_embedder.2-1", "stem.x_embedder", bias=True),
     *_linear("all_final_layer.2-1.linear", "stem.final", bias=True),
     *_linear("all_final_layer.2-1.adaLN_modulation.1", "stem.final_modulation", bias=True),
-    *_linear("{run}.{i}.attention.{to}", "{run}.{i}.attention.{to}"),
-    *_linear("{run}.{i}.attention.to_out.0", "{run}.{i}.attention.to_out"),
-    *_norm("{run}.{i}.attention.norm_{qk}", "{run}.{i}.attention.norm_{qk}"),
 ]
 
+# the ControlNet Union, as its authors and diffusers have it: beside its blocks, and as a whole
+CONTROL_ALONE = [
+    *_linear("control_all_x_embedder.2-1", "control_embedder.x_embedder", bias=True),
+    *_linear("control_noise_refiner.0.before_proj", "control_embedder.before", bias=True),
+    *_linear("control_layers.0.before_proj", "control_before", bias=True),
+    *_linear("{run}.{i}.after_proj", "{run}.{i}.to_trunk", bias=True),
+]
+CONTROL = [*_BLOCK_DIFFUSERS, *CONTROL_ALONE]
+
 DIT_COMFY = [
-    *_DIT_SHARED,
+    *_STEM_SHARED,
+    *_BLOCK_SHARED,
     *_linear("x_embedder", "stem.x_embedder", bias=True),
     *_linear("final_layer.linear", "stem.final", bias=True),
     *_linear("final_layer.adaLN_modulation.1", "stem.final_modulation", bias=True),

@@ -30,7 +30,17 @@ from ..errors import OutputError, ZImageError
 from ..files import LARGEST_JSON, kind_of, open_regular, parse_json, read_json, read_regular
 from ..model.layers import named_arrays
 from ..units import size
-from .checkpoint import FORMAT, VERSION, Record, formats_json, layout, manifest_checksum
+from .checkpoint import (
+    CONTROL,
+    MODEL,
+    VERSION,
+    Record,
+    config_json,
+    formats_json,
+    layout,
+    manifest_checksum,
+    stored_units,
+)
 from .components import COMPONENTS
 from .formats import Storage, leaves_of
 
@@ -54,8 +64,9 @@ class Writer:
     if the disk is full or cannot be written.
     """
 
-    def __init__(self, dst: Path, storage: Storage, source: dict | None = None):
-        self.storage = storage
+    def __init__(self, dst: Path, storage: Storage, source: dict | None = None, kind: str = MODEL):
+        self.storage, self._kind = storage, kind
+        self.units = stored_units(storage, kind)
         self._dst, self._folder = dst, partial_folder(dst)
         self._records: dict[str, dict[str, dict[str, Record]]] = {c: {} for c in COMPONENTS}
         self._journal_lock = threading.Lock()
@@ -90,9 +101,9 @@ class Writer:
     def _begin(self, source: dict | None) -> None:
         """Resume an earlier writer of the same plan, or start over. Checks the free disk space."""
         plan = {
-            "format": FORMAT,
+            "format": self._kind,
             "version": VERSION,
-            "config": self.storage.config.to_json(),
+            **config_json(self.storage, self._kind),
             **formats_json(self.storage),
             "plan": source,
         }
@@ -105,7 +116,7 @@ class Writer:
                 self._empty()
             if not self.resumed:
                 _put(self._folder / _MARK, mark.encode())
-            for component in COMPONENTS:
+            for component in self._components:
                 (self._folder / component).mkdir(exist_ok=True)
             self._finished = self._read_journal() if self.resumed else {}
             need, free = self.bytes_missing(), shutil.disk_usage(self._folder).free
@@ -126,7 +137,7 @@ class Writer:
             found = read_json(mark, fault=OutputError)
         except OutputError:
             found = {}
-        if found.get("format") != FORMAT:
+        if found.get("format") not in (MODEL, CONTROL):
             raise OutputError(
                 f"{self._folder}: exists and is not an unfinished conversion of this version; "
                 "move it away or choose another name"
@@ -158,10 +169,13 @@ class Writer:
         """Stored bytes of the units that have no file yet."""
         return sum(
             self.storage.nbytes(component, unit)
-            for component in COMPONENTS
-            for unit in self.storage.units(component)
+            for component, unit in self.units
             if not self._file(component, unit).exists()
         )
+
+    @property
+    def _components(self) -> list[str]:
+        return list(dict.fromkeys(component for component, _ in self.units))
 
     def _file(self, component: str, unit: str) -> Path:
         return self._folder / component / f"{unit}.safetensors"
@@ -220,35 +234,34 @@ class Writer:
                 os.fsync(f.fileno())
         self._records[component][unit] = records
 
-    def finish(self, tokenizer: bytes, provenance: dict) -> Path:
+    def finish(self, tokenizer: bytes | None, provenance: dict) -> Path:
         """Write tokenizer.json and the manifest, rename DST.partial to DST, and return DST.
 
-        Every unit must be written or `done`. `tokenizer`: the bytes of a tokenizer.json.
+        Every unit must be written or `done`. `tokenizer`: the bytes of a tokenizer.json; None for a
+        ControlNet.
         `provenance`: JSON about the source. Raises OutputError.
         """
-        arrays = {
-            component: {
-                unit: {
-                    path: [r.dtype, list(r.shape), r.offset, r.checksum]
-                    for path, r in self._records[component][unit].items()
-                }
-                for unit in self.storage.units(component)
+        arrays: dict[str, dict[str, Any]] = {component: {} for component in self._components}
+        for component, unit in self.units:
+            arrays[component][unit] = {
+                path: [r.dtype, list(r.shape), r.offset, r.checksum]
+                for path, r in self._records[component][unit].items()
             }
-            for component in COMPONENTS
-        }
         manifest = {
-            "format": FORMAT,
+            "format": self._kind,
             "version": VERSION,
             **formats_json(self.storage),
-            "config": self.storage.config.to_json(),
+            **config_json(self.storage, self._kind),
             "provenance": provenance,
-            "tokenizer": xxhash.xxh3_64_hexdigest(tokenizer),
             "arrays": arrays,
         }
+        if tokenizer is not None:
+            manifest["tokenizer"] = xxhash.xxh3_64_hexdigest(tokenizer)
         with self._resumable_errors():
-            _put(self._folder / "tokenizer.json", tokenizer)
+            if tokenizer is not None:
+                _put(self._folder / "tokenizer.json", tokenizer)
             save_manifest(self._folder, manifest)
-            for folder in (*COMPONENTS, "manifest", "."):
+            for folder in (*self._components, "manifest", "."):
                 _sync(self._folder / folder)
             os.replace(self._folder, self._dst)
             for name in (_MARK, _JOURNAL):
@@ -273,10 +286,9 @@ def save(
     Returns `dst`. `tokenizer` and `provenance`: see Writer.finish. Raises OutputError.
     """
     with Writer(dst, storage) as writer:
-        for component in COMPONENTS:
-            arrays = named_arrays(models[component])
-            for unit in storage.units(component):
-                writer.write(component, unit, _pieces(storage, component, unit, arrays))
+        arrays = {component: named_arrays(models[component]) for component in COMPONENTS}
+        for component, unit in writer.units:
+            writer.write(component, unit, _pieces(storage, component, unit, arrays[component]))
         return writer.finish(tokenizer, provenance)
 
 

@@ -28,7 +28,7 @@ CONFIGS: dict[str, Callable[[], ModelConfig]] = {"full": lambda: TURBO, "short":
 def folder_of(cell: dict) -> Path:
     """Of a cell's model: "tiny", a name in CONFIGS, or one of these and a format as in
     "full-lossless"."""
-    from zimage_jax.pipeline.pipeline import TINY
+    from zimage_jax.weights.search import TINY
 
     name = cell["model"]
     return TINY if name == "tiny" else Path(cell["folder"]) / f"{name}-random"

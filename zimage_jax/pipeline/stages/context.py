@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from ...model import dit, emphasis, ops
+from ...model import dit, ops
 from ...model.kv import Nfe
 from ...planning import schedule
 from ...planning.plan import Choice, Memory, Option, Sizes, chunked, stream_plan
@@ -21,7 +21,6 @@ from ...planning.work import Work
 from ...runtime.programs import Programs
 from ...runtime.stream import Call, Sweeps
 from ..attempt import Attempt
-from ..job import Job
 
 COMPONENT = "transformer"
 STEM = COMPONENT, "stem", 0
@@ -95,7 +94,7 @@ class ContextStage:
 
     def run(self, attempt: Attempt) -> Generator[Sweeps | Call, list, Context]:
         work, config, programs = attempt.work, attempt.config, attempt.programs
-        features = _features(attempt.job, attempt.results["text"])
+        features = attempt.job.features_of_contexts(attempt.results.get("text", {}))
         lengths = np.array([len(f) for f in features], np.int32)
         padded = np.zeros(
             (len(features), work.bucket, config.text_encoder.hidden_size), programs.dtype
@@ -114,15 +113,3 @@ class ContextStage:
         found = Context(np.asarray(xs[0].x), inputs, lengths)
         regions = work.views // work.batch
         return found if regions == 1 else jax.tree.map(lambda a: np.repeat(a, regions, 0), found)
-
-
-def _features(
-    job: Job, of_text: dict[str, Float[np.ndarray, "_ E"]]
-) -> list[Float[np.ndarray, "_ E"]]:
-    """Features of each context. Those of prompts vary with the picture's seed, by job.variance."""
-    count = len(job.prompts)
-    varied = [
-        emphasis.vary(of_text[text], job.variance, seed)
-        for text, seed in zip(job.prompts, job.seeds, strict=True)
-    ]
-    return varied + [of_text[text] for text in job.texts[count:]]

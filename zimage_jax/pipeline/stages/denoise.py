@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Float
 
 from ...errors import UsageError
-from ...model import dit, kv
+from ...model import control, dit, kv
 from ...model.kv import Nfe, Phase
 from ...planning import schedule
-from ...planning.plan import MAIN, Choice, Held, Memory, Option, Sizes, StreamPlan, VisitKind
+from ...planning.plan import Choice, Held, Memory, Option, Sizes, StreamPlan, VisitKind
 from ...planning.seconds import Timing
 from ...planning.stored import Figures
 from ...planning.streams import streams
@@ -25,8 +25,18 @@ from ...runtime.programs import Programs
 from ...runtime.stream import Call, Sweeps
 from ...weights import components
 from ..attempt import Attempt
-from .context import STEM
-from .denoise_run import COMPONENT, Ends, Run, Whole, abstract, floats, scan
+from .denoise_run import (
+    COMPONENT,
+    Ends,
+    Run,
+    Whole,
+    abstract,
+    carried,
+    floats,
+    runs_of,
+    scan,
+    units_of_scan,
+)
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,13 @@ class DenoiseChoice(Choice):
         return schedule.row(self.blocks.schedule.name).is_one_program
 
     @property
-    def refiner_chunks(self) -> int:
-        return sum(not self.blocks.is_main(chunk) for chunk in range(len(self.blocks.chunks)))
+    def refiner_chunks(self) -> tuple[int, ...]:
+        """Chunks of each run before the main blocks."""
+        return self.blocks.runs[:-1]
 
     @property
     def main_chunks(self) -> tuple[tuple[str, ...], ...]:
-        return self.blocks.chunks[self.refiner_chunks :]
+        return self.blocks.chunks[sum(self.refiner_chunks) :]
 
     @property
     def attentions(self) -> tuple[int, ...]:
@@ -58,7 +69,9 @@ class DenoiseChoice(Choice):
     @property
     def attending(self) -> tuple[tuple[int, int], ...]:
         """Of each main chunk with attentions: how many, and its device."""
-        owners = (self.blocks.owner(self.refiner_chunks + n) for n in range(len(self.main_chunks)))
+        owners = (
+            self.blocks.owner(sum(self.refiner_chunks) + n) for n in range(len(self.main_chunks))
+        )
         return tuple(of for of in zip(self.attentions, owners, strict=True) if of[0])
 
     @property
@@ -92,19 +105,23 @@ class Denoise:
 
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
         config, storage = sizes.config.transformer, sizes.storage
-        refiner, main = (sizes.units(COMPONENT, group) for group in ("noise_refiner", "layers"))
+        *early, main = (run.units for run in runs_of(sizes.config, work))
         if not work.phases:  # the picture stays as it is
             return
         between = {
             "context": sizes.tokens(work.contexts, work.bucket, config.dim),
             "rotations": sizes.inputs(work.contexts, work.image_tokens + work.tokens, 1),
         }
-        stem = {"stem": storage.nbytes(COMPONENT, "stem")}
+        ends = ["stem"]
+        if work.control_layers:
+            ends.append("control_before")
+            between["control"] = sizes.tokens(work.contexts, work.image_tokens, config.dim)
+        stem = {unit: storage.nbytes(COMPONENT, unit) for unit in ends}
         caches = any(phase.caches for phase in work.phases)
         if sizes.devices > 1 and memory.schedule == "scan":
             raise UsageError("schedule scan is one program, of one device: it cannot be split")
         choices = []
-        for stream in streams(sizes, COMPONENT, refiner, main, memory):
+        for stream in streams(sizes, COMPONENT, early, main, memory):
             choices.append(DenoiseChoice(stream))
             if caches and not choices[-1].is_one_program and sizes.devices == 1:
                 choices.append(DenoiseChoice(stream, kv_on_host=True))
@@ -120,7 +137,8 @@ class Denoise:
                 config.in_channels, in_one_program=choice.is_one_program
             )
             first, *others = choice.blocks.lanes
-            stays = choice.blocks.places | {STEM} if choice.blocks.is_resident else None
+            of_ends = {(COMPONENT, unit, 0) for unit in ends}
+            stays = choice.blocks.places | of_ends if choice.blocks.is_resident else None
             # what passes from device to device, and the inputs of all blocks
             away = {name: activations.get(name, 0) for name in ("tokens", "rotations")}
             held = tuple(Held(of.device_arrays, away if of.chunks else {}) for of in others)
@@ -147,6 +165,7 @@ class Denoise:
         config = programs.config.transformer
         contexts = _contexts(work)
         image, joint = (programs.tokens(contexts, n) for n in (work.image_tokens, work.tokens))
+        of_image, _ = carried(programs, work, contexts)
         time = jax.ShapeDtypeStruct((contexts, config.adaln_dim), jnp.float32)
         context = programs.like(contexts, work.bucket, config.dim)
         stem = programs.module(COMPONENT, "stem")
@@ -155,9 +174,14 @@ class Denoise:
         # `join` and `leave` run beside the last chunk, the first `enter` beside a whole slot
         lane = choice.blocks.lanes[0]
         unused = lane.unused(len(lane.chunks) - 1)
+        arguments: tuple = stem, state.latents, work.update.t
+        joined: tuple = of_image, context
+        if work.control_layers:
+            arguments = *arguments, image.x
+            joined = programs.module(COMPONENT, "control_before"), *joined
         scratch = [
-            ends.enter.compiled(stem, state.latents, work.update.t)[1],
-            ends.join.compiled(image, context)[1] - unused,
+            ends.enter.compiled(*arguments)[1],
+            ends.join.compiled(*joined)[1] - unused,
             ends.leave.compiled(stem, joint, time, state, work.update, *rest)[1] - unused,
         ]
         if work.regions is not None:
@@ -176,31 +200,32 @@ class Denoise:
         """x, inputs and static arguments of a visit of `kind` to `units`."""
         config, inputs = programs.config.transformer, programs.inputs(work, contexts)
         time = jax.ShapeDtypeStruct((contexts, config.adaln_dim), jnp.float32)
+        of_image, of_joint = carried(programs, work, contexts)
+        blocks = control if work.control_layers else dit
+        scale: tuple = ()
+        if work.control_layers:
+            adds = runs_of(programs.config, work)[kind.run].adds
+            scale = (floats() if adds else None,)
         if kind.nfe is None:
-            static = {
-                "apply": dit.apply_blocks,
-                "attend": programs.attend(work),
-            }
-            x = programs.tokens(contexts, work.image_tokens)
-            return x, (inputs.image._replace(time=time),), static  # type: ignore[arg-type]
+            static = {"apply": blocks.apply_blocks, "attend": programs.attend(work)}
+            return of_image, (inputs.image._replace(time=time), *scale), static  # type: ignore[arg-type]
         kv_format, keeps, reuses = kind.nfe
         attentions = sum(map(components.has_attention, units))
-        static = {"apply": dit.apply_blocks, "attend": programs.attend(work)}
+        static = {"apply": blocks.apply_blocks, "attend": programs.attend(work)}
         if attentions:
             static["kv_format"] = kv_format
         keys = programs.keys(work, contexts, kv_format)
-        of_joint = inputs.joint._replace(time=time, keys=keys)  # type: ignore[arg-type]
-        x = programs.tokens(contexts, work.tokens)
+        given = inputs.joint._replace(time=time, keys=keys), *scale  # type: ignore[arg-type]
         if not attentions or not (keeps or reuses):
-            return x, (of_joint,), static
+            return of_joint, given, static
         shape = contexts, work.tokens, config.n_heads, config.head_dim
         room = jax.eval_shape(lambda: kv.empty(kv_format, *shape))
-        static |= {"apply": dit.apply_blocks_cached, "reuses": reuses}
-        return (x, (room,) * attentions), (of_joint,), static
+        static |= {"apply": blocks.apply_blocks_cached, "reuses": reuses}
+        return (of_joint, (room,) * attentions), given, static
 
     def _sampler(self, programs: Programs, work: Work) -> int:
         config, storage = programs.config.transformer, programs.storage
-        units = storage.units(COMPONENT)
+        units = units_of_scan(storage, work)
         model = storage.assemble(
             COMPONENT, {unit: storage.specs(COMPONENT, unit) for unit in units}
         )
@@ -211,7 +236,10 @@ class Denoise:
         context = programs.like(work.contexts, work.bucket, config.dim)
         keys = tuple(programs.keys(work, work.contexts, phase.kv_format) for phase in work.phases)
         inputs = programs.inputs(work, work.contexts)
-        arguments = model, latents, updates, context, inputs, keys, noises, kept
+        arguments: tuple = model, latents, updates, context, inputs, keys, noises, kept
+        if work.control_layers:
+            image = programs.like(work.contexts, work.image_tokens, config.dim)
+            arguments = *arguments, (image, floats())
         return programs.sampler(work).compiled(*arguments)[1]
 
     def stored(self, figures: Figures, work: Work, choice: DenoiseChoice, device: int = 0) -> int:
@@ -219,9 +247,13 @@ class Denoise:
         if choice.is_one_program:
             caches = any(phase.caches for phase in work.phases)
             kept = work.kv_bytes(sizes.config.transformer) if caches else 0
-            return (
-                figures.at("scan", work.contexts * work.tokens) + kept + figures.decoded(COMPONENT)
-            )
+            tokens = work.contexts * work.tokens
+            beside = figures.beside(COMPONENT, tokens)
+            return figures.at("scan", tokens) + kept + figures.decoded(COMPONENT) + beside
+
+        # what control blocks add, in float32 and as tokens
+        width = sizes.config.transformer.dim if work.control_layers else 0
+        added = contexts * work.tokens * width * (4 + sizes.compute_bytes)
 
         def most(kinds: frozenset[VisitKind]) -> int:
             refiner = frozenset(kind for kind in kinds if kind.nfe is None)
@@ -230,7 +262,9 @@ class Denoise:
                 figures.blocks(self.name, kinds - refiner, contexts * work.tokens),
             )
 
-        return max(held + most(kinds) for held, kinds in _by_phase(sizes, work, choice, device))
+        return added + max(
+            held + most(kinds) for held, kinds in _by_phase(sizes, work, choice, device)
+        )
 
     # -- seconds -----------------------------------------------------------------------------------
 
@@ -242,13 +276,13 @@ class Denoise:
         @cache  # a sweep asks as often as the picture has NFEs
         def run(device: int, unit: str, nfe: Nfe | None) -> float:
             block = partial(timing.on(device).block, COMPONENT, width=width)
-            if not unit.startswith(MAIN):
+            if nfe is None:
                 return block(unit, contexts, work.image_tokens)
-            keys = nfe.kv_format.keys(work.tokens) if nfe else work.tokens
-            reuses = nfe is not None and nfe.reuses
-            return block(unit, contexts, work.tokens, keys=keys, reuses=reuses)
+            keys = nfe.kv_format.keys(work.tokens)
+            return block(unit, contexts, work.tokens, keys=keys, reuses=nfe.reuses)
 
-        stem = 0.0 if timing.plan.kept else timing.unit(COMPONENT, "stem")
+        ends = ("stem", "control_before") if work.control_layers else ("stem",)
+        stem = 0.0 if timing.plan.kept else sum(timing.unit(COMPONENT, unit) for unit in ends)
         cached = timing.kv_cache() if choice.kv_on_host else 0.0
         tokens = timing.sizes.tokens(work.contexts, work.tokens, width)
         nfes, blocks = work.nfes, choice.blocks
@@ -272,8 +306,17 @@ def _contexts(work: Work) -> int:
 def _tokens_bytes(sizes: Sizes, work: Work) -> int:
     """Bytes of all tokens between programs (dit.Halfway), and of the time embeddings."""
     config = sizes.config.transformer
-    per_context = (2 * config.dim + config.adaln_dim) * 4
-    return sizes.tokens(work.contexts, work.tokens, config.dim) + work.contexts * per_context
+    halfway = 2 * config.dim * 4
+    image, joint = (
+        sizes.tokens(work.contexts, n, config.dim) + work.contexts * halfway
+        for n in (work.image_tokens, work.tokens)
+    )
+    most = joint
+    if work.control_layers:
+        control = sizes.config.control
+        assert control is not None
+        most = max((2 if control.refiner == "none" else 3) * image, 2 * joint)
+    return most + work.contexts * config.adaln_dim * 4
 
 
 def _keys_bytes(sizes: Sizes, work: Work, phase: Phase) -> int:

@@ -7,7 +7,7 @@ channels, L caption tokens, D width, A adaLN width.
 
 from collections.abc import Generator
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,15 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from ...model import dit, sampling
+from ...model import control, dit, sampling
+from ...model.config import ModelConfig
 from ...model.kv import KVFormat, Nfe
 from ...model.regions import Regions
 from ...planning.work import Work
 from ...runtime.programs import Programs
 from ...runtime.stream import Call, Sweeps
+from ...units import tree_bytes
+from ...weights.formats import Storage
 from ..attempt import Attempt
 from .kv_cache import KVCache, kv_cache
 
@@ -43,7 +46,7 @@ class Whole(NamedTuple):
 
     @classmethod
     def first(cls, attempt: Attempt) -> "Whole":
-        """Noise, or the picture's latents with noise up to the first level."""
+        """Noise, or the latents that the job begins from, with noise up to the first level."""
         job, work, path = attempt.job, attempt.work, attempt.trajectory
         shape = work.h, work.w, attempt.config.transformer.in_channels
 
@@ -55,15 +58,14 @@ class Whole(NamedTuple):
 
         noise, kept, noises = draw(0), None, None
         latents = noise
-        if work.encodes:
-            picture = np.broadcast_to(attempt.results["encode"], noise.shape)
+        if job.canvas is not None:
+            picture = attempt.first
             level = np.float32(path.start)
             latents = level * noise + (1 - level) * picture
             if work.update.kept is not None:
-                assert job.canvas is not None
                 of_picture = job.canvas.latent_mask(attempt.config.vae.scale)
                 assert of_picture is not None
-                mask = np.broadcast_to(of_picture[None, :, :, None], (*noise.shape[:3], 1))
+                mask = np.broadcast_to(of_picture[..., None], (*noise.shape[:3], 1))
                 kept = sampling.Kept(*map(of_views, (picture, noise, mask)))
         if work.update.noise is not None:
             noises = np.stack([of_views(draw(index + 1)) for index in range(path.nfes)])
@@ -85,12 +87,48 @@ def abstract(work: Work, views: int, channels: int) -> tuple:
     )
 
 
+def runs_of(config: ModelConfig, work: Work) -> tuple[control.Run, ...]:
+    """The blocks of an NFE by name: those over image tokens, then those over all tokens."""
+    if work.control_layers:
+        assert config.control is not None
+        return control.runs(config.transformer, config.control)
+    c = config.transformer
+    counts = {"noise_refiner": c.n_refiner_layers, "layers": c.n_layers}
+    return tuple(
+        control.Run(tuple(f"{group}.{i}" for i in range(count))) for group, count in counts.items()
+    )
+
+
+def units_of_scan(storage: Storage, work: Work) -> list[str]:
+    """The units that one program for all NFEs takes."""
+    units = storage.units(COMPONENT)
+    if work.control_layers:
+        return [unit for unit in units if unit != "control_embedder"]
+    return [unit for unit in units if not control.is_of_branch(unit)]
+
+
+def carried(programs: Programs, work: Work, contexts: int) -> tuple[Any, Any]:
+    """What blocks carry over image tokens, and over all tokens, abstract."""
+    image, joint = (programs.tokens(contexts, n) for n in (work.image_tokens, work.tokens))
+    if not work.control_layers:
+        return image, joint
+    of = programs.config.control
+    assert of is not None
+    seen = None if of.refiner == "none" else image
+    return control.Tokens(image, image, seen), control.Tokens(joint, joint, None)
+
+
 class Ends:
     """The programs before and after the blocks of an NFE."""
 
     def __init__(self, programs: Programs, work: Work):
-        self.enter = programs(enter, is_guided=work.is_guided, dtype=programs.dtype)
-        self.join = programs(join)
+        static = {"is_guided": work.is_guided, "dtype": programs.dtype}
+        self.enter, self.join = programs(enter, **static), programs(join)
+        if work.control_layers:
+            assert programs.config.control is not None
+            refiner = programs.config.control.refiner
+            self.enter = programs(enter_controlled, refiner=refiner, **static)
+            self.join = programs(control.join)
         self.leave = programs(leave, donate=(3,))
         self.blend = programs(blend, regions=work.regions)
 
@@ -104,6 +142,20 @@ def enter(
     """sampling.before_blocks, with tokens for the noise refiner, and the time embeddings."""
     x, time = sampling.before_blocks(stem, latents, t, **static)
     return dit.Halfway.before(x), time
+
+
+def enter_controlled(
+    stem: dit.Stem,
+    latents: Float[Array, "B h w C"],
+    t: Float[Array, ""],
+    tokens: Float[Array, "G I D"],
+    *,
+    refiner: str,
+    **static,
+) -> tuple[control.Tokens, Float[Array, "G A"]]:
+    """sampling.before_blocks, with control tokens, and the time embeddings."""
+    x, time = sampling.before_blocks(stem, latents, t, **static)
+    return control.enter(x, tokens, refiner), time
 
 
 def join(image: dit.Halfway, context: Float[Array, "G L D"]) -> dit.Halfway:
@@ -134,17 +186,29 @@ def scan(attempt: Attempt) -> Float[np.ndarray, "B h w C"]:
     """All NFEs in one compiled program. An error in the attempt's `observe` is raised when the
     program has ended."""
     programs = attempt.programs
-    units = programs.storage.units(COMPONENT)
+    work = attempt.work
+    units = units_of_scan(programs.storage, work)
     leaves = dict(zip(units, attempt.loan.pin(COMPONENT, units), strict=True))
     model = programs.storage.assemble(COMPONENT, leaves)
     keys = tuple(_keys(attempt, phase.kv_format) for phase in attempt.work.phases)
     whole, (context, inputs, _) = attempt.whole, attempt.results["context"]
-    attempt.hold(whole.latents, context, inputs, keys, whole.kept, whole.noises)
-    rest = attempt.trajectory.update, context, inputs, keys, whole.noises, whole.kept
+    controlled: tuple = ()
+    if work.control_layers:
+        controlled = ((_control(attempt), np.float32(attempt.job.control_scale)),)
+    attempt.hold(
+        whole.latents, context, inputs, keys, whole.kept, whole.noises, *(c[0] for c in controlled)
+    )
+    rest = attempt.trajectory.update, context, inputs, keys, whole.noises, whole.kept, *controlled
     assert programs.observer is not None
     with programs.observer.shows(attempt.observe):
         sampler = programs.sampler(attempt.work)
         return np.asarray(sampler(attempt.recorder, model, whole.latents, *rest))
+
+
+def _control(attempt: Attempt) -> Float[np.ndarray, "G I D"]:
+    """The control tokens of each context, on the host."""
+    tokens = attempt.results["control"]  # of one picture's views
+    return np.tile(tokens, (attempt.work.contexts // len(tokens), 1, 1))
 
 
 class Run:
@@ -199,6 +263,11 @@ class Run:
         self._image = [self._rows(inputs.image, g) for g in groups]
         self._joint = [self._rows(inputs.joint, g) for g in groups]
         self._stem = attempt.loan.module(COMPONENT, "stem")
+        self._controls, self._scale = [None] * len(groups), None
+        if work.control_layers:
+            tokens, self._scale = _control(attempt), np.float32(attempt.job.control_scale)
+            self._controls = [self._rows(tokens, g) for g in groups]
+            self._before = attempt.loan.module(COMPONENT, "control_before")
         self._ends = Ends(attempt.programs, work)
         self._room = self._tokens()
         latents = whole.latents
@@ -231,10 +300,10 @@ class Run:
         """The tokens and time embeddings of every micro-batch, abstract: they are counted from an
         NFE's beginning to its end."""
         attempt, width = self.attempt, self.attempt.config.transformer.adaln_dim
-        tokens = attempt.programs.tokens
+        programs, work = attempt.programs, attempt.work
         return [
             (
-                tokens(len(rows), attempt.work.tokens),
+                max(carried(programs, work, len(rows)), key=tree_bytes),
                 jax.ShapeDtypeStruct((len(rows), width), jnp.float32),
             )
             for rows in self.groups
@@ -246,28 +315,52 @@ class Run:
         attempt, recorder, ends = self.attempt, self.attempt.recorder, self._ends
         update, noises = attempt.trajectory.step(index), self._noises(index)
         of_step = states, noises, self._kept
-        attempt.hold(self._room, self._contexts, of_step, self._image, self._joint, keys)
-        entered = [ends.enter(recorder, self._stem, s.latents, update.t) for s in states]
-        xs, times = (list(column) for column in zip(*entered, strict=True))
-        of_image = [
-            (inputs._replace(time=time),) for inputs, time in zip(self._image, times, strict=True)
+        attempt.hold(
+            self._room, self._contexts, self._controls, of_step, self._image, self._joint, keys
+        )
+        is_controlled, controls = bool(attempt.work.control_layers), self._controls
+        entered = [
+            ends.enter(
+                recorder, self._stem, s.latents, update.t, *([tokens] if is_controlled else [])
+            )
+            for s, tokens in zip(states, controls, strict=True)
         ]
+        xs, times = (list(column) for column in zip(*entered, strict=True))
         away = self._room, self._image, self._joint, keys
-        static = {"apply": dit.apply_blocks, "attend": attempt.programs.attend(attempt.work)}
-        for _ in range(attempt.plan.denoise.refiner_chunks):
-            xs = yield Call(xs, of_image, static, away)
+        static = {
+            "apply": (control if is_controlled else dit).apply_blocks,
+            "attend": attempt.programs.attend(attempt.work),
+        }
+        chunks = attempt.plan.denoise.refiner_chunks
+        runs = runs_of(attempt.config, attempt.work)
+        for count, run in zip(chunks, runs[:-1], strict=True):
+            scale = self._scales(adds=run.adds)
+            of_image = [
+                (inputs._replace(time=time), *scale)
+                for inputs, time in zip(self._image, times, strict=True)
+            ]
+            for _ in range(count):
+                xs = yield Call(xs, of_image, static, away)
         xs = attempt.placement.brought(xs)
-        xs = [ends.join(recorder, x, c) for x, c in zip(xs, self._contexts, strict=True)]
+        before = [self._before] if is_controlled else []
+        xs = [ends.join(recorder, *before, x, c) for x, c in zip(xs, self._contexts, strict=True)]
         of_joint = [
-            (inputs._replace(time=time, keys=k),)
+            (inputs._replace(time=time, keys=k), *self._scales(adds=True))
             for inputs, time, k in zip(self._joint, times, keys, strict=True)
         ]
         call = Call(xs, of_joint, static, away)
         xs = attempt.placement.brought((yield from self._main_chunks(nfe, cache, call)))
+        xs = [x.trunk for x in xs] if is_controlled else xs
         return [
             ends.leave(recorder, self._stem, x, time, state, update, noise, kept)
             for x, time, state, noise, kept in zip(xs, times, *of_step, strict=True)
         ]
+
+    def _scales(self, *, adds: bool) -> tuple:
+        """The input of control blocks that says how much they add, where there are any."""
+        if not self.attempt.work.control_layers:
+            return ()
+        return (self._scale if adds else None,)
 
     def _noises(self, index: int) -> list:
         """The noise that a step adds, by micro-batch."""
@@ -290,7 +383,8 @@ class Run:
                 xs = yield call._replace(xs=xs, static=attending)
                 continue
             carried = list(zip(xs, cache.take(taken, reads=nfe.reuses), strict=True))
-            cached = attending | {"apply": dit.apply_blocks_cached, "reuses": nfe.reuses}
+            of = control if self.attempt.work.control_layers else dit
+            cached = attending | {"apply": of.apply_blocks_cached, "reuses": nfe.reuses}
             visited = yield call._replace(xs=carried, static=cached)
             xs, held = (list(column) for column in zip(*visited, strict=True))
             cache.put(taken, held, made=nfe.keeps)

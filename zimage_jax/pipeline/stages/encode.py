@@ -14,11 +14,12 @@ from ...model.vae_strips import encode_strips
 from ...planning.plan import Memory, Option, Sizes
 from ...planning.work import Work
 from ..attempt import Attempt
+from ..canvas import Canvas
 from .vae_stage import VAEStage
 
 
 class Encode(VAEStage):
-    name, half, takes, apply = "encode", "encoder", "picture", vae.encode
+    name, half, takes, apply, figure = "encode", "encoder", "picture", vae.encode, "encode"
 
     def shape(self, work: Work, config: VAEConfig) -> tuple[int, int, int, int]:
         return 1, work.h * config.scale, work.w * config.scale, config.in_channels
@@ -32,6 +33,6 @@ class Encode(VAEStage):
     def run(self, attempt: Attempt) -> Float[np.ndarray, "h w C"]:
         """The posterior's mean, as the sampler's latents."""
         canvas = attempt.job.canvas
-        assert canvas is not None
+        assert isinstance(canvas, Canvas)
         pixels = canvas.to_model()[None]
         return self.applied(attempt, self.module(attempt), pixels, encode_strips)[0]

@@ -36,7 +36,7 @@ class Text:
     name = "text"
 
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
-        if not work.phases:
+        if not work.phases or not work.prompts:
             return
         if memory.text_encoder == "host":
             yield Option(TextChoice(), {}, {}, frozenset())
@@ -84,7 +84,8 @@ class Text:
         self, attempt: Attempt
     ) -> Generator[Sweeps | Call, list, dict[str, Float[np.ndarray, "T E"]]]:
         """Features by text, without padding. The embedding table stays on the host."""
-        ids, lengths = prompt.batch_ids(emphasis.to_run(attempt.encoded.values()))
+        texts = emphasis.to_run(attempt.encoded.values())
+        ids, lengths = prompt.batch_ids(texts, attempt.work.bucket)
         (table,) = attempt.loan.on_host(COMPONENT, "embed_tokens")
         x = ops.to_tokens(np.asarray(text_encoder.embed(table, ids)), attempt.programs.dtype)
         choice: TextChoice = attempt.plan.choices[self.name]
@@ -138,7 +139,8 @@ def _on_host(attempt: Attempt, x: Float[np.ndarray, "P L E"]) -> Float[np.ndarra
         )
         for unit in store.checkpoint.units(COMPONENT):
             if unit.startswith("layers."):
-                leaves = read_units(store.checkpoint, COMPONENT, [unit], cpu, DEVICE)[unit]
-                (tree,) = store.checkpoint.storage.trees(COMPONENT, [unit])
+                own = read_units(store.checkpoint, COMPONENT, [unit], cpu, DEVICE)[unit]
+                leaves = attempt.loan.leaves_of(COMPONENT, unit, own, cpu)
+                (tree,) = attempt.loan.storage.trees(COMPONENT, [unit])
                 x = apply(tree, leaves, x)
     return np.asarray(x)

@@ -41,6 +41,7 @@ class VAEStage(ABC):
     half: str  # decoder or encoder
     takes: str  # the half's input, in words
     apply: ClassVar[Callable[..., Any]]  # vae.decode or vae.encode
+    figure: ClassVar[str]  # the name of its stored figures
 
     @abstractmethod
     def shape(self, work: Work, config: VAEConfig) -> tuple[int, int, int, int]:
@@ -92,8 +93,8 @@ class VAEStage(ABC):
         height, width = (figures.config.vae.scale * n for n in (work.h, work.w))
         if choice.rows is None:
             side = choice.tile or max(height, width)
-            return figures.at(self.name, min(height, side) * min(width, side))
-        return figures.strips(self.name, choice.rows * width, height * width)
+            return figures.at(self.figure, min(height, side) * min(width, side))
+        return figures.strips(self.figure, choice.rows * width, height * width)
 
     # -- seconds -----------------------------------------------------------------------------------
 

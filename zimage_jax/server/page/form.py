@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ... import checks
@@ -10,8 +11,10 @@ from ...planning.plan import Memory
 
 DRAWN = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "sampler", "strength")
 SEEDS = ("count", "seed")
+LORAS = ("loras", "lora_weight")  # names, and the weight that all of them have
+LARGEST_WEIGHT = 2.0
 SWITCHES = ("text_encoder", "low_vram", "chunks", "vae_tile")
-FIELDS = (*DRAWN, *SEEDS, *SWITCHES)
+FIELDS = (*DRAWN, *LORAS, *SEEDS, *SWITCHES)
 
 
 def defaults(config: ModelConfig, memory: Memory) -> dict[str, Any]:
@@ -26,6 +29,8 @@ def defaults(config: ModelConfig, memory: Memory) -> dict[str, Any]:
         "guidance": config.defaults.guidance,
         "sampler": "euler",
         "strength": 0.6,
+        "loras": [],
+        "lora_weight": 1.0,
         "count": 1,
         "seed": "-1",
         "text_encoder": memory.text_encoder == "staged",
@@ -41,6 +46,9 @@ def arguments(values: Mapping[str, Any], memory: Memory, *, has_picture: bool) -
     if not has_picture:
         del said["strength"]
     said |= {name: whole(values[name]) for name in ("width", "height", "steps")}
+    if values["loras"]:
+        weight = float(values["lora_weight"])
+        said["lora"] = [{"name": name, "weight": weight} for name in values["loras"]]
     wanted = _switched(memory, values)
     if wanted != memory:
         said["memory"] = _to_json(wanted)
@@ -85,6 +93,13 @@ def of_job(given: Mapping[str, Any], seed: int, first: Mapping[str, Any]) -> dic
     rest = dict(given)
     memory = rest.pop("memory", {})
     fields = {name: rest.pop(name, first[name]) for name in DRAWN}
+    fields |= {name: first[name] for name in LORAS}
+    lora = rest.pop("lora", [])
+    weights = {of.get("weight", 1.0) for of in lora}
+    if len(weights) == 1 and abs(min(weights)) <= LARGEST_WEIGHT:
+        fields |= {"loras": [of["name"] for of in lora], "lora_weight": min(weights)}
+    elif lora:
+        rest["lora"] = lora
     fields |= {"count": 1, "seed": str(seed)}
     fields |= {
         "text_encoder": memory.get("text_encoder", "auto") == "staged"
@@ -110,6 +125,10 @@ def of_metadata(metadata: Mapping[str, Any], first: Mapping[str, Any]) -> dict[s
         *("prompt_weights", "text_weight", "variance"),
     )
     given = {name: metadata[name] for name in names if metadata.get(name) is not None}
+    if "lora" in metadata:
+        given["lora"] = [
+            {"name": Path(of["name"]).stem, "weight": of["weight"]} for of in metadata["lora"]
+        ]
     if "strength" in of_image:
         given["strength"] = of_image["strength"]
     return of_job(given, metadata["seed"], first)

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...errors import UsageError, ZImageError
 from ...model.samplers import SAMPLERS
+from ...pipeline.loras import MOST_LORAS
 from ...pipeline.opened import check_pixels
 from ...pipeline.picture import encode_png, metadata_in
 from ...pipeline.size import parse_size
@@ -210,6 +211,25 @@ class Page:
                 js_on_load="zimage.reuse(element.querySelector('.z-drop'), trigger)",
             )
             self._reset = gr.Button(word("reset"), size="sm")
+        with gr.Accordion("LoRA", open=False, visible=self._jobs.loras.folder is not None):
+            # a picture may name others, which are refused by name
+            add["loras"] = gr.Dropdown(
+                [],
+                value=[],
+                multiselect=True,
+                allow_custom_value=True,
+                max_choices=MOST_LORAS,
+                label=word("loras"),
+                info=word("loras_info"),
+                elem_id="z-loras",
+            )
+            add["lora_weight"] = gr.Slider(
+                -form.LARGEST_WEIGHT,
+                form.LARGEST_WEIGHT,
+                first["lora_weight"],
+                step=0.05,
+                label=word("lora_weight"),
+            )
         with gr.Accordion(word("memory"), open=False):
             for name in ("text_encoder", "low_vram"):
                 add[name] = gr.Checkbox(first[name], label=word(name), info=word(f"{name}_info"))
@@ -276,6 +296,7 @@ class Page:
         ]
         for trigger in (self.blocks.load, pressed.then, *(did.then for did in acted)):
             trigger(self.watch, self._length, seen, trigger_mode="always_last", **hidden)
+        self.blocks.load(self.list_loras, None, self._fields["loras"], **hidden)
         self._more.click(self.show_more, self._length, [self._length, self._history], **hidden)
 
     # -- what it does ------------------------------------------------------------------------------
@@ -321,6 +342,15 @@ class Page:
         except ValidationError as fault:
             raise invalid([dict(error) for error in fault.errors()]) from None
         return make_order(self._jobs, body, "page", inputs)
+
+    async def list_loras(self) -> Any:
+        """The names of the folder now, with words that they were trained to hear."""
+        try:
+            rows = await self._jobs.aside(self._jobs.loras.describe)
+        except UsageError:  # the folder has gone
+            rows = []
+        named = [row for row in rows if "error" not in row]
+        return gr.update(choices=[(parts.lora(row), row["name"]) for row in named])
 
     async def watch(self, length: int, request: gr.Request) -> AsyncIterator[tuple[Any, Any]]:
         """What runs, until nothing does, and the history whenever a picture was added."""
@@ -421,6 +451,7 @@ class Page:
         data = self._jobs.store.picture(record.id, number).read_bytes()
         return order(
             self._engine.config,
+            self._jobs.loras,
             "page",
             given,
             seed=record.seeds[number],

@@ -16,6 +16,12 @@ def line(text: str, kind: str = "") -> str:
     return f'<p class="z-line {kind}">{html.escape(text)}</p>' if text else ""
 
 
+def lora(row: Mapping[str, Any]) -> str:
+    """A LoRA's name, and what it was trained to hear: text, not HTML."""
+    words = ", ".join(row["trigger_words"][:3])
+    return f"{row['name']} ({words})" if words else row["name"]
+
+
 def plan(found: Mapping[str, Any], words: Words) -> str:
     """What a job would take, as `estimate` says it."""
     largest = found["largest"]

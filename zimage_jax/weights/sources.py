@@ -1,27 +1,25 @@
-"""The source of a conversion: a folder in diffusers layout, or single files as ComfyUI has them.
+"""Models in files of other programs: a folder in diffusers layout, or single files as ComfyUI has
+them.
 
-Every source is a set of safetensors files. Opening a file reads only its header; the safetensors
-library refuses a header with wrong sizes or offsets. Pickles are never opened: they can run code.
+Every source is a set of safetensors and GGUF files, whose weights may be quantised. Pickles are
+never opened: they can run code.
 """
 
 import functools
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
-from zimage_jax.errors import ConfigError, ConversionError, ForeignError, UsageError
-from zimage_jax.files import kind_of, open_regular, parse_json, printable, read_json
-from zimage_jax.model.config import (
+from ..errors import ConfigError, ConversionError, ForeignError, UsageError
+from ..files import LARGEST_JSON, kind_of, open_regular, printable, read_json, read_regular
+from ..model.config import (
     PRESETS,
+    ControlConfig,
     DefaultsConfig,
     DiTConfig,
     ModelConfig,
@@ -29,8 +27,13 @@ from zimage_jax.model.config import (
     TextEncoderConfig,
     VAEConfig,
 )
-from zimage_jax.weights import components
-from zimage_jax.weights import names as rules
+from ..model.control import Branch
+from ..model.prompt import Prompts
+from . import components, quantised
+from . import names as rules
+from .checkpoint import CONTROL, MODEL, Checkpoint
+from .gguf_file import MAGIC, read_gguf
+from .tensors import READABLE, Header, Tensor, read_safetensors
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
 CONFIGS: dict[str, tuple[Any, str]] = {
@@ -56,15 +59,12 @@ _OF_OTHER_MODELS = {
     "text_encoder": ("model.diffusion_model.", "first_stage_model.", "vae."),
     "vae": ("model.diffusion_model.", "text_encoders."),
 }
-_NUMPY = {
-    "F32": np.dtype(np.float32),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    # as cast without scales; a file with scales has tensors that no model has, and is refused
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-}
 _LARGEST_INDEX = 64 << 20
+# a header's names of its model: GGUF's, and those of safetensors' metadata
+NAMES = ("general.name", "modelspec.title")
+# the pipeline's text encoder, with the quantisation that some append
+_QWEN3_4B = re.compile(r"qwen[ _-]?3[ _-]4b([ _.-]([iqf]\w*|bf16))?", re.IGNORECASE)
+_ROPE_THETA = "qwen3.rope.freq_base"  # GGUF's
 _SHOWN = 3  # tensors listed per kind of fault
 # tensors that a source may have and the model never uses
 _LEFT_OUT = {
@@ -72,10 +72,13 @@ _LEFT_OUT = {
     "text_encoder": re.compile(r"norm\.weight|lm_head\.weight"),
     "vae": re.compile(r"(?!)"),
 }
+# Union 2.0's own refiner was not trained: its authors' code runs the control layers instead
+_LEFT_OUT_OF_CONTROL = re.compile(r"control_noise_refiner\..*")
+_CONTROL = re.compile(r"control_(layers|noise_refiner|all_x_embedder)\..*")
 # other models, recognised by a tensor name that only they have
 _OTHERS = {
     r".*[._]lora_(A|B|up|down|a|b)\..*": "a LoRA, which is not a whole model",
-    r"control_(layers|noise_refiner|all_x_embedder)\..*": "a Z-Image ControlNet",
+    _CONTROL.pattern: "a Z-Image ControlNet, which is converted alone: SRC DST",
     r"siglip_.*": "Z-Image Omni or Edit, which are not supported",
     r"dec_net\..*": "Z-Image in pixel space, which is not supported",
     r"double_blocks\.\d+\.img_attn\.qkv\.weight": "Flux",
@@ -90,44 +93,15 @@ _OTHERS = {
 }
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a source, from its file's header."""
-
-    file: Path
-    name: str  # in the file, with prefix
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name, a key of _NUMPY if it is supported
-    offset: int  # of its first byte in the file
-
-    def rows(self, first: int, last: int) -> np.ndarray:
-        """Rows `first` to `last` (exclusive) of the first axis; float16 and float8 are widened to
-        float32.
-
-        The file is read and not memory-mapped: mapped pages count as this process's memory, and
-        are read in small pieces.
-        """
-        dtype = _NUMPY[self.dtype]
-        width = math.prod(self.shape[1:])
-        values = np.fromfile(
-            self.file,
-            dtype,
-            (last - first) * width,
-            offset=self.offset + first * width * dtype.itemsize,
-        )
-        values = values.reshape(last - first, *self.shape[1:])
-        is_kept = self.dtype in ("F32", "BF16")
-        return values if is_kept else values.astype(np.float32)
-
-
 @dataclass
 class Component:
     """One component of a source: its layout, and its tensors by name without prefix."""
 
     name: str
-    layout: str  # "diffusers", "comfy" or "flux"
+    layout: str  # "diffusers", "comfy" or "flux"; "control" of a ControlNet
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    duplicates: list[str] = field(default_factory=list)
+    duplicates: list[Tensor] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
@@ -137,6 +111,8 @@ class Component:
 
 def table(config: ModelConfig, component: str, layout: str) -> list:
     """The rules (weights.names) for a component in this layout."""
+    if layout == "control":
+        return rules.CONTROL
     if layout == "flux":
         return rules.vae_flux(len(config.vae.block_out_channels))
     return {
@@ -149,7 +125,18 @@ def table(config: ModelConfig, component: str, layout: str) -> list:
 
 @functools.cache  # takes 0.3 s for some hundred tensors, and is called twice per component
 def _entries(config: ModelConfig, component: str, layout: str) -> dict[str, rules.Entry]:
-    return rules.expected(table(config, component, layout), components.spec(config, component))
+    spec = components.spec(config, component)
+    if layout == "control":
+        assert config.control is not None
+        spec = Branch(config.transformer, config.control)
+    return rules.expected(table(config, component, layout), spec)
+
+
+def fits(config: ModelConfig, component: Component) -> bool:
+    """Whether a component has every tensor of the model in its shape."""
+    entries = _entries(config, component.name, component.layout)
+    shapes = {name: tensor.shape for name, tensor in component.tensors.items()}
+    return all(shapes.get(name) == entry.shape for name, entry in entries.items())
 
 
 @dataclass
@@ -158,7 +145,7 @@ class Source:
 
     components: dict[str, Component]
     config: ModelConfig
-    tokenizer: Path
+    tokenizer: Path | None  # None for a ControlNet
 
     def entries(self, component: str) -> dict[str, rules.Entry]:
         """Name -> entry of every tensor that the component must have."""
@@ -168,7 +155,7 @@ class Source:
         """Raises ConversionError, which lists the faults of all components: unknown, missing,
         duplicate and misshapen tensors, and unsupported dtypes."""
         groups: dict[tuple[str, str], list[str]] = {}
-        for component in COMPONENTS:
+        for component in self.components:
             for kind, what in self._faults(component):
                 groups.setdefault((component, kind), []).append(what)
         if not groups:
@@ -180,17 +167,75 @@ class Source:
         kinds = list(dict.fromkeys(kind for _, kind in groups))
         counts = [sum(len(f) for (_, k), f in groups.items() if k == kind) for kind in kinds]
         raise ConversionError(
-            "the tensors are not exactly those of the configured Z-Image "
-            f"({', '.join(f'{n} {kind}' for n, kind in zip(counts, kinds, strict=True))}); "
-            "nothing was written:\n" + "\n".join(lines)
+            f"the tensors are not exactly those of the configured Z-Image{self._whose} "
+            f"({', '.join(f'{n} {kind}' for n, kind in zip(counts, kinds, strict=True))}):\n"
+            + "\n".join(lines)
         )
+
+    @property
+    def kind(self) -> str:
+        """The kind of checkpoint that it becomes (checkpoint.MODEL or CONTROL)."""
+        return MODEL if self.config.control is None else CONTROL
+
+    @property
+    def _whose(self) -> str:
+        return "" if self.kind == MODEL else "'s ControlNet"
+
+    def identity(self) -> dict[Path, list]:
+        """File -> [name, bytes, time of its last change], JSON: what tells it from another."""
+        files = {f: f.stat() for of in self.components.values() for f in of.files}
+        return {f: [f.name, s.st_size, s.st_mtime_ns] for f, s in files.items()}
+
+    def read_tokenizer(self) -> bytes | None:
+        """The bytes of the tokenizer. Raises ConversionError if it is another model's."""
+        if self.tokenizer is None:
+            return None
+        data = read_regular(self.tokenizer, LARGEST_JSON, ConversionError)
+        vocabulary = Prompts.parse(data, str(self.tokenizer)).vocab_size
+        if vocabulary > self.config.text_encoder.vocab_size:
+            raise ConversionError(
+                f"{self.tokenizer}: has {vocabulary} tokens, the text encoder "
+                f"{self.config.text_encoder.vocab_size}; it belongs to another model"
+            )
+        return data
+
+    def remarks(self) -> list[str]:
+        """What a user should know: a text encoder that is not the pipeline's.
+
+        Its tensors have the same names and shapes, so only what its file says of itself tells: a
+        name in the header, or the base of its rotary positions.
+        """
+        if "text_encoder" not in self.components:
+            return []
+        encoder = self.components["text_encoder"]
+        names = [encoder.metadata[key] for key in NAMES if encoder.metadata.get(key)]
+        own, theta = self.config.text_encoder, PRESETS["turbo"].text_encoder.rope_theta
+        is_published = replace(own, rope_theta=theta) == PRESETS["turbo"].text_encoder
+        is_other = is_published and own.rope_theta != theta
+        if names and (is_other or not _QWEN3_4B.fullmatch(names[0])):
+            what = f"calls itself '{printable(names[0], 80)}'"
+        elif is_other:
+            what = f"has rope_theta {own.rope_theta:g}, as Qwen3-4B-Instruct-2507 has,"
+        else:
+            return []
+        return [
+            f"the text encoder in {encoder.files[0].name} {what} and is not the Qwen3-4B that "
+            "Z-Image was trained with: its pictures differ"
+        ]
+
+    def _left_out(self, component: str) -> re.Pattern:
+        """The tensors that are not used."""
+        control = self.config.control
+        if control is not None and control.refiner == "control_layers":
+            return _LEFT_OUT_OF_CONTROL
+        return _LEFT_OUT[component]
 
     def _faults(self, component: str) -> Iterator[tuple[str, str]]:
         """(kind, tensor) of each fault."""
         found, expected = self.components[component].tensors, self.entries(component)
         last = f"layers.{self.config.text_encoder.n_layers}."  # the layer that never runs
-        for name in self.components[component].duplicates:
-            yield "duplicate", f"{printable(name)} (in {found[name].file.name} and elsewhere)"
+        for tensor in self.components[component].duplicates:
+            yield "duplicate", f"{printable(tensor.name)} (in {tensor.file.name} and elsewhere)"
         for name in sorted(expected.keys() - found.keys()):
             yield "missing", f"{name} {list(expected[name].shape)}"
         for name, tensor in sorted(found.items()):
@@ -198,11 +243,11 @@ class Source:
                 if tensor.shape != expected[name].shape:
                     wanted, got = list(expected[name].shape), printable(list(tensor.shape))
                     yield "misshapen", f"{name}: expected {wanted}, got {got}"
-                if tensor.dtype not in _NUMPY:
-                    yield f"{tensor.dtype}, not {', '.join(_NUMPY)}:", name
+                if not tensor.is_readable:
+                    yield f"{tensor.dtype}, not {', '.join(READABLE)}:", name
                 continue
             is_last_layer = component == "text_encoder" and name.startswith(last)
-            if not is_last_layer and not _LEFT_OUT[component].fullmatch(name):
+            if not is_last_layer and not self._left_out(component).fullmatch(name):
                 yield "unknown", f"{printable(name)} {printable(list(tensor.shape))}"
 
 
@@ -255,7 +300,89 @@ def open_source(
             f"{tokenizer}: the tokenizer is missing; Z-Image's folder has it as "
             "tokenizer/tokenizer.json"
         )
+    theta = _rope_theta(parts["text_encoder"])
+    if theta is not None:
+        config = replace(config, text_encoder=replace(config.text_encoder, rope_theta=theta))
     return Source({c: parts[c] for c in COMPONENTS}, config, tokenizer)
+
+
+def _rope_theta(encoder: Component) -> float | None:
+    """The base of the rotary positions that a text encoder's file names. Raises ConversionError."""
+    text = encoder.metadata.get(_ROPE_THETA)
+    if text is None:
+        return None
+    try:
+        theta = float(text)
+    except ValueError:
+        theta = math.nan
+    if not 1 < theta < 1e12:
+        raise ConversionError(
+            f"{encoder.files[0]}: {_ROPE_THETA} is {printable(text, 40)}, expected a number above 1"
+        )
+    return theta
+
+
+def is_control(path: Path) -> bool:
+    """Whether a file is a ControlNet's. Raises as `read_header`."""
+    return any(_CONTROL.fullmatch(tensor.name) for tensor in read_header(path).tensors)
+
+
+def controlled_config(model: Path | None, variant: str | None) -> ModelConfig:
+    """The config of the model that a ControlNet is for: of a native checkpoint or a folder in
+    diffusers layout, or a preset's. Raises ConfigError, and as Checkpoint."""
+    if model is None:
+        return PRESETS[variant or "turbo"]
+    if kind_of(model / "manifest", ForeignError):
+        return Checkpoint(model).config
+    return read_configs(model)
+
+
+def open_control_file(file: Path, config: ModelConfig) -> Source:
+    """A ControlNet's file, as its authors and diffusers have it.
+
+    `config`: of the model that it controls. Raises ConversionError for a file that is no such
+    ControlNet, ConfigError.
+    """
+    header = read_header(file)
+    tensors = quantised.merged(
+        {t.name: t for t in header.tensors}, quantised.layers_of(header.metadata, file)
+    )
+    layers = {m[1] for name in tensors if (m := re.fullmatch(r"control_layers\.(\d+)\..*", name))}
+    embedder = tensors.get("control_all_x_embedder.2-1.weight")
+    if embedder is None or len(embedder.shape) != 2 or embedder.shape[1] % 4 or not layers:
+        raise ConversionError(
+            f"{file}: expected a ControlNet Union of Z-Image, with control_layers and a matrix "
+            "control_all_x_embedder.2-1.weight of 4 inputs per channel"
+        )
+    parts = {
+        "layers": len(layers),
+        "in_channels": embedder.shape[1] // 4,
+        "refiner": _refiner(tensors),
+    }
+    try:
+        config = replace(config, control=ControlConfig.from_json(parts))
+    except ConfigError as fault:
+        raise ConfigError(f"{file}: {fault}") from None
+    found = Component("transformer", "control", tensors)
+    return Source({"transformer": found}, config, None)
+
+
+def _refiner(tensors: dict[str, Tensor]) -> str:
+    """Which of config.REFINERS a ControlNet has. Union 2.0 has 2.1's tensors, but its refiner's
+    maps were never trained: they are 0 (as diffusers and ComfyUI tell them apart)."""
+    if not any(name.startswith("control_noise_refiner.") for name in tensors):
+        return "control_layers"  # diffusers leaves them out
+    first = "control_noise_refiner.0."
+    maps = [tensors.get(f"{first}{name}_proj.weight") for name in ("before", "after")]
+    if maps == [None, None]:
+        return "none"
+    for tensor in maps:
+        is_matrix = tensor is not None and len(tensor.shape) == 2 and tensor.is_readable
+        if tensor is None or (
+            is_matrix and not tensor.rows(0, tensor.shape[0], np.dtype(np.float32)).any()
+        ):
+            return "control_layers"
+    return "control_noise_refiner"
 
 
 def read_configs(folder: Path) -> ModelConfig:
@@ -313,56 +440,38 @@ def open_file(component: str, path: Path) -> Component:
 
 
 def open_files(
-    component: str, files: list[Path], read: Callable[[Path], list["Tensor"]] | None = None
+    component: str, files: list[Path], read: Callable[[Path], Header] | None = None
 ) -> Component:
     """A component from its files; tensors of other components in the same files are skipped.
 
-    `read`: gives a file's tensors instead of `read_header`. Raises as open_component_folder.
+    `read`: gives a file's header instead of `read_header`. Raises as open_component_folder.
     """
-    tensors = [tensor for file in files for tensor in (read or read_header)(file)]
+    headers = {file: (read or read_header)(file) for file in files}
+    tensors = [tensor for header in headers.values() for tensor in header.tensors]
     own = [t for t in tensors if not t.name.startswith(_OF_OTHER_MODELS[component])]
+    prefix = _PREFIXES[component]
+    layers: dict[str, Any] = {}
+    for file, header in headers.items():
+        layers |= quantised.layers_of(header.metadata, file)
     result = Component(component, "")
     for tensor in own:
-        bare = _PREFIXES[component].sub("", tensor.name, count=1)
+        bare = prefix.sub("", tensor.name, count=1)
         if bare in result.tensors:
-            result.duplicates.append(bare)
+            result.duplicates.append(tensor)
         result.tensors[bare] = tensor
     names = list(result.tensors) or [t.name for t in tensors]
     result.layout = _layout(component, names, files[0])
+    bare_layers = {prefix.sub("", name, count=1): given for name, given in layers.items()}
+    result.tensors = quantised.merged(result.tensors, bare_layers)
+    result.metadata = {k: v for header in headers.values() for k, v in header.metadata.items()}
     return result
 
 
-def read_header(file: Path) -> list[Tensor]:
-    """The tensors of a safetensors file. The library checks sizes and offsets against the file.
-
-    Raises ForeignError for a GGUF file, ConversionError for a file that is not a whole safetensors
-    file.
-    """
-    # opened here first, because the library would wait for a FIFO
-    with open_regular(file, ConversionError, buffering=-1) as f:
-        start = f.read(8)
-        if start.startswith(b"GGUF"):
-            raise ForeignError(f"{file}: a GGUF file; only safetensors files are read")
-        try:
-            with safe_open(file, "numpy"):
-                pass
-        except SafetensorError as fault:
-            raise ConversionError(
-                f"{file}: not a whole safetensors file ({printable(fault)}); download it again"
-            ) from None
-        except OSError as fault:
-            raise ConversionError(
-                f"{file}: cannot be read ({fault.strerror or printable(fault)})"
-            ) from None
-        size = int.from_bytes(start, "little")
-        header = parse_json(f.read(size), str(file), ConversionError)
-    header.pop("__metadata__", None)
-    return [
-        Tensor(
-            file, name, tuple(entry["shape"]), entry["dtype"], 8 + size + entry["data_offsets"][0]
-        )
-        for name, entry in header.items()
-    ]
+def read_header(file: Path) -> Header:
+    """The header of a safetensors or GGUF file. Raises ConversionError if it is not a whole one."""
+    with open_regular(file, ConversionError) as f:
+        is_gguf = f.read(len(MAGIC)) == MAGIC
+    return read_gguf(file) if is_gguf else read_safetensors(file)
 
 
 def _layout(component: str, names: list[str], file: Path) -> str:
@@ -387,41 +496,3 @@ def _layout(component: str, names: list[str], file: Path) -> str:
     found = ", ".join(printable(name, 60) for name in sorted(names)[:2])
     what = f"these are tensors of {other}" if other else f"found {found or 'no tensors'}"
     raise ForeignError(f"{file}: not Z-Image's {component.replace('_', ' ')}; {what}")
-
-
-# -- checksums -------------------------------------------------------------------------------------
-
-
-def published_md5() -> dict[str, str]:
-    """File name -> MD5 of the published Z-Image-Turbo folder."""
-    lines = Path(__file__).with_name("published.md5").read_text().splitlines()
-    return {name: digest for digest, name in (line.split() for line in lines)}
-
-
-def hash_file(file: Path, digest: Any, seen: Callable[[int], Any] = id) -> str:
-    """The hex digest of a file's bytes, added to `digest` (hashlib's). `seen` is called with every
-    number of bytes read. Raises UsageError for anything but a regular file."""
-    with open_regular(file) as f:
-        while run := f.read(1 << 22):
-            digest.update(run)
-            seen(len(run))
-    return digest.hexdigest()
-
-
-def verify(folder: Path, *, quiet: bool = False) -> None:
-    """Compare a folder's files with the published MD5 sums. Raises ConversionError, which lists all
-    files that differ or are missing."""
-    published = published_md5()
-    present = [name for name in published if kind_of(folder / name) == "file"]
-    wrong = [f"{name} is missing" for name in published if name not in present]
-    total = sum((folder / name).stat().st_size for name in present)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=quiet) as bar:
-        for name in present:
-            digest = hashlib.md5(usedforsecurity=False)
-            found = hash_file(folder / name, digest, bar.update)
-            if found != published[name]:
-                wrong.append(f"{name} has MD5 {found}, published is {published[name]}")
-    if wrong:
-        raise ConversionError(
-            f"{folder}: not the published files:\n" + "\n".join(f"  {w}" for w in wrong)
-        )
