@@ -2,8 +2,8 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m tests.fake_devices MODEL CASES
 
-CASES is JSON: [name of a schedule, number of devices, arguments of `generate`] each. Every case is compared with
-one device: bits, peaks, what is on each device and what is left there.
+CASES is JSON: [name of a schedule, number of devices, arguments of `generate`, and a "control" of ZImage.load] each.
+Every case is compared with one device: bits, peaks, what is on each device and what is left there.
 """
 
 import collections
@@ -33,13 +33,13 @@ def on_devices(before: set[int]) -> collections.Counter:
 
 def check(model: str, name: str, count: int, options: dict, one: dict) -> None:
     options = JOB | {"prompt": "a red fox"} | options
-    reuse = options.pop("reuse", 1)
+    reuse, control = options.pop("reuse", 1), options.pop("control", None)
     options["kv"] = KVPolicy(reuse=reuse)
-    key = json.dumps([*sorted(options.items()), reuse], default=str)
+    key = json.dumps([*sorted(options.items()), reuse, control], default=str)
     if key not in one:
-        one[key] = ZImage.load(model).generate(**options).latents
+        one[key] = ZImage.load(model, control=control).generate(**options).latents
     devices, before = jax.local_devices()[-count:], set(map(id, jax.live_arrays()))
-    pipe = ZImage.load(model, memory=SCHEDULES[name], device=devices)
+    pipe = ZImage.load(model, control=control, memory=SCHEDULES[name], device=devices)
     most: collections.Counter = collections.Counter()
 
     def look(step) -> None:

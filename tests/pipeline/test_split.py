@@ -5,9 +5,15 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import save_file
 
+from tests.checkpoints_convert.test_control import saved
 from tests.schedules import MODEL, SCHEDULES
+from tests.small import CONFIGS
+from tests.weights import lora_files
 from zimage_jax import ZImage
 from zimage_jax.errors import UsageError
 
@@ -46,6 +52,37 @@ def test_several_devices_draw_the_picture_of_one(native):
 @pytest.mark.parametrize("cases", ALL.values(), ids=ALL)
 def test_several_devices_draw_the_picture_of_one_under_every_schedule(cases, native):
     in_a_process(native(MODEL), cases)
+
+
+WITH_LORAS = ["ring", "hybrid", "half a block", "resident", "auto", "disk"]
+
+
+@pytest.mark.parametrize(
+    "names", [["hybrid"], pytest.param(WITH_LORAS, marks=pytest.mark.exhaustive)]
+)
+def test_several_devices_draw_with_loras(names, native, tmp_path):
+    style, both = (tmp_path / f"{name}.safetensors" for name in ("style", "both"))
+    of_text = lora_files.text(CONFIGS[MODEL], lambda n: f"text_encoder.{n}", lora_files.AB).tensors
+    of_dit = lora_files.lora(CONFIGS[MODEL], lambda n: f"transformer.{n}").tensors
+    save_file(of_dit, style)
+    save_file(of_text | of_dit, both)
+    lora = [[str(style), 0.8], [str(both), -0.5]]
+    cases = [[name, 3, {"lora": lora}] for name in names]
+    in_a_process(native(MODEL), [*cases, ["ring", 2, {"lora": lora, "lora_merge": True}]])
+
+
+CONTROL_CASES = ["ring", "hybrid", "half a block", "resident", "auto", "disk", "low_vram"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["union 2.0", "union 2.1"])
+def test_several_devices_follow_a_control_image(name, native, tmp_path):
+    """Union 2.0's blocks are in two runs, and both are on one device."""
+    image = np.random.default_rng(5).integers(0, 256, (48, 64, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "edges.png")
+    given = {"control": str(saved(name, tmp_path)), "control_image": str(tmp_path / "edges.png")}
+    cases = [[of, count, given] for of in CONTROL_CASES for count in (2, 3)]
+    in_a_process(native("controlled"), [*cases, ["half a block", 2, given | {"reuse": 2}]])
 
 
 @pytest.mark.parametrize(

@@ -72,38 +72,51 @@ def _shared_out(
     """A stream of the runs of `early` blocks and the `main` chunks, shared out among the devices by
     `weights`; its schedule is to come.
 
-    A block that is in two runs has one device: its run is cut as the main chunks are.
+    A block that is in two runs has one device: the early ones are cut as the main chunks are.
     """
     is_split = len(weights) > 1
-    of_runs = (*(_early(component, run, main, is_split=is_split) for run in early), main)
+    cut = _cut_as if is_split else _early
+    of_runs = (*(cut(component, run, main) for run in early), main)
     chunks, runs = tuple(chain(*of_runs)), tuple(map(len, of_runs))
     made = schedule.make("swap", len(chunks))
     if not is_split:
         return stream_plan(sizes.storage, component, chunks, made, runs)
     owners = schedule.share_out(len(chunks), weights)
-    last = {unit: owner for chunk, owner in zip(chunks, owners, strict=True) for unit in chunk}
-    owners = tuple(last[chunk[0]] for chunk in chunks)
+    of_main = {u: owner for of, owner in zip(main, owners[-len(main) :], strict=True) for u in of}
+    owners = tuple(
+        next((of_main[unit] for unit in chunk if unit in of_main), owner)
+        for chunk, owner in zip(chunks, owners, strict=True)
+    )
     return stream_plan(sizes.storage, component, chunks, made, runs, owners, len(weights))
 
 
 def _early(
-    component: str,
-    early: tuple[str, ...],
-    main: tuple[tuple[str, ...], ...],
-    *,
-    is_split: bool,
+    component: str, early: tuple[str, ...], main: tuple[tuple[str, ...], ...]
 ) -> tuple[tuple[str, ...], ...]:
     """`early` blocks in chunks no larger than the largest of `main`."""
     if not early:
         return ()
-    again = tuple(
-        tuple(unit for unit in chunk if components.unit_of(unit) in early) for chunk in main
-    )
-    if is_split and any(again):
-        return tuple(filter(None, again))
     if all(len(units) == 1 and components.half_of(units[0]) for units in main):
         return chunked(component, early, 2 * len(early))
     return chunked(component, early, -(-len(early) // max(map(len, main))))
+
+
+def _cut_as(
+    component: str, early: tuple[str, ...], main: tuple[tuple[str, ...], ...]
+) -> tuple[tuple[str, ...], ...]:
+    """Like `_early`; of `early` blocks that `main` chunks have too, a chunk ends where theirs does."""
+    homes = {unit: number for number, units in enumerate(main) for unit in units}
+    found: list[tuple[str, ...]] = []
+    for chunk in _early(component, early, main):
+        begin, before = 0, None
+        for end, unit in enumerate(chunk):
+            home = homes.get(unit, before)
+            if before is not None and home != before:
+                found.append(chunk[begin:end])
+                begin = end
+            before = home
+        found.append(chunk[begin:])
+    return tuple(found)
 
 
 def _chunk_counts(sizes: Sizes, component: str, main: tuple[str, ...], memory: Memory) -> list[int]:

@@ -8,6 +8,7 @@ window: they are 1 % of the model at rank 32.
 import threading
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from jax import Array
 
 from ..units import tree_bytes
@@ -47,7 +48,8 @@ class Sides:
         with self._lock:
             key = component, name, placement
             if key not in self._copies:
-                self._copies[key] = placement.put(found, HOST)
+                arrays = {path: np.asarray(array) for path, array in found.items()}
+                self._copies[key] = placement.put(arrays, HOST)
             return self._copies[key]
 
     def together(self, component: str, name: str, own: Sequence, beside: OfPath) -> Leaves:
