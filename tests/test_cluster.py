@@ -48,9 +48,10 @@ def jobs(tmp_path_factory, model):
     return file, {path.name: path.read_bytes() for path in folder.glob("0*.png")}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster(cache_of_processes):
-    """A head that draws nothing; a test adds machines."""
+    """A head that draws nothing; a test adds machines. One for each test: a head's own raylet may
+    abort after another was killed (a check in Ray 2.60's node_manager.cc)."""
     utils = pytest.importorskip("ray.cluster_utils", reason="needs the extra ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_PLATFORMS", "cpu")
@@ -147,9 +148,11 @@ def check(folder: Path, lines: list[int], expected: dict[str, bytes]) -> None:
 
 @pytest.mark.long
 def test_a_machine_that_is_lost_and_one_that_joins(cluster, machine, start, jobs, model, tmp_path):
-    first, _ = machine(), machine()
+    first = machine()
     process = start(jobs[0], "--model", model)
-    lines = drawn(process, 15)
+    lines = drawn(process, 5)
+    machine()
+    lines += drawn(process, 10)
     os.kill(raylet(first), signal.SIGKILL)
     third = machine()
     lines += drawn(process, COUNT)
@@ -187,16 +190,16 @@ batch.main()
 @pytest.mark.long
 def test_a_cluster_that_cannot_draw_says_why_in_a_line(cluster, machine, start, jobs):
     process = start(jobs[0])
-    _, error = process.communicate()
+    _, error = process.communicate(timeout=120)
     assert (process.returncode, "no machine has a CPU" in error.splitlines()[-1]) == (2, True)
     machine()
     process = start(jobs[0], program=["-c", ELSEWHERE])
-    _, error = process.communicate()
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 1
     last = error.splitlines()[-1]
     assert "#0: no checkpoint with the checksum 0123456789abcdef of mine" in last
     process = start(jobs[0], address="127.0.0.1:1")
-    _, error = process.communicate()
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 2
     assert error.splitlines()[-1].startswith("error: --cluster 127.0.0.1:1: ")
 

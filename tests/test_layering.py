@@ -26,7 +26,7 @@ FLOORS = [
     ("server",),
     (
         *("__init__", "interrupts", "cli", "options", "picture_options", "naming", "origin"),
-        *("talk", "worker", "generate", "batch", "serve", "devices", "plan", "__main__"),
+        *("talk", "worker", "generate", "batch", "serve", "devices", "plan", "comfyui", "__main__"),
     ),
 ]
 CONVERTER_ORDER = [

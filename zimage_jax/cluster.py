@@ -4,6 +4,7 @@ Ray starts the processes, carries their messages and says which machines there a
 where is ZImagePool's matter, as on one machine.
 """
 
+import logging
 import os
 import pickle
 import queue
@@ -49,12 +50,16 @@ class Actor:
     pid = 0  # on its machine, once it is started
 
     def __init__(self, node: str, resources: dict[str, int], platforms: str):
-        relay: Any = ray.remote(concurrency_groups={"read": 1, "write": 1})(Relay)
-        self._relay = relay.options(
-            **resources,
-            max_restarts=0,  # another process draws what it drew
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-        ).remote()
+        remote: Any = ray.remote  # its annotations lack concurrency_groups
+        self._relay = (
+            remote(concurrency_groups={"read": 1, "write": 1})(Relay)
+            .options(
+                **resources,
+                max_restarts=0,  # another process draws what it drew
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            )
+            .remote()
+        )
         self._started = self._relay.start.remote(versions(), platforms)
         self._reading: Any = None
         self._heard = deque[bytes]()
@@ -182,10 +187,14 @@ class ZImageCluster(ZImagePool):
         while not self._is_stopping.wait(PERIOD):
             with suppress(RayError):
                 self._look()
-            while not self._news.empty():
-                _, found = self._news.get()
-                if isinstance(found, Exception):
-                    self._say(str(found))
+            self._tell()
+        self._tell()
+
+    def _tell(self) -> None:
+        while not self._news.empty():
+            _, found = self._news.get()
+            if isinstance(found, Exception):
+                self._say(str(found))
 
     def _look(self) -> None:
         """Keep a process for each device of each machine that is there."""
@@ -311,10 +320,10 @@ def _connect(address: str) -> None:
     if not re.fullmatch(r"local|[^\s/]+:[0-9]{1,5}", address):
         raise UsageError(f"--cluster {printable(address)}: expected HOST:PORT or local")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    local = {"include_dashboard": False} if address == "local" else {}
+    local: Any = {"include_dashboard": False} if address == "local" else {}
     try:
         with _own_signals():
-            ray.init(address, logging_level="ERROR", log_to_driver=False, **local)
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **local)
     except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as fault:
         reason = printable(str(fault).splitlines()[0] if str(fault) else repr(fault), 300)
         raise UsageError(f"--cluster {printable(address)}: {reason}") from None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests import small
 from tests.planning.jobs import one_phase, plan_of, planner, square
-from zimage_jax.errors import OutOfMemoryError
+from zimage_jax.errors import OutOfMemoryError, UsageError
 from zimage_jax.model.config import ControlConfig
 from zimage_jax.model.kv import KVPolicy
 from zimage_jax.model.samplers import SAMPLERS, Trajectory
@@ -206,3 +206,28 @@ def test_jobs_of_different_kinds_share_streams_and_keep_their_own_strips():
     assert plans[0].arrays_by_stage["denoise"]["tokens"] > largest
     with pytest.raises(OutOfMemoryError):
         planner().together(works * 5, alone * 5, memory, budget // 2)
+
+
+@pytest.mark.parametrize(
+    ("most", "size", "name", "resident"),
+    [
+        *[
+            (1, None, "swap", 0),
+            (2, None, "ring", 0),
+            (3, None, "hybrid", 1),
+            (4, None, "resident", 4),
+        ],
+        *[(2, GIB, "ring", 0), (4, GIB, "hybrid", 2), (128, GIB, "resident", 15)],
+    ],
+)
+def test_the_chunks_on_the_device_are_no_more_than_allowed(most, size, name, resident):
+    memory = Memory(chunks_on_device=most, max_chunk_bytes=size)
+    choice = plan_of(memory, square(1024)).denoise
+    assert choice.stream.schedule.name == name
+    assert choice.resident_chunks == resident
+    assert resident + choice.stream.schedule.slots <= max(most, resident)
+
+
+def test_a_schedule_that_needs_more_chunks_on_the_device_is_refused():
+    with pytest.raises(UsageError, match="chunks on device: 1 are too few for schedule ring"):
+        plan_of(Memory(schedule="ring", chunks_on_device=1), square(1024))

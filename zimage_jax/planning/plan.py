@@ -45,6 +45,7 @@ class Memory:
     resident_chunks: int | None = None
     prefetch: int | None = None  # chunks copied ahead of use
     max_chunk_bytes: int | None = None
+    chunks_on_device: int | None = None  # the most at once, resident or in slots
     max_vram_bytes: int | tuple[int, ...] | None = None  # one for all devices, or one for each
     low_vram: bool = False  # the smallest plan, however much memory is free
     text_encoder: str = "auto"  # device, staged or host
@@ -58,7 +59,9 @@ class Memory:
             raise UsageError(
                 f"text encoder {self.text_encoder!r}: expected one of auto, device, staged, host"
             )
-        least = dict.fromkeys(("chunks", "max_chunk_bytes", "max_vram_bytes", "host_bytes"), 1)
+        least = dict.fromkeys(
+            ("chunks", "max_chunk_bytes", "chunks_on_device", "max_vram_bytes", "host_bytes"), 1
+        )
         least |= {"resident_chunks": 0, "prefetch": 0, "vae_tile": SMALLEST_TILE}
         for name, smallest in least.items():
             given = getattr(self, name)

@@ -48,6 +48,10 @@ def streams(
             made = made.with_pins(_pins(memory, chunks, before), before, len(chunks))
             key = chunks, plan.owners, made.slots, made.resident, made.takes_turns
             found.setdefault(key, replace(plan, schedule=made))
+    if not found and memory.chunks_on_device is not None:
+        raise UsageError(
+            f"chunks on device: {memory.chunks_on_device} are too few for schedule {memory.schedule}"
+        )
     if not found or (memory.resident_chunks or 0) > counts[-1]:
         raise UsageError(
             f"--resident-chunks {memory.resident_chunks}: expected 0 to {counts[-1] - 1}, "
@@ -146,6 +150,10 @@ def _rows(memory: Memory, count: int) -> Iterator[tuple[schedule.Row, int]]:
         if row.name != memory.schedule and not is_tried:
             continue
         allowed = row.resident(count)
+        if memory.chunks_on_device is not None:
+            slots = 0 if row.keeps_all else row.slots(memory.prefetch)
+            most = memory.chunks_on_device - slots
+            allowed = [resident for resident in allowed if resident <= most]
         if memory.resident_chunks is None:
             yield from ((row, resident) for resident in allowed)
         elif row.keeps_all:

@@ -112,7 +112,8 @@ class Text:
 def _of_text(memory: Memory, blocks: int) -> Memory:
     """`memory` for the text encoder, which has `blocks` blocks.
 
-    --resident-chunks and --chunk are about the transformer only; --chunks counts up to `blocks`.
+    --resident-chunks, --chunk and chunks_on_device are about the transformer only; --chunks counts
+    up to `blocks`.
     """
     name = memory.schedule
     if memory.text_encoder == "device":  # overrides --schedule
@@ -125,6 +126,7 @@ def _of_text(memory: Memory, blocks: int) -> Memory:
         schedule=name,
         chunks=min(memory.chunks, blocks) if memory.chunks else None,
         resident_chunks=None,
+        chunks_on_device=None,
         prefetch=None if keeps_all else memory.prefetch,
         pins=(),
     )

@@ -1,0 +1,1 @@
+"""Nodes for ComfyUI: `nodes` is the folder for custom_nodes, this package puts it there."""
