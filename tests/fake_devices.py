@@ -35,6 +35,7 @@ def check(model: str, name: str, count: int, options: dict, one: dict) -> None:
     options = JOB | {"prompt": "a red fox"} | options
     reuse, control = options.pop("reuse", 1), options.pop("control", None)
     options["kv"] = KVPolicy(reuse=reuse)
+    options["lora"] = [tuple(pair) for pair in options.get("lora", [])]
     key = json.dumps([*sorted(options.items()), reuse, control], default=str)
     if key not in one:
         one[key] = ZImage.load(model, control=control).generate(**options).latents
