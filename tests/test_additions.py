@@ -126,12 +126,12 @@ class Doubled:
         scale = sizes.config.vae.scale
         yield Option(Choice(), {}, {"pixels": work.h * work.w * scale**2 * 3}, frozenset())
 
-    def compiled(self, programs, work, choice) -> int:
+    def compiled(self, programs, work, choice, device=0) -> int:
         scale = programs.config.vae.scale
         pixels = jax.ShapeDtypeStruct((work.h * scale, work.w * scale, 3), np.uint8)
         return programs(twice).compiled(pixels)[1]
 
-    def stored(self, figures, work, choice) -> int:
+    def stored(self, figures, work, choice, device=0) -> int:
         return 0
 
     def seconds(self, timing, choice) -> float:

@@ -75,6 +75,7 @@ class _PartType(click.ParamType):
 @options.DTYPE
 @options.memory_options
 @options.DEVICES
+@options.split("pictures")
 @options.CLUSTER
 @click.option(
     "--part",
@@ -98,6 +99,7 @@ def command(
     control,
     dtype,
     devices,
+    split,
     cluster,
     part,
     in_flight,
@@ -136,14 +138,15 @@ def command(
                     if not quiet:
                         tqdm.write(f"warning: {line}", file=sys.stderr)
 
-                places: Any = {"devices": devices, "cluster": cluster, "say": say}
+                places: Any = {"devices": devices, "split": split, "cluster": cluster, "say": say}
                 opened = options.engine_of(model, **places, memory_flags=memory_flags, **given)
                 pipe = stack.enter_context(opened())
             else:
-                cli.start_jax()
+                device = options.only(devices)
                 from .pipeline.pipeline import ZImage
 
-                pipe = ZImage.load(model, memory=options.memory_of(**memory_flags), **given)
+                memory = options.memory_of(**memory_flags)
+                pipe = ZImage.load(model, memory=memory, device=device, **given)
             talk.start(pipe, pipe.memory)
             with Progress(len(todo), silent=quiet or as_json) as progress:
                 for line, found in _draw_all(pipe, todo):

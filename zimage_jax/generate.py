@@ -94,6 +94,8 @@ LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
 @options.kv_options
 @options.ATTENTION
 @options.memory_options
+@options.DEVICES
+@options.split("chunks")
 @click.option(
     "--batch-size",
     type=Number(int, 1, 1024),
@@ -165,6 +167,8 @@ def command(
     enlarge,
     explore,
     pick,
+    devices,
+    split,
     lora,
     lora_merge,
     **flags,
@@ -205,11 +209,14 @@ def command(
 
     talk = Talk(quiet or as_json, is_tiny=model is None)
     with talk.warnings():
-        cli.start_jax()  # takes a second, so only after the checks
+        if devices and split == "pictures":
+            raise UsageError("--split pictures: generate draws in one process; batch has more")
+        memory = options.memory_of(devices=devices or (), **flags)
+        device = options.only(devices)  # starting JAX takes a second, so only after the checks
         from .pipeline.pipeline import ZImage
 
-        memory, job["kv"] = options.memory_of(**flags), options.kv_of(kv, picture_kv)
-        pipe = ZImage.load(model, control=control, dtype=dtype)
+        job["kv"] = options.kv_of(kv, picture_kv)
+        pipe = ZImage.load(model, control=control, dtype=dtype, device=device)
         side, multiple = pipe.config.vae.sample_size, pipe.config.pixel_multiple
         if size:
             job["width"], job["height"] = parse_size(size, side, multiple)

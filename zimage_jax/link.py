@@ -5,6 +5,7 @@ import pickle
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,18 +43,18 @@ class Link(Protocol):
 class Child:
     """The process on this machine, and a socket to it.
 
-    `device`: the GPU that it must draw with, by number. `environment`: of the process.
+    `devices`: the GPUs that it must draw with, by number. `environment`: of the process.
     """
 
     is_here = True
 
-    def __init__(self, device: int | str | None, environment: dict[str, str] | None = None):
+    def __init__(self, devices: Sequence[int | str], environment: dict[str, str] | None = None):
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "zimage_jax.worker", str(theirs.fileno())),
-                    *([] if device is None else [str(device)]),
+                    *map(str, devices),
                 ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -62,9 +63,9 @@ class Child:
         self._connection = Connection(ours.detach())
 
     @classmethod
-    def on(cls, device: int | None) -> "Child":
-        """A process that sees one GPU, by number among those that this process sees; None: all."""
-        return cls(device, None if device is None else _environment(device))
+    def on(cls, *devices: int) -> "Child":
+        """A process that sees these GPUs, by number among those that this process sees; none: all."""
+        return cls(devices, _environment(devices) if devices else None)
 
     @property
     def pid(self) -> int:
@@ -92,13 +93,19 @@ class Child:
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _environment(device: int) -> dict[str, str]:
-    """Of a process that sees one GPU."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = seen.split(",") if seen else []
-    if names and device >= len(names):
-        raise UsageError(f"device {device}: CUDA_VISIBLE_DEVICES names {len(names)} devices")
+def _environment(devices: tuple[int, ...]) -> dict[str, str]:
+    """Of a process that sees these GPUs."""
     return os.environ | {
-        "CUDA_VISIBLE_DEVICES": names[device] if names else str(device),
+        "CUDA_VISIBLE_DEVICES": visible(devices),
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cuda,cpu",
     }
+
+
+def visible(devices: tuple[int, ...]) -> str:
+    """CUDA_VISIBLE_DEVICES of a process that sees these GPUs alone. Raises UsageError."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = seen.split(",") if seen else []
+    for device in devices:
+        if names and device >= len(names):
+            raise UsageError(f"device {device}: CUDA_VISIBLE_DEVICES names {len(names)} devices")
+    return ",".join(names[device] if names else str(device) for device in devices)

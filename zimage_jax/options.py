@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from . import checks
+from . import checks, cli
 from .errors import UsageError
 from .files import printable, read_toml
 from .planning import schedule as schedules
 from .units import COMPUTE, GIB
 
 if TYPE_CHECKING:
+    import jax
+
     from .model.kv import KVPolicy
     from .planning.plan import Memory
     from .pool import ZImagePool
@@ -265,6 +267,7 @@ def with_options(options: list[Callable], command: Callable) -> Callable:
 
 def memory_of(
     *,
+    devices: tuple[int, ...] = (),
     schedule,
     chunks,
     resident_chunks,
@@ -279,13 +282,13 @@ def memory_of(
     host_memory,
     vae_tile,
 ) -> "Memory":
-    """The memory options as a plan.Memory.
+    """The memory options as a plan.Memory, for one process with these `devices`.
 
     Without --schedule, ZIMAGE_CHUNKED_LOADING and ZIMAGE_CHUNK_COUNT choose the schedule.
     """
     from .planning.plan import Memory
 
-    if isinstance(max_vram, tuple):
+    if isinstance(max_vram, tuple) and len(max_vram) != len(devices):
         raise UsageError(f"--max-vram: {len(max_vram)} sizes need --devices with as many")
     if not _is_given("schedule"):
         schedule, resident_chunks = _from_chunk_count(schedule, chunks, resident_chunks)
@@ -309,6 +312,30 @@ def memory_of(
     )
 
 
+def only(devices: tuple[int, ...] | None) -> "tuple[jax.Device, ...]":
+    """Start JAX in this process, with these GPUs alone if any are named.
+
+    Raises UsageError for a number that is named twice, and if there are fewer devices.
+    """
+    _check_split(devices)
+    if devices:
+        from .link import visible
+
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible(devices)
+    cli.start_jax()
+    from .runtime.placement import Placement
+
+    return Placement.first(len(devices or (0,))).devices
+
+
+def _check_split(devices: tuple[int, ...] | None) -> None:
+    """Raises UsageError for --split chunks of no devices, or of one that is named twice."""
+    if not devices and _is_given("split"):
+        raise UsageError("--split needs --devices, the numbers of several")
+    if devices and len(set(devices)) < len(devices):
+        raise UsageError("--devices: --split chunks takes each device once")
+
+
 def memories_of(devices: tuple[int, ...], *, max_vram, **flags) -> "list[Memory]":
     """The memory options for each of --devices."""
     sizes = max_vram if isinstance(max_vram, tuple) else (max_vram,) * len(devices)
@@ -321,26 +348,28 @@ def engine_of(
     model: Path | None,
     *,
     devices: tuple[int, ...] | None,
+    split: str,
     cluster: str | None,
     say: Callable[[str], object],
     memory_flags: dict[str, Any],
     **given: Any,
 ) -> "Callable[[], ZImageProcess | ZImagePool]":
-    """What opens the engine that --devices and --cluster ask for: a process, or several. `say`: called
-    with news of a cluster's machines. `given`: control, dtype and in_flight."""
+    """What opens the engine that --devices, --split and --cluster ask for: a process, or several.
+    `say`: called with news of a cluster's machines. `given`: control, dtype and in_flight."""
     from .pool import ZImagePool
     from .process import ZImageProcess
 
-    if devices is not None:
-        if cluster is not None:
-            raise UsageError(
-                "--cluster draws with all devices of its machines: leave out --devices"
-            )
+    if cluster is not None and devices is not None:
+        raise UsageError("--cluster draws with all devices of its machines: leave out --devices")
+    if cluster is not None and _is_given("split"):
+        raise UsageError("--cluster gives each device whole pictures: leave out --split")
+    if devices is not None and split == "pictures":
         memories = memories_of(devices, **memory_flags)
         return partial(ZImagePool, model, devices=devices, memory=memories, **given)
-    memory = memory_of(**memory_flags)
+    memory = memory_of(devices=devices or (), **memory_flags)
     if cluster is None:
-        return partial(ZImageProcess, model, memory=memory, **given)
+        _check_split(devices)
+        return partial(ZImageProcess, model, memory=memory, device=devices, **given)
     try:
         from .cluster import ZImageCluster
     except ImportError as fault:
@@ -453,8 +482,22 @@ DEVICES = _option(
     "--devices",
     type=Devices(),
     metavar="N,N",
-    help="Draw with these GPUs, numbered as by nvidia-smi: a process for each, which draws whole jobs.",
+    help="Draw with these GPUs, numbered as by nvidia-smi.",
 )
+
+
+def split(default: str) -> Callable:
+    """The option --split of a command."""
+    return _option(
+        "--split",
+        type=click.Choice(["pictures", "chunks"]),
+        default=default,
+        show_default=True,
+        help="What the GPUs of --devices share out: whole jobs, to a process for each (pictures), or "
+        "the blocks of every picture, in one process (chunks).",
+    )
+
+
 CLUSTER = _option(
     "--cluster",
     metavar="ADDRESS|local",

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from .model.config import ModelConfig
     from .model.kv import KVPolicy
     from .model.samplers import Trajectory
-    from .planning.cards import Card, MeasuredCard
-    from .planning.plan import Memory
+    from .planning.plan import Budget, Memory, Plan
     from .weights.formats import Storage
 
 BUCKET = 64  # caption tokens: a sentence or two
@@ -46,8 +45,27 @@ BUCKET = 64  # caption tokens: a sentence or two
 @click.option(
     "--card",
     metavar="NAME|FILE",
-    help="A card's name, as in rtx-4090, or the file of a measured card, as in mine.json.  "
+    help="A card's name, as in rtx-4090, or rtx-4090@x8 in a slot with 8 lanes, or the file of a "
+    "measured card, as in mine.json.  "
     "[default: this machine's own device]",
+)
+@click.option(
+    "--cards",
+    metavar="NAME,NAME",
+    help="Several cards in one machine, as in rtx-3060,rtx-4070, which share the blocks of every "
+    "picture out.",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["chunks"]),
+    help="How --cards share the work: the blocks of every picture (chunks). With whole pictures "
+    "each card draws as if it were alone.",
+)
+@click.option(
+    "--host-gbps",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB/S",
+    help="Rate at which the host's memory serves the links of all --cards.  [default: 60]",
 )
 @click.option(
     "--compile",
@@ -96,6 +114,9 @@ def command(
     form,
     control,
     card,
+    cards,
+    split,
+    host_gbps,
     compiles,
     sizes,
     more_sizes,
@@ -119,13 +140,14 @@ def command(
     bounds them. The last lines recommend a size and name the sources of the numbers.
     """
     cli.start_jax()
-    memory = options.memory_of(**memory_flags)
+    names = _cards(card, cards, split, host_gbps)
+    memory = options.memory_of(devices=tuple(range(len(names))), **memory_flags)
     kv = options.kv_of(
         {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
     )
-    if compiles and not card:
+    if compiles and not names:
         raise click.UsageError(
-            "--compile needs --card: for this machine's own device, programs are always compiled"
+            "--compile needs --card or --cards: for this machine's own device, programs are always compiled"
         )
     if disk_gbps and memory.host_bytes is None:
         raise click.UsageError(
@@ -136,17 +158,17 @@ def command(
     from .planning.stored import StoredCosts
     from .weights.formats import describe, is_encoded, uniform
 
-    wanted = find(card) if card else None
-    name, storage = _model(model, form, wanted, control)
+    wanted = list(map(find, names))
+    name, storage = _model(model, form, bool(wanted), control)
     if lora and not lora_merge:  # merged LoRAs change no bytes
         storage = _with_loras(storage, lora)
     steps = steps or storage.config.defaults.steps
-    device = devices.of_card(wanted, storage, compiles) if wanted else devices.own(storage)
+    device = devices.of_cards(wanted, storage, compiles) if wanted else devices.own(storage)
+    if host_gbps is not None:
+        device = devices.with_host(device, host_gbps)
     if memory.host_bytes is not None:
         device = devices.read_from_disk(device, disk_gbps)
-    budget = memory.max_vram_bytes or device.budget
-    if card:  # --max-vram cannot give a card more memory than it has
-        budget = min(device.budget, budget)
+    budget = _budget(memory, device, is_card=bool(wanted))
     texts = (*sizes, *more_sizes) or device.sizes
     pixels = list(dict.fromkeys(_pixels(text, storage.config) for text in texts))
     path = Trajectory.of(
@@ -161,12 +183,13 @@ def command(
     )
     if wanted and is_encoded(storage) and not compiles:
         plain = uniform(storage.config, "bfloat16")
-        as_plain = replace(device, costs=StoredCosts(plain, wanted))
+        as_plain = replace(device, costs=StoredCosts(plain, *wanted))
         found = _rows(plain, as_plain, memory, kv, budget, pixels, path, from_picture, 1)
         for row, other in zip(rows, found, strict=True):
             row["predicted_seconds_in_bfloat16"] = other["predicted_seconds"]
     result = {
         "card": device.name,
+        **({"cards": list(device.names)} if device.others else {}),
         "model": name,
         "format": describe(storage),
         "steps": steps,
@@ -187,14 +210,42 @@ def command(
             _explain(result)
 
 
+# -- cards ---------------------------------------------------------------------------------------
+
+
+def _cards(
+    card: str | None, cards: str | None, split: str | None, host_gbps: float | None
+) -> list[str]:
+    """The names of the cards: none for this machine's own device. Raises UsageError."""
+    if card and cards:
+        raise UsageError("--card and --cards both name cards: give one of them")
+    names = [name.strip() for name in (cards or card or "").split(",")] if cards or card else []
+    if cards and len(names) > 1 and split is None:
+        raise UsageError("--cards needs --split chunks: with whole pictures plan each --card alone")
+    if split is not None and len(names) < 2:
+        raise UsageError("--split chunks needs --cards, the names of several")
+    if host_gbps is not None and len(names) < 2:
+        raise UsageError("--host-gbps needs --cards: one card's link is slower than the host")
+    return names
+
+
+def _budget(memory: "Memory", device: devices.Device, *, is_card: bool) -> "Budget":
+    """Bytes that a plan may use. --max-vram cannot give a card more memory than it has."""
+    from .planning.plan import each
+
+    usable, given = each(device.budget), memory.max_vram_bytes
+    if given is None:
+        return device.budget
+    wanted = each(given) * (1 if isinstance(given, tuple) else len(usable))
+    found = tuple(map(min, wanted, usable)) if is_card else wanted
+    return found if len(found) > 1 else found[0]
+
+
 # -- model and sizes -------------------------------------------------------------------------------
 
 
 def _model(
-    model: str | None,
-    form: str | None,
-    card: "Card | MeasuredCard | None",
-    control: str | None,
+    model: str | None, form: str | None, has_card: bool, control: str | None
 ) -> "tuple[str, Storage]":
     """The model's name, and its parameters as stored, with those of the ControlNet."""
     from .model.config import CONTROLS, PRESETS
@@ -203,7 +254,7 @@ def _model(
     from .weights.in_place import open_control, open_model
     from .weights.search import TINY
 
-    if model is None and card:
+    if model is None and has_card:
         model = "turbo"
     if model is None and not TINY.joinpath("manifest").exists():
         raise UsageError(
@@ -264,7 +315,7 @@ def _rows(
     device: devices.Device,
     memory: "Memory",
     kv: "KVPolicy",
-    budget: int,
+    budget: "Budget",
     pixels: list,
     path: "Trajectory",
     from_picture: bool,
@@ -281,7 +332,8 @@ def _rows(
     from .planning.work import Work
 
     config, sizes = storage.config, Sizes(storage, jnp.dtype(device.compute).itemsize)
-    planner = Planner(STAGES, storage, sizes.compute_bytes, device.costs)
+    rates = (device.rates, *device.others) if device.others else None
+    planner = Planner(STAGES, storage, sizes.compute_bytes, device.costs, rates)
     for width, height in pixels:
         work = Work.of(
             config,
@@ -310,9 +362,11 @@ def _rows(
                 "host_bytes": None,
             }
             continue
-        by_stage = seconds(STAGES, plan, work, sizes, device.rates)
+        others = device.others
+        by_stage = seconds(STAGES, plan, work, sizes, device.rates, others=others)
         plans = planner.most_together(work, plan, memory, budget, in_flight)
-        of_all = seconds(STAGES, plans[0], work, sizes, device.rates, len(plans))
+        of_all = seconds(STAGES, plans[0], work, sizes, device.rates, len(plans), others)
+        free = Rates(math.inf, 1.0)
         yield row | {
             "schedule": plan.schedule,
             "chunks": len(plan.denoise.main_chunks),
@@ -328,13 +382,38 @@ def _rows(
             "in_flight": len(plans),
             "predicted_peak_bytes_in_flight": plans[0].peak_bytes,
             "predicted_seconds_in_flight": round(sum(of_all.values()), 3),
-            "bound_by": bound_by(STAGES, plan, work, sizes, device.rates),
-            "link_bytes": round(
-                sum(seconds(STAGES, plan, work, sizes, Rates(math.inf, 1.0)).values())
+            "bound_by": bound_by(STAGES, plan, work, sizes, device.rates, others),
+            **(
+                {"devices": _of_each(plan, device)}
+                if others
+                else {"link_bytes": round(sum(seconds(STAGES, plan, work, sizes, free).values()))}
             ),
             "kv_bytes": work.kv_bytes(config.transformer),
             "host_bytes": host_bytes(plan, storage, shares_memory=device.shares_memory),
         }
+
+
+def _of_each(plan: "Plan", device: devices.Device) -> list[dict]:
+    """What a plan gives each card."""
+    found = []
+    for number, (name, lane) in enumerate(
+        zip(device.names, plan.denoise.blocks.lanes, strict=True)
+    ):
+        main = [chunk for chunk in range(len(lane.chunks)) if lane.is_main(chunk)]
+        found.append(
+            {
+                "card": name,
+                "chunks": len(main),
+                "resident_chunks": sum(chunk in lane.schedule.resident for chunk in main),
+                "copied_bytes_per_nfe": lane.copied_bytes,
+                "predicted_peak_bytes": plan.peaks_by_device[number],
+                "predicted_peak_bytes_by_stage": plan.peaks_on(number),
+                "predicted_arrays_by_stage": {
+                    stage: dict(of) for stage, of in plan.arrays_by_device[number].items()
+                },
+            }
+        )
+    return found
 
 
 def _recommended(rows: list[dict], config: "ModelConfig") -> str | None:
@@ -351,7 +430,10 @@ def _recommended(rows: list[dict], config: "ModelConfig") -> str | None:
 
 
 def _print(result: dict) -> None:
-    budget = f"{result['budget_bytes'] / GIB:.2f} GiB may be used"
+    from .planning.plan import each
+
+    budgets = each(result["budget_bytes"])
+    budget = " and ".join(f"{of / GIB:.2f}" for of in budgets) + " GiB may be used"
     guided = ", with guidance" if result["guidance"] else ""
     click.echo(f"{result['model']} on {result['card']}: {budget}, {result['nfes']} NFEs{guided}")
     layout = "{:>11}  {:<9} {:>6} {:>8} {:>9} {:>9} {:>9}  {}"
@@ -373,6 +455,10 @@ def _print(result: dict) -> None:
             row["bound_by"],
         )
         click.echo(line)
+        for number, of in enumerate(row.get("devices", [])):
+            words = f"{of['copied_bytes_per_nfe'] / GIB:.2f} GiB copied per NFE"
+            own = (of["chunks"], of["resident_chunks"], _gib(of["predicted_peak_bytes"]), "", "")
+            click.echo(layout.format("", f"device {number}", *own, f"{of['card']}, {words}"))
     plain = [
         f"{row['size']} {row['predicted_seconds_in_bfloat16']:.1f} s"
         for row in result["sizes"]
@@ -397,6 +483,8 @@ def _print(result: dict) -> None:
         click.echo(f"beside the peak: {where}")
     click.echo(f"temporaries: {result['temporaries']}")
     source = "in host memory"
+    if "host" in result:
+        click.echo(f"host memory: {result['host']}")
     if "disk" in result:
         click.echo(f"disk: {result['disk']}")
         source = "read from disk at every visit"
@@ -406,14 +494,16 @@ def _print(result: dict) -> None:
 
 
 def _explain(result: dict) -> None:
-    """For each size, the arrays of every stage when it takes most, the largest first."""
+    """For each size and device, the arrays of every stage when it takes most, the largest first."""
     for row in result["sizes"]:
-        for stage, arrays in row.get("predicted_arrays_by_stage", {}).items():
-            total = sum(arrays.values())
-            most = " (the peak)" if total == row["predicted_peak_bytes"] else ""
-            click.echo(f"\n{row['size']} {stage}: {total / MIB:,.1f} MiB{most}")
-            for name, nbytes in sorted(arrays.items(), key=lambda item: -item[1]):
-                click.echo(f"{nbytes / MIB:11,.1f}  {name}")
+        for number, of in enumerate(row.get("devices", [row])):
+            where = f" on device {number}" if "devices" in row else ""
+            for stage, arrays in of.get("predicted_arrays_by_stage", {}).items():
+                total = sum(arrays.values())
+                most = " (the peak)" if total == of["predicted_peak_bytes"] else ""
+                click.echo(f"\n{row['size']} {stage}{where}: {total / MIB:,.1f} MiB{most}")
+                for name, nbytes in sorted(arrays.items(), key=lambda item: -item[1]):
+                    click.echo(f"{nbytes / MIB:11,.1f}  {name}")
 
 
 def _gib(size: int) -> str:

@@ -104,10 +104,10 @@ class ZImageProcess:
     `path`, `control`, `dtype`, `memory`, `in_flight`: as of ZImage.load. `patience`: seconds without progress after which
     the process counts as hung. `on_start(seconds, nbytes)` is called after each start: the seconds to
     start the process, to open the model, to plan a picture and to read what it streams, and the
-    bytes read into host memory. `device`: the GPU that the process sees, by number; JAX_PLATFORMS=cpu
-    makes each number a process on the CPU. `heir(job)`: called for each job that is left when the
-    process cannot be started again; True if it took the job. `on_room`: called when a job has ended,
-    or all of them.
+    bytes read into host memory. `device`: the GPU that the process sees, by number, or several that
+    share the blocks out; JAX_PLATFORMS=cpu makes each number a device of the CPU. `heir(job)`: called
+    for each job that is left when the process cannot be started again; True if it took the job.
+    `on_room`: called when a job has ended, or all of them.
     `launch`: starts the process elsewhere. `tries`: to start it again when it has died.
 
     Raises what ZImage.load raises, and EngineError if the process cannot be started.
@@ -122,7 +122,7 @@ class ZImageProcess:
         memory: Memory | None = None,
         patience: float | int = PATIENCE,
         on_start: Callable[[dict[str, float], int], None] | None = None,
-        device: int | str | None = None,
+        device: int | tuple[int, ...] | str | None = None,
         heir: Callable[["Remote"], bool] | None = None,
         on_room: Callable[[], None] | None = None,
         in_flight: int | None = None,
@@ -139,7 +139,8 @@ class ZImageProcess:
         self.device, self._heir, self._on_room = device, heir, on_room
         if launch is None:
             assert not isinstance(device, str), "a device's name is for messages"
-            launch = functools.partial(Child.on, device)
+            numbers = device if isinstance(device, tuple) else () if device is None else (device,)
+            launch = functools.partial(Child.on, *numbers)
         self._launch = launch
         self._tries = tries
         self._lock, self._requests = threading.RLock(), dict[int, Remote]()

@@ -32,7 +32,7 @@ class Relay:
                 raise UsageError(f"{name} {found}, but {owners[name]} here: install the same")
         devices = ray.get_gpu_ids()  # those in CUDA_VISIBLE_DEVICES, which Ray has set
         environment = os.environ | {"JAX_PLATFORMS": platforms}
-        self._child = Child(devices[0] if devices else None, environment)
+        self._child = Child(devices[:1], environment)
         return self._child.pid
 
     @ray.method(concurrency_group="read")

@@ -84,6 +84,7 @@ from .options import Number
 @options.DTYPE
 @options.memory_options
 @options.DEVICES
+@options.split("pictures")
 @options.CLUSTER
 def command(
     *,
@@ -101,6 +102,7 @@ def command(
     control,
     dtype,
     devices,
+    split,
     cluster,
     **memory_flags,
 ) -> None:
@@ -120,7 +122,8 @@ def command(
         )
     if parent is not None:
         interrupts.end_with(parent)
-    places: Any = {"devices": devices, "cluster": cluster, "say": partial(click.echo, err=True)}
+    places: Any = {"devices": devices, "split": split, "cluster": cluster}
+    places["say"] = partial(click.echo, err=True)
     given: Any = {"control": control, "dtype": dtype}
     open_engine = options.engine_of(model, **places, memory_flags=memory_flags, **given)
     with interrupts.at_once():

@@ -87,15 +87,18 @@ class Talk:
         if not self._silent:
             click.echo(f"{path}  contact sheet")
 
-    def plan(self, plan, budget: int) -> None:
+    def plan(self, plan, budget) -> None:
         """Print the plan before the job starts."""
+        from .planning.plan import each
+
         if not self._shows_plan:
             return
-        seconds = "" if plan.seconds is None else f", about {plan.seconds:.1f} s once compiled"
-        self._say(
-            f"schedule {plan.denoise or 'none'}; predicted peak {units.size(plan.peak_bytes)} of "
-            f"{units.size(budget)}{seconds}"
+        of = ", ".join(
+            f"{units.size(peak)} of {units.size(most)}"
+            for peak, most in zip(plan.peaks_by_device, each(budget), strict=True)
         )
+        seconds = "" if plan.seconds is None else f", about {plan.seconds:.1f} s once compiled"
+        self._say(f"schedule {plan.denoise or 'none'}; predicted peak {of}{seconds}")
 
     def bar(self):
         return tqdm(

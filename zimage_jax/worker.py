@@ -1,10 +1,10 @@
 """The engine's process, which `process.ZImageProcess` starts:
 
-    python -m zimage_jax.worker SOCKET [DEVICE]
+    python -m zimage_jax.worker SOCKET [DEVICE]...
 
-SOCKET is the inherited descriptor of a socket to the owner, DEVICE the number of the GPU that must
-be drawn with. The first message has the arguments of ZImage.load, where path and control may be a Sought;
-messages are answered until the socket closes.
+SOCKET is the inherited descriptor of a socket to the owner, DEVICE the number of a GPU that must be
+drawn with; several share the blocks out. The first message has the arguments of ZImage.load, where
+path and control may be a Sought; messages are answered until the socket closes.
 """
 
 import functools
@@ -17,12 +17,15 @@ import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import cli
 from .errors import UsageError
 from .pipeline.request import Planned
 from .process import without_model
+
+if TYPE_CHECKING:
+    import jax
 
 BEAT = 1.0  # seconds between two signs of life
 
@@ -122,17 +125,18 @@ class Worker:
             time.sleep(BEAT)
 
 
-def _check_device(number: str | None = None) -> None:
-    """Raises UsageError if JAX fell back to the CPU."""
+def _devices(*numbers: str) -> "tuple[jax.Device, ...]":
+    """The process's devices, which the owner knows by these numbers. Raises UsageError if JAX fell
+    back to the CPU."""
     from .runtime.placement import Placement
 
-    if number is None or os.environ["JAX_PLATFORMS"] == "cpu":
-        return
-    if Placement.on().shares_memory:
+    found = Placement.first(max(1, len(numbers)))
+    if numbers and os.environ["JAX_PLATFORMS"] != "cpu" and found.shares_memory:
         raise UsageError(
-            f"device {number}: JAX finds no such GPU (JAX_PLATFORMS=cpu: a process on the CPU for "
-            "each number)"
+            f"device {numbers[0]}: JAX finds no such GPU (JAX_PLATFORMS=cpu: a process on the CPU "
+            "for each number)"
         )
+    return found.devices
 
 
 def main() -> None:
@@ -141,12 +145,13 @@ def main() -> None:
         arguments, began = link.recv(), time.perf_counter()
         try:
             cli.start_jax()
-            _check_device(*sys.argv[2:])
+            devices = _devices(*sys.argv[2:])
             from .pipeline.pipeline import ZImage
             from .weights.search import Sought
 
             sought = {n: of for n, of in arguments.items() if isinstance(of, Sought)}
-            pipe = ZImage.load(**arguments | {n: of.find() for n, of in sought.items()})
+            arguments |= {n: of.find() for n, of in sought.items()}
+            pipe = ZImage.load(**arguments, device=devices)
             if "path" in sought:  # pictures have the names in their metadata
                 pipe.name = sought["path"].name
             if "control" in sought:

@@ -176,7 +176,7 @@ def _timeline(result: "Result") -> dict:
         return round(1e6 * seconds)
 
     levels: list[list] = []
-    for at, stage, nbytes in result.ledger.levels:
+    for at, stage, nbytes, _ in result.ledger.levels:
         if not levels or levels[-1][1:] != [stage, nbytes]:
             levels.append([micro(at), stage, nbytes])
     events = [

@@ -302,8 +302,8 @@ def test_it_is_among_the_commands(run):
 def test_a_card_without_bfloat16_computes_in_float16():
     card = find("rtx-3060")
     turing = replace(card, name="rtx-2060", capability=(7, 5))
-    assert devices.of_card(card, uniform(TURBO, "bfloat16"), False).compute == "bfloat16"
-    assert devices.of_card(turing, uniform(TURBO, "bfloat16"), False).compute == "float16"
+    assert devices.of_cards([card], uniform(TURBO, "bfloat16"), False).compute == "bfloat16"
+    assert devices.of_cards([turing], uniform(TURBO, "bfloat16"), False).compute == "float16"
 
 
 @pytest.mark.exhaustive
@@ -339,3 +339,64 @@ def test_a_picture_from_a_picture_is_planned(run):
     assert after["predicted_seconds"] < before["predicted_seconds"]
     assert "encode" in after["predicted_peak_bytes_by_stage"]
     assert "encode" not in before["predicted_peak_bytes_by_stage"]
+
+
+def test_unequal_cards_have_unequal_shares(run):
+    """By predicted seconds, each within its budget; the larger share is the faster card's."""
+    words = ["--cards", "rtx-3060,rtx-4070@x8", "--split", "chunks", "--max-vram", "4,5"]
+    code, out, err = run(*words, "512x512", "--json", command=plan.command)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["cards"] == ["rtx-3060", "rtx-4070@x8"]
+    assert result["host"].startswith("60 GB/s for all links together, assumed")
+    (row,) = result["sizes"]
+    first, second = row["devices"]
+    assert first["chunks"] + second["chunks"] == row["chunks"]
+    assert first["chunks"] < second["chunks"]
+    for device, budget in zip(row["devices"], result["budget_bytes"], strict=True):
+        assert device["predicted_peak_bytes"] <= budget
+        stages = device["predicted_arrays_by_stage"].values()
+        assert max(sum(of.values()) for of in stages) == device["predicted_peak_bytes"]
+
+
+def test_two_small_cards_hold_the_model_and_two_links_halve_what_the_link_bounds(run):
+    def seconds(*words: str) -> tuple[float, dict]:
+        code, out, err = run(*words, "512x512", "--json", command=plan.command)
+        assert code == 0, err
+        (row,) = json.loads(out)["sizes"]
+        return row["predicted_seconds"], row
+
+    both = "--cards", "rtx-4090@x8,rtx-4090@x8", "--split", "chunks"
+    alone, _ = seconds("--card", "rtx-4090@x8", "--max-vram", "2")
+    together, row = seconds(*both, "--max-vram", "2")
+    assert together < 0.6 * alone
+    assert all(device["copied_bytes_per_nfe"] > 0 for device in row["devices"])
+    _, row = seconds("--cards", "rtx-3060,rtx-3060", "--split", "chunks")
+    assert [device["copied_bytes_per_nfe"] for device in row["devices"]] == [0, 0]
+    slow, row = seconds(*both, "--max-vram", "2", "--host-gbps", "10")
+    assert slow > together
+    assert row["bound_by"] == "host memory"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cards", "rtx-3060,rtx-4070"], "--cards needs --split chunks"),
+        (["--split", "chunks", "--card", "l4"], "--split chunks needs --cards"),
+        (["--cards", "l4,l4", "--card", "l4", "--split", "chunks"], "give one of them"),
+        (["--card", "l4", "--host-gbps", "9"], "--host-gbps needs --cards"),
+        (["--card", "rtx-4060@x16"], "expected rtx-4060@x and one of 1, 2, 4, 8 lanes"),
+        (
+            ["--cards", "l4,l4", "--split", "chunks", "--max-vram", "1,2,3"],
+            "3 sizes need --devices with as many",
+        ),
+        (
+            ["--cards", "l4,l4", "--split", "chunks", "--schedule", "scan"],
+            "scan is one program, of one device",
+        ),
+    ],
+)
+def test_cards_that_cannot_be_planned_together(words, message, run):
+    code, _, err = run(*words, "512x512", command=plan.command)
+    assert code == 2
+    assert message in err

@@ -18,6 +18,7 @@ from zimage_jax.pipeline.stages import STAGES
 from zimage_jax.planning import schedule
 from zimage_jax.planning.plan import Memory, Stage
 from zimage_jax.planning.planner import Planner
+from zimage_jax.planning.seconds import Rates
 from zimage_jax.planning.work import Work
 from zimage_jax.units import GIB
 from zimage_jax.weights.formats import uniform
@@ -33,7 +34,7 @@ class LinearCosts:
     def __init__(self, token: int, block: int, pixel: int):
         self.token, self.block, self.pixel = token, block, pixel
 
-    def scratch(self, stage: Stage, work: Work, choice: Any) -> int:
+    def scratch(self, stage: Stage, work: Work, choice: Any, device: int = 0) -> int:
         if stage.name in ("encode", "control", "decode"):
             return (choice.rows or 8 * work.h) * 8 * work.w * self.pixel
         if stage.name == "denoise" and choice.is_one_program:
@@ -120,6 +121,40 @@ def test_what_an_error_says_is_needed_is_enough(job):
     found = planned(*job)
     if isinstance(found, int):
         assert not isinstance(planned(*job[:-1], found), int)
+
+
+RATES = st.lists(
+    st.tuples(st.integers(1, 90), st.integers(1, 50), st.integers(10**5, 10**7)),
+    min_size=2,
+    max_size=4,
+)
+
+
+@given(st.tuples(COSTS, WORDS, st.booleans(), SHAPES), RATES)
+def test_no_plan_is_over_the_budget_of_any_device(job, cards):
+    """Of TFLOP/s, GB/s and bytes each. What is resident is on its own device, and counted there."""
+    costs, words, low_vram, (batch, guided, bucket, h, w, steps, *_), *_ = job
+    words = words | {"schedule": "auto" if words["schedule"] == "scan" else words["schedule"]}
+    path = Trajectory.of(1, 3.0, guidance=float(guided))
+    work = Work(batch, batch, bucket, 2 * h, 2 * w, one_phase(steps, 1), path.template)
+    rates = [Rates(flops * 1e12, link * 1e9) for flops, link, _ in cards]
+    budgets = tuple(budget for *_, budget in cards)
+    planner = Planner(STAGES, STORAGE, 4, LinearCosts(*costs), rates)
+    try:
+        plan = planner.plan(work, Memory(low_vram=low_vram, **words), budgets)
+    except OutOfMemoryError:
+        return
+    assert all(peak <= most for peak, most in zip(plan.peaks_by_device, budgets, strict=True))
+    for name, choice in plan.choices.items():
+        if choice.stream is None or choice.stream.devices == 1:
+            continue
+        stream = choice.stream
+        assert sorted(c for lane in stream.lanes for c in lane.numbers) == [
+            *range(len(stream.chunks))
+        ]
+        for device, lane in enumerate(stream.lanes):
+            own = sum(STORAGE.nbytes(c, unit) for c, unit, d in plan.kept if d == device)
+            assert plan.peaks_on(device)[name] >= max(own, lane.device_bytes)
 
 
 def rank(stream) -> tuple:

@@ -2,6 +2,7 @@
 wasted."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -18,18 +19,24 @@ KINDS = st.integers(1, 9).flatmap(
     lambda n: st.sampled_from([("block",) * n, ("attention", "feed forward") * n])
 )
 PREFETCH = st.sampled_from([None, 0, 1, 2, 3])
-schedules = given(NAMES, KINDS, st.integers(0, 9), PREFETCH, PINS, st.integers(1, 4))
+TURNS = st.booleans()  # whether the device takes turns with another, which owns a chunk as well
+schedules = given(NAMES, KINDS, st.integers(0, 9), PREFETCH, PINS, st.integers(1, 4), TURNS)
 
 
-def build(name, kinds, resident, prefetch, pins) -> schedule.Schedule:
+def build(name, kinds, resident, prefetch, pins, turns) -> schedule.Schedule:
     chunks = len(kinds)
     made = schedule.make(name, chunks, min(resident, chunks), prefetch)
+    if turns and schedule.row(name).takes_turns(prefetch):
+        slots = schedule.row(name).slots(prefetch, takes_turns=True)
+        made = replace(made, slots=min(slots, made.slots), takes_turns=True)
     return made.with_pins({c: how for c, how in pins.items() if c < chunks}, 0, chunks)
 
 
 @schedules
-def test_every_chunk_is_on_the_device_when_it_runs(name, kinds, resident, prefetch, pins, sweeps):
-    made = build(name, kinds, resident, prefetch, pins)
+def test_every_chunk_is_on_the_device_when_it_runs(
+    name, kinds, resident, prefetch, pins, sweeps, turns
+):
+    made = build(name, kinds, resident, prefetch, pins, turns)
     slots: dict[int, int] = {}
     layout = made.slot_kinds(kinds)
     pinned: set[int] = set()
@@ -52,6 +59,7 @@ def test_every_chunk_is_on_the_device_when_it_runs(name, kinds, resident, prefet
                     assert then.slot not in slots
                     assert then.chunk not in slots.values() and then.chunk not in pinned  # noqa: PT018
                     assert layout[then.slot] == kinds[then.chunk]
+                    assert not made.takes_turns, "its copies are programs of their own"
                     slots[then.slot] = then.chunk
             case Free(chunk, None):
                 pinned.remove(chunk)
@@ -63,8 +71,10 @@ def test_every_chunk_is_on_the_device_when_it_runs(name, kinds, resident, prefet
 
 
 @schedules
-def test_a_load_names_the_sweep_that_first_needs_it(name, kinds, resident, prefetch, pins, sweeps):
-    made, runs, fresh = build(name, kinds, resident, prefetch, pins), 0, {}
+def test_a_load_names_the_sweep_that_first_needs_it(
+    name, kinds, resident, prefetch, pins, sweeps, turns
+):
+    made, runs, fresh = build(name, kinds, resident, prefetch, pins, turns), 0, {}
     for step in schedule.actions(made, kinds, sweeps):
         if isinstance(step, Load):
             fresh[step.chunk] = step.sweep
@@ -77,8 +87,8 @@ def test_a_load_names_the_sweep_that_first_needs_it(name, kinds, resident, prefe
 
 
 @schedules
-def test_each_load_is_freed_once(name, kinds, resident, prefetch, pins, sweeps):
-    case = build(name, kinds, resident, prefetch, pins), kinds, sweeps
+def test_each_load_is_freed_once(name, kinds, resident, prefetch, pins, sweeps, turns):
+    case = build(name, kinds, resident, prefetch, pins, turns), kinds, sweeps
     steps = list(schedule.actions(*case))
     loaded = Counter(load.chunk for load in schedule.loads(*case)) + Counter(
         s.chunk for s in steps if isinstance(s, Pin)
@@ -113,6 +123,47 @@ def test_as_many_chunks_as_prefetch_says_are_copied_ahead(prefetch, chunks, swee
                 on_device -= 1
     assert max(ahead) == prefetch
     assert ahead[: chunks * sweeps - prefetch] == [prefetch] * (chunks * sweeps - prefetch)
+
+
+WEIGHTS = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+
+
+@given(st.integers(1, 60), WEIGHTS)
+def test_devices_get_chunks_in_proportion(chunks, weights):
+    owners = schedule.share_out(chunks, [float(weight) for weight in weights])
+    for device, weight in enumerate(weights):
+        for first in range(chunks):  # up to any chunk
+            due = (first + 1) * weight / sum(weights)
+            assert abs(owners[: first + 1].count(device) - due) < len(weights)
+    if len(set(weights)) == 1:
+        assert owners == tuple(chunk % len(weights) for chunk in range(chunks))
+
+
+@given(st.integers(1, 40), WEIGHTS, st.data())
+def test_so_many_chunks_are_resident_over_all_devices(chunks, weights, data):
+    owners = schedule.share_out(chunks, [float(weight) for weight in weights])
+    count = data.draw(st.integers(0, chunks))
+    resident = schedule.spread_over(count, owners)
+    assert len(set(resident)) == len(resident) == count
+    for device in set(owners):
+        own = [chunk for chunk in resident if owners[chunk] == device]
+        assert abs(len(own) - count * owners.count(device) / chunks) <= 1
+
+
+@given(st.integers(2, 9), st.integers(1, 3), st.integers(1, 4))
+def test_a_device_that_takes_turns_copies_ahead_of_every_visit(chunks, slots, sweeps):
+    """Its slots are full before each visit, and one is filled again after it."""
+    made, held, visits = schedule.Schedule("ring", slots, takes_turns=True), 0, 0
+    for action in schedule.actions(made, (0,) * chunks, sweeps):
+        if isinstance(action, Load):
+            held += 1
+        elif isinstance(action, Free):
+            held -= 1
+        else:
+            left = chunks * sweeps - visits
+            assert held >= min(slots, chunks, left)
+            visits += 1
+    assert visits == chunks * sweeps
 
 
 @given(st.integers(2, 8), st.integers(1, 3))

@@ -91,23 +91,66 @@ def timeline(
     *,
     read: float = 0.0,
     ahead: int | None = None,
+    others: tuple[Rates, ...] = (),
+    tokens: int = 0,
 ) -> float:
     """Of four chunks of a block over three sweeps."""
     chunks = tuple((f"layers.{i}",) for i in range(4))
     block = STORAGE.nbytes("transformer", "layers.0")
-    stream = StreamPlan("transformer", chunks, schedule.make(name, 4), (0,) * 4, ((block,),) * 4)
+    owners = schedule.share_out(4, (1.0,) * (1 + len(others))) if others else ()
+    made, devices = schedule.make(name, 4, owners=owners), 1 + len(others)
+    stream = StreamPlan(
+        "transformer",
+        chunks,
+        made,
+        (0,) * 4,
+        ((block,),) * 4,
+        owners=owners,
+        devices=devices,
+    )
     window = None if ahead is None else ahead * block
 
     class Given(Timing):
         def read(self, component, *units) -> float:
             return read
 
-        def copy(self, component, *units, without_kv=False) -> float:
-            return copy
+        def moved(self, component, *units, without_kv=False) -> int:
+            return int(copy)
 
     plan = Plan(nfes=3, choices={}, host_window=window, arrays_by_stage={})
-    timing = Given(plan, square(512), SIZES, rates)
-    return timing.stream(stream, lambda unit, nfe: run, (None,) * 3, groups)
+    timing = Given(plan, square(512), SIZES, rates, others=others)
+    return timing.stream(stream, lambda device, unit, nfe: run, (None,) * 3, groups, tokens)
+
+
+def test_devices_take_turns_and_copy_while_the_others_compute():
+    """A visit waits for the one before it, and for its own device, which copies after each visit."""
+    one, two, three = ((Rates(1, 1),) * count for count in (1, 2, 3))
+    # both copy at first; then each computes for 3 and copies for 2 while the other computes
+    assert timeline("ring", 2.0, 3.0, others=one) == 2 + 12 * 3
+    # (3 + 7) / 2 a visit: each device computes or copies all the time
+    assert timeline("ring", 7.0, 3.0, others=one) == 7 + 5 * 10 + 3 + 3
+    # of four chunks the first of three devices has two in a row, and waits once a sweep
+    assert timeline("ring", 6.0, 3.0, others=two) == 6 + 12 * 3 + 2 * 6
+    # where each has one, it is copied once
+    assert timeline("ring", 60.0, 3.0, others=three) == 60 + 12 * 3
+    # tokens pass on through host memory, over two links
+    assert timeline("ring", 2.0, 30.0, others=one, tokens=1) == 2 + 12 * 30 + 11 * 2
+    # swap copies what it needs when it needs it
+    assert timeline("swap", 2.0, 3.0, others=one) == 12 * (2 + 3)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        (2.0, 6 * 7),  # both links at their full rate
+        (1.4, 12 * 5),  # the host takes 5 for a copy
+        (1.0, 12 * 7),  # no faster than one link
+    ],
+)
+def test_the_memory_of_the_host_serves_all_links(host, expected):
+    """Two devices that only copy, each for 7 on its own link."""
+    rates = Rates(1, 1, host=host)
+    assert timeline("ring", 7.0, 0.0, rates, others=(rates,)) == pytest.approx(expected)
 
 
 def test_reuse_of_k_and_v_saves_copies_and_groups_save_products():

@@ -19,8 +19,8 @@ from zimage_jax.planning.work import Work
 from zimage_jax.runtime.deviceless import CardPrograms, order
 from zimage_jax.runtime.placement import HOST
 from zimage_jax.runtime.programs import CompiledCosts
-from zimage_jax.runtime.stream import parts, replaced_by, ring_step
-from zimage_jax.units import MIB
+from zimage_jax.runtime.stream import fill, parts, replaced_by, ring_step, run_chunk
+from zimage_jax.units import MIB, tree_bytes
 from zimage_jax.weights import components
 from zimage_jax.weights.formats import Storage, parse
 
@@ -117,6 +117,37 @@ def test_a_part_of_a_chunk_is_copied_while_a_ring_step_computes(gpu_compiler):
         assert next(count for kind, count in reversed(runs) if kind == "compute") > 4
         copied += awaited
     assert copied == sum(leaf.ndim > 1 for leaf in following[0])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("name", "count"), [("rtx-4090", 2), ("h100", 4)])
+def test_devices_that_take_turns_copy_in_a_program_of_its_own(name, count, gpu_compiler):
+    """Its result is the slot, in place; all matrices are queued at once. A visit's is the tokens, in
+    place, and waits for no copy. Each device takes the scratch that is stored for its card."""
+    work, listed = square(512), [cards.sheet(name)] * count
+    blocks = tuple((unit,) for unit in Sizes(STORAGE, 2).units("transformer", "layers"))
+    owners = schedule.share_out(len(blocks), (1.0,) * count)
+    made = schedule.make("ring", len(blocks), owners=owners)
+    stream = stream_plan(STORAGE, "transformer", blocks, made, owners, count)
+    programs = CardPrograms(STORAGE, "bfloat16", *listed)
+    compiled, known = CompiledCosts(programs), StoredCosts(STORAGE, *listed)
+    for device in range(count):
+        case = Denoise(), work, DenoiseChoice(stream), device
+        assert compiled.scratch(*case) == known.scratch(*case)
+    tokens = tree_bytes(programs.tokens(1, work.tokens))
+    for visit in programs.executables(run_chunk):
+        stats = visit.get_compiled_memory_stats()
+        assert 0 <= stats.alias_size_in_bytes - tokens <= MIB
+        assert {kind for kind, _ in order(visit)} == {"compute"}
+
+    chunk = tuple(STORAGE.specs("transformer", unit) for unit in blocks[0])
+    on_host = partial(jax.ShapeDtypeStruct, sharding=programs.placement.sharding(HOST))
+    following = tuple(tuple(on_host(leaf.shape, leaf.dtype) for leaf in block) for block in chunk)
+    copies, scratch = programs(fill, donate=(0,), device=1).compiled(chunk, following)
+    matrices = sum(leaf.ndim > 1 for leaf in chunk[0])
+    assert order(copies) == [("start", matrices), ("done", matrices)]
+    assert copies.get_compiled_memory_stats().alias_size_in_bytes == tree_bytes(chunk)
+    assert scratch < MIB
 
 
 @pytest.mark.parametrize(("side", "most"), [(512, 212), (1024, 514)])

@@ -23,9 +23,11 @@ def test_a_window_smaller_than_a_chunk(native):
 
 
 def test_a_window_larger_than_all_that_is_asked_for(native):
-    source = WindowSource(Checkpoint(native(MODEL)), "transformer", Placement.on(), 2**50)
-    source.open([], Recorder()).close()  # a stage whose chunks are all pinned streams none
-    reader = source.open([("layers.0",)], Recorder())
+    source = WindowSource(Checkpoint(native(MODEL)), "transformer", 1, 2**50)
+    source.open(
+        [], Recorder(), Placement.on()
+    ).close()  # a stage whose chunks are all pinned streams none
+    reader = source.open([("layers.0",)], Recorder(), Placement.on())
     assert [tree_bytes(block) for block in reader.take()] == [BLOCK]
     reader.close()
 

@@ -68,7 +68,8 @@ class Attempt:
         return f"{arrays} of job {self.number}"
 
     def hold(self, *arrays) -> None:
-        """Count `arrays` as the stage's activations on the device, in place of the ones before."""
+        """Count `arrays` as the stage's activations on the first device, in place of the ones
+        before."""
         self.recorder.hold(self.name("activations"), arrays)
 
     def drop(self) -> None:

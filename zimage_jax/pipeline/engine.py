@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from ..errors import NonFiniteError, OutOfMemoryError, UsageError
-from ..planning.plan import Memory, Plan, Stage
+from ..planning.plan import Budget, Memory, Plan, Stage, each
 from ..runtime.placement import Placement, is_exhausted
 from ..runtime.programs import Programs
 from ..runtime.recorder import Recorder
@@ -54,10 +54,10 @@ class Engine:
     ):
         self.programs, self.plans, self.store = programs, plans, store
         self.placement, self.preview, self.most = placement, preview, most
-        self.recorder = Recorder(ahead=placement.runs_ahead)
+        self.recorder = Recorder(ahead=placement.runs_ahead, devices=len(placement.each))
         self._waiting, self._lock = deque[Request](), threading.Lock()
         self._is_running = False
-        self._free: int | None = None  # device bytes, before anything is in flight
+        self._free: tuple[int, ...] | None = None  # device bytes, before anything is in flight
         self._here = threading.local()
 
     def submit(self, *requests: Request) -> None:
@@ -72,10 +72,17 @@ class Engine:
             self._is_running = True
         threading.Thread(target=self._run, name="zimage engine").start()
 
-    def budget(self, memory: Memory) -> int:
-        """Device bytes that requests with these options may use together."""
-        free = self._free
-        return memory.max_vram_bytes or (self.store.free_device_bytes() if free is None else free)
+    def budget(self, memory: Memory) -> Budget:
+        """Device bytes that requests with these options may use together: of the device, or of each
+        of several. Raises UsageError for options about another number of devices."""
+        count, free, most = len(self.placement.each), self._free, memory.max_vram_bytes
+        if most is None:
+            found = self.store.free_device_bytes() if free is None else free
+        else:
+            found = each(most) * (1 if isinstance(most, tuple) else count)
+        if len(found) != count:
+            raise UsageError(f"--max-vram: {len(found)} sizes for {count} devices")
+        return found if count > 1 else found[0]
 
     @contextmanager
     def callback(self) -> Iterator[None]:
@@ -166,7 +173,11 @@ class Flight:
         self._most = engine.most
         self._loan: Loan | None = None
         self._refused: tuple | None = None  # who did not fit, and beside whom
-        self._recorder.ahead = engine.placement.runs_ahead
+        self._run_ahead(engine.placement.runs_ahead)
+
+    def _run_ahead(self, programs: int) -> None:
+        for recorder in self._recorder.each:
+            recorder.ahead = programs
 
     def run(self) -> None:
         """Fly until all are done. A fault of the engine itself ends all who are in flight."""
@@ -346,15 +357,24 @@ class Flight:
             self._loan.release()
             return
         stream = waits[0].attempt.plan.choices[SHARED].stream
-        resident = [stream.chunks[chunk] for chunk in sorted(stream.schedule.resident)]
-        wanted = {(stream.component, unit) for units in (("stem",), *resident) for unit in units}
-        peak = 0 if stage.name == SHARED else plan.peak_bytes_by_stage[stage.name]
-        self._loan.release(wanted=wanted, room=plan.peak_bytes - peak)
+        wanted = {(stream.component, "stem", 0)} | {
+            (stream.component, unit, stream.owner(chunk))
+            for chunk in stream.schedule.resident
+            for unit in stream.chunks[chunk]
+        }
+        self._loan.release(
+            wanted=wanted,
+            room=[
+                most - (0 if stage.name == SHARED else plan.peaks_on(device)[stage.name])
+                for device, most in enumerate(plan.peaks_by_device)
+            ],
+        )
 
     def _going(self, requests: Sequence[Request]) -> list[Request]:
         """Those still in flight. Whoever was cancelled ends, once the last program is done."""
         for request in [r for r in requests if r.is_cancelled and r in self._requests]:
-            self._recorder.settle()
+            for recorder in self._recorder.each:
+                recorder.settle()
             self._remove(request)
             _end_cancelled(request)
         return [request for request in requests if request in self._requests]
@@ -430,7 +450,8 @@ class Flight:
                 request.leave_device()
         if isinstance(fault, jax.errors.JaxRuntimeError) and is_exhausted(fault):
             self._engine.store.clear(self._recorder)
-            self._recorder.held.clear()
+            for recorder in self._recorder.each:
+                recorder.held.clear()
             if self._requests:
                 self._shrink()
             return
@@ -443,9 +464,11 @@ class Flight:
         before = self._requests[0].attempt.plan
         peak = before.peak_bytes
         if self._recorder.ahead:  # two programs in flight may take the scratch of both
-            self._recorder.ahead, then = 0, "trying a program at a time"
+            self._run_ahead(0)
+            then = "trying a program at a time"
         else:
-            self._budget, then = peak - 1, "trying a smaller one"
+            peaks, then = before.peaks_by_device, "trying a smaller one"
+            self._budget = tuple(p - 1 for p in peaks) if len(peaks) > 1 else peak - 1
         while True:
             try:
                 self._go_by(self._together(self._requests))

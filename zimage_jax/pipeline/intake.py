@@ -12,7 +12,7 @@ from ..errors import OutOfMemoryError
 from ..files import printable
 from ..model import emphasis
 from ..model import prompt as prompts_of
-from ..planning.plan import Memory, Stage
+from ..planning.plan import Memory, Stage, each
 from ..planning.work import Work
 from ..runtime.ledger import Ledger
 from ..runtime.programs import Programs
@@ -66,7 +66,8 @@ class Intake:
             work = self._work(job, encoded)
             budget = self._engine.budget(memory)
             if not fitted.is_merged:  # the parameters are others then
-                self._store.read_ahead(budget, memory.host_bytes, Recorder(ledger))
+                free = sum(each(budget))
+                self._store.read_ahead(free, memory.host_bytes, Recorder(ledger))
             with self._planning:
                 try:
                     plan = fitted.plans.plan(work, memory, budget, stages)

@@ -141,6 +141,7 @@ class Report(TypedDict):
     kv_bytes_without_policy: int
     kv_bytes_of_a_block_by_nfe: list[int]
     host_bytes: int  # of parameters kept in host memory between jobs
+    devices: list[dict[str, Any]]  # peaks, copied bytes and chunks of each
 
 
 @dataclass(frozen=True)

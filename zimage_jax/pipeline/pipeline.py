@@ -26,7 +26,7 @@ from ..errors import UsageError
 from ..files import printable
 from ..model import prompt as prompts_of
 from ..model.kv import KVPolicy
-from ..planning.plan import Memory, Plan
+from ..planning.plan import Budget, Memory, Plan
 from ..runtime.placement import Placement, default_dtype
 from ..runtime.programs import Programs
 from ..runtime.store import ParameterStore
@@ -89,7 +89,7 @@ class ZImage:
         control: str | Path | None = None,
         dtype: str | None = None,
         memory: Memory | None = None,
-        device: jax.Device | None = None,
+        device: jax.Device | Sequence[jax.Device] | None = None,
         in_flight: int | None = None,
     ) -> "ZImage":
         """Open a model; without a `path`, the tiny one inside the package.
@@ -101,7 +101,8 @@ class ZImage:
         float16 on a GPU without bfloat16 (before compute capability 8.0), and float32 on a CPU.
         With float16 the VAE computes in float32. `memory`: where parameters are and how they move;
         by default everything stays on the device if it fits. `device`: by default the process's
-        first. `in_flight`: the most jobs that share the weights on their way over the device, 16 by
+        first; of several, each has a share of the blocks, and tokens pass from one to the other
+        (`memory.max_vram_bytes` may be a tuple then, with one for each). `in_flight`: the most jobs that share the weights on their way over the device, 16 by
         default.
 
         Raises CheckpointError if the folder is missing, foreign or damaged; ConversionError if
@@ -110,7 +111,8 @@ class ZImage:
         if dtype is not None:
             checks.one_of("dtype", dtype, COMPUTE)
         memory = Memory() if memory is None else checks.instance("memory", memory, Memory)
-        files, placement = open_model(TINY if path is None else path), Placement.on(device)
+        files = open_model(TINY if path is None else path)
+        placement = Placement.on(*_devices(device))
         for remark in files.remarks:
             warnings.warn(remark, ZImageWarning, stacklevel=2)
         control_name = None
@@ -157,7 +159,7 @@ class ZImage:
         )
         return (
             f"{held}; stored in {formats.names(self._checkpoint.storage)}, "
-            f"computing in {self.dtype} on {self._placement.device.device_kind}"
+            f"computing in {self.dtype} on {self._placement}"
         )
 
     @property
@@ -168,12 +170,20 @@ class ZImage:
     @property
     def signs_of_life(self) -> int:
         """Programs that were compiled or launched so far."""
-        return self._engine.recorder.launches + self._programs.compilations
+        launches = sum(recorder.launches for recorder in self._engine.recorder.each)
+        return launches + self._programs.compilations
 
     @property
     def held(self) -> dict[str, int]:
         """Device bytes now, by array: parameters, slots, and what belongs to jobs in flight."""
-        return dict(self._engine.recorder.held)
+        each = self._engine.recorder.each
+        if len(each) == 1:
+            return dict(each[0].held)
+        return {
+            f"device {recorder.device}: {name}": nbytes
+            for recorder in each
+            for name, nbytes in recorder.held.items()
+        }
 
     # -- the job -----------------------------------------------------------------------------------
 
@@ -218,7 +228,7 @@ class ZImage:
         variance: float = 0.0,
         output: str = "picture",
         memory: Memory | None = None,
-        on_plan: Callable[[Plan, int], None] | None = None,
+        on_plan: Callable[[Plan, Budget], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> Result:
         """Draw pictures of one size: one per prompt and seed; a single prompt or seed serves all.
@@ -260,7 +270,7 @@ class ZImage:
         `Result.images` in floats, "latents" leaves out the VAE's decoder. `memory`: replaces, for
         this job, the one given to `load`.
 
-        `on_plan(plan, budget)`, budget in bytes, is called before anything runs, and again if the
+        `on_plan(plan, budget)`, budget in bytes (a tuple for several devices), is called before anything runs, and again if the
         device ran out of memory and another plan is tried. `on_step(step)` is called after every
         NFE. It may raise to stop the job; the schedule `scan` runs to its end first.
 
@@ -345,12 +355,7 @@ class ZImage:
         Without it the first picture waits for the disk.
         """
         streams = [choice.stream for choice in plan.choices.values() if choice.stream is not None]
-        units = [
-            (stream.component, stream.chunks[chunk])
-            for stream in streams
-            for chunk in stream.streamed
-        ]
-        return self._store.read(units, plan.host_window)
+        return sum(self._store.read(stream, plan.host_window) for stream in streams)
 
     def submit_all(self, jobs: Sequence[Mapping[str, Any]]) -> list[Request]:
         """Submit jobs, each the arguments of `submit`, so that they begin together."""
@@ -422,7 +427,7 @@ class ZImage:
     def _follow(
         self,
         request: Request,
-        on_plan: Callable[[Plan, int], None] | None,
+        on_plan: Callable[[Plan, Budget], None] | None,
         on_step: Callable[[Step], None] | None,
     ) -> Any:
         """Submit a request and call the callbacks until it has ended. What they raise cancels
@@ -588,3 +593,11 @@ class ZImage:
             images = np.stack(drawn)
         report = reports.report(attempt, common, each, request.warned, self._store.host_bytes)
         return Result(pictures, images, report, latents, attempt.work, attempt.plan, attempt.ledger)
+
+
+def _devices(given: jax.Device | Sequence[jax.Device] | None) -> tuple[jax.Device, ...]:
+    """The devices of `load`. Raises UsageError for one that is given twice."""
+    found = () if given is None else (given,) if isinstance(given, jax.Device) else tuple(given)
+    if len(set(found)) < len(found):
+        raise UsageError("device: each is given once")
+    return found

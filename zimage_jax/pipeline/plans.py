@@ -1,11 +1,11 @@
-"""The plans of one model on its own device: the planner, its advice, and predicted seconds."""
+"""The plans of one model on its own devices: the planner, its advice, and predicted seconds."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import OutOfMemoryError
 from ..planning import cards
-from ..planning.plan import Memory, Plan, Sizes, Stage
+from ..planning.plan import Budget, Memory, Plan, Sizes, Stage
 from ..planning.planner import Planner
 from ..planning.seconds import seconds
 from ..planning.stored import StoredCosts, has_published_widths
@@ -21,22 +21,27 @@ class Plans:
     def __init__(self, programs: Programs):
         self._programs = programs
         self._sizes = Sizes(programs.storage, programs.dtype.itemsize)
-        self.planner = self._planner(CompiledCosts(programs))
-        card = cards.of_device(programs.placement.device.device_kind)
+        kinds = (placement.device.device_kind for placement in programs.placement.each)
+        self._cards = list(map(cards.of_device, kinds))
+        known = [card.rates for card in self._cards if card is not None]
         # of cards in the table, computing in 16 bits; others are known once they are measured
-        self.rates = card.rates if card is not None and programs.dtype.itemsize == 2 else None
+        has_all = len(known) == len(self._cards) and programs.dtype.itemsize == 2
+        self.rates = known if has_all else None
+        self.planner = self._planner(CompiledCosts(programs))
 
     def of(self, programs: Programs) -> "Plans":
-        """The plans of the same model stored otherwise, on the same device."""
+        """The plans of the same model stored otherwise, on the same devices."""
         found = Plans(programs)
         found.rates = self.rates
+        found.planner = found._planner(CompiledCosts(programs))
         return found
 
     def _planner(self, costs) -> Planner:
-        return Planner(STAGES, self._programs.storage, self._programs.dtype.itemsize, costs)
+        programs = self._programs
+        return Planner(STAGES, programs.storage, programs.dtype.itemsize, costs, self.rates)
 
     def plan(
-        self, work: Work, memory: Memory, budget: int, stages: Sequence[Stage] = STAGES
+        self, work: Work, memory: Memory, budget: Budget, stages: Sequence[Stage] = STAGES
     ) -> Plan:
         """The fastest plan within the budget, with its seconds where they can be predicted.
 
@@ -56,16 +61,18 @@ class Plans:
             raise OutOfMemoryError(message, fault.needed, side) from None
 
     def measure(self) -> None:
-        """Measure this device, unless its rates are known: plans have seconds then."""
+        """Measure the devices, unless their rates are known: plans have seconds then."""
         if self.rates is None:
-            self.rates = measure(self._programs.placement, self._programs.dtype.name)
+            dtype = self._programs.dtype.name
+            self.rates = [measure(of, dtype) for of in self._programs.placement.each]
+            self.planner = self._planner(CompiledCosts(self._programs))
 
     def together(
         self,
         works: Sequence[Work],
         alone: Sequence[Plan],
         memory: Memory,
-        budget: int,
+        budget: Budget,
         stages: Sequence[Stage] = STAGES,
     ) -> tuple[Plan, ...]:
         """The plans of jobs in flight together; their seconds are those that each takes alone.
@@ -87,17 +94,18 @@ class Plans:
         on_host = text is not None and text.stream is None
         if self.rates is None or on_host or memory.host_bytes:
             return None
-        return seconds(STAGES, plan, work, self._sizes, self.rates)
+        first, *others = self.rates
+        return seconds(STAGES, plan, work, self._sizes, first, others=others)
 
-    def _largest_side(self, work: Work, memory: Memory, budget: int) -> int:
+    def _largest_side(self, work: Work, memory: Memory, budget: Budget) -> int:
         """The largest square that fits: its side in pixels, from 2048 down to 64; 0 if none fits.
 
         It uses stored figures where a card has them, because a GPU's compiler takes minutes for all
         these sizes.
         """
-        planner, card = self.planner, cards.of_device(self._programs.placement.device.device_kind)
-        if card is not None and has_published_widths(self._programs.config):
-            planner = self._planner(StoredCosts(self._programs.storage, card))
+        planner, known = self.planner, [card for card in self._cards if card is not None]
+        if len(known) == len(self._cards) and has_published_widths(self._programs.config):
+            planner = self._planner(StoredCosts(self._programs.storage, *known))
         scale = self._programs.config.vae.scale
         for side in (2048, 1536, 1024, 768, 512, 384, 256, 128, 64):
             if (side // scale) ** 2 < work.h * work.w:

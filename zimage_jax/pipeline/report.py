@@ -76,7 +76,9 @@ def report(
     # summed over reading threads, which run while the device computes: overlaps the stages
     load = sum(event.end - event.begin for event in ledger.events if event.lane == "tier")
     seconds = {**ledger.seconds, "load": load, "compile": programs.compile_seconds}
-    measured = placement.allocator_peak()
+    measured = [of.allocator_peak() for of in placement.each]
+    peaks = [of for of in measured if of is not None]
+    peak = max(peaks) if len(peaks) == len(measured) else None
     own = each[0] if len(each) == 1 else {key: [of[key] for of in each] for key in each[0]}
     found = {
         **own,
@@ -96,10 +98,10 @@ def report(
         "predicted_peak_bytes": plan.peak_bytes,
         "predicted_peak_bytes_by_stage": plan.peak_bytes_by_stage,
         "predicted_arrays_by_stage": {s: dict(of) for s, of in plan.arrays_by_stage.items()},
-        "peak_device_bytes": ledger.peak if measured is None else measured,
-        "peak_device_bytes_from": "ledger" if measured is None else "allocator",
+        "peak_device_bytes": ledger.peak if peak is None else peak,
+        "peak_device_bytes_from": "ledger" if peak is None else "allocator",
         "ledger_peak_bytes": ledger.peak,
-        "allocator_peak_bytes": measured,
+        "allocator_peak_bytes": peak,
         "peak_device_bytes_by_stage": ledger.peak_by_stage,
         "copied_bytes": ledger.copied_bytes,
         "copied_bytes_by_stage": ledger.copied_by_stage,
@@ -109,8 +111,33 @@ def report(
         "kv_bytes_without_policy": work.without_policy(programs.dtype).kv_bytes(config),
         "kv_bytes_of_a_block_by_nfe": work.kv_bytes_by_nfe(config),
         "host_bytes": host_bytes,
+        "devices": [_device(attempt, device, of) for device, of in enumerate(measured)],
     }
     return cast(Report, found)
+
+
+def _device(attempt: Attempt, device: int, measured: int | None) -> dict[str, Any]:
+    """What the report says of one device. `measured`: its allocator's peak."""
+    plan, ledger = attempt.plan, attempt.ledger
+    chunks = {"chunks": 0, "resident_chunks": 0}
+    if plan.denoise is not None:
+        lane = plan.denoise.blocks.lanes[device]
+        chunks = {
+            "chunks": sum(map(lane.is_main, range(len(lane.chunks)))),
+            "resident_chunks": sum(map(lane.is_main, lane.schedule.resident)),
+        }
+    by_stage = ledger.peaks.get(device, {})
+    own = max(by_stage.values(), default=0)
+    return {
+        "device": attempt.placement.each[device].device.device_kind,
+        **chunks,
+        "predicted_peak_bytes": plan.peaks_by_device[device],
+        "predicted_peak_bytes_by_stage": plan.peaks_on(device),
+        "peak_device_bytes": own if measured is None else measured,
+        "ledger_peak_bytes": own,
+        "peak_device_bytes_by_stage": by_stage,
+        "copied_bytes": ledger.copied_by_device.get(device, 0),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..model.prompt import Encoded
-from ..planning.plan import Memory, Plan, Stage
+from ..planning.plan import Budget, Memory, Plan, Stage, each
 from ..planning.work import Work
 from ..runtime.ledger import Ledger
 from ..runtime.stream import Call, Sweeps
@@ -24,10 +24,17 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True)
 class Planned:
-    """An event: the plan under which the job goes on, and the budget in bytes."""
+    """An event: the plan under which the job goes on, and the budget in bytes, or those of several
+    devices."""
 
     plan: Plan
-    budget: int
+    budget: Budget
+
+    @property
+    def of_fullest(self) -> int:
+        """The budget of the device with the highest peak."""
+        peaks, budgets = self.plan.peaks_by_device, each(self.budget)
+        return budgets[peaks.index(max(peaks))] if len(budgets) > 1 else budgets[0]
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ class Request(Handle):
     fitted: Fitted  # the model, with its LoRAs
     stages: tuple[Stage, ...]
     plan: Plan  # of the job alone
-    budget: int
+    budget: Budget
     finish: Callable[["Request"], Any]
     ledger: Ledger
     began: float = field(default_factory=time.perf_counter)

@@ -11,7 +11,7 @@ may wire fewer.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ ASSUMED = (
     f"{ACHIEVED_LINK:.0%} of the link's"
 )
 ASSUMED_DISK, DISK_ASSUMED = 3.0e9, "assumed: an NVMe drive"  # bytes/s, files not cached
+# bytes/s at which the host's memory serves all links together: two thirds of two channels of
+# DDR5-5600. It counts where several cards copy at once
+ASSUMED_HOST, HOST_ASSUMED = 60e9, "assumed: two channels of DDR5-5600"
 
 # MiB by capability, assumed: a process's CUDA context, its kernels, and the handles of cuBLAS and
 # cuDNN, all outside JAX's allocator. PyTorch's users report 300 and more; larger chips reserve more
@@ -62,6 +65,7 @@ class Card:
     bandwidth: float  # bytes/s of its own memory
     memory: int  # bytes
     pcie: float  # bytes/s, one way
+    lanes: int  # of PCIe
 
     # the sources of its rates and other figures, as the plan command prints them
     source, context_source, disk_source = ASSUMED, "assumed", DISK_ASSUMED
@@ -152,6 +156,7 @@ def _card(row: str) -> Card:
         bandwidth=float(bandwidth) * 1e9,
         memory=int(float(memory) * GIB),
         pcie=lanes * _LANE[generation],
+        lanes=lanes,
     )
 
 
@@ -164,13 +169,20 @@ def of_device(kind: str) -> Card | None:
 
 
 def sheet(name: str) -> Card:
-    """The card called `name` in the table.
+    """The card called `name` in the table; rtx-4090@x8 is one in a slot with 8 lanes.
 
-    Raises UsageError for a name that is not in the table.
+    Raises UsageError for a name that is not in the table, or more lanes than the card has.
     """
-    if name not in CARDS:
+    own, at, lanes = name.partition("@x")
+    if own not in CARDS:
         raise UsageError(f"card {name!r}: expected one of {', '.join(CARDS)}")
-    return CARDS[name]
+    card = CARDS[own]
+    if not at:
+        return card
+    fewer = [str(n) for n in (1, 2, 4, 8, 16) if n <= card.lanes]
+    if lanes not in fewer:
+        raise UsageError(f"card {name!r}: expected {own}@x and one of {', '.join(fewer)} lanes")
+    return replace(card, name=name, pcie=card.pcie * int(lanes) / card.lanes, lanes=int(lanes))
 
 
 def find(name: str) -> "Card | MeasuredCard":

@@ -5,7 +5,7 @@ of the stage's own subclass of Choice.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -20,6 +20,14 @@ from .schedule import Kinds, Row, Schedule
 from .work import Work
 
 SMALLEST_TILE = 64  # pixels of a VAE tile: 8 latents
+
+
+Budget = int | tuple[int, ...]  # bytes of the device, or of each of several
+
+
+def each(value: Budget) -> tuple[int, ...]:
+    """A number of each device: one device's is given alone."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +46,7 @@ class Memory:
     prefetch: int | None = None  # chunks copied ahead of use
     max_chunk_bytes: int | None = None
     chunks_on_device: int | None = None  # the most at once, resident or in slots
-    max_vram_bytes: int | None = None
+    max_vram_bytes: int | tuple[int, ...] | None = None  # one for all devices, or one for each
     low_vram: bool = False  # the smallest plan, however much memory is free
     text_encoder: str = "auto"  # device, staged or host
     # bytes of a window through which blocks are read from disk; None: they stay in host memory
@@ -56,11 +64,12 @@ class Memory:
         )
         least |= {"resident_chunks": 0, "prefetch": 0, "vae_tile": SMALLEST_TILE}
         for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise UsageError(
-                    f"{name.replace('_', ' ')}: expected {smallest} or more, got {value}"
-                )
+            given = getattr(self, name)
+            for value in () if given is None else each(given):
+                if value < smallest:
+                    raise UsageError(
+                        f"{name.replace('_', ' ')}: expected {smallest} or more, got {value}"
+                    )
         if self.chunks and self.max_chunk_bytes:
             raise UsageError(
                 "--chunks and --max-chunk-memory both set the size of a chunk: give one of them"
@@ -115,11 +124,56 @@ class StreamPlan:
     # of each chunk: those of one shape with as many units run the same programs
     shapes: Kinds = ()
     runs: tuple[int, ...] = ()  # chunks of each run; empty: all are one
+    owners: tuple[int, ...] = ()  # the device of each chunk, of several
+    devices: int = 1
+    # of what one device has of a stream: the numbers of its chunks there
+    numbers: tuple[int, ...] = ()
 
     @cached_property
     def nbytes(self) -> tuple[int, ...]:
         """Of each chunk."""
         return tuple(map(sum, self.nbytes_of_units))
+
+    @cached_property
+    def lanes(self) -> tuple["StreamPlan", ...]:
+        """What each device has of the stream: a stream of its own chunks."""
+        if self.devices == 1:
+            return (self,)
+        return tuple(self._lane(device) for device in range(self.devices))
+
+    def _lane(self, device: int) -> "StreamPlan":
+        own = tuple(chunk for chunk, owner in enumerate(self.owners) if owner == device)
+        runs = [self.run_of(chunk) for chunk in own]
+        resident = frozenset(i for i, chunk in enumerate(own) if chunk in self.schedule.resident)
+        return replace(
+            self,
+            chunks=_at(self.chunks, own),
+            schedule=replace(self.schedule, resident=resident),
+            kinds=_at(self.kinds, own),
+            nbytes_of_units=_at(self.nbytes_of_units, own),
+            shapes=_at(self.shapes or self.kinds, own),
+            runs=tuple(map(runs.count, range(len(self.runs)))),
+            owners=(),
+            devices=1,
+            numbers=own,
+        )
+
+    def owner(self, chunk: int) -> int:
+        """The device of a chunk."""
+        return self.owners[chunk] if self.owners else 0
+
+    def number(self, chunk: int) -> int:
+        """The number of a chunk among those of all devices."""
+        return self.numbers[chunk] if self.numbers else chunk
+
+    @property
+    def places(self) -> frozenset["Place"]:
+        """Where each unit is when it is on a device."""
+        return frozenset(
+            (self.component, unit, self.owner(chunk))
+            for chunk, units in enumerate(self.chunks)
+            for unit in units
+        )
 
     @property
     def is_resident(self) -> bool:
@@ -187,6 +241,8 @@ class StreamPlan:
     @property
     def copied_bytes(self) -> int:
         """Bytes copied per sweep after the first: the streamed chunks, unless all are in slots."""
+        if self.devices > 1:
+            return sum(lane.copied_bytes for lane in self.lanes)
         streamed = self.streamed
         copies = len(streamed) > len(self.slot_kinds)
         return sum(self.nbytes[c] for c in streamed) if copies else 0
@@ -194,7 +250,7 @@ class StreamPlan:
     @property
     def waits(self) -> bool:
         """Whether compute waits for those copies: with one slot nothing overlaps."""
-        return self.copied_bytes > 0 and self.schedule.slots == 1
+        return self.copied_bytes > 0 and self.schedule.slots == 1 and not self.schedule.takes_turns
 
     @property
     def device_arrays(self) -> dict[str, int]:
@@ -222,7 +278,8 @@ class StreamPlan:
 
     def unused(self, chunk: int) -> int:
         """Bytes of a slot of every kind that are free while it holds a chunk."""
-        if self.schedule.slots != 1 or chunk in self.schedule.resident:
+        of = self.schedule
+        if of.slots != 1 or of.takes_turns or chunk in of.resident:
             return 0
         return self.slot_bytes(schedule.ANY) - self.slot_bytes(self.kinds[chunk])
 
@@ -292,8 +349,11 @@ def stream_plan(
     chunks: tuple[tuple[str, ...], ...],
     of: Schedule,
     runs: tuple[int, ...] = (),
+    owners: tuple[int, ...] = (),
+    devices: int = 1,
 ) -> StreamPlan:
-    """A stream of `chunks`, so many of them in each run.
+    """A stream of `chunks`, so many of them in each run. `owners`: the device of each, of several
+    `devices`.
 
     Chunks whose blocks all have the same stored leaves are of one kind, however long they are. A
     chunk whose blocks differ is of one kind with those that differ in the same way. A block whose
@@ -315,7 +375,7 @@ def stream_plan(
     own = dict(zip(units, storage.trees(component, units), strict=True))
     shapes = _numbered([tuple((alike[unit], own[unit]) for unit in chunk) for chunk in chunks])
     kinds = _numbered([tuple(holders[alike[unit]] for unit in chunk) for chunk in chunks])
-    return StreamPlan(component, chunks, of, kinds, nbytes, shapes, runs)
+    return StreamPlan(component, chunks, of, kinds, nbytes, shapes, runs, owners, devices)
 
 
 def _numbered(chunks: Sequence[tuple[Hashable, ...]]) -> tuple[int, ...]:
@@ -324,6 +384,25 @@ def _numbered(chunks: Sequence[tuple[Hashable, ...]]) -> tuple[int, ...]:
     shapes = [blocks if len(set(blocks)) > 1 else blocks[:1] for blocks in chunks]
     numbers = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
     return tuple(numbers[shape] for shape in shapes)
+
+
+def _at(of: Sequence, chunks: tuple[int, ...]) -> tuple:
+    return tuple(of[chunk] for chunk in chunks)
+
+
+def mixed(picks: Sequence[StreamPlan]) -> StreamPlan:
+    """The stream in which each device keeps the chunks that it keeps in its own pick.
+
+    `picks`: one of each device; they differ in resident chunks alone.
+    """
+    first = picks[0]
+    resident = frozenset(
+        chunk for chunk, owner in enumerate(first.owners) if chunk in picks[owner].schedule.resident
+    )
+    most = max((pick.schedule for pick in picks), key=lambda of: of.slots)
+    is_ring = most.takes_turns and most.name in ("ring", "hybrid")
+    name = ("hybrid" if resident else "ring") if is_ring else most.name
+    return replace(first, schedule=replace(most, name=name, resident=resident))
 
 
 # -- stages and plans ------------------------------------------------------------------------------
@@ -335,6 +414,12 @@ class Sizes:
 
     storage: Storage
     compute_bytes: int  # per number in the compute dtype
+    # ways to share out chunks: a weight of each device
+    shares: tuple[tuple[float, ...], ...] = ((1.0,),)
+
+    @property
+    def devices(self) -> int:
+        return len(self.shares[0])
 
     @property
     def config(self) -> ModelConfig:
@@ -361,19 +446,31 @@ class Choice:
     stream: StreamPlan | None = None
 
 
+Place = tuple[str, str, int]  # component, unit, device
+
+
+class Held(NamedTuple):
+    """What a stage holds on one device: bytes by name, of parameters and of other arrays between
+    programs."""
+
+    weights: Mapping[str, int]
+    activations: Mapping[str, int]
+
+
 class Option(NamedTuple):
     """One way to run a stage, with its device bytes by name.
 
-    `weights`: of parameters. `activations`: of other arrays between programs. `stays`: the
-    (component, unit) of all its parameters, which may stay for the next picture; None where some
-    are streamed. `always`: they do stay, whatever the other stages need.
+    `weights`, `activations`: what it holds on the first device; `others`: on each further one.
+    `stays`: all its parameters, which may stay for the next picture; None where some are streamed.
+    `always`: they do stay, whatever the other stages need.
     """
 
     choice: Any
     weights: Mapping[str, int]
     activations: Mapping[str, int]
-    stays: frozenset[tuple[str, str]] | None = None
+    stays: frozenset[Place] | None = None
     always: bool = False
+    others: tuple[Held, ...] = ()
 
 
 @runtime_checkable
@@ -385,11 +482,13 @@ class Stage(Protocol):
     def options(self, sizes: Sizes, work: Work, memory: Memory) -> Iterator[Option]:
         """The options that `memory` allows, the fastest first."""
 
-    def compiled(self, programs: Any, work: Work, choice: Any) -> int:
-        """Scratch bytes of its `programs` (runtime.programs.Programs), from the compiler."""
+    def compiled(self, programs: Any, work: Work, choice: Any, device: int = 0) -> int:
+        """Scratch bytes of its `programs` (runtime.programs.Programs) on a device, from the
+        compiler."""
 
-    def stored(self, figures: Any, work: Work, choice: Any) -> int:
-        """Scratch bytes of its programs, from a card's stored figures (stored.Figures)."""
+    def stored(self, figures: Any, work: Work, choice: Any, device: int = 0) -> int:
+        """Scratch bytes of its programs on a device, from its card's stored figures
+        (stored.Figures)."""
 
     def seconds(self, timing: Any, choice: Any) -> float | None:
         """Predicted seconds (timing: seconds.Timing); None if a rate is unknown."""
@@ -402,7 +501,7 @@ class Stage(Protocol):
 class Costs(Protocol):
     """The source of scratch bytes: the compiler, or stored figures."""
 
-    def scratch(self, stage: Stage, work: Work, choice: Any) -> int: ...
+    def scratch(self, stage: Stage, work: Work, choice: Any, device: int = 0) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,11 +511,12 @@ class Plan:
     nfes: int
     choices: Mapping[str, Any]  # by the stage's name
     # the units that stay on the device between pictures: mostly all that the job needs, or none
-    kept: frozenset[tuple[str, str]] = frozenset()
+    kept: frozenset[Place] = frozenset()
     # bytes of the window through which blocks are read from disk; None: they stay in host memory
     host_window: int | None = None
-    # stage -> array -> its device bytes when the stage takes most
+    # stage -> array -> its bytes on the first device when the stage takes most
     arrays_by_stage: Mapping[str, Mapping[str, int]]
+    others: tuple[Mapping[str, Mapping[str, int]], ...] = ()  # the same of each further device
     seconds_by_stage: Mapping[str, float] | None = None  # None if a rate is unknown
 
     @property
@@ -433,11 +533,28 @@ class Plan:
         return None if self.seconds_by_stage is None else sum(self.seconds_by_stage.values())
 
     @property
+    def arrays_by_device(self) -> tuple[Mapping[str, Mapping[str, int]], ...]:
+        return self.arrays_by_stage, *self.others
+
+    @property
+    def peaks_by_device(self) -> tuple[int, ...]:
+        return tuple(max(self.peaks_on(device).values()) for device in range(1 + len(self.others)))
+
+    def peaks_on(self, device: int) -> dict[str, int]:
+        """The peak on a device, by stage."""
+        return {stage: sum(of.values()) for stage, of in self.arrays_by_device[device].items()}
+
+    @property
     def peak_bytes_by_stage(self) -> dict[str, int]:
-        return {stage: sum(arrays.values()) for stage, arrays in self.arrays_by_stage.items()}
+        """Of several devices, on the one with the highest peak in each stage."""
+        return {
+            stage: max(sum(of.get(stage, {}).values()) for of in self.arrays_by_device)
+            for stage in self.arrays_by_stage
+        }
 
     @property
     def peak_bytes(self) -> int:
+        """Of several devices, on the one with the highest peak."""
         return max(self.peak_bytes_by_stage.values())
 
 

@@ -6,38 +6,50 @@ picture (K and V, `vae_tile`).
 """
 
 import copy
+import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import chain
 from typing import Any, NamedTuple
 
 from ..errors import OutOfMemoryError, UsageError
 from ..units import size
-from ..weights import components
 from ..weights.formats import Storage
-from . import schedule
 from .plan import (
+    Budget,
     Choice,
     Costs,
+    Held,
     Memory,
     Option,
+    Place,
     Plan,
     Sizes,
     Stage,
     StreamPlan,
-    chunked,
-    stream_plan,
+    each,
+    mixed,
 )
+from .seconds import Rates, Timing, shares
 from .work import Work
 
 
 class Planner:
-    """Makes plans for one model. `compute_bytes`: bytes per number in the compute dtype."""
+    """Makes plans for one model. `compute_bytes`: bytes per number in the compute dtype.
 
-    def __init__(self, stages: Sequence[Stage], storage: Storage, compute_bytes: int, costs: Costs):
-        self._stages, self._costs = stages, costs
+    `rates`: of each device, where there are several; None if they are unknown.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        storage: Storage,
+        compute_bytes: int,
+        costs: Costs,
+        rates: Sequence[Rates] | None = None,
+    ):
+        self._stages, self._costs, self._rates = stages, costs, rates
         self._all = stages  # also those that a job of some stages leaves out
         self._sizes = Sizes(storage, compute_bytes)
 
@@ -47,17 +59,17 @@ class Planner:
         made._stages = stages
         return made
 
-    def plan(self, work: Work, memory: Memory, budget: int) -> Plan:
+    def plan(self, work: Work, memory: Memory, budget: Budget) -> Plan:
         """The fastest plan whose predicted peak is within `budget` bytes; with `low_vram` the
         smallest.
 
         Raises OutOfMemoryError, with the bytes of the smallest plan, if that is over the budget
         too.
         """
-        return self._plan([work], self._candidates([work], memory), memory, budget)[0]
+        return self._plan([work], self._candidates([work], memory, budget), memory, budget)[0]
 
     def together(
-        self, works: Sequence[Work], alone: Sequence[Plan], memory: Memory, budget: int
+        self, works: Sequence[Work], alone: Sequence[Plan], memory: Memory, budget: Budget
     ) -> tuple[Plan, ...]:
         """The plans of several jobs that share every sweep; their peaks and arrays are those of all.
 
@@ -66,10 +78,11 @@ class Planner:
 
         Raises OutOfMemoryError if they do not fit together.
         """
-        return self._plan(works, self._candidates(works, memory, alone), memory, budget)
+        candidates = self._candidates(works, memory, budget, alone)
+        return self._plan(works, candidates, memory, budget)
 
     def most_together(
-        self, work: Work, alone: Plan, memory: Memory, budget: int, most: int
+        self, work: Work, alone: Plan, memory: Memory, budget: Budget, most: int
     ) -> tuple[Plan, ...]:
         """The plans of as many jobs of one kind as fit together, at most `most`."""
         found: tuple[Plan, ...] = (alone,)
@@ -91,39 +104,104 @@ class Planner:
         works: Sequence[Work],
         candidates: dict[str, list["_Candidate"]],
         memory: Memory,
-        budget: int,
+        budget: Budget,
     ) -> tuple[Plan, ...]:
-        others = self._left_out(works[0].whole, memory, candidates.keys())
-        if not memory.low_vram and (found := self._kept(candidates, others, budget)):
-            first = {name: of_stage[0] for name, of_stage in candidates.items()}
-            arrays, units = found
-            return self._filled(works, memory, first, arrays, kept=units)
+        budgets = each(budget)
+        if not memory.low_vram:
+            wholes = [work.whole for work in works]
+            others = self._left_out(wholes[0], memory, budget, candidates)
+            for first in self._staying(candidates | others, wholes, memory):
+                if found := self._kept(first, candidates, budgets):
+                    arrays, units = found
+                    return self._filled(works, memory, first, arrays, kept=units)
         candidates, staying = self._beside_what_stays(candidates)
         # a GPU's compiler takes seconds per stage: one thread each
         with ThreadPoolExecutor(len(candidates)) as pool:
             fits = {
-                name: pool.submit(_first_that_fits, found, budget, memory.low_vram)
+                name: pool.submit(self._best, name, found, works, memory, budgets)
                 for name, found in candidates.items()
             }
             chosen = {name: future.result() for name, future in fits.items()}
-        peaks = {name: candidate.peak for name, candidate in chosen.items()}
-        worst = max(peaks, key=peaks.__getitem__)
-        if peaks[worst] > budget:
-            raise OutOfMemoryError(
-                f"the smallest plan needs {size(peaks[worst])} of device memory (stage {worst}), "
-                f"the budget is {size(budget)}",
-                peaks[worst],
-            )
-        arrays = {name: candidate.arrays for name, candidate in chosen.items()}
+        for device, most in enumerate(budgets):
+            peaks = {name: candidate.peak(device) for name, candidate in chosen.items()}
+            worst = max(peaks, key=peaks.__getitem__)
+            if peaks[worst] > most:
+                where = f" {device}" if len(budgets) > 1 else ""
+                raise OutOfMemoryError(
+                    f"the smallest plan needs {size(peaks[worst])} of device memory{where} "
+                    f"(stage {worst}), the budget is {size(most)}",
+                    peaks[worst],
+                )
+        arrays = [
+            {name: candidate.arrays(device) for name, candidate in chosen.items()}
+            for device in range(len(budgets))
+        ]
         return self._filled(works, memory, chosen, arrays, kept=staying)
 
+    def _best(
+        self,
+        name: str,
+        candidates: list["_Candidate"],
+        works: Sequence[Work],
+        memory: Memory,
+        budgets: tuple[int, ...],
+    ) -> "_Candidate":
+        """The fastest candidate that fits, or the one nearest to it.
+
+        One device's candidates are in order. Several devices' are of families, in which each device
+        picks its own resident chunks; the families are in the order of their predicted seconds.
+        """
+        families = _families(candidates)
+        if len(families) > 1:
+
+            def seconds(family: list[_Candidate]) -> float:
+                likely = _fitted(family, budgets, memory.low_vram, _Candidate.held)
+                return self._seconds(name, likely, works, memory)
+
+            if memory.low_vram:
+                families.sort(key=lambda f: max(f[-1].held(d) for d in range(len(budgets))))
+            elif self._rates is not None:
+                families.sort(key=seconds)
+        found: list[tuple[int, int, _Candidate]] = []
+        for family in families:
+            fitted = _fitted(family, budgets, memory.low_vram, _Candidate.peak)
+            over = max(fitted.peak(d) - most for d, most in enumerate(budgets))
+            if over <= 0:
+                return fitted
+            found.append((over, len(found), fitted))
+        return min(found, key=lambda of: of[:2])[2]
+
+    def _seconds(
+        self, name: str, candidate: "_Candidate", works: Sequence[Work], memory: Memory
+    ) -> float:
+        """Predicted seconds of a stage, for the first job that has it."""
+        assert self._rates is not None
+        stage = next(stage for stage in self._all if stage.name == name)
+        plan = Plan(nfes=0, choices={}, host_window=memory.host_bytes, arrays_by_stage={})
+        first, *others = self._rates
+        # of a stage that the jobs leave out the candidate is the first job's
+        for work, choice in zip(works, candidate.choices, strict=False):
+            if choice is not None:
+                timing = Timing(plan, work, self._sizes, first, others=tuple(others))
+                try:
+                    return stage.seconds(timing, choice) or 0.0
+                except UsageError:  # a chunk is larger than a device's part of the host window
+                    return math.inf
+        return 0.0
+
     def _candidates(
-        self, works: Sequence[Work], memory: Memory, alone: Sequence[Plan] | None = None
+        self,
+        works: Sequence[Work],
+        memory: Memory,
+        budget: Budget,
+        alone: Sequence[Plan] | None = None,
     ) -> dict[str, list["_Candidate"]]:
         """The options of each stage, for all works together."""
         found = {}
+        # the same for all works, which share their streams
+        sizes = replace(self._sizes, shares=shares(each(budget), self._rates))
         for stage in self._stages:
-            of = {w: list(stage.options(self._sizes, w, memory)) for w in dict.fromkeys(works)}
+            of = {w: list(stage.options(sizes, w, memory)) for w in dict.fromkeys(works)}
             if not any(of.values()):
                 continue
             combined: list[tuple[Option | None, ...]]
@@ -139,77 +217,124 @@ class Planner:
                         for work, choice in zip(works, chosen, strict=True)
                     )
                 ]
-            found[stage.name] = [self._candidate(stage, works, options) for options in combined]
+            found[stage.name] = [
+                self._candidate(stage, works, options, sizes.devices) for options in combined
+            ]
         return found
 
     def _candidate(
-        self, stage: Stage, works: Sequence[Work], options: tuple[Option | None, ...]
+        self,
+        stage: Stage,
+        works: Sequence[Work],
+        options: tuple[Option | None, ...],
+        devices: int,
     ) -> "_Candidate":
         taken = {
             (work, id(option)): option
             for work, option in zip(works, options, strict=True)
             if option is not None
         }
-        activations: Counter[str] = Counter()
-        for option in options:
-            if option is None:
-                continue
-            if option.choice.stream is None:  # one job at a time
-                activations |= Counter(option.activations)
-            else:
-                activations.update(option.activations)
         first = next(iter(taken.values()))
 
-        def scratch() -> int:
-            return max(self._costs.scratch(stage, w, o.choice) for (w, _), o in taken.items())
+        def held(device: int) -> Held:
+            activations: Counter[str] = Counter()
+            for own in (option and _on(option, device) for option in options):
+                if own is None:
+                    continue
+                if first.choice.stream is None:  # one job at a time
+                    activations |= Counter(own.activations)
+                else:
+                    activations.update(own.activations)
+            return Held(_on(first, device).weights, activations)
+
+        def scratch(device: int) -> int:
+            if device > len(first.others):  # the stage is on the first device alone
+                return 0
+            return max(
+                self._costs.scratch(stage, w, o.choice, device) for (w, _), o in taken.items()
+            )
 
         choices = tuple(option and option.choice for option in options)
-        return _Candidate(choices, first.weights, activations, first.stays, first.always, scratch)
+        of_each = tuple(map(held, range(devices)))
+        return _Candidate(choices, of_each, first.stays, first.always, scratch)
+
+    def _staying(
+        self, candidates: dict[str, list["_Candidate"]], works: Sequence[Work], memory: Memory
+    ) -> list[dict[str, "_Candidate"]]:
+        """A candidate of each stage whose parameters all stay: one set of these, or one for each way
+        in which several devices share them out, the fastest first."""
+        largest = {name: found[0] for name, found in candidates.items()}
+        if any(candidate.stays is None for candidate in largest.values()):
+            return []
+
+        def ways_of(name: str) -> list[_Candidate]:
+            first, found = largest[name], candidates[name]
+            if first.stream is None or first.stream.devices == 1:
+                return [first]
+            return [of for of in found if of.stays and of.chunks == first.chunks]
+
+        ways = {name: ways_of(name) for name in largest}
+        sets = [
+            {name: of[min(way, len(of) - 1)] for name, of in ways.items()}
+            for way in range(max(map(len, ways.values())))
+        ]
+        if len(sets) > 1 and self._rates is not None:
+            sets.sort(
+                key=lambda of: sum(self._seconds(name, c, works, memory) for name, c in of.items())
+            )
+        return sets
 
     def _left_out(
-        self, whole: Work, memory: Memory, names: Container[str]
-    ) -> list[frozenset[tuple[str, str]] | None]:
-        """What stays of the stages that a job leaves out: what it keeps on the device is the same
-        as for a whole job, so that jobs of one part each do not take turns there."""
-        options = (
-            next(stage.options(self._sizes, whole, memory), None)
-            for stage in self._all
-            if stage.name not in names
-        )
-        return [option.stays for option in options if option is not None]
+        self,
+        whole: Work,
+        memory: Memory,
+        budget: Budget,
+        names: Container[str],
+    ) -> dict[str, list["_Candidate"]]:
+        """The candidates of the stages that jobs leave out: what a job keeps on the device is the
+        same as for a whole job, so that jobs of one part each do not take turns there."""
+        stages = [stage for stage in self._all if stage.name not in names]
+        return self.of(stages)._candidates([whole], memory, budget)
 
     def _kept(
         self,
-        candidates: dict[str, list["_Candidate"]],
-        others: Sequence[frozenset[tuple[str, str]] | None],
-        budget: int,
-    ) -> tuple[dict[str, dict[str, int]], frozenset[tuple[str, str]]] | None:
-        """Arrays by stage if every parameter stays on the device, also those of `others`, and the
-        parameters' units; None if that does not fit."""
-        largest = {name: found[0] for name, found in candidates.items()}
-        stays = [*(candidate.stays for candidate in largest.values()), *others]
-        units = frozenset[tuple[str, str]]().union(*(names for names in stays if names is not None))
-        weights: Counter[str] = Counter()
-        for component, unit in units:
-            weights[f"{component}, resident"] += self._sizes.storage.nbytes(component, unit)
-        if None in stays or weights.total() > budget:
+        staying: dict[str, "_Candidate"],
+        names: Iterable[str],
+        budgets: tuple[int, ...],
+    ) -> tuple[list[dict[str, dict[str, int]]], frozenset[Place]] | None:
+        """Arrays by device and stage, of the stages `names`, if every parameter stays on its device,
+        and the parameters' places; None if that does not fit."""
+        stays = (candidate.stays for candidate in staying.values())
+        places = frozenset[Place]().union(*(of for of in stays if of is not None))
+        weights: list[Counter[str]] = [Counter() for _ in budgets]
+        for component, unit, device in places:
+            nbytes = self._sizes.storage.nbytes(component, unit)
+            weights[device][f"{component}, resident"] += nbytes
+        if any(of.total() > most for of, most in zip(weights, budgets, strict=True)):
             return None
-        arrays = {name: c.with_weights(weights) for name, c in largest.items()}
-        peak = max(sum(of.values()) for of in arrays.values())
-        return (arrays, units) if peak <= budget else None
+        arrays = [
+            {name: staying[name].with_weights(device, own) for name in names}
+            for device, own in enumerate(weights)
+        ]
+        peaks = (max(sum(of.values()) for of in stages.values()) for stages in arrays)
+        fits = all(peak <= most for peak, most in zip(peaks, budgets, strict=True))
+        return (arrays, places) if fits else None
 
     def _beside_what_stays(
         self, candidates: dict[str, list["_Candidate"]]
-    ) -> tuple[dict[str, list["_Candidate"]], frozenset[tuple[str, str]]]:
+    ) -> tuple[dict[str, list["_Candidate"]], frozenset[Place]]:
         """The candidates with the parameters of other stages that always stay, and their units."""
-        units: frozenset[tuple[str, str]] = frozenset()
+        units: frozenset[Place] = frozenset()
         for name, found in candidates.items():
             stays = found[0].stays
             if not found[0].always or stays is None:
                 continue
             units |= stays
-            nbytes = sum(self._sizes.storage.nbytes(*unit) for unit in stays)
-            more = {f"{name}, always resident": nbytes}
+            more: list[dict[str, int]] = [{} for _ in found[0].of_each]
+            for component, unit, device in stays:
+                nbytes = self._sizes.storage.nbytes(component, unit)
+                array = f"{name}, always resident"
+                more[device][array] = more[device].get(array, 0) + nbytes
             for other in candidates.keys() - {name}:
                 candidates = candidates | {other: [of.beside(more) for of in candidates[other]]}
         return candidates, units
@@ -219,9 +344,9 @@ class Planner:
         works: Sequence[Work],
         memory: Memory,
         chosen: dict[str, "_Candidate"],
-        arrays: dict[str, dict[str, int]],
+        arrays: list[dict[str, dict[str, int]]],
         *,
-        kept: frozenset[tuple[str, str]],
+        kept: frozenset[Place],
     ) -> tuple[Plan, ...]:
         def plan(index: int, work: Work) -> Plan:
             choices: dict[str, Choice] = {
@@ -234,7 +359,8 @@ class Planner:
                 choices=choices,
                 kept=kept,
                 host_window=memory.host_bytes,
-                arrays_by_stage=arrays,
+                arrays_by_stage=arrays[0],
+                others=tuple(arrays[1:]),
             )
 
         return tuple(plan(index, work) for index, work in enumerate(works))
@@ -261,172 +387,103 @@ def _of_one_stream(of: Sequence[Sequence[Option]]) -> list[tuple[Option | None, 
     return found
 
 
+def _on(option: Option, device: int) -> Held:
+    """What an option holds on a device."""
+    of_each = Held(option.weights, option.activations), *option.others
+    return of_each[device] if device < len(of_each) else Held({}, {})
+
+
 class _Candidate(NamedTuple):
     """One way to run a stage for all works: an Option of each, added up."""
 
     choices: tuple[Any, ...]  # of each work; None if it lacks the stage
-    weights: Mapping[str, int]
-    activations: Mapping[str, int]
-    stays: frozenset[tuple[str, str]] | None
+    of_each: tuple[Held, ...]  # device's
+    stays: frozenset[Place] | None
     always: bool
-    scratch: Callable[[], int]  # may compile for seconds: called only if `held` is in the budget
-
-    def beside(self, more: Mapping[str, int]) -> "_Candidate":
-        return self._replace(weights={**self.weights, **more})
+    # may compile for seconds: called only if `held` is in the budget
+    scratch: Callable[[int], int]
 
     @property
-    def held(self) -> int:
-        return sum(self.weights.values()) + sum(self.activations.values())
+    def stream(self) -> StreamPlan | None:
+        """The one of all works."""
+        return next(choice for choice in self.choices if choice is not None).stream
 
     @property
-    def peak(self) -> int:
-        return self.held + self.scratch()
+    def chunks(self) -> tuple[tuple[str, ...], ...]:
+        return () if self.stream is None else self.stream.chunks
 
     @property
-    def arrays(self) -> dict[str, int]:
-        return self.with_weights(self.weights)
+    def is_split(self) -> bool:
+        """Whether several devices have a share of it."""
+        return self.stream is not None and self.stream.devices > 1
 
-    def with_weights(self, weights: Mapping[str, int]) -> dict[str, int]:
-        return {**weights, **self.activations, "temporaries": self.scratch()}
+    def beside(self, more: Sequence[Mapping[str, int]]) -> "_Candidate":
+        """The candidate with further parameters on each device."""
+        of_each = tuple(
+            own._replace(weights={**own.weights, **added})
+            for own, added in zip(self.of_each, more, strict=True)
+        )
+        return self._replace(of_each=of_each)
+
+    def held(self, device: int) -> int:
+        return sum(map(sum, (of.values() for of in self.of_each[device])))
+
+    def peak(self, device: int) -> int:
+        return self.held(device) + self.scratch(device)
+
+    def arrays(self, device: int) -> dict[str, int]:
+        return self.with_weights(device, self.of_each[device].weights)
+
+    def with_weights(self, device: int, weights: Mapping[str, int]) -> dict[str, int]:
+        """The arrays on a device, with these parameters."""
+        activations = self.of_each[device].activations
+        return {**weights, **activations, "temporaries": self.scratch(device)}
 
 
-def _first_that_fits(candidates: list[_Candidate], budget: int, smallest: bool) -> _Candidate:
-    """The first candidate whose peak is within the budget, else the one with the smallest `held`.
+def _families(candidates: list[_Candidate]) -> list[list[_Candidate]]:
+    """Candidates of several devices that differ in their resident chunks alone; one device's are
+    one family."""
+    found: dict[Hashable, list[_Candidate]] = {}
+    for candidate in candidates:
+        key: Hashable = None
+        if candidate.is_split and (stream := candidate.stream):
+            key = stream.chunks, stream.owners, stream.schedule.takes_turns
+        found.setdefault(key, []).append(candidate)
+    return list(found.values())
+
+
+def _fitted(
+    family: list[_Candidate],
+    budgets: tuple[int, ...],
+    smallest: bool,
+    peak: Callable[[_Candidate, int], int],
+) -> _Candidate:
+    """What each device picks: the first candidate whose `peak` is within its budget, else the one
+    with the smallest `held`.
 
     `smallest`: take the one with the smallest `held` at once.
     """
-    if not smallest:
-        for candidate in candidates:
-            if candidate.held <= budget and candidate.peak <= budget:
-                return candidate
-    return min(reversed(candidates), key=lambda candidate: candidate.held)
 
+    def pick(device: int) -> _Candidate:
+        if not smallest:
+            for candidate in family:
+                fits = candidate.held(device) <= budgets[device]
+                if fits and peak(candidate, device) <= budgets[device]:
+                    return candidate
+        return min(reversed(family), key=lambda candidate: candidate.held(device))
 
-# -- streams of blocks -----------------------------------------------------------------------------
-
-
-def streams(
-    sizes: Sizes,
-    component: str,
-    early: Sequence[tuple[str, ...]],
-    main: tuple[str, ...],
-    memory: Memory,
-) -> Iterator[StreamPlan]:
-    """Partitions and schedules that `memory` allows, the fastest first.
-
-    Streams that never wait for a copy come first, then those of whole blocks, then those that copy
-    the fewest bytes.
-    The runs of `early` blocks form chunks of their own before the `main` chunks, and no larger than
-    these.
-
-    Raises UsageError for a number of chunks, a number of resident chunks, or a pin that does not
-    exist.
-    """
-    found: dict[tuple, StreamPlan] = {}
-    counts = _chunk_counts(sizes, component, main, memory)
-    for count in counts:
-        # what stays on the device is not halved: the next job may keep it, whatever its chunks
-        mains = [chunked(component, main, n) for n in (count, min(count, len(main)))]
-        # their kinds and bytes, whatever the schedule
-        plans = []
-        for of_main in mains:
-            of_runs = (*(_early(component, run, of_main) for run in early), of_main)
-            cut, swap = tuple(chain(*of_runs)), schedule.make("swap", count)
-            runs = tuple(map(len, of_runs))
-            plans.append(stream_plan(sizes.storage, component, cut, swap, runs))
-        for row, resident in _rows(memory, count):
-            plan = plans[row.keeps_all]
-            before = sum(plan.runs[:-1])
-            chunks = plan.chunks
-            made = schedule.make(
-                row.name, len(chunks) if row.keeps_all else count, resident, memory.prefetch
-            )
-            made = made if row.keeps_all else made.after(before)
-            made = made.with_pins(_pins(memory, chunks, before), before, len(chunks))
-            found.setdefault((chunks, made.slots, made.resident), replace(plan, schedule=made))
-    if not found and memory.chunks_on_device is not None:
-        raise UsageError(
-            f"chunks on device: {memory.chunks_on_device} are too few for schedule {memory.schedule}"
-        )
-    if not found or (memory.resident_chunks or 0) > counts[-1]:
-        raise UsageError(
-            f"--resident-chunks {memory.resident_chunks}: expected 0 to {counts[-1] - 1}, "
-            "fewer than the chunks"
-        )
-
-    # Halves come last: where the link is the slower for one half alone, they take longer than their
-    # blocks. Where two copy the same bytes, the one with fewer chunks is faster
-    def rank(stream: StreamPlan) -> tuple:
-        return stream.waits, stream.is_halved, stream.copied_bytes, len(stream.chunks)
-
-    return iter(sorted(found.values(), key=rank))
-
-
-def _early(
-    component: str, early: tuple[str, ...], main: tuple[tuple[str, ...], ...]
-) -> tuple[tuple[str, ...], ...]:
-    """`early` blocks in chunks no larger than the largest of `main`."""
-    if not early:
-        return ()
-    if all(len(units) == 1 and components.half_of(units[0]) for units in main):
-        return chunked(component, early, 2 * len(early))
-    return chunked(component, early, -(-len(early) // max(map(len, main))))
-
-
-def _chunk_counts(sizes: Sizes, component: str, main: tuple[str, ...], memory: Memory) -> list[int]:
-    blocks, nbytes = len(main), sizes.storage.nbytes
-    halves = [half for unit in main for half in components.halves(component, unit)]
-    if memory.chunks:
-        most = len(halves) or blocks
-        if memory.chunks > most:
-            what = "two to a block" if halves else "the number of blocks"
-            raise UsageError(f"--chunks {memory.chunks}: expected 1 to {most}, {what}")
-        return [memory.chunks]
-    if memory.max_chunk_bytes:
-        block = max(nbytes(component, unit) for unit in main)
-        half = max((nbytes(component, half) for half in halves), default=None)
-        return [schedule.chunks_under(blocks, block, half, memory.max_chunk_bytes)]
-    # the default number, then each about half as many again, up to one chunk per block; then halves
-    counts = [min(schedule.CHUNKS, blocks)]
-    while counts[-1] < blocks:
-        counts.append(min(blocks, counts[-1] * 3 // 2 + 1))
-    return [*counts, len(halves)] if halves else counts
-
-
-def _rows(memory: Memory, count: int) -> Iterator[tuple[schedule.Row, int]]:
-    """(schedule, resident chunks) that `memory` allows for a partition of `count` chunks."""
-    for row in schedule.ROWS:
-        is_tried = memory.schedule == "auto" and row.is_automatic and row.admits(memory.prefetch)
-        if row.name != memory.schedule and not is_tried:
-            continue
-        allowed = row.resident(count)
-        if memory.chunks_on_device is not None:
-            slots = 0 if row.keeps_all else row.slots(memory.prefetch)
-            most = memory.chunks_on_device - slots
-            allowed = [resident for resident in allowed if resident <= most]
-        if memory.resident_chunks is None:
-            yield from ((row, resident) for resident in allowed)
-        elif row.keeps_all:
-            continue
-        elif memory.resident_chunks in allowed:
-            yield row, memory.resident_chunks
-
-
-def _pins(memory: Memory, chunks: tuple[tuple[str, ...], ...], first: int) -> dict[int, str]:
-    """`memory.pins` by the number of a main chunk; `first` is the index of the first main chunk.
-
-    Raises UsageError for a block that is in no chunk.
-    """
-    found: dict[int, str] = {}
-    blocks = [[components.unit_of(name) for name in chunk] for chunk in chunks[first:]]
-    for which, how in memory.pins:
-        if isinstance(which, str):
-            numbers = [c for c, units in enumerate(blocks) if which in units]
-            if not numbers:
-                raise UsageError(
-                    f"{which}: no such block; expected {blocks[0][0]} to {blocks[-1][-1]}"
-                )
-            found |= dict.fromkeys(numbers, how)
-        else:
-            found[which] = how
-    return found
+    if not family[0].is_split:
+        return pick(0)
+    picks = list(map(pick, range(len(budgets))))
+    if all(found is picks[0] for found in picks):
+        return picks[0]
+    choices = tuple(
+        choice and replace(choice, stream=mixed([of.choices[i].stream for of in picks]))
+        for i, choice in enumerate(picks[0].choices)
+    )
+    return picks[0]._replace(
+        choices=choices,
+        of_each=tuple(of.of_each[device] for device, of in enumerate(picks)),
+        stays=None,
+        scratch=lambda device: picks[device].scratch(device),
+    )

@@ -6,6 +6,9 @@ streams the others through its slots.
 
 Chunks whose blocks have the same shapes are of one kind and may use the same slot. A slot that is
 alone takes chunks of every kind in turn.
+
+Several devices share out the chunks (`owners`). Each has a schedule of its own chunks, and takes
+turns with the others.
 """
 
 from collections import Counter
@@ -58,16 +61,23 @@ Action = Pin | Load | Visit | Free
 class Schedule:
     """The `resident` chunks are copied once; the others stream through `slots` slots.
 
-    `slots` - 1 chunks are copied ahead of use.
+    `slots` - 1 chunks are copied ahead of use. A device that `takes_turns` with others copies into
+    every slot while the others compute, and so `slots` chunks ahead.
     """
 
     name: str
     slots: int
     resident: frozenset[int] = frozenset()
+    takes_turns: bool = False
 
     def __post_init__(self):
         if self.slots < 0:
             raise UsageError(f"a schedule has 0 slots or more, got {self.slots}")
+
+    @property
+    def ahead(self) -> int:
+        """Chunks copied ahead of use."""
+        return self.slots if self.takes_turns else max(0, self.slots - 1)
 
     def after(self, others: int) -> "Schedule":
         """The same schedule with `others` streamed chunks before its own."""
@@ -101,7 +111,7 @@ class Schedule:
         Each kind gets the largest number of its chunks among any `slots` successive streamed ones.
         """
         streamed = [kind for chunk, kind in enumerate(kinds) if chunk not in self.resident]
-        if self.slots == 1 and streamed:
+        if self.slots == 1 and streamed and not self.takes_turns:
             return (ANY,)
         if len(streamed) <= self.slots:
             return tuple(streamed)
@@ -130,9 +140,13 @@ class Row:
     is_automatic: bool = True  # `auto` tries it
     is_one_program: bool = False  # the whole sampler is one program, and nothing is copied
 
-    def slots(self, prefetch: int | None) -> int:
+    def slots(self, prefetch: int | None, *, takes_turns: bool = False) -> int:
         ahead = self.ahead if self.ahead is not None else 1 if prefetch is None else prefetch
-        return ahead + 1
+        return max(1, ahead) if takes_turns else ahead + 1
+
+    def takes_turns(self, prefetch: int | None) -> bool:
+        """Whether one of several devices copies its next chunks while the others compute."""
+        return self.keeps_all or (self.ahead is None and prefetch != 0)
 
     def admits(self, prefetch: int | None) -> bool:
         """Whether the schedule copies `prefetch` chunks ahead, or has nothing to copy."""
@@ -173,17 +187,28 @@ def row(name: str) -> Row:
     return found
 
 
-def make(name: str, chunks: int, resident_chunks: int = 0, prefetch: int | None = None) -> Schedule:
+def make(
+    name: str,
+    chunks: int,
+    resident_chunks: int = 0,
+    prefetch: int | None = None,
+    owners: Sequence[int] = (),
+) -> Schedule:
     """The schedule `name` for `chunks` chunks; `resident_chunks` counts unless all are resident.
+
+    `owners`: the device of each chunk, if there are several.
 
     Raises UsageError for an unknown name, or for a number that is out of range.
     """
-    found = row(name)
+    found, is_split = row(name), any(owners)
+    takes_turns = is_split and found.takes_turns(prefetch)
     if found.keeps_all:
-        return Schedule(name, 0, frozenset(range(chunks)))
+        return Schedule(name, 0, frozenset(range(chunks)), takes_turns)
     if not 0 <= resident_chunks <= chunks:
         raise UsageError(f"{resident_chunks} resident chunks of {chunks}: expected 0 to {chunks}")
-    return Schedule(name, found.slots(prefetch), frozenset(spread(resident_chunks, chunks)))
+    resident = spread_over(resident_chunks, owners) if is_split else spread(resident_chunks, chunks)
+    slots = found.slots(prefetch, takes_turns=takes_turns)
+    return Schedule(name, slots, frozenset(resident), takes_turns)
 
 
 def for_chunks_on_device(count: int, chunks: int) -> tuple[str, int]:
@@ -198,6 +223,31 @@ def for_chunks_on_device(count: int, chunks: int) -> tuple[str, int]:
 def spread(count: int, total: int) -> list[int]:
     """`count` of `total` indices, evenly spaced, so that copies are spread evenly over compute."""
     return [i * total // count for i in range(count)]
+
+
+def share_out(chunks: int, weights: Sequence[float]) -> tuple[int, ...]:
+    """The device of each chunk. Devices get chunks in proportion to their weights, evenly spaced.
+
+    With equal weights, chunk c goes to device c mod n.
+    """
+    owners, owed = list[int](), [0.0] * len(weights)
+    for _ in range(chunks):
+        owed = [due + weight / sum(weights) for due, weight in zip(owed, weights, strict=True)]
+        # rounded: thirds add up to a little more or less than one
+        owners.append(max(range(len(owed)), key=lambda device: round(owed[device], 6)))
+        owed[owners[-1]] -= 1
+    return tuple(owners)
+
+
+def spread_over(count: int, owners: Sequence[int]) -> list[int]:
+    """`count` chunks, of each device in proportion to all it owns, and evenly spaced among these."""
+    found, before = list[int](), 0
+    for device in range(max(owners) + 1):
+        own = [chunk for chunk, owner in enumerate(owners) if owner == device]
+        first, last = (count * n // len(owners) for n in (before, before + len(own)))
+        found += [own[i] for i in spread(last - first, len(own))]
+        before += len(own)
+    return found
 
 
 # -- partitions ------------------------------------------------------------------------------------
@@ -240,6 +290,7 @@ def actions(schedule: Schedule, kinds: Kinds, sweeps: int) -> Iterator[Action]:
     A chunk on the device is not loaded again. With two slots or more, each visit also copies the
     next chunk that is not on the device, if a slot's chunk is not needed earlier; this continues
     into the next sweep. Before the first visit of a streamed chunk, `slots` - 1 chunks are loaded.
+    A device that takes turns loads into all slots at first, and into one after each visit.
     """
     for chunk in sorted(schedule.resident):
         yield Pin(chunk)
@@ -249,18 +300,25 @@ def actions(schedule: Schedule, kinds: Kinds, sweeps: int) -> Iterator[Action]:
     held: dict[int, int] = {}  # slot -> chunk
     for i, chunk in enumerate(visits):
         # no earlier visit could copy this chunk ahead
-        if chunk not in schedule.resident and chunk not in held.values():
-            for _ in range(max(1, schedule.slots - 1)):
+        is_missing = chunk not in schedule.resident and chunk not in held.values()
+        if is_missing or (schedule.takes_turns and i == 0):
+            for _ in range(len(slots) if schedule.takes_turns else max(1, schedule.slots - 1)):
                 load = _next_load(schedule, slots, kinds, held, visits, i)
                 if load is not None:
                     yield from _freed(held, load)
                     yield load
         slot = next((s for s, c in held.items() if c == chunk), None)
-        then = _next_load(schedule, slots, kinds, held, visits, i) if schedule.slots > 1 else None
+        copies = schedule.slots > 1 and not schedule.takes_turns
+        then = _next_load(schedule, slots, kinds, held, visits, i) if copies else None
         if then is not None:
             yield from _freed(held, then)
         yield Visit(chunk, slot, then)
-        if (
+        if schedule.takes_turns:
+            after = _next_load(schedule, slots, kinds, held, visits, i + 1)
+            if after is not None:
+                yield from _freed(held, after)
+                yield after
+        elif (
             schedule.slots == 1
             and slot is not None
             and _next_streamed(schedule, visits, i) != chunk

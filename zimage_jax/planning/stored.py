@@ -106,16 +106,17 @@ class Figures:
 class StoredCosts:
     """Scratch bytes from stored figures: a planning.plan.Costs."""
 
-    def __init__(self, storage: Storage, card: Card | MeasuredCard):
-        """Raises UsageError for a model whose widths are not the published ones."""
-        self._figures = Figures(storage, card)
+    def __init__(self, storage: Storage, *cards: Card | MeasuredCard):
+        """`cards`: of each device. Raises UsageError for a model whose widths are not the published
+        ones."""
+        self._figures = [Figures(storage, card) for card in cards]
 
     @property
     def source(self) -> str:
-        return self._figures.source
+        return "; ".join(dict.fromkeys(figures.source for figures in self._figures))
 
-    def scratch(self, stage: Stage, work: Work, choice: Any) -> int:
-        return stage.stored(self._figures, work, choice)
+    def scratch(self, stage: Stage, work: Work, choice: Any, device: int = 0) -> int:
+        return stage.stored(self._figures[device], work, choice, device)
 
 
 @cache

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -39,26 +40,33 @@ _OTHERWISE = (102400, 101376, 1536)
 
 
 class CardPrograms(Programs):
-    """Programs for a named card. `compiled` gives the executable, which cannot run here, and its
-    scratch bytes."""
+    """Programs for named cards, one for each device. `compiled` gives the executable, which cannot
+    run here, and its scratch bytes."""
 
-    def __init__(self, storage: Storage, dtype, card: Card):
+    def __init__(self, storage: Storage, dtype, *cards: Card):
         # the compiler first: JAX looks for its plugin once, when the first device is requested
-        self._card, self._compile = card, compiler(card)
-        super().__init__(storage, dtype, Placement.on_host())
+        self._cards, self._compilers = cards, {card: compiler(card) for card in cards}
+        host = Placement.on_host()
+        super().__init__(storage, dtype, replace(host, others=(host,) * (len(cards) - 1)))
         self.observer = None  # a callback cannot be compiled without a device
+        self._by_card: dict[tuple, CardProgram] = {}
 
-    def _make(self, function: Callable, donate: tuple[int, ...], static: dict) -> Any:
-        return CardProgram(self._card, self._compile, function, donate, static)
+    def _make(self, function: Callable, donate: tuple[int, ...], device: int, static: dict) -> Any:
+        card = self._cards[device]
+        key = (card, function, donate, *sorted(static.items()))
+        if key not in self._by_card:  # equal cards have equal programs
+            compile_for_card = self._compilers[card]
+            self._by_card[key] = CardProgram(card, compile_for_card, function, donate, static)
+        return self._by_card[key]
 
     @property
     def target(self) -> Target:
-        return Target("gpu", self._card.capability)
+        return Target("gpu", min(card.capability for card in self._cards))
 
     def executables(self, function: Callable) -> list:
         """The executables of `function` that were compiled so far."""
         programs: Any = (
-            program for (compiled, *_), program in self._programs.items() if compiled is function
+            program for (_, compiled, *_), program in self._by_card.items() if compiled is function
         )
         return [executable for program in programs for executable in program.compiled_already]
 

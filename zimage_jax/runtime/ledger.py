@@ -3,8 +3,9 @@
 import collections
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Event(NamedTuple):
@@ -15,6 +16,7 @@ class Event(NamedTuple):
     end: float
     nbytes: int
     jobs: int = 1  # that share it
+    device: int = 0  # of several
 
 
 @dataclass
@@ -22,15 +24,16 @@ class Ledger:
     """Peak device bytes by stage, copies to the device, and seconds by stage.
 
     Bytes on the device are everyone's. A copy that several jobs share counts for each with its
-    share.
+    share. Of several devices a peak is the one of the fullest.
     """
 
-    peak_by_stage: dict[str, int] = field(default_factory=dict)
+    # device -> stage -> peak bytes
+    peaks: dict[int, dict[str, int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     saved_bytes: int = 0  # not copied, because an NFE reused K and V
-    # seconds, stage and device bytes at each mark
-    levels: list[tuple[float, str, int]] = field(default_factory=list)
+    # seconds, stage, device bytes and device at each mark
+    levels: list[tuple[float, str, int, int]] = field(default_factory=list)
     most_jobs: int = 1  # that were in flight together, this one among them
     _began: float = field(default_factory=time.perf_counter)
 
@@ -39,11 +42,26 @@ class Ledger:
         return max(self.peak_by_stage.values(), default=0)
 
     @property
+    def peak_by_stage(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for of_device in self.peaks.values():
+            for stage, nbytes in of_device.items():
+                found[stage] = max(found.get(stage, 0), nbytes)
+        return found
+
+    @property
     def copied_by_stage(self) -> dict[str, int]:
-        copied: collections.Counter[str] = collections.Counter()
+        return self._copied(lambda event: event.stage)
+
+    @property
+    def copied_by_device(self) -> dict[int, int]:
+        return self._copied(lambda event: event.device)
+
+    def _copied(self, key: Callable[[Event], Any]) -> dict[Any, int]:
+        copied: collections.Counter[Any] = collections.Counter()
         for event in self.events:
             if event.lane == "copy":
-                copied[event.stage] += event.nbytes // event.jobs
+                copied[key(event)] += event.nbytes // event.jobs
         return dict(copied)
 
     @property
@@ -55,25 +73,43 @@ class Ledger:
         begin, end = event.begin - self._began, event.end - self._began
         self.events.append(event._replace(begin=begin, end=end))
 
-    def mark(self, stage: str, nbytes: int) -> None:
-        """Record the device bytes now."""
-        self.peak_by_stage[stage] = max(self.peak_by_stage.get(stage, 0), nbytes)
-        self.levels.append((time.perf_counter() - self._began, stage, nbytes))
+    def mark(self, stage: str, nbytes: int, device: int = 0) -> None:
+        """Record the bytes on a device now."""
+        peaks = self.peaks.setdefault(device, {})
+        peaks[stage] = max(peaks.get(stage, 0), nbytes)
+        self.levels.append((time.perf_counter() - self._began, stage, nbytes, device))
 
     def trace(self) -> str:
         """The events in Chrome's trace format, which Perfetto reads too.
 
-        It has a lane each for compute, copy and tier, and the device bytes as a counter.
+        Each device has a lane each for compute, copy and tier, and its bytes as a counter.
         """
         lanes = {"compute": 1, "copy": 2, "tier": 3}
+        devices = sorted({e.device for e in self.events} | {level[3] for level in self.levels})
         rows: list[dict] = [
-            {"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": {"name": lane}}
+            {
+                "ph": "M",
+                "pid": 1 + device,
+                "tid": number,
+                "name": "thread_name",
+                "args": {"name": lane},
+            }
+            for device in devices
             for lane, number in lanes.items()
         ]
         rows += [
             {
+                "ph": "M",
+                "pid": 1 + device,
+                "name": "process_name",
+                "args": {"name": f"device {device}"},
+            }
+            for device in devices
+        ]
+        rows += [
+            {
                 "ph": "X",
-                "pid": 1,
+                "pid": 1 + e.device,
                 "tid": lanes[e.lane],
                 "name": e.name,
                 "cat": e.stage,
@@ -86,11 +122,11 @@ class Ledger:
         rows += [
             {
                 "ph": "C",
-                "pid": 1,
+                "pid": 1 + device,
                 "name": "device memory",
                 "ts": round(1e6 * at),
                 "args": {"bytes": nbytes},
             }
-            for at, _, nbytes in self.levels
+            for at, _, nbytes, device in self.levels
         ]
         return json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"})

@@ -1,11 +1,12 @@
-"""One device: its kinds of memory, its free bytes, and its lock for threads."""
+"""The devices of a model: their kinds of memory, their free bytes, and their locks for threads."""
 
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jax
@@ -30,6 +31,14 @@ class Gate:
     def __init__(self) -> None:
         self._changed, self._inside, self._wanted = threading.Condition(), 0, 0
         self.in_flight: list[jax.Array] = []  # arrays that `Placement.send` has not yet placed
+
+    def forget_placed(self) -> None:
+        """Keep no array alive that is placed."""
+        self.in_flight[:] = [
+            array
+            for array in self.in_flight
+            if not (array.is_deleted() or array.is_ready())  # type: ignore[attr-defined]
+        ]
 
     @property
     def is_wanted(self) -> bool:
@@ -73,7 +82,8 @@ def is_exhausted(fault: jax.errors.JaxRuntimeError) -> bool:
 
 @dataclass(frozen=True)
 class Placement:
-    """One device and the host memory beside it.
+    """A device and the host memory beside it, and the `others` with which it shares a model's
+    chunks. What is not in chunks is on this one.
 
     `gate`: a program's first run enters it alone, and threads that place arrays enter it together,
     for all models on the device. cuDNN's warm-up at a program's first run captures the compute
@@ -84,12 +94,38 @@ class Placement:
 
     device: jax.Device
     gate: Gate = field(compare=False)
+    others: tuple["Placement", ...] = ()
 
     @classmethod
-    def on(cls, device: jax.Device | None = None) -> "Placement":
-        """The placement of `device`, by default the process's first device."""
-        device = device or jax.local_devices()[0]
-        return cls(device, _GATES.setdefault(device, Gate()))
+    def on(cls, *devices: jax.Device) -> "Placement":
+        """The placement of `devices`, by default the process's first device."""
+        first, *others = devices or jax.local_devices()[:1]
+        gate = _GATES.setdefault(first, Gate())
+        return cls(first, gate, tuple(map(cls.on, others)))
+
+    @classmethod
+    def first(cls, count: int) -> "Placement":
+        """The placement of the process's first devices. Raises UsageError if it has fewer."""
+        found = jax.local_devices()
+        if len(found) < count:
+            raise UsageError(
+                f"--devices: expected {count}, JAX finds {len(found)} of platform "
+                f"{found[0].platform}"
+            )
+        return cls.on(*found[:count])
+
+    def __str__(self) -> str:
+        counts = Counter(placement.device.device_kind for placement in self.each)
+        return ", ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in counts.items())
+
+    @property
+    def devices(self) -> tuple[jax.Device, ...]:
+        return tuple(placement.device for placement in self.each)
+
+    @property
+    def each(self) -> tuple["Placement", ...]:
+        """The placement of each device alone."""
+        return (replace(self, others=()), *self.others) if self.others else (self,)
 
     @classmethod
     def on_host(cls) -> "Placement":
@@ -98,7 +134,10 @@ class Placement:
 
     @property
     def target(self) -> Target:
-        """The platform and compute capability that programs are compiled for."""
+        """The platform and compute capability that programs are compiled for: those of the least
+        capable of several devices, so that all compute alike."""
+        if self.others:
+            return min((of.target for of in self.each), key=lambda of: of.capability or ())
         word = getattr(self.device, "compute_capability", "")  # "8.9"; AMD's is "gfx90a"
         capability = re.fullmatch(r"([0-9]+)\.([0-9]+)", word)
         return Target(
@@ -118,10 +157,10 @@ class Placement:
     def runs_ahead(self) -> int:
         """Programs launched before the last one is done.
 
-        One on a GPU, which otherwise idles between programs. None on a CPU, whose cores would both
-        run a program and prepare the next.
+        One on a GPU, which otherwise idles between programs; with others, the copy of its next chunk
+        is a program too. None on a CPU, whose cores would both run a program and prepare the next.
         """
-        return 0 if self.shares_memory else 1
+        return 0 if self.shares_memory else 1 + bool(self.others)
 
     @property
     def spread(self) -> int:
@@ -151,14 +190,22 @@ class Placement:
         `settled` awaits them before a program's first run.
         """
         sent = jax.device_put(tree, self.sharding(kind))
-        in_flight = self.gate.in_flight
-        in_flight[:] = [
-            array
-            for array in in_flight
-            if not (array.is_deleted() or array.is_ready())  # type: ignore[attr-defined]
-        ]
-        in_flight += jax.tree.leaves(sent)
+        self.gate.forget_placed()
+        self.gate.in_flight += jax.tree.leaves(sent)
         return sent
+
+    def brought(self, tree):
+        """`tree` with all its arrays on this device: those of other devices are sent."""
+
+        def bring(array):
+            if not isinstance(array, jax.Array) or array.devices() == {self.device}:
+                return array
+            (source,), sent = array.devices(), self.send(array)
+            # neither device may run a program for the first time meanwhile
+            Placement.on(source).gate.in_flight.append(sent)
+            return sent
+
+        return jax.tree.map(bring, tree)
 
     def settled(self, args):
         """A first run's arguments: numpy arrays are placed, and all sent arrays are awaited."""

@@ -62,7 +62,7 @@ class Observer:
 
 
 class Programs:
-    """One Program per function and static arguments, for one model, compute dtype and device."""
+    """One Program per function, static arguments and device, for one model and compute dtype."""
 
     observer: Observer | None
 
@@ -83,17 +83,20 @@ class Programs:
     def config(self) -> ModelConfig:
         return self.storage.config
 
-    def __call__(self, function: Callable, *, donate: tuple[int, ...] = (), **static) -> Any:
-        key = (function, donate, *sorted(static.items()))
+    def __call__(
+        self, function: Callable, *, donate: tuple[int, ...] = (), device: int = 0, **static
+    ) -> Any:
+        """The program of a function, for one of the placement's devices."""
+        key = (function, donate, device, *sorted(static.items()))
         with self._lock:
             if key not in self._programs:
-                self._programs[key] = self._make(function, donate, static)
+                self._programs[key] = self._make(function, donate, device, static)
             return self._programs[key]
 
-    def _make(self, function: Callable, donate: tuple[int, ...], static: dict) -> Any:
+    def _make(self, function: Callable, donate: tuple[int, ...], device: int, static: dict) -> Any:
         precision = "float32" if self.dtype == jnp.float32 else None
         return Program(
-            self.placement,
+            self.placement.each[device],
             function,
             donate=donate,
             precision=precision,
@@ -111,7 +114,7 @@ class Programs:
 
     @property
     def target(self) -> Target:
-        """The device that programs are compiled for."""
+        """The kind of device that programs are compiled for."""
         return self.placement.target
 
     def attend(self, work: Work) -> Attend:
@@ -171,10 +174,12 @@ class Programs:
         plan: StreamPlan,
         kinds: Iterable[VisitKind],
         call: Callable[[VisitKind, tuple[str, ...]], tuple],
+        device: int = 0,
     ) -> int:
-        """The largest scratch of `kinds` of visit. `call(kind, units)`: x, inputs, static
-        arguments."""
-        storage, component, host = self.storage, plan.component, self.placement.sharding(HOST)
+        """The largest scratch of `kinds` of visit, for the `plan` of a device. `call(kind, units)`:
+        x, inputs, static arguments."""
+        storage, component = self.storage, plan.component
+        host = self.placement.each[device].sharding(HOST)
 
         def on_host(unit: str, without_kv: bool) -> tuple:
             leaves = storage.specs(component, unit)
@@ -190,13 +195,13 @@ class Programs:
             x, inputs, static = call(kind, units)
             chunk, static = on_device(units), static | {"trees": storage.trees(component, units)}
             if kind.copied:
-                ring = self(ring_step, donate=(1, 3), **static)
+                ring = self(ring_step, donate=(1, 3), device=device, **static)
                 copied = plan.like(kind.copied_shape, kind.copied)
                 following = tuple(on_host(unit, kind.without_kv) for unit in copied)
                 spare = replaced_by(on_device(plan.slot_for(copied)), following)
                 compiled = ring.compiled(chunk, spare, following, x, *inputs)
             else:
-                plain = self(run_chunk, donate=(1,), **static)
+                plain = self(run_chunk, donate=(1,), device=device, **static)
                 compiled = plain.compiled(chunk, x, *inputs)
             scratch.append(compiled[1] - kind.unused)
         return max(scratch)
@@ -208,8 +213,8 @@ class CompiledCosts:
     def __init__(self, programs: Programs):
         self._programs = programs
 
-    def scratch(self, stage: Stage, work: Work, choice: Any) -> int:
-        return stage.compiled(self._programs, work, choice)
+    def scratch(self, stage: Stage, work: Work, choice: Any, device: int = 0) -> int:
+        return stage.compiled(self._programs, work, choice, device)
 
 
 @functools.lru_cache(maxsize=4)

@@ -84,11 +84,16 @@ class Reader(Protocol):
 
 
 class HostSource:
-    """Keeps a component's units in host memory for all jobs; each is read once, as a whole."""
+    """Keeps a component's units in host memory for all jobs; each is read once, as a whole.
 
-    def __init__(self, checkpoint: ModelFiles, component: str, placement: Placement):
-        self._checkpoint, self._component, self._placement = checkpoint, component, placement
+    Page-locked memory belongs to one device: a unit that another plan gives to another device is
+    read again, in place of the first.
+    """
+
+    def __init__(self, checkpoint: ModelFiles, component: str):
+        self._checkpoint, self._component = checkpoint, component
         self._kept: dict[str, Future[Leaves]] = {}
+        self._placed: dict[str, Placement] = {}  # unit -> for which device
         self._lock = threading.Lock()
 
     @property
@@ -97,23 +102,31 @@ class HostSource:
         kept = [unit for unit, leaves in list(self._kept.items()) if _is_done(leaves)]
         return self._checkpoint.storage.nbytes(self._component, *kept)
 
-    def open(self, order: Sequence[tuple[str, ...]], recorder: Recorder) -> "HostReader":
+    def open(
+        self, order: Sequence[tuple[str, ...]], recorder: Recorder, placement: Placement
+    ) -> "HostReader":
         """A job's reader. It starts to read all units of `order`, in that order."""
-        return HostReader(self, order, recorder)
+        return HostReader(self, order, recorder, placement)
 
     def unit(
-        self, unit: str, recorder: Recorder, pool: ThreadPoolExecutor | None = None
+        self,
+        unit: str,
+        recorder: Recorder,
+        placement: Placement,
+        pool: ThreadPoolExecutor | None = None,
     ) -> Future[Leaves]:
-        """A unit's leaves. One that was not read yet is read by `pool`, or else by the caller."""
+        """A unit's leaves, for a device. One that was not read yet is read by `pool`, or else by the
+        caller."""
         with self._lock:
-            future = self._kept.get(unit)
+            future = self._kept.get(unit) if self._placed.get(unit) == placement else None
             if future is not None and (not future.done() or _is_done(future)):
                 return future
-            future = self._kept[unit] = Future()
+            future, self._placed[unit] = Future[Leaves](), placement
+            self._kept[unit] = future
         if pool is None:
-            self._fill(future, unit, recorder)
+            self._fill(future, unit, recorder, placement)
         else:
-            pool.submit(self._fill, future, unit, recorder)
+            pool.submit(self._fill, future, unit, recorder, placement)
         return future
 
     def of_half(self, name: str, leaves: Leaves) -> Leaves:
@@ -122,13 +135,15 @@ class HostSource:
             return leaves
         return self._checkpoint.storage.of_half(self._component, name, leaves)
 
-    def _fill(self, future: Future[Leaves], unit: str, recorder: Recorder) -> None:
+    def _fill(
+        self, future: Future[Leaves], unit: str, recorder: Recorder, placement: Placement
+    ) -> None:
         if not future.set_running_or_notify_cancel():
             return
         try:
             checkpoint, component = self._checkpoint, self._component
             with recorder.event("tier", f"read {unit}", checkpoint.storage.nbytes(component, unit)):
-                leaves = read_units(checkpoint, component, [unit], self._placement, HOST)
+                leaves = read_units(checkpoint, component, [unit], placement, HOST)
                 future.set_result(leaves[unit])
         except BaseException as fault:
             future.set_exception(fault)
@@ -145,11 +160,17 @@ def _is_done(future: Future) -> bool:
 class HostReader:
     """A job's reader of a HostSource."""
 
-    def __init__(self, source: HostSource, order: Sequence[tuple[str, ...]], recorder: Recorder):
+    def __init__(
+        self,
+        source: HostSource,
+        order: Sequence[tuple[str, ...]],
+        recorder: Recorder,
+        placement: Placement,
+    ):
         self._source, self._order = source, iter(order)
         self._pool = ThreadPoolExecutor(READERS)
         units = dict.fromkeys(map(components.unit_of, itertools.chain.from_iterable(order)))
-        self._units = {unit: source.unit(unit, recorder, self._pool) for unit in units}
+        self._units = {unit: source.unit(unit, recorder, placement, self._pool) for unit in units}
 
     def take(self, *, without_kv: bool = False) -> Chunk:
         blocks = {
@@ -173,32 +194,38 @@ class WindowSource:
     """Reads a component's units from disk for every use, through a window of host memory.
 
     The window of `nbytes` holds the chunk in use and the next ones that fit; if `nbytes` is None,
-    the next two.
+    the next two. Each of several `devices` has an equal part of it.
     """
 
     host_bytes = 0  # nothing is kept between jobs
 
-    def __init__(
-        self, checkpoint: ModelFiles, component: str, placement: Placement, nbytes: int | None
-    ):
-        self.checkpoint, self.component, self.placement = checkpoint, component, placement
-        self._nbytes = nbytes
+    def __init__(self, checkpoint: ModelFiles, component: str, devices: int, nbytes: int | None):
+        self.checkpoint, self.component = checkpoint, component
+        self._nbytes = None if nbytes is None else nbytes // devices
 
-    def open(self, order: Sequence[tuple[str, ...]], recorder: Recorder) -> "WindowReader":
+    def open(
+        self, order: Sequence[tuple[str, ...]], recorder: Recorder, placement: Placement
+    ) -> "WindowReader":
         """A job's reader. Raises UsageError if the window is smaller than a chunk."""
         bytes_of = self.checkpoint.storage.nbytes
         largest = max((bytes_of(self.component, *units) for units in order), default=1)
         depth = WINDOW_CHUNKS if self._nbytes is None else read_ahead(self._nbytes, largest)
-        return WindowReader(self, order, depth, recorder)
+        return WindowReader(self, order, depth, recorder, placement)
 
 
 class WindowReader:
     """A job's reader of a WindowSource."""
 
     def __init__(
-        self, source: WindowSource, order: Sequence[tuple[str, ...]], depth: int, recorder: Recorder
+        self,
+        source: WindowSource,
+        order: Sequence[tuple[str, ...]],
+        depth: int,
+        recorder: Recorder,
+        placement: Placement,
     ):
         self._source, self._order, self._recorder = source, iter(order), recorder
+        self._placement = placement
         self._pool = ThreadPoolExecutor(READERS)
         self._ahead: collections.deque[Future[dict[str, Leaves]]] = collections.deque()
         for _ in range(min(depth, len(order))):
@@ -230,7 +257,7 @@ class WindowReader:
         checkpoint, component = self._source.checkpoint, self._source.component
         nbytes = checkpoint.storage.nbytes(component, *units)
         with self._recorder.event("tier", f"read {units[0]}", nbytes):
-            return read_units(checkpoint, component, units, self._source.placement, HOST)
+            return read_units(checkpoint, component, units, self._placement, HOST)
 
 
 Source = HostSource | WindowSource

@@ -1,4 +1,4 @@
-"""Awaits the programs and copies of one device in order, and records them in the ledgers of the
+"""Awaits the programs and copies of each device in order, and records them in the ledgers of the
 jobs that they serve."""
 
 import collections
@@ -24,11 +24,15 @@ class _Running(NamedTuple):
 class Recorder:
     """Knows which arrays are on the device, and lets at most `ahead` programs be in flight.
 
-    It records in the ledgers of the stage that runs; outside of a stage, in those given here.
+    It records in the ledgers of the stage that runs; outside of a stage, in those given here. Of
+    several `devices` it is the first one's, and `each` has those of all.
     """
 
-    def __init__(self, *ledgers: Ledger, ahead: int = 0):
-        self.ahead = ahead
+    def __init__(self, *ledgers: Ledger, ahead: int = 0, devices: int = 1):
+        self.ahead, self.device = ahead, 0
+        self.each: tuple[Recorder, ...] = (self, *(Recorder(*ledgers) for _ in range(devices - 1)))
+        for device, recorder in enumerate(self.each):
+            recorder.ahead, recorder.device = ahead, device
         self.held: dict[str, int] = {}  # device bytes now, by name
         self.launches = 0  # programs so far: a sign of life
         self._ledgers, self._stage = ledgers, "load"
@@ -38,19 +42,22 @@ class Recorder:
     def stage(self, name: str, ledgers: Sequence[Ledger]) -> Iterator[None]:
         """A stage of the jobs with these `ledgers`. Its programs and copies are done at its end."""
         outer = self._stage, self._ledgers
-        self._stage, self._ledgers = name, tuple(ledgers)
+        for recorder in self.each:
+            recorder._stage, recorder._ledgers = name, tuple(ledgers)
         began = time.perf_counter()
         for ledger in ledgers:
             ledger.most_jobs = max(ledger.most_jobs, len(ledgers))
         try:
             yield
-            self.settle()
-            self.arrived()
+            for recorder in self.each:
+                recorder.settle()
+                recorder.arrived()
         finally:
             for ledger in ledgers:
                 so_far = ledger.seconds.get(name, 0.0)
                 ledger.seconds[name] = so_far + time.perf_counter() - began
-            self._stage, self._ledgers = outer
+            for recorder in self.each:
+                recorder._stage, recorder._ledgers = outer
 
     # -- device bytes ------------------------------------------------------------------------------
 
@@ -66,7 +73,7 @@ class Recorder:
         """Record the device bytes now: those held, and `more` that a program takes."""
         now = sum(self.held.values()) + more
         for ledger in self._ledgers:
-            ledger.mark(self._stage, now)
+            ledger.mark(self._stage, now, self.device)
 
     def saved(self, nbytes: int) -> None:
         """Record bytes that were not copied, because an NFE reuses K and V."""
@@ -82,7 +89,7 @@ class Recorder:
         try:
             yield
         finally:
-            _note(((lane, name, nbytes),), stage, ledgers, begin, time.perf_counter())
+            self._note(((lane, name, nbytes),), stage, ledgers, begin, time.perf_counter())
 
     def launched(self, result, *kinds: tuple[str, str, int]) -> None:
         """Record a program that was just launched; it is done when `result` is ready.
@@ -99,7 +106,7 @@ class Recorder:
             run = self._running.popleft()
             jax.block_until_ready(run.result)
             end = time.perf_counter()
-            _note(run.kinds, run.stage, run.ledgers, run.begin, end)
+            self._note(run.kinds, run.stage, run.ledgers, run.begin, end)
             if self._running:  # programs run one after the other
                 self._running[0] = self._running[0]._replace(begin=max(end, self._running[0].begin))
 
@@ -112,29 +119,32 @@ class Recorder:
         while self._sent:
             copy = self._sent.popleft()
             jax.block_until_ready(copy.result)
-            _note(copy.kinds, copy.stage, copy.ledgers, copy.begin, time.perf_counter())
+            self._note(copy.kinds, copy.stage, copy.ledgers, copy.begin, time.perf_counter())
 
     def abandon(self) -> None:
         """Forget the programs and copies in flight, after an error."""
-        self._running.clear()
-        self._sent.clear()
+        for recorder in self.each:
+            recorder._running.clear()
+            recorder._sent.clear()
 
     def leave(self, ledger: Ledger) -> None:
         """Record no more in the ledger of a job that has left: the others share what is to come."""
-        self._ledgers = tuple(other for other in self._ledgers if other is not ledger)
+        for recorder in self.each:
+            recorder._ledgers = tuple(other for other in self._ledgers if other is not ledger)
 
     def _begun(self, result, kinds: tuple[tuple[str, str, int], ...]) -> _Running:
         return _Running(result, kinds, self._stage, self._ledgers, time.perf_counter())
 
-
-def _note(
-    kinds: tuple[tuple[str, str, int], ...],
-    stage: str,
-    ledgers: Sequence[Ledger],
-    begin: float,
-    end: float,
-) -> None:
-    """Record events that began and ended at these times, in all `ledgers`."""
-    for lane, name, nbytes in kinds:
-        for ledger in ledgers:
-            ledger.add(Event(lane, name, stage, begin, end, nbytes, len(ledgers)))
+    def _note(
+        self,
+        kinds: tuple[tuple[str, str, int], ...],
+        stage: str,
+        ledgers: Sequence[Ledger],
+        begin: float,
+        end: float,
+    ) -> None:
+        """Record events that began and ended at these times, in all `ledgers`."""
+        for lane, name, nbytes in kinds:
+            event = Event(lane, name, stage, begin, end, nbytes, len(ledgers), self.device)
+            for ledger in ledgers:
+                ledger.add(event)

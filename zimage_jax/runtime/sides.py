@@ -5,8 +5,10 @@ The arrays stay in host memory as long as the LoRAs are in use, also where block
 window: they are 1 % of the model at rank 32.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from jax import Array
 
 from ..units import tree_bytes
@@ -20,21 +22,35 @@ OfPath = Mapping[str, Array]  # path -> array
 
 
 class Sides:
-    """The arrays beside a model's layers. `storage`: of the model with them."""
+    """The arrays beside a model's layers. `storage`: of the model with them.
+
+    Page-locked memory belongs to one device: each further device has a copy of what it uses.
+    """
 
     def __init__(self, adapters: Adapters, placement: Placement):
         """Raises what `adapters.arrays` raises."""
         self.storage = adapters.storage
         self._host = placement.put(adapters.arrays(), HOST)
+        self._first = placement.each[0]
+        self._copies: dict[tuple[str, str, Placement], dict[str, Array]] = {}
+        self._lock = threading.Lock()
 
     @property
     def host_bytes(self) -> int:
-        return tree_bytes(self._host)
+        return tree_bytes(self._host) + tree_bytes(list(self._copies.values()))
 
-    def of(self, component: str, name: str) -> OfPath:
-        """The arrays of a unit or a half, in host memory; empty if there are none."""
+    def of(self, component: str, name: str, placement: Placement) -> OfPath:
+        """The arrays of a unit or a half, in host memory for a device; empty if there are none."""
         of_unit = self._host.get((component, components.unit_of(name)), {})
-        return components.of_half(name, of_unit)
+        found = components.of_half(name, of_unit)
+        if placement == self._first or not found:
+            return found
+        with self._lock:
+            key = component, name, placement
+            if key not in self._copies:
+                arrays = {path: np.asarray(array) for path, array in found.items()}
+                self._copies[key] = placement.put(arrays, HOST)
+            return self._copies[key]
 
     def together(self, component: str, name: str, own: Sequence, beside: OfPath) -> Leaves:
         """The leaves of a unit or a half: its own and those beside it, in the module's order."""
@@ -49,26 +65,35 @@ class SidedSource:
     def __init__(self, source: Source, sides: Sides, component: str):
         self._source, self._sides, self._component = source, sides, component
 
-    def open(self, order: Sequence[tuple[str, ...]], recorder: Recorder) -> "SidedReader":
+    def open(
+        self, order: Sequence[tuple[str, ...]], recorder: Recorder, placement: Placement
+    ) -> "SidedReader":
         """A job's reader. Raises UsageError if the window is smaller than a chunk."""
-        return SidedReader(self._source.open(order, recorder), self._sides, self._component, order)
+        reader = self._source.open(order, recorder, placement)
+        return SidedReader(reader, self._sides, self._component, order, placement)
 
 
 class SidedReader:
     """A job's reader of a SidedSource."""
 
     def __init__(
-        self, reader: Reader, sides: Sides, component: str, order: Sequence[tuple[str, ...]]
+        self,
+        reader: Reader,
+        sides: Sides,
+        component: str,
+        order: Sequence[tuple[str, ...]],
+        placement: Placement,
     ):
         self._reader, self._sides, self._component = reader, sides, component
-        self._order = iter(order)
+        self._order, self._placement = iter(order), placement
 
     def take(self, *, without_kv: bool = False) -> Chunk:
         sides, component = self._sides, self._component
         chunk = self._reader.take(without_kv=without_kv)
         found = []
         for name, own in zip(next(self._order), chunk, strict=True):
-            leaves = sides.together(component, name, own, sides.of(component, name))
+            beside = sides.of(component, name, self._placement)
+            leaves = sides.together(component, name, own, beside)
             found.append(
                 sides.storage.without_kv(component, name, leaves) if without_kv else leaves
             )

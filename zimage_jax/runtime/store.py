@@ -1,6 +1,8 @@
-"""The parameters of one model: on the device, in host memory, or on disk."""
+"""The parameters of one model: on the devices, in host memory, or on disk."""
 
+import functools
 import threading
+from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from ..planning.plan import Plan, StreamPlan
+from ..planning.plan import Place, Plan, StreamPlan
 from ..units import tree_bytes
 from ..weights import components
 from ..weights.adapters import Adapters, Merged
@@ -19,9 +21,8 @@ from .program import Program
 from .reader import READERS, HostSource, Leaves, Source, WindowSource, read_units, settled
 from .recorder import Recorder
 from .sides import OfPath, SidedSource, Sides
-from .stream import Pinned, Stream
+from .stream import Lane, Pinned, Stream
 
-Unit = tuple[str, str]  # component, unit
 # of a block in place, by layout: scripts/results/other_files.md
 WINDOW_COST = "10 to 40 times the CPU time of a native checkpoint"
 
@@ -48,10 +49,10 @@ class ParameterStore:
         self.placement, self.program = placement, program
         # a pin waits for a read: in one pool, pins before their reads would wait for ever
         self.readers, self.pinners = ThreadPoolExecutor(READERS), ThreadPoolExecutor(READERS)
-        self.device: dict[Unit, Future[Leaves]] = {}
-        self.beside: dict[Unit, Future[OfPath]] = {}  # of LoRAs, on the device
+        self.device: dict[Place, Future[Leaves]] = {}
+        self.beside: dict[Place, Future[OfPath]] = {}  # of LoRAs, on the devices
         self.loras: Loras | None = None
-        self._host: dict[Unit, tuple[np.ndarray, ...]] = {}
+        self._host: dict[tuple[str, str], tuple[np.ndarray, ...]] = {}
         self._sources: dict[tuple[str, int | None], Source] = {}
         self._lock = threading.Lock()
 
@@ -59,14 +60,14 @@ class ParameterStore:
         self,
         recorder: Recorder,
         *,
-        kept: frozenset[Unit],
+        kept: frozenset[Place],
         host_bytes: int | None,
         loras: Loras | None = None,
     ) -> "Loan":
         """The loan of the jobs in flight.
 
-        `kept`: the units that their plans keep on the device. `host_bytes`: read blocks through a
-        window of this size instead of keeping them in host memory.
+        `kept`: the places of units that their plans keep on the devices. `host_bytes`: read blocks
+        through a window of this size instead of keeping them in host memory.
         """
         if loras is not self.loras:
             self._change(loras, recorder)
@@ -83,19 +84,22 @@ class ParameterStore:
                 self._sources, self._host = {}, {}
         self.loras = loras
 
-    def drop_beside(self, units: Container[Unit], recorder: Recorder) -> None:
-        """Drop what is beside these units from the device, and what is not there yet."""
+    def drop_beside(self, places: Container[Place], recorder: Recorder) -> None:
+        """Drop what is beside these units from the devices, and what is not there yet."""
         there = settled(self.beside)
-        kept = {unit: future for unit, future in there.items() if unit not in units}
-        for component, unit in self.beside.keys() - kept.keys():
-            recorder.drop(f"{component} {unit}, LoRA")
+        kept = {place: future for place, future in there.items() if place not in places}
+        for component, unit, device in self.beside.keys() - kept.keys():
+            recorder.each[device].drop(f"{component} {unit}, LoRA")
         self.beside = kept
 
     def read_ahead(self, budget: int, host_bytes: int | None, recorder: Recorder) -> None:
         """Start to read blocks into host memory, so that they are read while programs compile.
 
-        Only if the blocks exceed `budget` and must stream from host memory.
+        Only if the blocks exceed `budget` and must stream from host memory; and for one device,
+        because the plan says to which of several a block belongs.
         """
+        if self.placement.others:
+            return
         components = ("text_encoder", "transformer")
         total = sum(self.checkpoint.nbytes(component) for component in components)
         if self.placement.shares_memory or host_bytes is not None or total <= budget:
@@ -105,31 +109,28 @@ class ParameterStore:
             if isinstance(source, HostSource):
                 for unit in self.checkpoint.units(component):
                     if "." in unit:  # a block
-                        source.unit(unit, recorder, self.readers)
+                        source.unit(unit, recorder, self.placement, self.readers)
 
-    def read(self, units: Sequence[tuple[str, tuple[str, ...]]], host_bytes: int | None) -> int:
-        """Read blocks into host memory, where they stay. Returns their bytes: none that are read
-        through a window.
-
-        `units`: component and units, or halves, of each chunk.
-        """
-        reading = dict[Unit, Future[Leaves]]()
-        for component, chunk in units:
-            source = self.source(component, host_bytes)
-            if isinstance(source, HostSource):
-                for unit in map(components.unit_of, chunk):
-                    if (component, unit) not in reading:
-                        future = source.unit(unit, Recorder(), self.readers)
-                        reading[component, unit] = future
+    def read(self, stream: StreamPlan, host_bytes: int | None) -> int:
+        """Read a stream's blocks into host memory, where they stay. Returns their bytes: none that
+        are read through a window."""
+        source, reading = self.source(stream.component, host_bytes), dict[str, Future[Leaves]]()
+        if not isinstance(source, HostSource):
+            return 0
+        for chunk in stream.streamed:
+            placement = self.placement.each[stream.owner(chunk)]
+            for unit in map(components.unit_of, stream.chunks[chunk]):
+                if unit not in reading:
+                    reading[unit] = source.unit(unit, Recorder(), placement, self.readers)
         for future in reading.values():
             future.result()
-        return sum(map(self.nbytes, reading))
+        return self.checkpoint.storage.nbytes(stream.component, *reading)
 
     def clear(self, recorder: Recorder) -> None:
-        """Drop all parameters from the device."""
+        """Drop all parameters from the devices."""
         settled(self.device)
-        for component, unit in self.device:
-            recorder.drop(f"{component} {unit}")
+        for component, unit, device in self.device:
+            recorder.each[device].drop(f"{component} {unit}")
         self.device = {}
         self.drop_beside(list(self.beside), recorder)
 
@@ -153,9 +154,10 @@ class ParameterStore:
             first = ("transformer",) if component == "transformer" else ("transformer", component)
             nbytes = sum(self.checkpoint.nbytes(c) for c in first)
             if host_bytes is None and nbytes <= 0.8 * (free_host_bytes() + self.host_bytes):
-                made: Source = HostSource(self.checkpoint, component, self.placement)
+                made: Source = HostSource(self.checkpoint, component)
             else:
-                made = WindowSource(self.checkpoint, component, self.placement, host_bytes)
+                devices = len(self.placement.each)
+                made = WindowSource(self.checkpoint, component, devices, host_bytes)
             self._sources[component, host_bytes] = made
         return self._sources[component, host_bytes]
 
@@ -181,14 +183,24 @@ class ParameterStore:
             + (0 if sides is None else sides.host_bytes)
         )
 
-    def free_device_bytes(self) -> int:
-        """Device bytes that a plan may use: the free ones, and those of parameters there."""
+    def free_device_bytes(self) -> tuple[int, ...]:
+        """Bytes of each device that a plan may use: the free ones, and those of parameters there."""
         sides = self.loras.sides if self.loras is not None else None
-        beside = 0 if sides is None else sum(tree_bytes(sides.of(*u)) for u in list(self.beside))
-        return self.placement.free_bytes() + beside + sum(map(self.nbytes, list(self.device)))
+        there = Counter[int]()
+        for place in list(self.device):
+            there[place[2]] += self.nbytes(place)
+        if sides is not None:
+            for component, unit, device in list(self.beside):
+                beside = sides.of(component, unit, self.placement.each[device])
+                there[device] += tree_bytes(beside)
+        return tuple(
+            placement.free_bytes() + there[device]
+            for device, placement in enumerate(self.placement.each)
+        )
 
-    def nbytes(self, unit: Unit) -> int:
-        return self.checkpoint.storage.nbytes(*unit)
+    def nbytes(self, place: Place) -> int:
+        component, unit, _ = place
+        return self.checkpoint.storage.nbytes(component, unit)
 
 
 class Loan:
@@ -199,7 +211,7 @@ class Loan:
         store: ParameterStore,
         recorder: Recorder,
         *,
-        kept: frozenset[Unit],
+        kept: frozenset[Place],
         host_bytes: int | None,
     ):
         self.store, self._recorder, self._kept, self._host_bytes = store, recorder, kept, host_bytes
@@ -214,57 +226,60 @@ class Loan:
         return self.store.checkpoint.storage if self._sides is None else self._sides.storage
 
     def pin(self, component: str, units: Sequence[str]) -> tuple[Leaves, ...]:
-        """The leaves of units on the device, where they stay until `release`."""
+        """The leaves of units on the first device, where they stay until `release`."""
         return tuple(leaves.result() for leaves in self.pin_ahead(component, units))
 
-    def pin_ahead(self, component: str, units: Sequence[str]) -> list[Pinned]:
+    def pin_ahead(self, component: str, units: Sequence[str], device: int = 0) -> Sequence[Pinned]:
         """Like `pin`, but returns futures at once. The ledger counts their bytes from now on."""
-        store = self.store
-        for unit in units:
-            if (component, unit) not in store.device:
-                self._recorder.hold(
+        store, places = self.store, [(component, unit, device) for unit in units]
+        for place in places:
+            if place not in store.device:
+                _, unit, _ = place
+                self._recorder.each[device].hold(
                     f"{component} {unit}", store.checkpoint.storage.specs(component, unit)
                 )
-                store.device[component, unit] = store.pinners.submit(self._read, component, unit)
+                store.device[place] = store.pinners.submit(self._read, place)
         if self._sides is None:
-            return [store.device[component, unit] for unit in units]
-        return [self._with_sides(self._sides, component, unit) for unit in units]
+            return [store.device[place] for place in places]
+        return [self._with_sides(self._sides, place) for place in places]
 
-    def _with_sides(self, sides: Sides, component: str, unit: str) -> Pinned:
+    def _with_sides(self, sides: Sides, place: Place) -> Pinned:
         """A pinned unit's leaves together with what is beside it, which is pinned too."""
-        store, key = self.store, (component, unit)
-        found = sides.of(component, unit)
+        store, (component, unit, device) = self.store, place
+        placement, recorder = store.placement.each[device], self._recorder.each[device]
+        found = sides.of(component, unit, placement)
         if not found:
-            return store.device[key]
-        if key not in store.beside:
+            return store.device[place]
+        if place not in store.beside:
             name = f"{component} {unit}, LoRA"
-            self._recorder.hold(name, list(found.values()))
+            recorder.hold(name, list(found.values()))
 
             def copy() -> OfPath:
-                with self._recorder.event("copy", name, tree_bytes(found)):
-                    return store.placement.put(found)
+                with recorder.event("copy", name, tree_bytes(found)):
+                    return placement.put(found)
 
-            store.beside[key] = store.pinners.submit(copy)
-        return _Together(sides, key, store.device[key], store.beside[key])
+            store.beside[place] = store.pinners.submit(copy)
+        return _Together(sides, place, store.device[place], store.beside[place])
 
     def leaves_of(self, component: str, unit: str, own: Leaves, placement: Placement) -> Leaves:
         """A unit's leaves on another device, together with what is beside it."""
         if self._sides is None:
             return own
-        beside = placement.put(self._sides.of(component, unit))
-        return self._sides.together(component, unit, own, beside)
+        beside = self._sides.of(component, unit, self.store.placement.each[0])
+        return self._sides.together(component, unit, own, placement.put(beside))
 
-    def _read(self, component: str, unit: str) -> Leaves:
-        store, name = self.store, f"{component} {unit}"
-        nbytes = store.nbytes((component, unit))
+    def _read(self, place: Place) -> Leaves:
+        store, (component, unit, device) = self.store, place
+        placement, recorder = store.placement.each[device], self._recorder.each[device]
+        name, nbytes = f"{component} {unit}", store.nbytes(place)
         source = store.source(component, None) if self._pins_from_host else None
         if isinstance(source, HostSource):
-            of_unit = source.unit(components.unit_of(unit), self._recorder).result()
+            of_unit = source.unit(components.unit_of(unit), recorder, placement).result()
             leaves = source.of_half(unit, of_unit)
-            with self._recorder.event("copy", name, nbytes):
-                return store.placement.put(leaves)
-        with self._recorder.event("tier", name, nbytes), self._recorder.event("copy", name, nbytes):
-            return read_units(store.checkpoint, component, [unit], store.placement, DEVICE)[unit]
+            with recorder.event("copy", name, nbytes):
+                return placement.put(leaves)
+        with recorder.event("tier", name, nbytes), recorder.event("copy", name, nbytes):
+            return read_units(store.checkpoint, component, [unit], placement, DEVICE)[unit]
 
     def module(self, component: str, unit: str):
         """A unit's module, on the device until `release`."""
@@ -283,32 +298,49 @@ class Loan:
     ) -> Stream:
         """A stream of a stage's blocks under its schedule."""
         store, source = self.store, self.store.source(plan.component, self._host_bytes)
-        return Stream(
-            source if self._sides is None else SidedSource(source, self._sides, plan.component),
-            plan,
-            self.storage,
-            sweeps,
-            program=store.program,
-            recorder=self._recorder,
-            pin=lambda units: self.pin_ahead(plan.component, units),
-            without_kv=without_kv,
-            spread=store.placement.spread,
+        of_chunks = (
+            source if self._sides is None else SidedSource(source, self._sides, plan.component)
         )
 
-    def release(self, *, wanted: Container[Unit] = (), room: int = 0) -> None:
-        """Drop parameters from the device, but for those that the plan keeps.
+        def lane(device: int, of: StreamPlan) -> Lane:
+            return Lane(
+                of_chunks,
+                of,
+                self.storage,
+                sweeps,
+                placement=store.placement.each[device],
+                program=functools.partial(store.program, device=device),
+                recorder=self._recorder.each[device],
+                pin=lambda units: self.pin_ahead(plan.component, units, device),
+                without_kv=without_kv,
+            )
 
-        Of the `wanted` units, those stay that were pinned first and take at most `room` bytes.
+        lanes: list[Lane] = []
+        try:
+            for device, of in enumerate(plan.lanes):
+                lanes.append(lane(device, of))
+        except BaseException:  # one device lacks memory: the others get theirs back
+            for made in lanes:
+                made.close(settles=False)
+            raise
+        return Stream(plan, lanes, self._recorder)
+
+    def release(self, *, wanted: Container[Place] = (), room: Sequence[int] = ()) -> None:
+        """Drop parameters from the devices, but for those that the plan keeps.
+
+        Of the `wanted` units, those stay that were pinned first and take at most so many bytes of
+        `room` on their device.
         """
-        kept, nbytes = {}, self.storage.nbytes
+        kept, left, nbytes = {}, list(room), self.storage.nbytes
         for of, future in settled(self.store.device).items():
+            component, unit, device = of
             if of in self._kept:
                 kept[of] = future
-            elif of in wanted and nbytes(*of) <= room:
-                room -= nbytes(*of)
+            elif of in wanted and nbytes(component, unit) <= left[device]:
+                left[device] -= nbytes(component, unit)
                 kept[of] = future
-        for component, unit in self.store.device.keys() - kept.keys():
-            self._recorder.drop(f"{component} {unit}")
+        for component, unit, device in self.store.device.keys() - kept.keys():
+            self._recorder.each[device].drop(f"{component} {unit}")
         self.store.drop_beside(self.store.beside.keys() - kept.keys(), self._recorder)
         self.store.device = kept
 
@@ -318,9 +350,10 @@ class _Together:
     """A unit's leaves that are on their way to the device, and what is beside them."""
 
     sides: Sides
-    key: Unit
+    place: Place
     own: Future[Leaves]
     beside: Future[OfPath]
 
     def result(self) -> Leaves:
-        return self.sides.together(*self.key, self.own.result(), self.beside.result())
+        component, unit, _ = self.place
+        return self.sides.together(component, unit, self.own.result(), self.beside.result())

@@ -1,10 +1,11 @@
-"""Runs chunks of blocks on the device by the actions of a schedule.
+"""Runs chunks of blocks on the devices by the actions of their schedules.
 
 This file knows units, chunks and slots, not layers. A block's leaves are a tuple of arrays; the
 structure of its module turns them into the module. Programs take plain tuples because flattening a
 module in Python costs 0.1 ms each time.
 """
 
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from ..planning.plan import StreamPlan
 from ..planning.schedule import Load, Pin, Visit, actions, loads
 from ..units import tree_bytes
 from ..weights.formats import Storage
+from .placement import Placement
 from .program import Program
 from .reader import Chunk, Leaves, Reader
 from .recorder import Recorder
@@ -77,13 +79,17 @@ def parts(following: tuple, count: int) -> list[tuple]:
     return found
 
 
+AWAY = "tokens and inputs of jobs in flight"
+
+
 class Call(NamedTuple):
     """What one job runs on a chunk: micro-batches `xs` with their `inputs`, and the static
-    arguments of its programs."""
+    arguments of its programs. `away`: the arrays that it takes on each device but the first."""
 
     xs: list
     inputs: list[tuple]
     static: dict[str, Any]
+    away: Any = ()
 
 
 class Sweeps(NamedTuple):
@@ -108,7 +114,9 @@ class Pinned(Protocol):
 class Opens(Protocol):
     """A source of a stream's chunks."""
 
-    def open(self, order: Sequence[tuple[str, ...]], recorder: Recorder) -> Reader: ...
+    def open(
+        self, order: Sequence[tuple[str, ...]], recorder: Recorder, placement: Placement
+    ) -> Reader: ...
 
 
 class CallError(Exception):
@@ -119,13 +127,12 @@ class CallError(Exception):
         self.index, self.fault = index, fault
 
 
-class Stream:
-    """Streams the blocks of one component through the device, for the jobs of one stage.
+class Lane:
+    """Streams one device's share of a component's blocks through it, for the jobs of one stage.
 
-    `visit` runs the next chunk in order over every micro-batch of every job. `pin(units)` copies a
+    `visit` runs the device's next chunk over every micro-batch of every job. `pin(units)` copies a
     resident chunk to the device. `without_kv(chunk, sweep)`: whether a copy leaves out the
-    parameters that make K and V. `spread`: over how many programs a chunk's copy is spread. Use it
-    as a context manager: on exit it frees its slots; the caller of `pin` frees resident chunks.
+    parameters that make K and V. `close` frees its slots; the caller of `pin` frees resident chunks.
     """
 
     def __init__(
@@ -135,30 +142,30 @@ class Stream:
         storage: Storage,
         sweeps: int,
         *,
+        placement: Placement,
         program: Callable[..., Program],
         recorder: Recorder,
         pin: Callable[[tuple[str, ...]], Sequence[Pinned]],
         without_kv: Callable[[int, int], bool],
-        spread: int,
     ):
-        self._plan, self._storage, self._spread = plan, storage, spread
+        self._plan, self._storage, self.placement = plan, storage, placement
         self._program, self._recorder = program, recorder
         self._pin, self._without_kv = pin, without_kv
         self._actions = actions(plan.schedule, plan.kinds, sweeps)
+        self._next: Visit | None = None
+        self._is_unused = False  # the last chunk was copied, and its reader does not know yet
         self._trees = [storage.trees(plan.component, chunk) for chunk in plan.chunks]
         self._pinned: dict[int, Sequence[Pinned]] = {}
         self._slots, self._kinds = dict[int, Chunk](), dict[int, Hashable]()
         self._allocate()
         order = [plan.chunks[load.chunk] for load in loads(plan.schedule, plan.kinds, sweeps)]
-        self._reader = source.open(order, recorder)
+        self._reader = source.open(order, recorder, placement)
 
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(self, *fault) -> None:
+    def close(self, *, settles: bool) -> None:
+        """Free the slots. `settles`: await the programs that read them."""
         try:
-            if fault[0] is None:
-                self._recorder.settle()  # a slot is free when the program that reads it is done
+            if settles:
+                self._recorder.settle()
         finally:
             self._pinned.clear()
             for slot in list(self._slots):
@@ -168,32 +175,44 @@ class Stream:
 
     def visit(self, calls: Sequence[Call]) -> list[list]:
         """Run the next chunk over each micro-batch of each call. Raises CallError."""
-        for action in self._actions:
+        self.prepare()
+        visit, self._next = self._next, None
+        if visit is None:
+            raise RuntimeError("visit was called more often than the schedule has visits")
+        return self._visit(visit, calls)
+
+    def prepare(self) -> None:
+        """Copy what the next visit needs, and what can be copied before it."""
+        while self._next is None and (action := next(self._actions, None)) is not None:
             if isinstance(action, Visit):
-                return self._visit(action, calls)
-            if isinstance(action, Pin):
+                self._next = action
+            elif isinstance(action, Pin):
                 self._pinned[action.chunk] = self._pin(self._plan.chunks[action.chunk])
             elif isinstance(action, Load):
                 self._load(action)
-        raise RuntimeError("visit was called more often than the schedule has visits")
 
     def _name(self, chunk: int) -> str:
-        return f"{self._plan.component} chunk {chunk}"
+        return f"{self._plan.component} chunk {self._plan.number(chunk)}"
 
     def _slot_name(self, slot: int) -> str:
         return f"{self._plan.component} slot {slot}"
 
     def _load(self, load: Load) -> None:
+        if self._is_unused:
+            self._reader.used()
         following = self._take(load)
         spare, copied = self._spare(load), (self._name(load.chunk), tree_bytes(following))
         filled = self._program(fill, donate=(0,))(
             self._recorder, replaced_by(spare, following), following, copied=copied
         )
         self._slots[load.slot] = with_leaves(spare, filled)
-        self._reader.used()
+        # the reader of a window waits for the copy: other devices must not
+        self._is_unused = self._plan.schedule.takes_turns
+        if not self._is_unused:
+            self._reader.used()
 
     def _take(self, load: Load) -> Chunk:
-        without_kv = self._without_kv(load.chunk, load.sweep)
+        without_kv = self._without_kv(self._plan.number(load.chunk), load.sweep)
         chunk = self._reader.take(without_kv=without_kv)
         if without_kv:
             whole = self._storage.nbytes(self._plan.component, *self._plan.chunks[load.chunk])
@@ -216,9 +235,9 @@ class Stream:
         blocks = [
             self._storage.specs(self._plan.component, unit) for unit in self._plan.slot_of(kind)
         ]
-        self._kinds[slot] = kind
+        self._kinds[slot], device = kind, self.placement.sharding()
         self._slots[slot] = tuple(
-            tuple(jnp.zeros(a.shape, a.dtype) for a in block) for block in blocks
+            tuple(jnp.zeros(a.shape, a.dtype, device=device) for a in block) for block in blocks
         )
         self._recorder.hold(self._slot_name(slot), self._slots[slot])
 
@@ -244,7 +263,7 @@ class Stream:
             # under all programs of the visit, not under the first alone: eight pictures of 512x512
             # on an rtx-4090 compute for 34 ms, the first of them for 4, and a block's copy takes 15
             programs = sum(len(call.xs) for call in calls)
-            copies = parts(self._take(visit.then), min(self._spread, programs))
+            copies = parts(self._take(visit.then), min(self.placement.spread, programs))
         found = []
         for index, call in enumerate(calls):
             static = call.static | {"trees": self._trees[visit.chunk]}
@@ -283,3 +302,60 @@ class Stream:
         )
         self._slots[visit.then.slot] = with_leaves(slot, filled)
         return x
+
+
+class Stream:
+    """The lanes of all devices, for the jobs of one stage. Use it as a context manager.
+
+    The chunks are visited in order, each on its own device. Several devices take turns: what a
+    visit computes passes on at once, and the device copies its next chunk while others compute.
+    """
+
+    def __init__(self, plan: StreamPlan, lanes: Sequence[Lane], recorder: Recorder):
+        self._lanes, self._recorder = lanes, recorder
+        self._order = itertools.cycle(map(plan.owner, range(len(plan.chunks))))
+        self._takes_turns = plan.schedule.takes_turns
+        # by device and call: a call's inputs, and those inputs on the device
+        self._inputs: dict[tuple[int, int], tuple[list, list]] = {}
+
+    def __enter__(self) -> "Stream":
+        if self._takes_turns:
+            for lane in self._lanes:
+                lane.prepare()
+        return self
+
+    def __exit__(self, *fault) -> None:
+        try:
+            for lane in self._lanes:
+                lane.close(settles=fault[0] is None)
+        finally:
+            self._inputs.clear()
+            for recorder in self._recorder.each[1:]:
+                recorder.drop(AWAY)
+            for lane in self._lanes:
+                lane.placement.gate.forget_placed()
+
+    def visit(self, calls: Sequence[Call]) -> list[list]:
+        """Run the next chunk over each micro-batch of each call. Raises CallError."""
+        device = next(self._order)
+        lane = self._lanes[device]
+        if len(self._lanes) > 1:
+            calls = self._brought(device, calls)
+        found = lane.visit(calls)
+        if self._takes_turns:
+            lane.prepare()
+        return found
+
+    def _brought(self, device: int, calls: Sequence[Call]) -> list[Call]:
+        """The calls on a device. A further device holds a copy of their inputs."""
+        here = self._lanes[device].placement
+        if device:
+            self._recorder.each[device].hold(AWAY, [call.away for call in calls])
+        found = []
+        for number, call in enumerate(calls):
+            given, inputs = self._inputs.get((device, number), (None, []))
+            if given is not call.inputs:
+                inputs = here.brought(call.inputs)
+                self._inputs[device, number] = call.inputs, inputs
+            found.append(call._replace(xs=here.brought(call.xs), inputs=inputs))
+        return found

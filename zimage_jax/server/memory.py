@@ -17,7 +17,7 @@ def plan_to_json(planned: Planned) -> dict[str, Any]:
     """A plan, with the chunks of each stage that stay on the device or are copied to it."""
     plan = planned.plan
     return {
-        "budget_bytes": planned.budget,
+        "budget_bytes": planned.of_fullest,
         "peak_bytes": plan.peak_bytes,
         "peak_bytes_by_stage": plan.peak_bytes_by_stage,
         "arrays_by_stage": {stage: dict(of) for stage, of in plan.arrays_by_stage.items()},

@@ -266,7 +266,7 @@ def _told(picture: int, event: Event) -> bytes:
             picture=picture,
             mode=str(plan.denoise or "none"),
             predicted_peak_bytes=plan.peak_bytes,
-            budget_bytes=event.budget,
+            budget_bytes=event.of_fullest,
             predicted_seconds=plan.seconds,
         )
     if isinstance(event, Started):

@@ -23,6 +23,7 @@ from ...runtime.stream import Call, Sweeps
 from ..attempt import Attempt
 
 COMPONENT = "transformer"
+STEM = COMPONENT, "stem", 0
 
 
 class Context(NamedTuple):
@@ -56,12 +57,10 @@ class ContextStage:
         for name, count in ways:
             chunks = chunked(COMPONENT, blocks, count)
             stream = stream_plan(sizes.storage, COMPONENT, chunks, schedule.make(name, len(chunks)))
-            stays = (
-                frozenset((COMPONENT, u) for u in ("stem", *blocks)) if stream.is_resident else None
-            )
+            stays = stream.places | {STEM} if stream.is_resident else None
             yield Option(Choice(stream), stem | stream.device_arrays, activations, stays)
 
-    def compiled(self, programs: Programs, work: Work, choice: Choice) -> int:
+    def compiled(self, programs: Programs, work: Work, choice: Choice, device: int = 0) -> int:
         assert choice.stream is not None
         features = programs.like(
             work.captions, work.bucket, programs.config.text_encoder.hidden_size
@@ -80,7 +79,7 @@ class ContextStage:
             ),
         )
 
-    def stored(self, figures: Figures, work: Work, choice: Choice) -> int:
+    def stored(self, figures: Figures, work: Work, choice: Choice, device: int = 0) -> int:
         assert choice.stream is not None
         return figures.blocks(self.name, choice.stream.visit_kinds, work.captions * work.bucket)
 
@@ -88,7 +87,7 @@ class ContextStage:
         work, width = timing.work, timing.sizes.config.transformer.dim
         assert choice.stream is not None
 
-        def run(unit: str, nfe: Nfe | None) -> float:
+        def run(device: int, unit: str, nfe: Nfe | None) -> float:
             return timing.block(COMPONENT, unit, work.captions, work.bucket, width=width)
 
         return timing.unit(COMPONENT, "stem") + timing.stream(choice.stream, run)

@@ -40,10 +40,10 @@ class Control(VAEStage):
         more = {unit: sizes.storage.nbytes(COMPONENT, unit) for unit in units}
         for option in super().options(sizes, work, memory):
             assert option.stays is not None
-            stays = option.stays | {(COMPONENT, unit) for unit in units}
+            stays = option.stays | {(COMPONENT, unit, 0) for unit in units}
             yield option._replace(weights={**option.weights, **more}, stays=stays)
 
-    def compiled(self, programs: Programs, work: Work, choice: VAEChoice) -> int:
+    def compiled(self, programs: Programs, work: Work, choice: VAEChoice, device: int = 0) -> int:
         encoding = super().compiled(programs, work, choice)
         config = programs.config
         views = 1 if work.regions is None else work.regions.count
@@ -55,7 +55,7 @@ class Control(VAEStage):
         pixels = 4 * int(np.prod(self.shape(work, config.vae))) if choice.rows is None else 0
         return max(encoding, embed + 4 * latents.size - pixels)
 
-    def stored(self, figures: Figures, work: Work, choice: VAEChoice) -> int:
+    def stored(self, figures: Figures, work: Work, choice: VAEChoice, device: int = 0) -> int:
         tokens = work.image_tokens * (1 if work.regions is None else work.regions.count)
         # patches, and tokens before and after the refiner's map
         return max(

@@ -6,20 +6,20 @@ Axes: B pictures, h, w latent rows and columns, C latent channels.
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from ...errors import UsageError
 from ...model import control, dit, kv
 from ...model.kv import Nfe, Phase
 from ...planning import schedule
-from ...planning.plan import Choice, Memory, Option, Sizes, StreamPlan, VisitKind
-from ...planning.planner import streams
+from ...planning.plan import Choice, Held, Memory, Option, Sizes, StreamPlan, VisitKind
 from ...planning.seconds import Timing
 from ...planning.stored import Figures
+from ...planning.streams import streams
 from ...planning.work import Work
 from ...runtime.programs import Programs
 from ...runtime.stream import Call, Sweeps
@@ -67,17 +67,24 @@ class DenoiseChoice(Choice):
         return tuple(sum(map(components.has_attention, units)) for units in self.main_chunks)
 
     @property
+    def attending(self) -> tuple[tuple[int, int], ...]:
+        """Of each main chunk with attentions: how many, and its device."""
+        owners = (
+            self.blocks.owner(sum(self.refiner_chunks) + n) for n in range(len(self.main_chunks))
+        )
+        return tuple(of for of in zip(self.attentions, owners, strict=True) if of[0])
+
+    @property
     def resident_chunks(self) -> int:
         """How many main chunks are resident."""
         return sum(self.blocks.is_main(chunk) for chunk in self.blocks.schedule.resident)
 
     def __str__(self) -> str:
         chunks, of = self.main_chunks, self.blocks.schedule
-        words = schedule.row(of.name).summary.format(
-            resident=self.resident_chunks, ahead=max(0, of.slots - 1)
-        )
+        words = schedule.row(of.name).summary.format(resident=self.resident_chunks, ahead=of.ahead)
         plural = "s" if len(chunks) > 1 else ""
-        return f"{of.name}, {len(chunks)} chunk{plural} of {_length(chunks)}, {words}"
+        where = f" on {self.blocks.devices} devices" if self.blocks.devices > 1 else ""
+        return f"{of.name}, {len(chunks)} chunk{plural} of {_length(chunks)}{where}, {words}"
 
 
 def _length(chunks: tuple[tuple[str, ...], ...]) -> str:
@@ -111,10 +118,12 @@ class Denoise:
             between["control"] = sizes.tokens(work.contexts, work.image_tokens, config.dim)
         stem = {unit: storage.nbytes(COMPONENT, unit) for unit in ends}
         caches = any(phase.caches for phase in work.phases)
+        if sizes.devices > 1 and memory.schedule == "scan":
+            raise UsageError("schedule scan is one program, of one device: it cannot be split")
         choices = []
         for stream in streams(sizes, COMPONENT, early, main, memory):
             choices.append(DenoiseChoice(stream))
-            if caches and not choices[-1].is_one_program:
+            if caches and not choices[-1].is_one_program and sizes.devices == 1:
                 choices.append(DenoiseChoice(stream, kv_on_host=True))
         # K and V on the host are faster than a schedule that waits for its copies
         for choice in sorted(choices, key=lambda c: (c.blocks.waits, c.kv_on_host)):
@@ -127,16 +136,34 @@ class Denoise:
             activations["latents"] = work.latents_bytes(
                 config.in_channels, in_one_program=choice.is_one_program
             )
-            weights = stem | choice.blocks.device_arrays
-            units = (*ends, *chain(*early), *main)
-            stays = frozenset((COMPONENT, u) for u in units) if choice.blocks.is_resident else None
-            yield Option(choice, weights, activations, stays)
+            first, *others = choice.blocks.lanes
+            of_ends = {(COMPONENT, unit, 0) for unit in ends}
+            stays = choice.blocks.places | of_ends if choice.blocks.is_resident else None
+            # what passes from device to device, and the inputs of all blocks
+            away = {name: activations.get(name, 0) for name in ("tokens", "rotations")}
+            held = tuple(Held(of.device_arrays, away if of.chunks else {}) for of in others)
+            weights = stem | first.device_arrays
+            yield Option(choice, weights, activations, stays, others=held)
 
-    def compiled(self, programs: Programs, work: Work, choice: DenoiseChoice) -> int:
+    def compiled(
+        self, programs: Programs, work: Work, choice: DenoiseChoice, device: int = 0
+    ) -> int:
         if choice.is_one_program:
             return self._sampler(programs, work)
+        sizes, contexts = Sizes(programs.storage, programs.dtype.itemsize), _contexts(work)
+        visit = partial(self._visit, programs, work, contexts)
+        ends = [0] if device else self._ends(programs, work, choice)
+        lane = choice.blocks.lanes[device]
+        return max(
+            held + max(*ends, programs.most(lane, kinds, visit, device))
+            for held, kinds in _by_phase(sizes, work, choice, device)
+        )
+
+    def _ends(self, programs: Programs, work: Work, choice: DenoiseChoice) -> list[int]:
+        """Scratch bytes of the programs before and after the blocks, beside what a slot leaves
+        unused."""
         config = programs.config.transformer
-        contexts = work.micro_batch * work.contexts // work.views
+        contexts = _contexts(work)
         image, joint = (programs.tokens(contexts, n) for n in (work.image_tokens, work.tokens))
         of_image, _ = carried(programs, work, contexts)
         time = jax.ShapeDtypeStruct((contexts, config.adaln_dim), jnp.float32)
@@ -144,9 +171,9 @@ class Denoise:
         stem = programs.module(COMPONENT, "stem")
         state, *rest = abstract(work, work.micro_batch, config.in_channels)
         ends = Ends(programs, work)
-        sizes = Sizes(programs.storage, programs.dtype.itemsize)
         # `join` and `leave` run beside the last chunk, the first `enter` beside a whole slot
-        unused = choice.blocks.unused(len(choice.blocks.chunks) - 1)
+        lane = choice.blocks.lanes[0]
+        unused = lane.unused(len(lane.chunks) - 1)
         arguments: tuple = stem, state.latents, work.update.t
         joined: tuple = of_image, context
         if work.control_layers:
@@ -160,11 +187,7 @@ class Denoise:
         if work.regions is not None:
             parts = [state.latents] * (work.views // work.micro_batch)
             scratch.append(ends.blend.compiled(parts)[1] - unused)
-        visit = partial(self._visit, programs, work, contexts)
-        return max(
-            held + max(*scratch, programs.most(choice.blocks, kinds, visit))
-            for held, kinds in _by_phase(sizes, work, choice)
-        )
+        return scratch
 
     def _visit(
         self,
@@ -219,8 +242,8 @@ class Denoise:
             arguments = *arguments, (image, floats())
         return programs.sampler(work).compiled(*arguments)[1]
 
-    def stored(self, figures: Figures, work: Work, choice: DenoiseChoice) -> int:
-        sizes, contexts = Sizes(figures.storage, 2), work.micro_batch * work.contexts // work.views
+    def stored(self, figures: Figures, work: Work, choice: DenoiseChoice, device: int = 0) -> int:
+        sizes, contexts = Sizes(figures.storage, 2), _contexts(work)
         if choice.is_one_program:
             caches = any(phase.caches for phase in work.phases)
             kept = work.kv_bytes(sizes.config.transformer) if caches else 0
@@ -239,19 +262,20 @@ class Denoise:
                 figures.blocks(self.name, kinds - refiner, contexts * work.tokens),
             )
 
-        return added + max(held + most(kinds) for held, kinds in _by_phase(sizes, work, choice))
+        return added + max(
+            held + most(kinds) for held, kinds in _by_phase(sizes, work, choice, device)
+        )
 
     # -- seconds -----------------------------------------------------------------------------------
 
     def seconds(self, timing: Timing, choice: DenoiseChoice) -> float:
         work, width = timing.work, timing.sizes.config.transformer.dim
         groups = work.views // work.micro_batch
-        block = partial(timing.block, COMPONENT, width=width)
-
         contexts = work.contexts // groups
 
         @cache  # a sweep asks as often as the picture has NFEs
-        def run(unit: str, nfe: Nfe | None) -> float:
+        def run(device: int, unit: str, nfe: Nfe | None) -> float:
+            block = partial(timing.on(device).block, COMPONENT, width=width)
             if nfe is None:
                 return block(unit, contexts, work.image_tokens)
             keys = nfe.kv_format.keys(work.tokens)
@@ -260,7 +284,9 @@ class Denoise:
         ends = ("stem", "control_before") if work.control_layers else ("stem",)
         stem = 0.0 if timing.plan.kept else sum(timing.unit(COMPONENT, unit) for unit in ends)
         cached = timing.kv_cache() if choice.kv_on_host else 0.0
-        return stem + timing.stream(choice.blocks, run, nfes=work.nfes, groups=groups) + cached
+        tokens = timing.sizes.tokens(work.contexts, work.tokens, width)
+        nfes, blocks = work.nfes, choice.blocks
+        return stem + timing.stream(blocks, run, nfes, groups, tokens) + cached
 
     # -- the run -----------------------------------------------------------------------------------
 
@@ -270,6 +296,11 @@ class Denoise:
         if attempt.plan.denoise.is_one_program:
             return scan(attempt)
         return (yield from Run(attempt).draw())
+
+
+def _contexts(work: Work) -> int:
+    """Contexts of a micro-batch."""
+    return work.micro_batch * work.contexts // work.views
 
 
 def _tokens_bytes(sizes: Sizes, work: Work) -> int:
@@ -295,27 +326,28 @@ def _keys_bytes(sizes: Sizes, work: Work, phase: Phase) -> int:
     return sizes.inputs(work.contexts, phase.kv_format.keys(work.tokens), 1)
 
 
-def _cache_bytes(sizes: Sizes, work: Work, phase: Phase, choice: DenoiseChoice) -> int:
-    """Bytes of K and V on the device between programs, if the phase reuses them.
+def _cache_bytes(sizes: Sizes, work: Work, phase: Phase, choice: DenoiseChoice, device: int) -> int:
+    """Bytes of K and V on a device between programs, if the phase reuses them.
 
     All main blocks'; with K and V on the host, those of two successive chunks: one runs, one is
     copied.
     """
     if not phase.caches:
         return 0
-    config, chunks = sizes.config.transformer, [n for n in choice.attentions if n]
+    config = sizes.config.transformer
+    chunks = [n for n, owner in choice.attending if owner == device]
     of_block = phase.kv_format.nbytes(work.contexts, work.tokens, config.n_heads, config.head_dim)
     pairs = [sum(chunks[i : i + 2]) for i in range(max(1, len(chunks) - 1))]
     return of_block * (max(pairs) if choice.kv_on_host else sum(chunks))
 
 
 def _by_phase(
-    sizes: Sizes, work: Work, choice: DenoiseChoice
+    sizes: Sizes, work: Work, choice: DenoiseChoice, device: int
 ) -> Iterator[tuple[int, frozenset[VisitKind]]]:
-    """For each phase: bytes of its key table and K/V cache, and its kinds of visit."""
-    visits, first = list(choice.blocks.visits(work.nfes)), 0
+    """For each phase: bytes of its key table and K/V cache, and its kinds of visit, on a device."""
+    visits, first = list(choice.blocks.lanes[device].visits(work.nfes)), 0
     for phase in work.phases:
         sweeps = range(first, first + phase.steps)
-        held = _keys_bytes(sizes, work, phase) + _cache_bytes(sizes, work, phase, choice)
+        held = _keys_bytes(sizes, work, phase) + _cache_bytes(sizes, work, phase, choice, device)
         yield held, frozenset(kind for sweep, _, kind in visits if sweep in sweeps)
         first = sweeps.stop

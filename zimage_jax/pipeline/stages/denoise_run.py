@@ -326,6 +326,7 @@ class Run:
             for s, tokens in zip(states, controls, strict=True)
         ]
         xs, times = (list(column) for column in zip(*entered, strict=True))
+        away = self._room, self._image, self._joint, keys
         static = {
             "apply": (control if is_controlled else dit).apply_blocks,
             "attend": attempt.programs.attend(attempt.work),
@@ -339,14 +340,16 @@ class Run:
                 for inputs, time in zip(self._image, times, strict=True)
             ]
             for _ in range(count):
-                xs = yield Call(xs, of_image, static)
+                xs = yield Call(xs, of_image, static, away)
+        xs = attempt.placement.brought(xs)
         before = [self._before] if is_controlled else []
         xs = [ends.join(recorder, *before, x, c) for x, c in zip(xs, self._contexts, strict=True)]
         of_joint = [
             (inputs._replace(time=time, keys=k), *self._scales(adds=True))
             for inputs, time, k in zip(self._joint, times, keys, strict=True)
         ]
-        xs = yield from self._main_chunks(nfe, cache, xs, of_joint, static)
+        call = Call(xs, of_joint, static, away)
+        xs = attempt.placement.brought((yield from self._main_chunks(nfe, cache, call)))
         xs = [x.trunk for x in xs] if is_controlled else xs
         return [
             ends.leave(recorder, self._stem, x, time, state, update, noise, kept)
@@ -367,21 +370,22 @@ class Run:
         return [self._rows(noises[index], rows[:count]) for rows in self.groups]
 
     def _main_chunks(
-        self, nfe: Nfe, cache: KVCache | None, xs: list, inputs: list[tuple], static: dict
+        self, nfe: Nfe, cache: KVCache | None, call: Call
     ) -> Generator[Call, list, list]:
-        taken = 0
+        """The tokens after all main chunks. `call`: that of the first, without K and V."""
+        taken, (xs, _, static, _) = 0, call
         for attentions in self.attempt.plan.denoise.attentions:
             if not attentions:
-                xs = yield Call(xs, inputs, static)
+                xs = yield call._replace(xs=xs)
                 continue
             attending = static | {"kv_format": nfe.kv_format}
             if cache is None or not (nfe.keeps or nfe.reuses):
-                xs = yield Call(xs, inputs, attending)
+                xs = yield call._replace(xs=xs, static=attending)
                 continue
             carried = list(zip(xs, cache.take(taken, reads=nfe.reuses), strict=True))
             of = control if self.attempt.work.control_layers else dit
             cached = attending | {"apply": of.apply_blocks_cached, "reuses": nfe.reuses}
-            visited = yield Call(carried, inputs, cached)
+            visited = yield call._replace(xs=carried, static=cached)
             xs, held = (list(column) for column in zip(*visited, strict=True))
             cache.put(taken, held, made=nfe.keeps)
             taken += 1

@@ -22,17 +22,18 @@ class KVCache:
         kv_format: KVFormat,
         shape: tuple[int, int, int, int],
         groups: int,
-        sizes: tuple[int, ...],
+        attending: tuple[tuple[int, int], ...],
         placement: Placement,
         on_host: bool,
         recorder: Recorder,
     ):
         """`name`: in the recorder. `shape`: contexts of a micro-batch, tokens, heads, head width.
 
-        `groups`: number of micro-batches. `sizes`: attentions of each chunk that has any; chunks
-        without are not counted.
+        `groups`: number of micro-batches. `attending`: attentions of each chunk that has any, and its
+        device; chunks without are not counted. On the host are those of one device alone.
         """
-        self._kv_format, self._shape, self._groups, self._sizes = kv_format, shape, groups, sizes
+        self._kv_format, self._shape, self._groups = kv_format, shape, groups
+        self._attending = attending
         self._name, self._placement, self._on_host = name, placement, on_host
         self._recorder = recorder
         self._held: dict[int, Held] = {}
@@ -40,15 +41,17 @@ class KVCache:
         # the K and V that are being copied to the host: the device's arrays, and the host's
         self._leaving: tuple[Held, Held] | None = None
         if not on_host:
-            self._held = {chunk: self._room(chunk) for chunk in range(len(sizes))}
-        recorder.hold(name, self._held)
+            self._held = {chunk: self._room(chunk) for chunk in range(len(attending))}
+        for device, of in enumerate(recorder.each):
+            of.hold(name, [self._held[c] for c in self._held if attending[c][1] == device])
 
     def _room(self, chunk: int) -> Held:
-        blocks = range(self._sizes[chunk])
-        return [
-            tuple(kv.empty(self._kv_format, *self._shape) for _ in blocks)
-            for _ in range(self._groups)
-        ]
+        blocks, device = self._attending[chunk]
+        with jax.default_device(self._placement.each[device].device):
+            return [
+                tuple(kv.empty(self._kv_format, *self._shape) for _ in range(blocks))
+                for _ in range(self._groups)
+            ]
 
     def take(self, chunk: int, *, reads: bool) -> Held:
         """A chunk's K and V, or empty arrays if the NFE does not read them; both may be donated.
@@ -107,7 +110,8 @@ class KVCache:
         finally:
             self._held.clear()
             self._coming.clear()
-            self._recorder.drop(self._name)
+            for recorder in self._recorder.each:
+                recorder.drop(self._name)
 
 
 @contextmanager
@@ -123,7 +127,7 @@ def kv_cache(attempt: Attempt, phase: Phase, groups: int) -> Iterator[KVCache | 
         phase.kv_format,
         shape,
         groups,
-        tuple(n for n in choice.attentions if n),
+        choice.attending,
         attempt.placement,
         choice.kv_on_host,
         attempt.recorder,

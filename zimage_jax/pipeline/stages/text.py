@@ -5,18 +5,18 @@ Axes: P distinct prompts, L caption tokens (a bucket), E feature width.
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from ...model import emphasis, ops, prompt, text_encoder
+from ...model.kv import Nfe
 from ...planning import schedule
-from ...planning.plan import Choice, Memory, Option, Sizes
-from ...planning.planner import streams
+from ...planning.plan import Choice, Held, Memory, Option, Sizes
 from ...planning.seconds import Timing
 from ...planning.stored import Figures
+from ...planning.streams import streams
 from ...planning.work import Work
 from ...runtime.placement import DEVICE, Placement
 from ...runtime.programs import Programs
@@ -47,31 +47,38 @@ class Text:
         for stream in streams(sizes, COMPONENT, (), blocks, _of_text(memory, len(blocks))):
             if stream.is_resident and memory.text_encoder == "staged":
                 continue
-            stays = frozenset((COMPONENT, unit) for unit in blocks) if stream.is_resident else None
+            stays = stream.places if stream.is_resident else None
             always = memory.text_encoder == "device"
-            yield Option(TextChoice(stream), stream.device_arrays, activations, stays, always)
+            first, *others = stream.lanes
+            away = tuple(Held(of.device_arrays, activations if of.chunks else {}) for of in others)
+            yield Option(TextChoice(stream), first.device_arrays, activations, stays, always, away)
 
-    def compiled(self, programs: Programs, work: Work, choice: TextChoice) -> int:
+    def compiled(self, programs: Programs, work: Work, choice: TextChoice, device: int = 0) -> int:
         if choice.stream is None:
             return 0
+        stream = choice.stream.lanes[device]
         x = programs.like(work.prompts, work.bucket, programs.config.text_encoder.hidden_size)
         static = {"apply": text_encoder.apply_blocks, "attend": programs.attend(work)}
-        return programs.most(choice.stream, choice.stream.visit_kinds, lambda *_: (x, (), static))
+        return programs.most(stream, stream.visit_kinds, lambda *_: (x, (), static), device)
 
-    def stored(self, figures: Figures, work: Work, choice: TextChoice) -> int:
+    def stored(self, figures: Figures, work: Work, choice: TextChoice, device: int = 0) -> int:
         if choice.stream is None:
             return 0
-        return figures.blocks(self.name, choice.stream.visit_kinds, work.prompts * work.bucket)
+        kinds = choice.stream.lanes[device].visit_kinds
+        return figures.blocks(self.name, kinds, work.prompts * work.bucket)
 
     def seconds(self, timing: Timing, choice: TextChoice) -> float | None:
         if choice.stream is None:  # the CPU's rates are unknown
             return None
         config, work = timing.sizes.config.text_encoder, timing.work
         width = config.num_attention_heads * config.head_dim
-        layer = partial(timing.block, COMPONENT, width=width)
-        return timing.stream(
-            choice.stream, lambda unit, nfe: layer(unit, work.prompts, work.bucket)
-        )
+
+        def run(device: int, unit: str, nfe: Nfe | None) -> float:
+            block = timing.on(device).block
+            return block(COMPONENT, unit, work.prompts, work.bucket, width=width)
+
+        tokens = timing.sizes.tokens(work.prompts, work.bucket, config.hidden_size)
+        return timing.stream(choice.stream, run, tokens=tokens)
 
     def run(
         self, attempt: Attempt
@@ -92,9 +99,9 @@ class Text:
             }
             yield Sweeps()
             attempt.hold(x)
-            xs = [attempt.placement.put(x)]
+            xs, inputs = [attempt.placement.put(x)], [()]
             for _ in choice.stream.chunks:
-                xs = yield Call(xs, [()], static)
+                xs = yield Call(xs, inputs, static, away=x)
             features = np.asarray(xs[0])
         features = ops.from_tokens(features)
         found = [f[:n] for f, n in zip(features, lengths, strict=True)]

@@ -61,7 +61,7 @@ class VAEStage(ABC):
         config = sizes.config.vae
         weights = {f"VAE {self.half}": sizes.storage.nbytes("vae", self.half)}
         held = {self.takes: 4 * math.prod(self.shape(work, config))}
-        stays = frozenset({("vae", self.half)})
+        stays = frozenset({("vae", self.half, 0)})
         yield Option(VAEChoice(), weights, held, stays)
         rows = work.h * config.scale // 2
         while rows >= config.scale:
@@ -69,7 +69,7 @@ class VAEStage(ABC):
             yield Option(VAEChoice(rows=rows), weights, {}, stays)
             rows //= 2
 
-    def compiled(self, programs: Programs, work: Work, choice: VAEChoice) -> int:
+    def compiled(self, programs: Programs, work: Work, choice: VAEChoice, device: int = 0) -> int:
         config, attend = programs.config.vae, programs.attend(work)
         dtype = vae.compute_dtype(programs.dtype)
         module = programs.storage.assemble(
@@ -89,7 +89,7 @@ class VAEStage(ABC):
         array = jax.ShapeDtypeStruct((b, h, w, channels), np.float32)
         return programs(type(self).apply, dtype=dtype, attend=attend).compiled(module, array)[1]
 
-    def stored(self, figures: Figures, work: Work, choice: VAEChoice) -> int:
+    def stored(self, figures: Figures, work: Work, choice: VAEChoice, device: int = 0) -> int:
         height, width = (figures.config.vae.scale * n for n in (work.h, work.w))
         if choice.rows is None:
             side = choice.tile or max(height, width)
