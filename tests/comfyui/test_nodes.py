@@ -376,11 +376,14 @@ def test_another_controlnet_starts_it_again_and_none_does_not(running):
     assert running.starts == 5
 
 
-def test_files_are_arguments_of_serve():
-    files = engine.Files("MODEL", "", "CONTROL", "", ("A", "B"))
-    found = serve.command.make_context("serve", files.arguments(), resilient_parsing=True).params
+def test_files_are_arguments_of_serve(tmp_path):
+    folders = tmp_path / "A", tmp_path / "B"
+    for folder in folders:
+        folder.mkdir()
+    files = engine.Files("MODEL", "", "CONTROL", "", tuple(map(str, folders)))
+    found = serve.command.make_context("serve", files.arguments()).params
     assert (found["model"], found["control"]) == (Path("MODEL"), Path("CONTROL"))
-    assert found["loras"] == (Path("A"), Path("B"))
+    assert found["loras"] == folders
     assert engine.Files().arguments() == []
 
 
