@@ -63,9 +63,11 @@ from .options import Number
 )
 @click.option(
     "--loras",
+    multiple=True,
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     metavar="FOLDER",
-    help="Folder whose LoRAs (.safetensors) clients may choose by name.",
+    help="Folder of LoRAs (.safetensors), also in folders below it, that clients may choose by name. "
+    "May be repeated.",
 )
 @click.option(
     "--tensors",

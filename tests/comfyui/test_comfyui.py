@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 import shutil
 import signal
@@ -12,19 +13,20 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from tests import small
 from tests.comfyui import comfy, workflows
-from tests.comfyui.workflows import node, report, text_to_image
+from tests.comfyui.workflows import node, report, text_to_image, with_pipe
 from zimage_jax import ZImage
-from zimage_jax.model.config import TURBO
+from zimage_jax.comfyui.__main__ import NODES
+from zimage_jax.model.config import TURBO, ControlConfig
 from zimage_jax.weights.formats import uniform
 from zimage_jax.weights.writer import save
 
 pytestmark = pytest.mark.long
-NAMES = ["Loader", "BlockChunk", "Scheduler", "TextEncoder", "TextRefiner", "Sampler"]
-NAMES = [f"ZImageTurbo{name}" for name in [*NAMES, "BatchProcessor"]]
+NAMES = ["Loader", "BlockChunk", "Lora", "Control", "TextEncoder", "TextRefiner", "Scheduler"]
+NAMES = [f"ZImageTurbo{name}" for name in [*NAMES, "Sampler", "BatchProcessor"]]
 
 
 def test_nodes_register_without_a_warning(comfyui):
@@ -39,21 +41,27 @@ def test_nodes_register_without_a_warning(comfyui):
 GENERATE = """
 import sys, numpy as np
 from zimage_jax import ZImage
-drawn = ZImage.load().generate("a red circle", seed=7, width=64, height=64, steps=4)
+control, own = eval(sys.argv[2])
+job = dict(prompt="a red circle", seed=7, width=64, height=64, steps=4) | own
+drawn = ZImage.load(control=control).generate(**job)
 np.savez(sys.argv[1], latents=drawn.latents, image=drawn.pictures[0].pixels)
 print(drawn.report["latents_sha256"])
 """
 
 
+def generated(tmp_path, control=None, **own) -> str:
+    """latents_sha256 of generate, in a process of its own: the tests compile without optimisation,
+    which changes last bits. one.npz in `tmp_path` has what it drew."""
+    command = [sys.executable, "-c", GENERATE, str(tmp_path / "one.npz"), repr((control, own))]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    ran = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return ran.stdout.strip()
+
+
 def test_a_picture_is_generates(comfyui, tmp_path):
     prompt = text_to_image()
     prompt["7"] = node("TestsSaveTensors", name="one.safetensors", latent=["4", 1], image=["4", 0])
-    found = report(comfyui.run(prompt))
-    # in a process of its own: the tests compile without optimisation, which changes last bits
-    command = [sys.executable, "-c", GENERATE, str(tmp_path / "one.npz")]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    ran = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    assert found["latents_sha256"] == ran.stdout.strip()
+    assert report(comfyui.run(prompt))["latents_sha256"] == generated(tmp_path)
     ours, saved = (
         np.load(tmp_path / "one.npz"),
         load_file(comfyui.base / "output" / "one.safetensors"),
@@ -64,6 +72,82 @@ def test_a_picture_is_generates(comfyui, tmp_path):
     print(f"LATENT differs by {off:.2e}")
     assert off < 1e-6
     assert np.abs(saved["image"][0] * 255 - ours["image"]).max() <= 0.5 + 1e-3
+
+
+ARROW = NODES.parents[1] / "assets" / "tiny-arrow.safetensors"
+
+
+def test_loras_of_comfyuis_folder_are_generates(comfyui, tmp_path):
+    """Two in a row, one in a folder below; the text encoder's part counts too."""
+    folder = comfyui.base / "models" / "loras" / "styles"
+    folder.mkdir(parents=True)
+    arguments = {"prompt": "a red arrow", "lora": [(str(ARROW), 0.75), (str(ARROW), -0.25)]}
+    expected = generated(tmp_path, **arguments)
+    plain = generated(tmp_path, prompt="a red arrow")
+    for place in (folder, folder.parent):
+        shutil.copy(ARROW, place)
+    first = node("ZImageTurboLora", lora="tiny-arrow.safetensors", weight=0.75)
+    second = node("ZImageTurboLora", lora="styles/tiny-arrow.safetensors", weight=-0.25)
+    prompt = with_pipe(text_to_image("a red arrow"), first, second)
+    assert report(comfyui.run(prompt))["latents_sha256"] == expected != plain
+    (pid,) = comfyui.engine_pids()
+    assert report(comfyui.run(text_to_image("a red arrow")))["latents_sha256"] == plain
+    assert comfyui.engine_pids() == [pid]
+
+
+def test_a_lora_that_has_changed_is_drawn_again(comfyui, listener, request):
+    file = comfyui.base / "models" / "loras" / "mine.safetensors"
+    shutil.copy(ARROW, file)
+    prompt = with_pipe(
+        text_to_image("a red arrow"), node("ZImageTurboLora", lora=file.name, weight=1.0)
+    )
+    drawn = []
+    for is_cached in (False, True, False):
+        comfyui.queue(prompt, request.node.name)
+        found = listener.until("execution_success")
+        (cached,) = texts(found, "execution_cached")
+        assert ("4" in cached["nodes"]) == is_cached
+        outputs = [of["output"] for of in texts(found, "executed") if of["node"] == "6"]
+        drawn.append(json.loads(outputs[0]["text"][0])["latents_sha256"])
+        if is_cached:
+            tensors = load_file(ARROW)
+            save_file({name: 2 * array for name, array in tensors.items()}, file)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_controlnet_of_comfyuis_folder_is_generates(comfyui, tmp_path):
+    """Random ones, since the tiny model has none."""
+    config = ZImage.load().config
+    folder = comfyui.base / "models" / "model_patches"
+    folder.mkdir()
+    for seed, name in enumerate(("first", "second")):
+        tensors = small.control_tensors(config, ControlConfig(2, 33, "control_noise_refiner"), seed)
+        save_file(tensors, folder / f"{name}.safetensors")
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(picture).save(comfyui.base / "input" / "edges.png")
+
+    def drawn(name: str | None, **own) -> tuple[str, list[int]]:
+        prompt = text_to_image(**own)
+        if name is not None:
+            inputs = {"control_net": f"{name}.safetensors", "image": ["8", 0], "scale": 0.5}
+            prompt = with_pipe(prompt, node("ZImageTurboControl", **inputs))
+            prompt["8"] = node("LoadImage", image="edges.png")
+        return report(comfyui.run(prompt))["latents_sha256"], comfyui.engine_pids()
+
+    edges = {"control_image": str(comfyui.base / "input" / "edges.png"), "control_scale": 0.5}
+    shas = {
+        name: generated(tmp_path, str(folder / f"{name}.safetensors"), **edges)
+        for name in ("first", "second")
+    }
+    plain = generated(tmp_path)
+    assert len({plain, *shas.values()}) == 3
+    sha, first = drawn("first")
+    assert sha == shas["first"]
+    sha, pids = drawn(None)
+    assert (sha, pids) == (plain, first)  # drawn by the same engine
+    sha, second = drawn("second")
+    assert sha == shas["second"]
+    assert second != first
 
 
 def texts(messages: list, kind: str) -> list[dict]:

@@ -1,6 +1,7 @@
 """The nodes' own logic and their folder, without a ComfyUI."""
 
 import ast
+import dataclasses
 import json
 import os
 import signal
@@ -8,16 +9,24 @@ import sys
 import textwrap
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from tests.small import CONTROLS
+from zimage_jax import serve
 from zimage_jax.comfyui import __main__ as command
 from zimage_jax.comfyui.nodes import engine, home, settings
+from zimage_jax.errors import UsageError
 from zimage_jax.model.choices import SAMPLERS, SCHEDULES, STRENGTH_RULES
 from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import KVPolicy
-from zimage_jax.server.loras import LoraFolder
+from zimage_jax.pipeline.canvas import Canvas
+from zimage_jax.pipeline.job import Job
+from zimage_jax.pipeline.loras import LARGEST_WEIGHT
+from zimage_jax.server.loras import LoraFolders
 from zimage_jax.server.order import as_arguments
 
 NODES = command.NODES
@@ -165,12 +174,35 @@ def test_the_loaders_widgets_are_memory_options():
     pipe = settings.pipe_of("MODEL", "", **WIDGETS).with_pin(1, "resident").with_pin(2, "streamed")
     pipe = pipe.with_pin(1, "streamed").with_pin(2, "auto")
     memory = as_arguments(
-        {"memory": pipe.memory_of_job(pipe.cap, prefetch=0, vae_tile=None)}, LoraFolder(None, TURBO)
+        {"memory": pipe.memory_of_job(pipe.cap, prefetch=0, vae_tile=None)}, LoraFolders([], TURBO)
     )
     found = memory["memory"]
     assert (found.chunks_on_device, found.max_chunk_bytes) == (2, int(3.5 * 2**30))
     assert (found.max_vram_bytes, found.text_encoder) == (6 << 30, "device")
     assert (found.prefetch, found.pins) == (0, ((1, "streamed"),))
+
+
+def test_loras_add_up_and_a_pipe_has_one_controlnet():
+    plain = settings.pipe_of("MODEL", "", **WIDGETS)
+    pipe = plain.with_lora("ink.safetensors", 0.5).with_lora("styles\\ink.safetensors", -1.0)
+    assert pipe.loras_of_job() == [
+        {"name": "ink", "weight": 0.5},
+        {"name": "styles/ink", "weight": -1.0},
+    ]
+    assert plain.loras_of_job() == []
+    control = settings.Control("FILE", "", None, 0.75)
+    assert pipe.with_control(control).loras == pipe.loras
+    with pytest.raises(ValueError, match="has a ControlNet already"):
+        pipe.with_control(control).with_control(control)
+
+
+def test_weights_and_scales_have_the_engines_bounds():
+    assert (settings.LARGEST_WEIGHT, settings.LARGEST_SCALE) == (LARGEST_WEIGHT, 10)
+    job = {"prompt": "a", "control": Canvas.of_control(np.zeros((16, 16, 3), np.uint8))}
+    config = dataclasses.replace(TURBO, control=CONTROLS["union 2.1"])
+    assert Job.of(config, **job, control_scale=settings.LARGEST_SCALE).control_scale == 10
+    with pytest.raises(UsageError, match="control_scale must be"):
+        Job.of(config, **job, control_scale=settings.LARGEST_SCALE + 1)
 
 
 def test_a_text_branch_is_not_both_offloaded_and_kept():
@@ -262,9 +294,9 @@ class Interrupt(BaseException):
     """As ComfyUI's."""
 
 
-def ready(of: engine.Engine, cap: int | None = None, model: str | None = None) -> list[str]:
+def ready(of: engine.Engine, cap: int | None = None, **files) -> list[str]:
     lines: list[str] = []
-    of.ready(model, "", cap, lines.append, lambda: None)
+    of.ready(engine.Files(**files), cap, lines.append, lambda: None)
     return [line.partition(" (")[2].rstrip(")") for line in lines if "started" in line]
 
 
@@ -329,6 +361,30 @@ def test_only_a_smaller_cap_another_model_or_an_unload_starts_it_again(running):
     assert ready(running, 1 << 30) == ["models were unloaded"]
     with pytest.raises(engine.EngineError, match=r"did not start \(exit code 1\): no such model"):
         ready(running, model="MODEL")
+
+
+def test_another_controlnet_starts_it_again_and_none_does_not(running):
+    loras = {"loras": ("A", "B")}
+    first, second = ({"control": name, "control_stamp": "1", **loras} for name in "CD")
+    assert len(ready(running, **loras)) == 1
+    assert ready(running, **first) == ["a ControlNet"]
+    assert ready(running, **loras) == []
+    assert ready(running, **first) == []
+    assert ready(running, **first | {"control_stamp": "2"}) == ["the ControlNet's file has changed"]
+    assert ready(running, **second) == ["another ControlNet"]
+    assert ready(running) == ["other folders of LoRAs"]
+    assert running.starts == 5
+
+
+def test_files_are_arguments_of_serve(tmp_path):
+    folders = tmp_path / "A", tmp_path / "B"
+    for folder in folders:
+        folder.mkdir()
+    files = engine.Files("MODEL", "", "CONTROL", "", tuple(map(str, folders)))
+    found = serve.command.make_context("serve", files.arguments()).params
+    assert (found["model"], found["control"]) == (Path("MODEL"), Path("CONTROL"))
+    assert found["loras"] == folders
+    assert engine.Files().arguments() == []
 
 
 def test_nodes_in_two_threads_start_one(running):

@@ -46,6 +46,17 @@ def text_to_image(prompt: str = "a red circle", *, loader=None, schedule=None, *
     }
 
 
+def with_pipe(prompt: dict, *nodes: dict) -> dict:
+    """The prompt with nodes between its loader and those that compute, one after another."""
+    pipe = ["1", 0]
+    for number, of in enumerate(nodes):
+        prompt[f"pipe {number}"] = node(of["class_type"], pipe=pipe, **of["inputs"])
+        pipe = [f"pipe {number}", 0]
+    for number in ("3", "4"):
+        prompt[number]["inputs"]["pipe"] = pipe
+    return prompt
+
+
 def report(outputs: dict, of: str = "6"):
     """The report that PreviewAny shows."""
     return json.loads(outputs[of]["text"][0])

@@ -10,8 +10,9 @@ from tests import small
 from tests.schedules import MODEL
 from tests.weights import lora_files
 from zimage_jax import UsageError, ZImage
+from zimage_jax.server import loras as module
 from zimage_jax.server.a1111 import Txt2Img
-from zimage_jax.server.loras import LoraFolder
+from zimage_jax.server.loras import LoraFolders
 from zimage_jax.server.openai import Edit
 from zimage_jax.server.order import Drawing, as_arguments, given, order
 
@@ -21,8 +22,8 @@ INK = [{"name": "ink", "weight": 0.5}]
 
 
 @pytest.fixture
-def loras(lora_folder) -> LoraFolder:
-    return LoraFolder(lora_folder, CONFIG)
+def loras(lora_folder) -> LoraFolders:
+    return LoraFolders([lora_folder], CONFIG)
 
 
 def test_the_listing_says_what_is_there(loras, lora_folder):
@@ -41,8 +42,9 @@ def test_the_listing_says_what_is_there(loras, lora_folder):
 @pytest.mark.parametrize(
     "name",
     [
-        *("../ink", "/etc/passwd", "ink.safetensors", "sub/ink", "", ".", "..", "ink\0", "INK"),
-        *("sub", "pipe", "~/ink", "a" * 255),
+        *("../ink", "/etc/passwd", "ink.safetensors", "", ".", "..", "ink\0", "INK"),
+        *("sub", "sub/", "sub/../ink", "./ink", "/ink", "sub//ink", "sub\\ink", "again/ink"),
+        *("pipe", "~/ink", "a" * 1024),
     ],
 )
 def test_a_name_opens_nothing_but_what_is_listed(name, lora_folder, tmp_path):
@@ -52,9 +54,11 @@ def test_a_name_opens_nothing_but_what_is_listed(name, lora_folder, tmp_path):
     for place in ("ink", "loras/ink", "loras/sub/ink"):
         os.link(lora_folder / "ink.safetensors", tmp_path / f"{place}.safetensors")
     os.mkfifo(folder / "pipe.safetensors")
+    (folder / "again").symlink_to(folder)
+    (folder / "itself.safetensors").symlink_to("itself.safetensors")
     (folder / "\udcff.safetensors").touch()
-    loras = LoraFolder(folder, CONFIG)
-    assert list(loras.files()) == ["ink"]
+    loras = LoraFolders([folder], CONFIG)
+    assert list(loras.files()) == ["ink", "sub/ink"]
     for call in (loras.check, loras.chosen):
         with pytest.raises(UsageError, match="no such name") as raised:
             call([{"name": name}])
@@ -67,7 +71,7 @@ def test_a_file_that_changed_is_read_again(tmp_path):
         made = lora_files.lora(CONFIG, lambda n: f"transformer.{n}", rank=rank)
         save_file(made.tensors, tmp_path / "a.safetensors")
 
-    loras = LoraFolder(tmp_path, CONFIG)
+    loras = LoraFolders([tmp_path], CONFIG)
     assert loras.describe() == []
     for rank in (2, 3):
         write(rank)
@@ -75,6 +79,38 @@ def test_a_file_that_changed_is_read_again(tmp_path):
     (tmp_path / "a.safetensors").unlink()
     with pytest.raises(UsageError, match="no such name: a;"):
         loras.check([{"name": "a"}])
+
+
+def test_folders_below_are_listed_and_the_first_with_a_name_counts(tmp_path, monkeypatch):
+    for place in (
+        "a/ink",
+        "b/ink",
+        "b/styles/ink",
+        "far/oil",
+        "b" + "/x" * 8 + "/y",
+        "b" + "/x" * 9 + "/z",
+    ):
+        file = tmp_path / f"{place}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"no LoRA")
+    (tmp_path / "a" / "styles").mkdir()
+    (tmp_path / "b" / "styles" / "far").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "b")  # around in a circle
+    loras = LoraFolders([tmp_path / "a", tmp_path / "b"], CONFIG)
+    assert loras.files() == {
+        "ink": tmp_path / "a" / "ink.safetensors",
+        "styles/far/oil": tmp_path / "b" / "styles" / "far" / "oil.safetensors",
+        "styles/ink": tmp_path / "b" / "styles" / "ink.safetensors",
+        "x/" * 8 + "y": tmp_path / "b" / ("x/" * 8 + "y.safetensors"),
+    }
+    for row in loras.describe():
+        assert row["file"] == f"{row['name']}.safetensors"
+        assert str(tmp_path) not in row["error"]
+    monkeypatch.setattr(module, "_MOST_FILES", 3)
+    with pytest.raises(UsageError, match="over 3 files are in b: name a folder"):
+        loras.files()
+    with pytest.raises(UsageError, match="--loras: the folder cannot be read"):
+        LoraFolders([tmp_path / "none"], CONFIG)
 
 
 def test_an_order_names_loras_and_no_files(loras, lora_folder):
@@ -95,7 +131,7 @@ def test_an_order_names_loras_and_no_files(loras, lora_folder):
     ],
 )
 def test_an_order_is_refused_before_it_is_stored(folder, name, words, lora_folder):
-    loras = LoraFolder(lora_folder if folder else None, CONFIG)
+    loras = LoraFolders([lora_folder] if folder else [], CONFIG)
     with pytest.raises(UsageError, match=words) as raised:
         order(CONFIG, loras, "native", {"prompt": "a", "lora": [{"name": name}]})
     assert str(lora_folder) not in str(raised.value)
@@ -118,6 +154,7 @@ def test_a_body_has_names_and_weights(lora):
     [
         ("a fox <lora:ink:0.5>", "a fox", INK),
         ("<lora:a b.c-1> a fox", "a fox", [{"name": "a b.c-1", "weight": 1.0}]),
+        ("a <lora:styles/ink:0.5>", "a", [{"name": "styles/ink", "weight": 0.5}]),
         ("<lora:ink:.5>a <lora:b:-1> c", "a  c", [*INK, {"name": "b", "weight": -1.0}]),
         (" a < b > c <lora> ", " a < b > c <lora> ", []),
     ],

@@ -16,7 +16,8 @@ from tests.schedules import MODEL
 from zimage_jax import ZImage
 from zimage_jax.errors import UsageError
 from zimage_jax.model.config import TURBO
-from zimage_jax.server.tensors import from_sampler, to_sampler
+from zimage_jax.server.loras import LoraFolders
+from zimage_jax.server.tensors import from_sampler, to_sampler, wanted
 from zimage_jax.weights.packed import pack, unpack
 
 KEY = "a key of tests"
@@ -24,9 +25,12 @@ JOB = {"seed": 7, "width": 32, "height": 32, "steps": 2}
 
 
 @pytest.fixture(scope="module")
-def server(start, tmp_path_factory):
+def server(start, lora_folder, tmp_path_factory):
     data = tmp_path_factory.mktemp("tensors") / "data"
-    with start(data, "--tensors", "--parent", os.getpid(), ZIMAGE_API_KEY=KEY) as made:
+    below = tmp_path_factory.mktemp("below")
+    (below / "styles").symlink_to(lora_folder)
+    folders = "--loras", tmp_path_factory.mktemp("none"), "--loras", below
+    with start(data, "--tensors", "--parent", os.getpid(), *folders, ZIMAGE_API_KEY=KEY) as made:
         yield made
 
 
@@ -102,6 +106,42 @@ def test_a_prompt_is_drawn_by_its_features_as_by_generate(server, pipe):
     np.testing.assert_allclose(image, tensors["image"], atol=1e-5)
 
 
+def test_a_lora_of_a_folder_below_is_the_encoders_too(server, pipe, lora_folder):
+    lora = {"lora": [{"name": "styles/ink", "weight": 2.0}]}
+    own = {"lora": [(lora_folder / "ink.safetensors", 2.0)]}
+    found = features(server, "a red fox", **lora)
+    np.testing.assert_array_equal(found[0], pipe.encode(["a red fox"], **own)[0])
+    said, _ = drawn(server, {"features": found}, **JOB, **lora, output="latents")
+    expected = pipe.generate("a red fox", **JOB, **own, output="latents").report["latents_sha256"]
+    assert said[-1][0]["reports"][0]["latents_sha256"] == expected
+    assert refused(server, body(prompt="a", lora=[{"name": "styles/other"}])).startswith(
+        "styles/other.safetensors: not a LoRA"
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_control_image_is_given_to_each_picture(count):
+    image = np.arange(count * 6, dtype=np.uint8).reshape(count, 1, 2, 3)
+    job = body({"control_image": image}, prompt="a", seed=7, count=2, control_scale=0.5)
+    for number, picture in enumerate(wanted(TURBO, LoraFolders([], TURBO), job).pictures):
+        assert (picture["seed"], picture["control_scale"]) == (7 + number, 0.5)
+        np.testing.assert_array_equal(picture["control_image"], image[number % count])
+
+
+@pytest.mark.parametrize(
+    ("shape", "job", "words"),
+    [
+        ((8, 8, 3), {}, r"control_image must be \[B, H, W, 3\], got \[8, 8, 3\]"),
+        ((2, 8, 8, 3), {"count": 3}, "control_image has 2 pictures of 3"),
+        ((1, 16, 4096, 3), {"count": 64, "height": 4096}, "64 pictures of 4096x4096"),
+    ],
+)
+def test_a_control_image_that_is_refused(shape, job, words):
+    data = body({"control_image": np.zeros(shape, np.uint8)}, prompt="a", **job)
+    with pytest.raises(UsageError, match=words):
+        wanted(TURBO, LoraFolders([], TURBO), data)
+
+
 def test_options_of_the_text_and_of_memory(server, pipe):
     options = {"prompt_weights": True, "memory": {"schedule": "ring"}}
     found = features(server, "a (red:1.5) fox", **options)
@@ -173,6 +213,10 @@ def test_what_is_refused(server):
         ((facts, _),) = [f for f in frames(response) if f[0]["event"] == "error"]
     assert facts["code"] == "invalid_request"
     assert "width must be" in facts["error"]
+    control = {"control_image": np.ones((1, 32, 32, 3), np.uint8)}
+    with opened(server, body(control, prompt="a", control_scale=0.5)) as response:
+        ((facts, _),) = [f for f in frames(response) if f[0]["event"] == "error"]
+    assert "control_image needs a ControlNet" in facts["error"]
     status, _, _ = server.ask("POST", "/tensors/draw", b"", {"Authorization": "Bearer no"})
     assert status == 401
 

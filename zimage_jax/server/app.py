@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -26,7 +26,7 @@ from . import a1111, native, openai, tensors
 from .errors import RefusedError, invalid, refusal_of
 from .guard import COOKIE, Guard, same, session_of
 from .jobs import Jobs
-from .loras import LoraFolder
+from .loras import LoraFolders
 from .order import LARGEST_BODY
 from .store import Store
 
@@ -164,16 +164,16 @@ def serve(
     key: str | None = None,
     hosts: Collection[str] = (),
     has_page: bool = True,
-    loras: Path | None = None,
+    loras: Sequence[Path] = (),
     has_tensors: bool = False,
 ) -> None:
-    """Serve until a signal. `loras`: a folder of LoRAs that clients may choose.
+    """Serve until a signal. `loras`: folders of LoRAs that clients may choose.
 
-    Raises EngineError if the engine cannot be started again, UsageError if the folder cannot be
+    Raises EngineError if the engine cannot be started again, UsageError if a folder cannot be
     read, and KeyboardInterrupt after Ctrl-C.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    jobs = Jobs(engine, store, LoraFolder(loras, engine.config), most=most)
+    jobs = Jobs(engine, store, LoraFolders(loras, engine.config), most=most)
     host, port = listener.getsockname()[:2]
     place = f"[{host}]" if ":" in host else host
     what = "a page for people, " if has_page else ""

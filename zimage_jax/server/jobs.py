@@ -24,7 +24,7 @@ from ..pipeline.request import Event, Planned, Started
 from ..pool import ZImagePool
 from ..process import Remote, ZImageProcess
 from .errors import RefusedError
-from .loras import LoraFolder
+from .loras import LoraFolders
 from .metrics import Metrics
 from .order import Order, as_arguments
 from .store import CANCELLED, DONE, FAILED, Record, Store
@@ -100,7 +100,7 @@ class Jobs:
     """`most`: jobs that may wait; beyond, clients are asked to come again."""
 
     def __init__(
-        self, engine: ZImageProcess | ZImagePool, store: Store, loras: LoraFolder, *, most: int
+        self, engine: ZImageProcess | ZImagePool, store: Store, loras: LoraFolders, *, most: int
     ):
         self.engine, self.store, self.loras, self.most = engine, store, loras, most
         self.live: dict[str, Live] = {}  # in the order in which they came

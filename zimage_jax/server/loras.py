@@ -1,6 +1,6 @@
-"""LoRAs that clients may choose: the files of a folder, by name.
+"""LoRAs that clients may choose: the files in folders and below them, by name.
 
-A client's name is looked up in the listing of the folder; no path is made of it.
+A client's name is looked up in the listing of the folders; no path is made of it.
 """
 
 import os
@@ -20,44 +20,41 @@ from .body import Body
 
 _ENDING = ".safetensors"
 _FEW = 8  # trigger words that are shown
+_DEEPEST = 8  # folders below the one given, within each other
+_MOST_FILES = 100_000  # below one folder, of any kind: it is listed for each request
 
 
 class Choice(Body):
     """One LoRA of a job."""
 
-    name: Annotated[str, Field(max_length=255, description="as GET /loras has it")]
+    name: Annotated[str, Field(max_length=1024, description="as GET /loras has it")]
     weight: Annotated[float, Field(ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)] = 1.0
 
 
 Choices = Annotated[list[Choice], Field(max_length=MOST_LORAS)]
 
 
-class LoraFolder:
-    """`folder`: None if the server has no LoRAs. A LoRA's name is its file's, without the ending.
+class LoraFolders:
+    """`folders`: none if the server has no LoRAs. A LoRA's name is its file's path in its folder, with
+    "/" and without the ending; the first folder that has a name counts.
 
-    The folder is listed anew each time, and a file's header is read again if the file has changed.
+    The folders are listed anew each time, and a file's header is read again if the file has changed.
     Threads may share it.
     """
 
-    def __init__(self, folder: Path | None, config: ModelConfig):
-        """Raises UsageError if the folder cannot be read."""
-        self.folder, self._config = None if folder is None else folder.absolute(), config
+    def __init__(self, folders: Sequence[Path], config: ModelConfig):
+        """Raises UsageError if a folder cannot be read."""
+        self.folders, self._config = tuple(folder.absolute() for folder in folders), config
         self._opened: dict[Path, tuple[tuple[int, int], Lora]] = {}
         self._lock = threading.Lock()
         self.files()
 
     def files(self) -> dict[str, Path]:
         """The files by name. Raises UsageError."""
-        if self.folder is None:
-            return {}
-        try:
-            with os.scandir(self.folder) as entries:
-                names = [e.name for e in entries if e.name.endswith(_ENDING) and e.is_file()]
-        except OSError as fault:
-            raise UsageError(f"--loras: the folder cannot be read ({fault.strerror})") from None
-        # a name that is no text can be no client's
-        named = sorted(name for name in names if name.isprintable())
-        return {name.removesuffix(_ENDING): self.folder / name for name in named}
+        found: dict[str, Path] = {}
+        for folder in reversed(self.folders):
+            found |= _listed(folder)
+        return dict(sorted(found.items()))
 
     def chosen(self, choices: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
         """The argument `lora` of ZImage.generate for Choices. Raises UsageError for another name."""
@@ -77,7 +74,7 @@ class LoraFolder:
         """What a client sees of each file; of one that is no LoRA of the model, the `error`."""
         found = []
         for name, path in self.files().items():
-            row: dict[str, Any] = {"name": name, "file": path.name}
+            row: dict[str, Any] = {"name": name, "file": f"{name}{_ENDING}"}
             try:
                 of = self._open(path).describe()
                 row |= {key: of[key] for key in ("kinds", "ranks", "spelling")}
@@ -88,11 +85,14 @@ class LoraFolder:
         return found
 
     def without_folder(self, fault: Exception) -> str:
-        """A message for a client: without the folder's path."""
-        return str(fault).replace(f"{self.folder}/", "")
+        """A message for a client: without the folders' paths."""
+        message = str(fault)
+        for folder in self.folders:
+            message = message.replace(f"{folder}/", "")
+        return message
 
     def _find(self, files: Mapping[str, Path], name: str) -> Path:
-        if self.folder is None:
+        if not self.folders:
             raise UsageError("lora: this server has none; start it with --loras FOLDER")
         if name not in files:
             raise UsageError(
@@ -112,3 +112,32 @@ class LoraFolder:
             if known is None or known[0] != state:
                 known = self._opened[path] = state, open_lora(path, self._config)
             return known[1]
+
+
+def _listed(folder: Path) -> dict[str, Path]:
+    """The LoRA files in a folder and below it by name. Links are followed, as ComfyUI follows them,
+    but not to a folder that one is in already. Raises UsageError."""
+
+    def fail(fault: OSError) -> None:
+        if fault.filename == str(folder):  # what cannot be read below it is left out
+            raise UsageError(f"--loras: the folder cannot be read ({fault.strerror})") from None
+
+    found, seen = {}, 0
+    for place, below, files in os.walk(folder, followlinks=True, onerror=fail):
+        seen += len(below) + len(files)
+        if seen > _MOST_FILES:
+            raise UsageError(
+                f"--loras: over {_MOST_FILES} files are in {printable(folder.name)}: name a folder "
+                "that has the LoRAs alone"
+            )
+        inside = Path(place).relative_to(folder)
+        above = {os.path.realpath(folder / each) for each in (inside, *inside.parents)}
+        if len(inside.parts) == _DEEPEST:
+            below.clear()
+        below[:] = [n for n in below if os.path.realpath(os.path.join(place, n)) not in above]
+        for file in files:
+            path, name = Path(place) / file, (inside / file).as_posix()
+            # a name that is no text can be no client's
+            if name.endswith(_ENDING) and name.isprintable() and path.is_file():
+                found[name.removesuffix(_ENDING)] = path
+    return found

@@ -21,7 +21,7 @@ from ..pipeline.opened import decode, mask_of
 from ..pipeline.pipeline import ZImage
 from ..planning.plan import Memory
 from .body import Body
-from .loras import Choices, LoraFolder
+from .loras import Choices, LoraFolders
 
 LONGEST_PROMPT = 32_000  # characters, as OpenAI's; the model reads 512 tokens
 LARGEST_BODY = 32 << 20  # bytes
@@ -95,7 +95,7 @@ class Order:
     canvas: Canvas | None  # what image and mask become
     control: Canvas | None  # what control_image becomes
 
-    def to_plan(self, loras: LoraFolder) -> dict[str, Any]:
+    def to_plan(self, loras: LoraFolders) -> dict[str, Any]:
         """The arguments of ZImage.plan. Raises UsageError."""
         found = as_arguments(self.arguments, loras) | {"seed": self.seeds[0]}
         opened = {"image": self.canvas, "control_image": self.control}
@@ -110,7 +110,7 @@ class Order:
 
 def order(
     config: ModelConfig,
-    loras: LoraFolder,
+    loras: LoraFolders,
     origin: str,
     given: Mapping[str, Any],
     *,
@@ -187,7 +187,7 @@ def _enlarged(
     return {"fit": "stretch", "width": width, "height": height}
 
 
-def as_arguments(arguments: Mapping[str, Any], loras: LoraFolder) -> dict[str, Any]:
+def as_arguments(arguments: Mapping[str, Any], loras: LoraFolders) -> dict[str, Any]:
     """Arguments as JSON -> those of ZImage.generate. Raises UsageError."""
     found = dict(arguments)
     if "lora" in found:

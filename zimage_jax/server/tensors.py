@@ -8,6 +8,7 @@ Nothing is stored: a job lives as long as its connection. Tensors are in ComfyUI
                               all are 0 (comfy/latent_formats.py Flux, comfy/samplers.py inner_sample)
     noise_mask [1 or B, h, w] of the latents' size, 1 is redrawn (comfy/utils.py reshape_mask)
     image     [B, H, W, 3]    IMAGE: 0 to 1; mask [1 or B, H, W]: MASK, 1 is redrawn
+    control_image [1 or B, H, W, 3]  IMAGE: what a ControlNet follows, of any size
 
 Axes: B pictures, S tokens, E feature width, C latent channels, h, w latent rows and columns.
 """
@@ -38,13 +39,14 @@ from ..weights.packed import pack, unpack
 from .body import Body
 from .errors import RefusedError, invalid, refusal_of
 from .jobs import Jobs
-from .loras import Choices, LoraFolder
+from .loras import Choices, LoraFolders
 from .order import AS_JSON, MemoryOptions, Text, as_arguments, given, request_of, seeds_of
 from .streams import PING, until
 
 MOST, MOST_PIXELS = 64, 64 << 20  # pictures of a job, and pixels of all of them
 SAFETENSORS, FRAMES = "application/x-safetensors", "application/octet-stream"
-_TENSORS = ("features", "negative_features", "latents", "noise_mask", "image", "mask")
+_DIMENSIONS = {"image": "[B, H, W, 3]", "mask": "[B, H, W]", "control_image": "[B, H, W, 3]"}
+_TENSORS = ("features", "negative_features", "latents", "noise_mask", *_DIMENSIONS)
 
 Encoding = request_of(
     "Encoding",
@@ -57,7 +59,7 @@ Encoding = request_of(
 Drawing = request_of(
     "TensorDrawing",
     ZImage.generate,
-    *("on_plan", "on_step", "lora_merge", "control_image", *_TENSORS),
+    *("on_plan", "on_step", "lora_merge", *_TENSORS),
     **AS_JSON,
     lora=(Choices, []),
     prompt=(Text | None, None),
@@ -94,12 +96,11 @@ class Wanted:
     names: tuple[str, ...]
 
 
-def wanted(config: ModelConfig, loras: LoraFolder, data: bytes) -> Wanted:
+def wanted(config: ModelConfig, loras: LoraFolders, data: bytes) -> Wanted:
     """The job in a safetensors body: call it in a thread. Raises UsageError and RefusedError."""
     arrays, body = _opened(data, Drawing, _TENSORS)
-    for name in ("image", "mask"):
-        if name in arrays and arrays[name].ndim != (4 if name == "image" else 3):
-            shape = "[B, H, W, 3]" if name == "image" else "[B, H, W]"
+    for name, shape in _DIMENSIONS.items():
+        if name in arrays and arrays[name].ndim != len(shape.split()):
             raise UsageError(f"{name} must be {shape}, got {list(arrays[name].shape)}")
     if "latents" in arrays:
         arrays["latents"] = to_sampler(arrays["latents"], config)
@@ -111,7 +112,7 @@ def wanted(config: ModelConfig, loras: LoraFolder, data: bytes) -> Wanted:
             raise UsageError(f"{name} has {len(array)} pictures of {count}: expected 1 or {count}")
     _check_pixels(config, arrays, said, count)
     seeds = seeds_of(said.pop("seed", -1), count, MOST)
-    arguments = as_arguments({name: v for name, v in said.items() if v is not None}, loras)
+    arguments = _arguments(said, loras)
     arguments["output"] = "latents" if output == "latents" else "image"
 
     def of(picture: int, name: str, array: np.ndarray) -> np.ndarray:
@@ -125,6 +126,13 @@ def wanted(config: ModelConfig, loras: LoraFolder, data: bytes) -> Wanted:
     return Wanted(pictures, ("latents", "image") if output == "both" else (output,))
 
 
+def _arguments(said: dict[str, Any], loras: LoraFolders) -> dict[str, Any]:
+    """The arguments of ZImage's methods in a body. Raises UsageError."""
+    found = {name: value for name, value in said.items() if value is not None}
+    loras.check(found.get("lora", []))  # so that no message names a folder
+    return as_arguments(found, loras)
+
+
 def _check_pixels(
     config: ModelConfig, arrays: dict[str, np.ndarray], said: dict[str, Any], count: int
 ) -> None:
@@ -132,8 +140,8 @@ def _check_pixels(
     width = height = config.vae.sample_size
     if "latents" in arrays:
         height, width = (config.vae.scale * n for n in arrays["latents"].shape[1:3])
-    elif "image" in arrays:
-        height, width = arrays["image"].shape[1:3]
+    elif pictures := [arrays[name] for name in ("image", "control_image") if name in arrays]:
+        height, width = pictures[0].shape[1:3]
     width, height = said.get("width") or width, said.get("height") or height
     if count * width * height > MOST_PIXELS:
         raise UsageError(
@@ -295,7 +303,7 @@ def router(jobs: Jobs) -> APIRouter:
     async def encode(asked: Encoding, connection: Connection):  # type: ignore[valid-type]
         """A prompt's `features`. The keys are the arguments of ZImage.encode."""
         jobs.check_intake()
-        options = as_arguments({n: v for n, v in given(asked).items() if v is not None}, jobs.loras)
+        options = await jobs.aside(_arguments, given(asked), jobs.loras)
         texts = [options.pop("prompt")]
 
         def submit(on_event):
@@ -324,9 +332,7 @@ def router(jobs: Jobs) -> APIRouter:
             arrays, asked = _opened(data, Decoding, ["latents"])
             if "latents" not in arrays:
                 raise UsageError("expected the tensor latents")
-            options = as_arguments(
-                {n: v for n, v in given(asked).items() if v is not None}, jobs.loras
-            )
+            options = _arguments(given(asked), jobs.loras)
             return options | {"latents": to_sampler(arrays["latents"], jobs.engine.config)}
 
         options = await jobs.aside(opened) | {"strength": 0.0, "output": "image", "seed": 0}

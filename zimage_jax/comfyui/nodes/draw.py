@@ -222,7 +222,8 @@ class Sampler(io.ComfyNode):
             raise ValueError("image and latent_image both say what to begin from: connect one")
         if mask is not None and image is None:
             raise ValueError("mask needs an image: connect the picture that it masks")
-        count, strength, rule = 1, widgets.pop("strength"), widgets.pop("strength_rule")
+        count = pipe.control.image.shape[0] if pipe.control else 1
+        strength, rule = widgets.pop("strength"), widgets.pop("strength_rule")
         given: dict[str, Any] = {}
         if image is not None:
             count, given["image"] = image.shape[0], tensors.picture(image)
@@ -333,7 +334,17 @@ def _draw(
     height: int | None = None,
 ) -> io.NodeOutput:
     """Draw jobs, a picture each: their keys, and their tensors."""
-    common = dict(schedule or _SCHEDULE)
+    common = dict(schedule or _SCHEDULE) | {"lora": pipe.loras_of_job()}
+    controls: list[dict[str, torch.Tensor | None]] = [{}] * len(jobs)
+    if pipe.control is not None:
+        images = pipe.control.image
+        if images.shape[0] not in (1, len(jobs)):
+            raise ValueError(
+                f"control: {images.shape[0]} images for {len(jobs)} pictures: expected one, or one "
+                "for each"
+            )
+        common["control_scale"] = pipe.control.scale
+        controls = [{"control_image": tensors.one_of(images, n)} for n in range(len(jobs))]
     shown = host.Shown(node, len(jobs))
     cap = host.ready(pipe, shown.tell)
     tile = tile_size if vae_decode == "tiled" else None
@@ -341,7 +352,10 @@ def _draw(
     common |= {"guidance": cfg - 1, "output": "latents" if vae_decode == "off" else "both"}
     if width is not None:
         common |= {"width": width, "height": height}
-    bodies = [tensors.job(common | own, **parts) for own, parts in jobs]
+    bodies = [
+        tensors.job(common | own, **parts, **control)
+        for (own, parts), control in zip(jobs, controls, strict=True)
+    ]
     found = host.ENGINE.draw(bodies, shown.hear, host.check, at_once=at_once)
     reports = [report for report, _ in found]
     drawn = [tensors.tensors(data) for _, data in found]

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from .home import Home
@@ -37,9 +38,41 @@ class EngineError(RuntimeError):
     """What a node shows, in one sentence."""
 
 
+@dataclass(frozen=True)
+class Files:
+    """What the process opens. A stamp changes with its files."""
+
+    model: str | None = None  # of --model; None is the tiny one
+    model_stamp: str = ""
+    control: str | None = None  # of --control; None where a job needs none
+    control_stamp: str = ""
+    loras: tuple[str, ...] = ()  # folders, of --loras
+
+    def arguments(self) -> list[str]:
+        found = ["--model", self.model] if self.model else []
+        found += ["--control", self.control] if self.control else []
+        return [*found, *(word for folder in self.loras for word in ("--loras", folder))]
+
+    def why_not(self, opened: "Files") -> str | None:
+        """Why these need a process that has not opened `opened`; None if that has them."""
+        if self.model != opened.model:
+            return " (another model)"
+        if self.model_stamp != opened.model_stamp:
+            return " (the model's files have changed)"
+        if self.loras != opened.loras:
+            return " (other folders of LoRAs)"
+        if self.control is None:  # it draws as without one
+            return None
+        if self.control != opened.control:
+            return " (another ControlNet)" if opened.control else " (a ControlNet)"
+        if self.control_stamp != opened.control_stamp:
+            return " (the ControlNet's file has changed)"
+        return None
+
+
 class Engine:
-    """At most one process: started by who needs it, started again for another model, for a smaller
-    cap, after `stop`, and after it died."""
+    """At most one process: started by who needs it, started again for another model or ControlNet,
+    for a smaller cap, after `stop`, and after it died."""
 
     def __init__(self, find_home: Callable[[], Home]):
         self._find_home = find_home
@@ -47,7 +80,7 @@ class Engine:
         self._process: subprocess.Popen | None = None
         self._folder: tempfile.TemporaryDirectory | None = None
         self._port, self._key = 0, ""
-        self._model: tuple[str | None, str] = None, ""
+        self._files = Files()
         self.cap: int | None = None  # device bytes that it may have taken
         self._words: deque[str] = deque(maxlen=20)  # its last lines
         self._why = ""  # it is started again, for the node
@@ -59,22 +92,19 @@ class Engine:
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
-    def ready(
-        self, model: str | None, stamp: str, cap: int | None, tell: Tell, check: Check
-    ) -> None:
+    def ready(self, files: Files, cap: int | None, tell: Tell, check: Check) -> None:
         """Start the process if there is none, or none that serves. Raises EngineError.
 
-        `model`: of --model; None is the tiny one. `stamp`: changes with its files. `cap`: device
-        bytes; None is all that is free.
+        `cap`: device bytes; None is all that is free.
         """
         with self._lock:
-            why = self._reason((model, stamp), cap)
+            why = self._reason(files, cap)
             if why is None:
                 self.cap = cap  # a larger one needs no new process
                 return
             self._end()
             tell(f"engine: starting{why}")
-            self._start((model, stamp), cap, check)
+            self._start(files, cap, check)
             tell(f"engine: started in {self.seconds:.1f} s{why}")
 
     def stop(self, why: str = "") -> None:
@@ -84,29 +114,26 @@ class Engine:
                 self._end()
                 self._why = f" ({why})" if why else ""
 
-    def _reason(self, model: tuple[str | None, str], cap: int | None) -> str | None:
+    def _reason(self, files: Files, cap: int | None) -> str | None:
         """Why to start, for the node; None if the process serves."""
         if self._process is None:
             why, self._why = self._why, ""
             return why
         if self._process.poll() is not None:
             return " (it had ended)"
-        if model[0] != self._model[0]:
-            return " (another model)"
-        if model != self._model:
-            return " (the model's files have changed)"
+        if why := files.why_not(self._files):
+            return why
         if cap is not None and (
             self.cap is None or cap < self.cap
         ):  # memory taken is not given back
             return f" (a smaller cap: {cap / _GIB:.2f} GiB)"
         return None
 
-    def _start(self, model: tuple[str | None, str], cap: int | None, check: Check) -> None:
+    def _start(self, files: Files, cap: int | None, check: Check) -> None:
         began, home = time.monotonic(), self._find_home()
         self._key, self._folder = secrets.token_urlsafe(32), tempfile.TemporaryDirectory()
         arguments = ["--no-page", "--tensors", "--port", "0", "--data", self._folder.name]
-        arguments += ["--parent", str(os.getpid())]
-        arguments += ["--model", model[0]] if model[0] else []
+        arguments += ["--parent", str(os.getpid()), *files.arguments()]
         arguments += ["--max-vram", str(cap / _GIB)] if cap else []
         environment = home.environment() | {"ZIMAGE_API_KEY": self._key}
         # JAX would take three quarters of the device at once, beside torch
@@ -132,7 +159,7 @@ class Engine:
             raise
         if port is None:
             raise self._fault("the engine did not start")
-        self._port, self._model, self.cap = port, model, cap
+        self._port, self._files, self.cap = port, files, cap
         self.seconds, self.starts = time.monotonic() - began, self.starts + 1
 
     def _hear(self, process: subprocess.Popen, listening: queue.SimpleQueue) -> None:

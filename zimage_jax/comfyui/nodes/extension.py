@@ -4,7 +4,7 @@ from comfy_api.latest import ComfyAPI, ComfyExtension, io
 
 from . import host
 from .draw import BatchProcessor, Sampler, Scheduler
-from .load import ARTICLES_LOADER, BlockChunk, Loader
+from .load import ARTICLES_LOADER, BlockChunk, Control, Loader, Lora
 from .text import TextEncoder, TextRefiner
 
 
@@ -14,4 +14,5 @@ class Extension(ComfyExtension):
         await ComfyAPI().node_replacement.register(ARTICLES_LOADER)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [Loader, BlockChunk, Scheduler, TextEncoder, TextRefiner, Sampler, BatchProcessor]
+        about_model = [Loader, BlockChunk, Lora, Control]
+        return [*about_model, TextEncoder, TextRefiner, Scheduler, Sampler, BatchProcessor]

@@ -13,7 +13,7 @@ from PIL import Image
 from server import PromptServer
 
 from . import home, settings
-from .engine import Engine
+from .engine import Engine, Files
 from .settings import GIB
 
 HERE = Path(__file__).parent
@@ -55,6 +55,24 @@ def vaes() -> list[str]:
     return [NONE, *folder_paths.get_filename_list("vae")]
 
 
+def loras() -> list[str]:
+    """Those that the engine lists too."""
+    names = folder_paths.get_filename_list("loras")
+    return [name for name in names if name.endswith(settings.LORA_ENDING)]
+
+
+def lora_path(name: str) -> str:
+    return folder_paths.get_full_path_or_raise("loras", name)
+
+
+def control_nets() -> list[str]:
+    return folder_paths.get_filename_list("model_patches")
+
+
+def control_path(name: str) -> str:
+    return folder_paths.get_full_path_or_raise("model_patches", name)
+
+
 def _folders() -> dict[str, Path]:
     return {
         f"{kind}/{path.name}": path
@@ -90,7 +108,7 @@ def model_path(model: str, text_encoder: str, vae: str) -> str | None:
 
 
 def stamp_of(path: str | None) -> str:
-    """Changes with the files of a model: those named, or the manifest of a folder."""
+    """Changes with files: those named, or the manifest of a model's folder."""
     found = []
     for file in map(Path, path.split(",") if path else ()):
         for part in [file, file / "manifest" / "manifest.json", file / "model_index.json"]:
@@ -167,8 +185,10 @@ class Shown:
             self._bar.update_absolute(sum(self._steps.values()), total, preview)
 
 
-def ready(pipe: Any, tell: Callable[[str], None]) -> int | None:
+def ready(pipe: settings.Pipe, tell: Callable[[str], None]) -> int | None:
     """Have an engine for the pipe. Returns the device bytes that its jobs may take."""
     cap = cap_of(pipe.cap)
-    ENGINE.ready(pipe.model, pipe.stamp, cap, tell, check)
+    control = (pipe.control.file, pipe.control.stamp) if pipe.control else (None, "")
+    folders = tuple(f for f in folder_paths.get_folder_paths("loras") if Path(f).is_dir())
+    ENGINE.ready(Files(pipe.model, pipe.stamp, *control, folders), cap, tell, check)
     return cap

@@ -1,8 +1,8 @@
-"""Nodes about the model and its memory."""
+"""Nodes about the model: its memory, its LoRAs and its ControlNet."""
 
 from comfy_api.latest import io
 
-from . import host, settings
+from . import host, settings, tensors
 
 PipeType = io.Custom("ZIMAGE_JAX_PIPE")
 CATEGORY = "Z-Image-Turbo"
@@ -140,3 +140,89 @@ class BlockChunk(io.ComfyNode):
     @classmethod
     def execute(cls, pipe, chunk, mode) -> io.NodeOutput:
         return io.NodeOutput(pipe.with_pin(chunk, mode))
+
+
+class Lora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ZImageTurboLora",
+            display_name="Z-Image-Turbo LoRA",
+            category=CATEGORY,
+            description="Adds a LoRA: to the DiT for our samplers, and to the text encoder for our "
+            "Text Encoder. Several in a row add up.",
+            search_aliases=["LoraLoader", "LyCORIS", "zimage_jax"],
+            inputs=[
+                PipeType.Input("pipe", tooltip="From the loader, or another LoRA."),
+                io.Combo.Input(
+                    "lora",
+                    options=host.loras(),
+                    tooltip="A .safetensors file in models/loras, in any of the usual spellings.",
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=-settings.LARGEST_WEIGHT,
+                    max=settings.LARGEST_WEIGHT,
+                    step=0.05,
+                    tooltip="How much of it is added; 0 leaves it out. Another weight reads nothing "
+                    "again.",
+                ),
+            ],
+            outputs=[PipeType.Output("pipe", tooltip="The same, with this LoRA.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora, **widgets) -> str:
+        """The file may have changed, though its name has not."""
+        return host.stamp_of(host.lora_path(lora))
+
+    @classmethod
+    def execute(cls, pipe, lora, weight) -> io.NodeOutput:
+        return io.NodeOutput(pipe.with_lora(lora, weight))
+
+
+class Control(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ZImageTurboControl",
+            display_name="Z-Image-Turbo Control",
+            category=CATEGORY,
+            description="Pictures follow an image of edges, depth or a pose, by a ControlNet. The "
+            "engine starts again for another ControlNet, and not for a pipe without one.",
+            search_aliases=["ControlNet Union", "ZImageFunControlnet", "zimage_jax"],
+            inputs=[
+                PipeType.Input("pipe", tooltip="From the loader, or a LoRA."),
+                io.Combo.Input(
+                    "control_net",
+                    options=host.control_nets(),
+                    tooltip="Z-Image-Turbo's ControlNet Union: its file in models/model_patches.",
+                ),
+                io.Image.Input(
+                    "image",
+                    tooltip="Edges, depth or a pose, cropped to the picture's ratio. A batch has one "
+                    "for each picture.",
+                ),
+                io.Float.Input(
+                    "scale",
+                    default=0.75,
+                    min=0.0,
+                    max=settings.LARGEST_SCALE,
+                    step=0.05,
+                    tooltip="How much pictures follow it.",
+                ),
+            ],
+            outputs=[PipeType.Output("pipe", tooltip="The same, with what pictures follow.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, control_net, **widgets) -> str:
+        """The file may have changed, though its name has not."""
+        return host.stamp_of(host.control_path(control_net))
+
+    @classmethod
+    def execute(cls, pipe, control_net, image, scale) -> io.NodeOutput:
+        path = host.control_path(control_net)
+        control = settings.Control(path, host.stamp_of(path), tensors.picture(image), scale)
+        return io.NodeOutput(pipe.with_control(control))

@@ -12,22 +12,51 @@ STRENGTH_RULES = ("noise", "diffusers", "comfyui")
 KV_DTYPES = ("default", "bf16", "fp16", "bf16:fp16", "float32", "int8", "int6", "k5v6", "fp8:fp16")
 DECODES = ("exact", "tiled", "off")
 LARGEST_SEED = 2**64 - 1
+LARGEST_WEIGHT, LARGEST_SCALE = 100.0, 10.0  # of a LoRA, and of a control image
+LORA_ENDING = ".safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """A ControlNet's file, and what it makes the pictures follow."""
+
+    file: str
+    stamp: str  # of the file
+    image: Any  # in bytes [1 or B, H, W, 3]
+    scale: float
 
 
 @dataclass(frozen=True)
 class Pipe:
-    """What the loader gives on: a model that is not open yet, and where its parameters may be."""
+    """What the loader gives on: a model that is not open yet, where its parameters may be, and what
+    it draws with."""
 
     model: str | None  # of --model; None is the tiny one
     stamp: str  # of the model's files: it is opened again when they have changed
     cap: int | None  # device bytes; None is what is free when the engine starts
     memory: dict[str, Any] = field(default_factory=dict)  # keys of zimage_jax.Memory
     pins: tuple[tuple[int, str], ...] = ()
+    loras: tuple[tuple[str, float], ...] = ()  # names as the server lists them, and weights
+    control: Control | None = None
 
     def with_pin(self, chunk: int, mode: str) -> "Pipe":
         """The last word on a chunk counts; auto leaves it to the plan."""
         others = tuple(pin for pin in self.pins if pin[0] != chunk)
         return replace(self, pins=others if mode == "auto" else (*others, (chunk, mode)))
+
+    def with_lora(self, file: str, weight: float) -> "Pipe":
+        """Added to those before. `file`: as ComfyUI lists it."""
+        name = file.replace("\\", "/").removesuffix(LORA_ENDING)
+        return replace(self, loras=(*self.loras, (name, weight)))
+
+    def with_control(self, control: Control) -> "Pipe":
+        """Raises ValueError for a second one."""
+        if self.control is not None:
+            raise ValueError("this pipe has a ControlNet already: a picture follows one")
+        return replace(self, control=control)
+
+    def loras_of_job(self) -> list[dict[str, Any]]:
+        return [{"name": name, "weight": weight} for name, weight in self.loras]
 
     def memory_of_job(self, cap: int | None, **own: Any) -> dict[str, Any]:
         """The job's memory options. `own`: of the job; None where it says nothing."""

@@ -54,6 +54,7 @@ class TextEncoder(io.ComfyNode):
             "prompt": prompt,
             "prompt_weights": prompt_weights,
             "text_weight": text_weight,
+            "lora": pipe.loras_of_job(),
             "memory": pipe.memory_of_job(cap),
         }
         found = tensors.tensors(host.ENGINE.post("/tensors/encode", body, host.check))["features"]

@@ -211,7 +211,7 @@ class Page:
                 js_on_load="zimage.reuse(element.querySelector('.z-drop'), trigger)",
             )
             self._reset = gr.Button(word("reset"), size="sm")
-        with gr.Accordion("LoRA", open=False, visible=self._jobs.loras.folder is not None):
+        with gr.Accordion("LoRA", open=False, visible=bool(self._jobs.loras.folders)):
             # a picture may name others, which are refused by name
             add["loras"] = gr.Dropdown(
                 [],
