@@ -75,8 +75,7 @@ def saved(comfyui, prompt: dict, **tensors: list) -> dict[str, np.ndarray]:
         prompt[str(number)] = node("TestsSaveTensors", **given)
     comfyui.run(prompt)
     files = {name: comfyui.base / "output" / f"{name}.safetensors" for name in tensors}
-    found = {name: next(iter(load_file(file).values())) for name, file in files.items()}
-    return found
+    return {name: next(iter(load_file(file).values())) for name, file in files.items()}
 
 
 def off(ours: np.ndarray, theirs: np.ndarray) -> float:
