@@ -82,11 +82,12 @@ def drawn(native, control):
 
 QUICK = [("union 2.0", "half a block")]
 CASES = [("union 2.1", under) for under in [*UNDER, "scan"] if under != "resident"]
-CASES += [(n, u) for n in ("union 1.0", "union 2.0") for u in ("half a block", "hybrid", "scan")]
-CASES += [("union 2.1 lite", "swap")]  # five blocks with the main ones
+MORE = [(n, u) for n in ("union 1.0", "union 2.0") for u in ("half a block", "hybrid", "scan")]
+MORE += [("union 2.1 lite", "swap")]  # five blocks with the main ones
+MORE = every([case for case in MORE if case not in QUICK], [], mark=pytest.mark.long)
 
 
-@pytest.mark.parametrize("case", every(CASES, QUICK), ids=", ".join)
+@pytest.mark.parametrize("case", [*every([*QUICK, *CASES], QUICK), *MORE], ids=", ".join)
 def test_every_schedule_gives_the_same_bits_and_the_predicted_peaks(case, drawn):
     name, under = case
     result, resident = drawn(name, under), drawn(name, "resident")
@@ -99,7 +100,7 @@ def test_every_schedule_gives_the_same_bits_and_the_predicted_peaks(case, drawn)
         np.testing.assert_array_equal(result.latents, resident.latents)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("under", ["ring", "half a block"])
 def test_bits_are_the_same_in_16_bits(under, dtype, drawn):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.schedules import JOB, MODEL, SCAN, SCHEDULES
+from tests.schedules import JOB, MODEL, SCAN, SCHEDULES, every
 from zimage_jax import Memory, ZImage
 from zimage_jax.errors import UsageError
 
@@ -36,7 +36,9 @@ def test_features_draw_what_their_prompt_draws_under_every_schedule(under):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", SCHEDULES | SCAN)
+@pytest.mark.parametrize(
+    "name", every(SCHEDULES | SCAN, ["half a block", "scan"], mark=pytest.mark.long)
+)
 def test_features_under(name, under):
     pipe = under(name)
     job = JOB | {"prompt": "a red fox", "guidance": 2.0, "negative_prompt": "blue"}

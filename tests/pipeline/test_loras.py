@@ -61,7 +61,16 @@ TOO_SMALL = "half a block under a size", "a budget"
 UNDER = [name for name in (*SCHEDULES, *SCAN) if name not in TOO_SMALL]
 
 
-@pytest.mark.parametrize("name", every(UNDER, QUICK))
+SOME = ("swap", "ring", "half a block", "disk", "low_vram", "one chunk pinned", "scan")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *every((*QUICK, *SOME), QUICK),
+        *every([name for name in UNDER if name not in QUICK + SOME], [], mark=pytest.mark.long),
+    ],
+)
 def test_every_schedule_gives_the_same_bits(name, under, loras, expected):
     pipe = under(name)
     pipe.generate(PROMPT, **JOB, lora=loras)
@@ -143,7 +152,7 @@ def test_what_is_no_list_of_loras_is_refused(lora, under):
         under("ring").submit(PROMPT, **JOB, lora=lora)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_other_dtypes(dtype, under, loras):
     job = {**JOB, "lora": loras[:2]}

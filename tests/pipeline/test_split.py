@@ -48,7 +48,7 @@ def test_several_devices_draw_the_picture_of_one(native):
     in_a_process(native(MODEL), QUICK, "unequal", "overlapping")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 @pytest.mark.parametrize("cases", ALL.values(), ids=ALL)
 def test_several_devices_draw_the_picture_of_one_under_every_schedule(cases, native):
     in_a_process(native(MODEL), cases)
@@ -57,9 +57,7 @@ def test_several_devices_draw_the_picture_of_one_under_every_schedule(cases, nat
 WITH_LORAS = ["ring", "hybrid", "half a block", "resident", "auto", "disk"]
 
 
-@pytest.mark.parametrize(
-    "names", [["hybrid"], pytest.param(WITH_LORAS, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("names", [["hybrid"], pytest.param(WITH_LORAS, marks=pytest.mark.long)])
 def test_several_devices_draw_with_loras(names, native, tmp_path):
     style, both = (tmp_path / f"{name}.safetensors" for name in ("style", "both"))
     of_text = lora_files.text(CONFIGS[MODEL], lambda n: f"text_encoder.{n}", lora_files.AB).tensors
@@ -74,7 +72,7 @@ def test_several_devices_draw_with_loras(names, native, tmp_path):
 CONTROL_CASES = ["ring", "hybrid", "half a block", "resident", "auto", "disk", "low_vram"]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["union 2.0", "union 2.1"])
 def test_several_devices_follow_a_control_image(name, native, tmp_path):
     """Union 2.0's blocks are in two runs, and both are on one device."""

@@ -71,7 +71,7 @@ def dry(tmp_path_factory, cache_of_processes) -> Path:
     return folder
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_a_dry_run_answers_every_question(dry):
     found = {row["row"]: row for row in rows.read(dry / "ROWS.jsonl")}
     kinds = {name.partition("/")[0] for name in found}
@@ -103,7 +103,7 @@ def test_a_dry_run_answers_every_question(dry):
         assert {"machine", "versions", "commit", "command", "date"} <= row.keys()
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_a_card_made_of_its_rows_is_read(dry):
     card, device = load_card(dry / "mine.json"), _row(dry, "rates/device")
     assert (card.flops, card.link) == (device["flops"], device["link"])
@@ -117,7 +117,7 @@ def _row(folder: Path, name: str) -> dict:
     return next(row for row in rows.read(folder / "ROWS.jsonl") if row["row"] == name)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_a_later_run_goes_on_from_the_rows_of_an_earlier_one(dry, tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(rows, "answers", lambda module, cells, **_: iter(asked.append(cells) or []))

@@ -114,13 +114,13 @@ def shapes_right(tiny, scenes: int, lora: list) -> float:
     return percent([found["shape"] for *_, found in judged])
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_a_lora_teaches_it_a_shape_that_it_never_saw(tiny):
     assert shapes_right(tiny, 64, [(LORA, 1.0)]) >= 80
     assert shapes_right(tiny, 64, []) <= 20
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_with_the_lora_it_draws_all_else_as_before(tiny):
     """A small sample with room for chance; the card has the figures."""
     prompts = list(held_out(48))

@@ -13,7 +13,7 @@ from zimage_jax import ZImage
 JOB = {"prompt": "a red fox", "width": 64, "height": 48, "steps": 3, "seed": 3}
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_a_job_follows_its_control_image(start, native, picture, tmp_path):
     model, control = native("controlled"), saved("union 2.1", tmp_path)
     (tmp_path / "edges.png").write_bytes(picture)

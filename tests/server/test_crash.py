@@ -61,7 +61,7 @@ def test_after_kill_9_every_accepted_job_is_drawn_once(server, picture):
     assert files == {url.removeprefix("/pictures/") for url in listed}
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_an_engine_that_is_killed_costs_time_and_no_picture(server):
     starts = server.get("/health")["engine_starts"]
     job = server.post("/jobs", JOB | {"steps": 300, "seed": 1})["id"]

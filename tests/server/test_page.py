@@ -172,9 +172,12 @@ def saved(page, tmp_path) -> dict:
     return json.loads(texts_in(path.read_bytes())["zimage_jax"]) | {"path": path}
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("locale", "prompt", "word"), [("en-US", "a red circle", "Draw"), ("zh-CN", "红色圆形", "生成")]
+    ("locale", "prompt", "word"),
+    [
+        pytest.param("en-US", "a red circle", "Draw", marks=pytest.mark.exhaustive),
+        pytest.param("zh-CN", "红色圆形", "生成", marks=pytest.mark.long),
+    ],
 )
 def test_a_prompt_becomes_a_saved_png_whose_settings_refill_the_form(
     visit, tmp_path, locale, prompt, word
@@ -213,7 +216,7 @@ def test_a_prompt_becomes_a_saved_png_whose_settings_refill_the_form(
     )
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_a_lora_is_chosen_and_comes_back_with_its_picture(visit, server):
     page = visit()
     for name in ("width", "height"):
@@ -256,7 +259,7 @@ def test_a_job_is_cancelled_and_found_again_after_a_reload(visit, server):
     assert server.get("/jobs?limit=1")["jobs"][0]["state"] == "cancelled"
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_pictures_from_pictures_on_a_phone(visit, server, tmp_path):
     page = visit("en-US", viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
     path = tmp_path / "in.png"

@@ -450,7 +450,7 @@ def renamed(rng: random.Random, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "count", [40, pytest.param(2000, marks=pytest.mark.exhaustive)], ids="{} mutations".format
+    "count", [40, pytest.param(2000, marks=pytest.mark.long)], ids="{} mutations".format
 )
 def test_a_hostile_file_ends_in_one_line(count, tmp_path, checkpoint):
     rng, file, faults = random.Random(0), tmp_path / "x.safetensors", []
