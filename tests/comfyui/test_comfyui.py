@@ -148,6 +148,19 @@ def test_a_controlnet_of_comfyuis_folder_is_generates(comfyui, tmp_path):
     sha, second = drawn("second")
     assert sha == shas["second"]
     assert second != first
+    # a batch of control images has a picture for each, and no other number of pictures
+    inputs = {"control_net": "second.safetensors", "image": ["9", 0], "scale": 0.5}
+    prompt = with_pipe(text_to_image(), node("ZImageTurboControl", **inputs))
+    prompt["8"] = node("LoadImage", image="edges.png")
+    prompt["9"] = node("RepeatImageBatch", image=["8", 0], amount=2)
+    reports = report(comfyui.run(prompt))
+    assert [each["seed"] for each in reports] == [7, 8]
+    assert reports[0]["latents_sha256"] == shas["second"]
+    prompt["4"]["inputs"]["latent_image"] = ["10", 0]
+    prompt["10"] = node("EmptySD3LatentImage", width=64, height=64, batch_size=3)
+    kind, facts = comfyui.ended(comfyui.queue(prompt))["status"]["messages"][-1]
+    assert kind == "execution_error"
+    assert "2 images for 3 pictures: expected one, or one for each" in facts["exception_message"]
 
 
 def texts(messages: list, kind: str) -> list[dict]:

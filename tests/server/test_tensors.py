@@ -95,7 +95,7 @@ def test_a_prompt_is_drawn_by_its_features_as_by_generate(server, pipe):
         to_sampler(tensors["latents"], pipe.config), expected.latents, atol=1e-6
     )
     np.testing.assert_array_equal(tensors["image"], expected.images)
-    events = [facts["event"] for facts, _ in said]
+    events = [facts["event"] for facts, _ in said if facts["event"] != "alive"]  # a slow machine
     assert sorted(events) == sorted(["queued", "started", "plan", "step", "step", "done"])
     assert all(data[:3] == b"\xff\xd8\xff" for facts, data in said if facts["event"] == "step")
     (plan,) = (facts for facts, _ in said if facts["event"] == "plan")

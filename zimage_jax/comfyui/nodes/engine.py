@@ -121,8 +121,8 @@ class Engine:
             return why
         if self._process.poll() is not None:
             return " (it had ended)"
-        if why := files.why_not(self._files):
-            return why
+        if (other := files.why_not(self._files)) is not None:
+            return other
         if cap is not None and (
             self.cap is None or cap < self.cap
         ):  # memory taken is not given back

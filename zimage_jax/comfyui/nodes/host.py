@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ def loras() -> list[str]:
     """Those that the engine lists too."""
     names = folder_paths.get_filename_list("loras")
     return [name for name in names if name.endswith(settings.LORA_ENDING)]
+
+
+def _lora_folders() -> tuple[str, ...]:
+    return tuple(f for f in folder_paths.get_folder_paths("loras") if Path(f).is_dir())
 
 
 def lora_path(name: str) -> str:
@@ -188,7 +193,8 @@ class Shown:
 def ready(pipe: settings.Pipe, tell: Callable[[str], None]) -> int | None:
     """Have an engine for the pipe. Returns the device bytes that its jobs may take."""
     cap = cap_of(pipe.cap)
-    control = (pipe.control.file, pipe.control.stamp) if pipe.control else (None, "")
-    folders = tuple(f for f in folder_paths.get_folder_paths("loras") if Path(f).is_dir())
-    ENGINE.ready(Files(pipe.model, pipe.stamp, *control, folders), cap, tell, check)
+    files = Files(pipe.model, pipe.stamp, loras=_lora_folders())
+    if pipe.control is not None:
+        files = replace(files, control=pipe.control.file, control_stamp=pipe.control.stamp)
+    ENGINE.ready(files, cap, tell, check)
     return cap
