@@ -69,7 +69,7 @@ def test_several_devices_draw_with_loras(names, native, tmp_path):
     in_a_process(native(MODEL), [*cases, ["ring", 2, {"lora": lora, "lora_merge": True}]])
 
 
-CONTROL_CASES = ["ring", "hybrid", "half a block", "resident", "auto", "disk", "low_vram"]
+CONTROL_CASES = ["ring", "hybrid", "half a block", "resident", "auto", "disk"]
 
 
 @pytest.mark.long
