@@ -225,6 +225,12 @@ def test_a_scheduler_as_it_comes_changes_no_picture():
     assert found["prefetch"] is None
 
 
+def test_a_backslash_leaves_a_bracket_where_brackets_are_text():
+    text = r"a \(red\) \[circle\]"
+    assert settings.text_of(text, False) == r"a (red) \[circle\]"
+    assert settings.text_of(text, True) == text
+
+
 def test_sizes_prompts_and_seeds():
     assert settings.check_size(1024, 64) is None
     assert settings.check_size(1000, 64) == "width 1000: expected a multiple of 16, as 992"

@@ -28,10 +28,9 @@ def detected(dit: dict) -> dict:
 
 
 def qwen(text_encoder: dict) -> partial:
-    """Qwen3_4BConfig with the numbers of our TextEncoderConfig, and the file's unused last layer."""
+    """Qwen3_4BConfig with the numbers of our TextEncoderConfig."""
     own = dict(text_encoder)
     small = type("SmallQwen3", (llama.Qwen3_4BConfig,), {"head_dim": own.pop("head_dim")})
-    own["num_hidden_layers"] += 1
     return partial(small, **own)
 
 

@@ -308,7 +308,7 @@ class BatchProcessor(io.ComfyNode):
         jobs = [
             (
                 {
-                    "prompt": text,
+                    "prompt": settings.text_of(text, prompt_weights),
                     "seed": settings.seed_to_json(number),
                     "prompt_weights": prompt_weights,
                 },

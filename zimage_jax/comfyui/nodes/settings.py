@@ -137,6 +137,12 @@ def check_size(width: int, height: int) -> str | None:
     return None
 
 
+def text_of(prompt: str, prompt_weights: bool) -> str:
+    """The prompt for the engine. Where brackets are text, ComfyUI's encoder too takes the backslash
+    from \\( and \\), which other models need (comfy/sd1_clip.py escape_important)."""
+    return prompt if prompt_weights else prompt.replace(r"\(", "(").replace(r"\)", ")")
+
+
 def prompts_of(text: str) -> list[str]:
     """A prompt a line; empty lines and lines after # are left out."""
     lines = (line.strip() for line in text.splitlines())

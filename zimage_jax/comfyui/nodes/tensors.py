@@ -13,8 +13,8 @@ PIXELS = 8  # of a latent
 
 def job(keys: dict[str, Any], **tensors: torch.Tensor | None) -> bytes:
     """A job's safetensors: its keys in the metadata, and the tensors that there are."""
-    given = {
-        name: tensor.detach().cpu().contiguous()
+    given = {  # copies: safetensors refuses one CONDITIONING as both positive and negative
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
         if tensor is not None
     }

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from . import host, tensors
+from . import host, settings, tensors
 from .load import CATEGORY, PipeType
 
 VARIANCE = "zimage_jax_variance"  # a conditioning's key
@@ -51,7 +51,7 @@ class TextEncoder(io.ComfyNode):
     def execute(cls, pipe, prompt, prompt_weights, text_weight) -> io.NodeOutput:
         cap = host.ready(pipe, host.Shown(cls.hidden.unique_id).tell)
         body = {
-            "prompt": prompt,
+            "prompt": settings.text_of(prompt, prompt_weights),
             "prompt_weights": prompt_weights,
             "text_weight": text_weight,
             "lora": pipe.loras_of_job(),
