@@ -247,6 +247,8 @@ FAKE = """
     from http.server import BaseHTTPRequestHandler
     from socketserver import ThreadingTCPServer  # HTTPServer would ask for its host's name
 
+    ThreadingTCPServer.request_queue_size = 64  # 16 connect at once
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         def log_message(self, *_): pass
