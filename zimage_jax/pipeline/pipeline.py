@@ -583,7 +583,7 @@ class ZImage:
             }
             for text, seed, row in zip(job.prompts, job.seeds, latents, strict=True)
         ]
-        drawn = attempt.results[request.stages[-1].name]
+        drawn = attempt.results.get(request.stages[-1].name, ())  # latents may be as they were
         pictures, images = [], None
         if job.output == "picture":
             pictures = [

@@ -113,7 +113,8 @@ class Planner:
             for first in self._staying(candidates | others, wholes, memory):
                 if found := self._kept(first, candidates, budgets):
                     arrays, units = found
-                    return self._filled(works, memory, first, arrays, kept=units)
+                    own = {name: first[name] for name in candidates}
+                    return self._filled(works, memory, own, arrays, kept=units)
         candidates, staying = self._beside_what_stays(candidates)
         # a GPU's compiler takes seconds per stage: one thread each
         with ThreadPoolExecutor(len(candidates)) as pool:
