@@ -269,7 +269,7 @@ def test_a_file_that_changed_since_is_refused(folder, change):
 @pytest.mark.parametrize("name", ["diffusers", "int8"])
 def test_plan_takes_it(pairs, name):
     path, native = pairs[name]
-    assert plan._model(path, None, None, None)[1] == open_model(native).storage
+    assert plan._model(path, None, False, None)[1] == open_model(native).storage
 
 
 def test_another_text_encoder_is_warned_of_when_it_is_opened(folder):
