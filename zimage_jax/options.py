@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from . import checks, cli
+from . import checks, cli, interrupts
 from .errors import UsageError
 from .files import printable, read_toml
 from .planning import schedule as schedules
@@ -286,7 +286,8 @@ def memory_of(
 
     Without --schedule, ZIMAGE_CHUNKED_LOADING and ZIMAGE_CHUNK_COUNT choose the schedule.
     """
-    from .planning.plan import Memory
+    with interrupts.at_once():  # it imports JAX
+        from .planning.plan import Memory
 
     if isinstance(max_vram, tuple) and len(max_vram) != len(devices):
         raise UsageError(f"--max-vram: {len(max_vram)} sizes need --devices with as many")

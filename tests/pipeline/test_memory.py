@@ -126,15 +126,16 @@ def test_the_error_names_the_largest_size_that_fits(under):
 
 
 @pytest.mark.exhaustive
-def test_a_known_card_advises_without_its_compiler(under, monkeypatch):
-    pipe, asked = under("low_vram"), []
-    budget = pipe.generate("a", **JOB).report["predicted_peak_bytes"] + 1000
+def test_a_known_card_advises_without_its_compiler(under, native, monkeypatch):
+    budget = under("low_vram").generate("a", **JOB).report["predicted_peak_bytes"] + 1000
     monkeypatch.setattr(cards, "of_device", lambda kind: cards.CARDS["rtx-4090"])
     for module in (stored, plans):  # and figures of the full model's size
         monkeypatch.setattr(module, "has_published_widths", lambda config: True)
+    asked = []
     monkeypatch.setattr(
         stored.StoredCosts, "scratch", lambda self, stage, work, _: asked.append(work.h) or 2**40
     )
+    pipe = ZImage.load(native(MODEL), memory=Memory(low_vram=True))  # it looks up its card now
     with pytest.raises(OutOfMemoryError, match="no smaller picture fits"):
         pipe.generate(
             "a", **JOB | {"width": 256, "height": 256}, memory=Memory(max_vram_bytes=budget)
