@@ -133,7 +133,7 @@ def test_a_known_card_advises_without_its_compiler(under, native, monkeypatch):
         monkeypatch.setattr(module, "has_published_widths", lambda config: True)
     asked = []
     monkeypatch.setattr(
-        stored.StoredCosts, "scratch", lambda self, stage, work, _: asked.append(work.h) or 2**40
+        stored.StoredCosts, "scratch", lambda self, _, work, *others: asked.append(work.h) or 2**40
     )
     pipe = ZImage.load(native(MODEL), memory=Memory(low_vram=True))  # it looks up its card now
     with pytest.raises(OutOfMemoryError, match="no smaller picture fits"):
