@@ -41,9 +41,18 @@ SCHEDULES = {
     "a budget": Memory(max_vram_bytes=int(2.6e6)),
 }
 SCAN = {"scan": Memory(schedule="scan")}
+# one of each way to visit the blocks, for what is drawn with something besides: --long has all
+KINDS = "ring", "hybrid", "half a block", "half a block, swapped", "disk", "scan"
 
 
-def every(values: Iterable, quick: Collection, mark=pytest.mark.exhaustive) -> list:
-    """All of them as parameters of a test; those that are not `quick` run with scripts/test --all alone, or as `mark`
-    says."""
-    return [v if v in quick else pytest.param(v, marks=mark) for v in values]
+def every(values: Iterable, quick: Collection, often: Collection | None = None) -> list:
+    """All of them as parameters of a test: `quick` run always, `often` (None: all others) with
+    scripts/test --all, the rest with --long."""
+
+    def of(value):
+        if value in quick:
+            return value
+        is_often = often is None or value in often
+        return pytest.param(value, marks=pytest.mark.exhaustive if is_often else pytest.mark.long)
+
+    return list(map(of, values))

@@ -213,6 +213,7 @@ MIXED_UNDER = {
     "scan": Memory(schedule="scan"),
 }
 QUICK = [(name, "float32") for name in ("two copied ahead", "disk")]
+OFTEN = [(name, "float32") for name in MIXED_UNDER] + [("ring", "bfloat16")]
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +233,7 @@ def mixed_under(mixed):
 
 @pytest.mark.parametrize(
     "case",
-    every(itertools.product(MIXED_UNDER, ["float32", "bfloat16"]), QUICK),
+    every(itertools.product(MIXED_UNDER, ["float32", "bfloat16"]), QUICK, OFTEN),
     ids=" in ".join,
 )
 def test_a_model_of_two_formats_is_saved_read_and_drawn(case, mixed_under):

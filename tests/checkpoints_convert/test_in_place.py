@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from checkpoints_convert.convert import convert
 from tests.checkpoints_convert.published import CONFIG, STEMS, comfy_files, published_like
 from tests.checkpoints_convert.quantised_files import quantised, write
-from tests.schedules import JOB, SCHEDULES
+from tests.schedules import JOB, KINDS, SCHEDULES, every
 from zimage_jax import Memory, ZImage, plan
 from zimage_jax.errors import (
     ConversionError,
@@ -101,8 +101,7 @@ def test_a_picture_has_the_bits_of_the_checkpoint(pairs, run):
     assert json.loads(out)["latents_sha256"] == latents(native, SCHEDULES["ring"])
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", every(SCHEDULES, [], KINDS))
 @pytest.mark.filterwarnings("ignore:.*read in place through a window")
 def test_a_mixture_of_formats_has_its_bits_under_every_schedule(pairs, schedule):
     """Blocks of different formats: chunks that take each other's slots, or cannot."""

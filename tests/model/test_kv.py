@@ -382,9 +382,16 @@ def results(native):
 
 OFTEN = ["reuse", "all", "packed"]
 QUICK = [("reuse", "ring")]
+COMBINED = "all", "packed, grouped, reused"  # each of the others is a part of one of them
+SAME_BITS = [
+    *itertools.product(COMBINED, UNDER),
+    *((policy, "half a block") for policy in POLICIES),
+]
 
 
-@pytest.mark.parametrize("case", every(itertools.product(POLICIES, UNDER), QUICK), ids=str)
+@pytest.mark.parametrize(
+    "case", every(itertools.product(POLICIES, UNDER), QUICK, SAME_BITS), ids=str
+)
 def test_every_schedule_gives_the_same_bits(case, results):
     policy, name = case
     np.testing.assert_array_equal(
@@ -392,7 +399,7 @@ def test_every_schedule_gives_the_same_bits(case, results):
     )
 
 
-@pytest.mark.parametrize("policy", every(POLICIES, []))
+@pytest.mark.parametrize("policy", every(POLICIES, [], COMBINED))
 def test_the_scan_is_near(policy, results):
     """float32 but for K and V: a last bit may fall on the other side of their rounding (half a step
     of fp8 is 1/32)."""
@@ -414,7 +421,11 @@ LEDGER = [("reuse", "ring"), ("all", "resident")]
 
 @pytest.mark.parametrize(
     "case",
-    every(itertools.product(POLICIES, ["resident", "ring", "swap", "scan"]), LEDGER),
+    every(
+        itertools.product(POLICIES, ["resident", "ring", "swap", "scan"]),
+        LEDGER,
+        list(itertools.product(COMBINED, ["resident", "ring", "swap", "scan"])),
+    ),
     ids=str,
 )
 def test_the_ledger_agrees_with_the_plan(case, results):

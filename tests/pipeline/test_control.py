@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from checkpoints_convert.convert import convert
 from tests.checkpoints_convert.test_control import saved
 from tests.model.test_models import relative
-from tests.schedules import every
+from tests.schedules import KINDS, every
 from tests.small import CONTROLLED, CONTROLS
 from tests.test_additions import assert_as_predicted
 from tests.weights import lora_files
@@ -84,10 +84,11 @@ QUICK = [("union 2.0", "half a block")]
 CASES = [("union 2.1", under) for under in [*UNDER, "scan"] if under != "resident"]
 MORE = [(n, u) for n in ("union 1.0", "union 2.0") for u in ("half a block", "hybrid", "scan")]
 MORE += [("union 2.1 lite", "swap")]  # five blocks with the main ones
-MORE = every([case for case in MORE if case not in QUICK], [], mark=pytest.mark.long)
+ALL = list(dict.fromkeys([*QUICK, *CASES, *MORE]))
+OFTEN = [("union 2.1", under) for under in KINDS]
 
 
-@pytest.mark.parametrize("case", [*every([*QUICK, *CASES], QUICK), *MORE], ids=", ".join)
+@pytest.mark.parametrize("case", every(ALL, QUICK, OFTEN), ids=", ".join)
 def test_every_schedule_gives_the_same_bits_and_the_predicted_peaks(case, drawn):
     name, under = case
     result, resident = drawn(name, under), drawn(name, "resident")
@@ -322,8 +323,9 @@ def test_plan_knows_the_published_controlnets(name, run):
     assert controlled["predicted_seconds"] > plain["predicted_seconds"]
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("under", ["ring", "swap", "half a block", "hybrid"])
+@pytest.mark.parametrize(
+    "under", every(["ring", "swap", "half a block", "hybrid"], [], ["ring", "half a block"])
+)
 def test_beside_a_lora(under, native, control, tmp_path):
     """A LoRA is beside the main blocks alone: control blocks have slots of their own then."""
     made = lora_files.lora(CONTROLLED, lambda name: f"transformer.{name}")

@@ -59,7 +59,9 @@ def together(pipe: ZImage, jobs: list[dict]) -> list:
     return [request.result() for request in pipe.submit_all(jobs)]
 
 
-@pytest.mark.parametrize("name", every(COMPANY, ["ring"]))
+@pytest.mark.parametrize(
+    "name", every(COMPANY, ["ring"], ["swap", "disk", "half a block, two copied ahead"])
+)
 def test_every_job_has_the_same_bits_in_company(name, under, alone):
     """Of other sizes, steps, guidance, samplers, K/V policies, and from a picture."""
     pipe, rng = under(name), random.Random(name)

@@ -8,7 +8,7 @@ import pytest
 
 from tests import small
 from tests.model.test_models import relative
-from tests.schedules import JOB, MODEL, SCAN, SCHEDULES, every
+from tests.schedules import JOB, KINDS, MODEL, SCAN, SCHEDULES, every
 from zimage_jax import Memory, ZImage
 from zimage_jax.weights.formats import parse
 from zimage_jax.weights.writer import save
@@ -58,10 +58,11 @@ def latents(stored):
 
 
 QUICK = {("half a block", "bfloat16")}
+OFTEN = {(name, "bfloat16") for name in (*KINDS, "resident")} | {("ring", d) for d in DTYPES}
 
 
 @pytest.mark.parametrize(
-    "case", every(itertools.product(["resident", *UNDER], DTYPES), QUICK), ids=" in ".join
+    "case", every(itertools.product(["resident", *UNDER], DTYPES), QUICK, OFTEN), ids=" in ".join
 )
 def test_a_lossless_model_draws_the_bits_of_a_bfloat16_one(case, latents):
     name, dtype = case
@@ -75,6 +76,9 @@ def test_a_lossless_model_draws_the_bits_of_a_bfloat16_one(case, latents):
     every(
         itertools.product(["int8", "int8-hadamard", MIX], UNDER, DTYPES),
         [],
+        {(MIX, name, "bfloat16") for name in UNDER}
+        | {(MIX, "ring", dtype) for dtype in DTYPES}
+        | {(f, n, "bfloat16") for f in ("int8", "int8-hadamard") for n in ("half a block", "scan")},
     ),
     ids=" in ".join,
 )

@@ -36,9 +36,7 @@ def test_features_draw_what_their_prompt_draws_under_every_schedule(under):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    "name", every(SCHEDULES | SCAN, ["half a block", "scan"], mark=pytest.mark.long)
-)
+@pytest.mark.parametrize("name", every(SCHEDULES | SCAN, ["half a block", "scan"], []))
 def test_features_under(name, under):
     pipe = under(name)
     job = JOB | {"prompt": "a red fox", "guidance": 2.0, "negative_prompt": "blue"}

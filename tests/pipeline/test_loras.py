@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from checkpoints_convert.inspect import inspect
 from tests import small
 from tests.model.test_models import relative
-from tests.schedules import JOB, MODEL, SCAN, SCHEDULES, every
+from tests.schedules import JOB, KINDS, MODEL, SCAN, SCHEDULES, every
 from tests.weights import lora_files
 from zimage_jax import Memory, UsageError, ZImage, batch, plan
 from zimage_jax.pipeline import loras as loras_of_model
@@ -59,18 +59,10 @@ QUICK = ("hybrid",)
 # whose limits in bytes are below a block with the LoRAs beside it
 TOO_SMALL = "half a block under a size", "a budget"
 UNDER = [name for name in (*SCHEDULES, *SCAN) if name not in TOO_SMALL]
+SOME = (*KINDS, "low_vram", "one chunk pinned")
 
 
-SOME = ("swap", "ring", "half a block", "disk", "low_vram", "one chunk pinned", "scan")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *every((*QUICK, *SOME), QUICK),
-        *every([name for name in UNDER if name not in QUICK + SOME], [], mark=pytest.mark.long),
-    ],
-)
+@pytest.mark.parametrize("name", every(UNDER, QUICK, SOME))
 def test_every_schedule_gives_the_same_bits(name, under, loras, expected):
     pipe = under(name)
     pipe.generate(PROMPT, **JOB, lora=loras)

@@ -47,7 +47,11 @@ def told(run, *words) -> dict:
     return json.loads(out)
 
 
-@pytest.mark.parametrize("card", every(CARDS, ["rtx-4090"]))
+# one of each compute capability; the least memory first
+SOME_CARDS = "t4", "rtx-3050-ti-laptop", "a100-40gb", "rtx-4050-laptop", "h100", "rtx-5090"
+
+
+@pytest.mark.parametrize("card", every(CARDS, ["rtx-4090"], SOME_CARDS))
 def test_every_card_has_a_row_per_size(run, card):
     result = told(run, "--card", card)
     assert result["card"] == card
