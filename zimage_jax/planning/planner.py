@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..errors import OutOfMemoryError, UsageError
@@ -236,28 +237,16 @@ class Planner:
             if option is not None
         }
         first = next(iter(taken.values()))
-
-        def held(device: int) -> Held:
-            activations: Counter[str] = Counter()
-            for own in (option and _on(option, device) for option in options):
-                if own is None:
-                    continue
-                if first.choice.stream is None:  # one job at a time
-                    activations |= Counter(own.activations)
-                else:
-                    activations.update(own.activations)
-            return Held(_on(first, device).weights, activations)
-
-        def scratch(device: int) -> int:
-            if device > len(first.others):  # the stage is on the first device alone
-                return 0
-            return max(
-                self._costs.scratch(stage, w, o.choice, device) for (w, _), o in taken.items()
-            )
-
         choices = tuple(option and option.choice for option in options)
-        of_each = tuple(map(held, range(devices)))
+        of_each = tuple(_held(options, device) for device in range(devices))
+        scratch = partial(self._scratch, stage, taken)
         return _Candidate(choices, of_each, first.stays, first.always, scratch)
+
+    def _scratch(self, stage: Stage, taken: Mapping[tuple[Work, int], Option], device: int) -> int:
+        """Bytes of a stage on a device, the most of the options `taken`."""
+        if device > len(next(iter(taken.values())).others):  # it is on the first device alone
+            return 0
+        return max(self._costs.scratch(stage, w, o.choice, device) for (w, _), o in taken.items())
 
     def _staying(
         self, candidates: dict[str, list["_Candidate"]], works: Sequence[Work], memory: Memory
@@ -392,6 +381,20 @@ def _on(option: Option, device: int) -> Held:
     """What an option holds on a device."""
     of_each = Held(option.weights, option.activations), *option.others
     return of_each[device] if device < len(of_each) else Held({}, {})
+
+
+def _held(options: Sequence[Option | None], device: int) -> Held:
+    """The parameters of the first option, and the activations of all: of one job at a time if there
+    is no stream."""
+    taken = [option for option in options if option is not None]
+    activations: Counter[str] = Counter()
+    for option in taken:
+        own = Counter(_on(option, device).activations)
+        if taken[0].choice.stream is None:
+            activations |= own
+        else:
+            activations.update(own)
+    return Held(_on(taken[0], device).weights, activations)
 
 
 class _Candidate(NamedTuple):
