@@ -57,6 +57,7 @@ def test_a_picture_is_repeated_from_the_same_picture_alone(files, tmp_path):
     assert not (tmp_path / "b.png").exists()
 
 
+@pytest.mark.exhaustive
 def test_seeds_are_explored_and_one_is_enlarged(run, tmp_path):
     words = ("a red circle", "--explore", 4, "-s", 3, "--steps", 2, "-o", "{seed}.png")
     code, out, _ = run(*words, model=None)

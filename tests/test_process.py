@@ -113,6 +113,7 @@ def killed(engine: ZImageProcess, kills: int, rng: random.Random) -> None:
         until(lambda: engine.starts > starts)  # noqa: B023
 
 
+@pytest.mark.exhaustive
 def test_a_killed_process_is_started_again_and_every_job_drawn_once(engine, alone):
     seen: list[list] = [[] for _ in JOBS]
     requests = [

@@ -103,6 +103,7 @@ def test_the_weights_are_copied_once_for_all(name, count, under):
         assert result.report["most_jobs_in_flight"] == count
 
 
+@pytest.mark.exhaustive
 def test_copies_are_spread_over_the_programs_of_a_visit(under, native, as_on_a_gpu):
     pipe = ZImage.load(native(MODEL), memory=SCHEDULES["ring"])
     jobs = [JOB | {"prompt": "a", "seed": n} for n in range(5)]

@@ -59,6 +59,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * np.log10(255**2 / max(np.mean((a.astype(float) - b.astype(float)) ** 2), 1e-12))
 
 
+@pytest.mark.exhaustive
 def test_the_checkpoints_own_steps_and_guidance_count_where_none_are_given(tmp_path):
     config = replace(small.CONFIGS["plain"], defaults=DefaultsConfig(2, 1.5))
     tensors = small.random_tensors(config)

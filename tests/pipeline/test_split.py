@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from tests.checkpoints_convert.test_control import saved
-from tests.schedules import MODEL, SCHEDULES
+from tests.schedules import MODEL, SCHEDULES, every
 from tests.small import CONFIGS
 from tests.weights import lora_files
 from zimage_jax import ZImage
@@ -45,7 +45,12 @@ def in_a_process(model, cases, *others) -> None:
 
 
 def test_several_devices_draw_the_picture_of_one(native):
-    in_a_process(native(MODEL), QUICK, "unequal", "overlapping")
+    in_a_process(native(MODEL), QUICK[:1])
+
+
+@pytest.mark.exhaustive
+def test_unequal_devices_draw_the_picture_of_one(native):
+    in_a_process(native(MODEL), QUICK[1:], "unequal", "overlapping")
 
 
 @pytest.mark.long
@@ -57,7 +62,7 @@ def test_several_devices_draw_the_picture_of_one_under_every_schedule(cases, nat
 WITH_LORAS = ["ring", "hybrid", "half a block", "resident", "auto", "disk"]
 
 
-@pytest.mark.parametrize("names", [["hybrid"], pytest.param(WITH_LORAS, marks=pytest.mark.long)])
+@pytest.mark.parametrize("names", every([["hybrid"], WITH_LORAS], [], [["hybrid"]]))
 def test_several_devices_draw_with_loras(names, native, tmp_path):
     style, both = (tmp_path / f"{name}.safetensors" for name in ("style", "both"))
     of_text = lora_files.text(CONFIGS[MODEL], lambda n: f"text_encoder.{n}", lora_files.AB).tensors

@@ -363,6 +363,7 @@ def test_unequal_cards_have_unequal_shares(run):
         assert max(sum(of.values()) for of in stages) == device["predicted_peak_bytes"]
 
 
+@pytest.mark.exhaustive
 def test_two_small_cards_hold_the_model_and_two_links_halve_what_the_link_bounds(run):
     def seconds(*words: str) -> tuple[float, dict]:
         code, out, err = run(*words, "512x512", "--json", command=plan.command)

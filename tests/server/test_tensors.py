@@ -83,6 +83,7 @@ def features(server, prompt: str, **options) -> np.ndarray:
     return unpack(data)[0]["features"]
 
 
+@pytest.mark.exhaustive
 def test_a_prompt_is_drawn_by_its_features_as_by_generate(server, pipe):
     found = features(server, "a red fox")
     (own,) = pipe.encode(["a red fox"])
@@ -229,6 +230,7 @@ def test_a_job_ends_with_its_connection(server):
     assert server.get("/memory")["devices"][0]["jobs"] == 0
 
 
+@pytest.mark.exhaustive
 def test_the_server_ends_with_its_parent(native, tmp_path):
     sleeper = subprocess.Popen(["sleep", "600"])
     arguments = "--model", native(MODEL), "--no-page", "--parent", sleeper.pid

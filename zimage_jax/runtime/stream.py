@@ -52,13 +52,13 @@ def replaced_by(spare: tuple, following: tuple) -> tuple:
 
 def with_leaves(slot: Chunk, filled: Chunk) -> Chunk:
     """A slot with the leaves of `filled` that are not None. A block may have fewer than its place."""
-
-    def block(old: Leaves, new: Leaves) -> Leaves:
-        pairs = zip(old, new, strict=False)
-        return (*(o if leaf is None else leaf for o, leaf in pairs), *old[len(new) :])
-
-    blocks = (block(*of) for of in zip(slot, filled, strict=False))
+    blocks = (_block_with_leaves(*of) for of in zip(slot, filled, strict=False))
     return (*blocks, *slot[len(filled) :])
+
+
+def _block_with_leaves(old: Leaves, new: Leaves) -> Leaves:
+    pairs = zip(old, new, strict=False)
+    return (*(o if leaf is None else leaf for o, leaf in pairs), *old[len(new) :])
 
 
 def parts(following: tuple, count: int) -> list[tuple]:
