@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from ..model.kv import Nfe
-from ..planning.plan import StreamPlan
 from ..planning.schedule import Load, Pin, Visit, actions, loads
+from ..planning.stream_plan import StreamPlan
 from ..units import tree_bytes
 from ..weights.formats import Storage
 from .placement import Placement
