@@ -27,6 +27,15 @@ from tqdm import tqdm
 from . import cli, options
 from .errors import OutputError, UsageError, ZImageError
 from .files import lock, open_regular, parse_json, printable
+from .memory_options import (
+    CLUSTER,
+    DEVICES,
+    engine_of,
+    memory_of,
+    memory_options,
+    split_option,
+    start_on,
+)
 from .options import FILE
 from .talk import Talk
 
@@ -73,10 +82,10 @@ class _PartType(click.ParamType):
 @options.MODEL
 @options.CONTROL
 @options.DTYPE
-@options.memory_options
-@options.DEVICES
-@options.split("pictures")
-@options.CLUSTER
+@memory_options
+@DEVICES
+@split_option("pictures")
+@CLUSTER
 @click.option(
     "--part",
     type=_PartType(),
@@ -139,13 +148,13 @@ def command(
                         tqdm.write(f"warning: {line}", file=sys.stderr)
 
                 places: Any = {"devices": devices, "split": split, "cluster": cluster, "say": say}
-                opened = options.engine_of(model, **places, memory_flags=memory_flags, **given)
+                opened = engine_of(model, **places, memory_flags=memory_flags, **given)
                 pipe = stack.enter_context(opened())
             else:
-                device = options.only(devices)
+                device = start_on(devices)
                 from .pipeline.pipeline import ZImage
 
-                memory = options.memory_of(**memory_flags)
+                memory = memory_of(**memory_flags)
                 pipe = ZImage.load(model, memory=memory, device=device, **given)
             talk.start(pipe, pipe.memory)
             with Progress(len(todo), silent=quiet or as_json) as progress:

@@ -11,6 +11,7 @@ import click
 
 from . import cli, devices, options
 from .errors import OutOfMemoryError, UsageError
+from .memory_options import memory_of, memory_options
 from .units import GIB, MIB
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ BUCKET = 64  # caption tokens: a sentence or two
 )
 @options.lora_options
 @options.kv_options
-@options.memory_options
+@memory_options
 @click.option("--explain", is_flag=True, help="Print what takes the device memory, array by array.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -141,7 +142,7 @@ def command(
     """
     cli.start_jax()
     names = _cards(card, cards, split, host_gbps)
-    memory = options.memory_of(devices=tuple(range(len(names))), **memory_flags)
+    memory = memory_of(devices=tuple(range(len(names))), **memory_flags)
     kv = options.kv_of(
         {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
     )
