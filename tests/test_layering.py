@@ -26,8 +26,8 @@ FLOORS = [
     ("server",),
     (
         *("__init__", "interrupts", "cli", "options", "memory_options", "picture_options"),
-        *("naming", "origin", "talk", "worker", "generate", "batch", "serve", "devices", "plan"),
-        *("comfyui", "__main__"),
+        *("naming", "origin", "talk", "worker", "generate", "batch", "serve", "devices"),
+        *("plan_table", "plan", "comfyui", "__main__"),
     ),
 ]
 CONVERTER_ORDER = [
