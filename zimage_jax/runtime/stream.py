@@ -102,6 +102,11 @@ class Sweeps(NamedTuple):
 
     nfes: tuple[Nfe | None, ...] = (None,)
 
+    def may_stop(self, index: int) -> bool:
+        """Whether the job can go on from the host at this NFE: it reuses no K and V."""
+        nfe = self.nfes[index] if index < len(self.nfes) else None
+        return nfe is None or not nfe.reuses
+
 
 @runtime_checkable
 class Pinned(Protocol):
