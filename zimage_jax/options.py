@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from . import checks
 from .errors import UsageError
 from .files import printable, read_toml
+from .model.choices import LARGEST_LORA_WEIGHT
 from .units import COMPUTE
 
 if TYPE_CHECKING:
@@ -199,7 +200,9 @@ class LoraFile(click.ParamType):
             number = None
         if number is None:
             return Path(value), 1.0
-        return Path(file), checks.real(place_of(param, context), number, -100, 100)
+        return Path(file), checks.real(
+            place_of(param, context), number, -LARGEST_LORA_WEIGHT, LARGEST_LORA_WEIGHT
+        )
 
 
 _LORA = [

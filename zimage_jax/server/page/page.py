@@ -22,8 +22,8 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...errors import UsageError, ZImageError
+from ...model.choices import MOST_LORAS
 from ...model.samplers import SAMPLERS
-from ...pipeline.loras import MOST_LORAS
 from ...pipeline.opened import check_pixels
 from ...pipeline.picture import encode_png, metadata_in
 from ...pipeline.size import parse_size
