@@ -1,5 +1,5 @@
-"""Names that users choose among, and bounds of LoRAs. Apart from what they name, which takes longer to import than a
-command's checks of its options."""
+"""Names that users choose among, and bounds of LoRAs. Apart from what they name, which takes longer
+to import than a command's checks of its options."""
 
 SAMPLERS = "euler", "dpmpp_2m", "res_multistep", "heun", "euler_ancestral"
 SCHEDULES = "simple", "sgm_uniform", "beta", "linear_quadratic"
