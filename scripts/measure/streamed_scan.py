@@ -60,7 +60,7 @@ def ahead(apply: Callable, stacked: tuple, x):
 
 def compiled(programs: CardPrograms, work: Work, run: Callable) -> tuple:
     """Executable and device bytes it takes beside its arguments."""
-    tree = programs.tree("transformer", "layers.0")
+    (tree,) = STORAGE.trees("transformer", ["layers.0"])
     host = Placement.on_host().sharding(HOST)
     inputs = dit.inputs(
         TURBO.transformer, work.h, work.w, np.full(1, work.bucket, np.int32), work.bucket
