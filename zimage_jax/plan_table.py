@@ -7,6 +7,8 @@ import click
 
 from .units import GIB, MIB
 
+_LAYOUT = "{:>11}  {:<9} {:>6} {:>8} {:>9} {:>9} {:>9}  {}"
+
 
 def print_table(result: dict[str, Any]) -> None:
     """A line for each size, then what they have in common."""
@@ -16,29 +18,10 @@ def print_table(result: dict[str, Any]) -> None:
     budget = " and ".join(f"{of / GIB:.2f}" for of in budgets) + " GiB may be used"
     guided = ", with guidance" if result["guidance"] else ""
     click.echo(f"{result['model']} on {result['card']}: {budget}, {result['nfes']} NFEs{guided}")
-    layout = "{:>11}  {:<9} {:>6} {:>8} {:>9} {:>9} {:>9}  {}"
     sizes = ("peak GiB", "host GiB", "seconds")
-    click.echo(layout.format("size", "schedule", "chunks", "resident", *sizes, "bound by"))
+    click.echo(_LAYOUT.format("size", "schedule", "chunks", "resident", *sizes, "bound by"))
     for row in result["sizes"]:
-        peak = _gib(row["predicted_peak_bytes"])
-        if row["schedule"] is None:
-            click.echo(layout.format(row["size"], "none fits", "", "", peak, "", "", "memory"))
-            continue
-        line = layout.format(
-            row["size"],
-            row["schedule"],
-            row["chunks"],
-            row["resident_chunks"],
-            peak,
-            _gib(row["host_bytes"]),
-            f"{row['predicted_seconds']:.1f}",
-            row["bound_by"],
-        )
-        click.echo(line)
-        for number, of in enumerate(row.get("devices", [])):
-            words = f"{of['copied_bytes_per_nfe'] / GIB:.2f} GiB copied per NFE"
-            own = (of["chunks"], of["resident_chunks"], _gib(of["predicted_peak_bytes"]), "", "")
-            click.echo(layout.format("", f"device {number}", *own, f"{of['card']}, {words}"))
+        _print_row(row)
     plain = [
         f"{row['size']} {row['predicted_seconds_in_bfloat16']:.1f} s"
         for row in result["sizes"]
@@ -71,6 +54,29 @@ def print_table(result: dict[str, Any]) -> None:
     click.echo(
         f"rates: {result['rates']}; the first picture, parameters {source}, programs compiled"
     )
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    """A line, and one for each device of several."""
+    peak = _gib(row["predicted_peak_bytes"])
+    if row["schedule"] is None:
+        click.echo(_LAYOUT.format(row["size"], "none fits", "", "", peak, "", "", "memory"))
+        return
+    line = _LAYOUT.format(
+        row["size"],
+        row["schedule"],
+        row["chunks"],
+        row["resident_chunks"],
+        peak,
+        _gib(row["host_bytes"]),
+        f"{row['predicted_seconds']:.1f}",
+        row["bound_by"],
+    )
+    click.echo(line)
+    for number, of in enumerate(row.get("devices", [])):
+        words = f"{of['copied_bytes_per_nfe'] / GIB:.2f} GiB copied per NFE"
+        own = (of["chunks"], of["resident_chunks"], _gib(of["predicted_peak_bytes"]), "", "")
+        click.echo(_LAYOUT.format("", f"device {number}", *own, f"{of['card']}, {words}"))
 
 
 def print_arrays(result: dict[str, Any]) -> None:
