@@ -17,8 +17,9 @@ from zimage_jax import Memory, ZImage, cli, generate, plan
 from zimage_jax.errors import UsageError
 from zimage_jax.pipeline.stages import STAGES
 from zimage_jax.planning import cards, schedule
-from zimage_jax.planning.plan import Choice, Option, Sizes, StreamPlan, stream_plan
+from zimage_jax.planning.plan import Choice, Option, Sizes
 from zimage_jax.planning.schedule import Row
+from zimage_jax.planning.stream_plan import StreamPlan, stream_plan
 from zimage_jax.weights.formats import FORMATS, Storage
 from zimage_jax.weights.writer import save
 

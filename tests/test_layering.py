@@ -25,8 +25,9 @@ FLOORS = [
     ("cluster",),
     ("server",),
     (
-        *("__init__", "interrupts", "cli", "options", "picture_options", "naming", "origin"),
-        *("talk", "worker", "generate", "batch", "serve", "devices", "plan", "comfyui", "__main__"),
+        *("__init__", "interrupts", "cli", "options", "memory_options", "picture_options"),
+        *("naming", "origin", "talk", "worker", "generate", "batch", "serve", "devices"),
+        *("plan_table", "plan", "comfyui", "__main__"),
     ),
 ]
 CONVERTER_ORDER = [

@@ -7,8 +7,9 @@ import click
 import pytest
 
 from tests.test_generate import SMALL
-from zimage_jax import Memory, options
+from zimage_jax import Memory
 from zimage_jax.errors import UsageError
+from zimage_jax.memory_options import memory_of, memory_options
 from zimage_jax.planning import cards
 
 
@@ -240,9 +241,9 @@ def memory(*words) -> Memory:
     found = []
 
     @click.command()
-    @options.memory_options
+    @memory_options
     def command(**given):
-        found.append(options.memory_of(**given))
+        found.append(memory_of(**given))
 
     command.main([*map(str, words)], standalone_mode=False)
     return found[0]

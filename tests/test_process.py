@@ -60,7 +60,7 @@ def test_pictures_are_those_of_this_process(engine, alone):
     assert len(steps) == sum(job["steps"] for job in JOBS)
     assert steps[0].previews().shape == (1, 6, 8, 3)
     assert events.count(None) == len(JOBS)
-    assert "float32 on cpu" in engine.description
+    assert "float32 on cpu" in engine.describe()
 
 
 def test_a_plan_and_errors_come_back(engine):

@@ -15,7 +15,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,6 +27,15 @@ from tqdm import tqdm
 from . import cli, options
 from .errors import OutputError, UsageError, ZImageError
 from .files import lock, open_regular, parse_json, printable
+from .memory_options import (
+    CLUSTER,
+    DEVICES,
+    engine_of,
+    memory_of,
+    memory_options,
+    split_option,
+    start_on,
+)
 from .options import FILE
 from .talk import Talk
 
@@ -73,10 +82,10 @@ class _PartType(click.ParamType):
 @options.MODEL
 @options.CONTROL
 @options.DTYPE
-@options.memory_options
-@options.DEVICES
-@options.split("pictures")
-@options.CLUSTER
+@memory_options
+@DEVICES
+@split_option("pictures")
+@CLUSTER
 @click.option(
     "--part",
     type=_PartType(),
@@ -129,24 +138,9 @@ def command(
         if done and not (quiet or as_json):
             click.echo(f"{done} pictures are drawn already", err=True)
         talk = Talk(quiet or as_json, is_tiny=model is None)
-        with talk.warnings(), ExitStack() as stack:
-            given = {"control": control, "dtype": dtype, "in_flight": in_flight}
-            pipe: Any
-            if devices is not None or cluster is not None:
-
-                def say(line: str) -> None:
-                    if not quiet:
-                        tqdm.write(f"warning: {line}", file=sys.stderr)
-
-                places: Any = {"devices": devices, "split": split, "cluster": cluster, "say": say}
-                opened = options.engine_of(model, **places, memory_flags=memory_flags, **given)
-                pipe = stack.enter_context(opened())
-            else:
-                device = options.only(devices)
-                from .pipeline.pipeline import ZImage
-
-                memory = options.memory_of(**memory_flags)
-                pipe = ZImage.load(model, memory=memory, device=device, **given)
+        places = {"devices": devices, "split": split, "cluster": cluster}
+        given = {"control": control, "dtype": dtype, "in_flight": in_flight}
+        with talk.warnings(), _opened(model, places, memory_flags, given, quiet) as pipe:
             talk.start(pipe, pipe.memory)
             with Progress(len(todo), silent=quiet or as_json) as progress:
                 for line, found in _draw_all(pipe, todo):
@@ -164,6 +158,27 @@ def command(
                     progress.add(isinstance(found, Exception))
     if failed:
         raise click.ClickException(f"{failed} of {len(lines)} jobs were not drawn")
+
+
+@contextmanager
+def _opened(
+    model: Path | None, places: dict, memory_flags: dict, given: dict, quiet: bool
+) -> Iterator[Any]:
+    """The model in this process, or the engine that `places` ask for."""
+    if places["devices"] is None and places["cluster"] is None:
+        device = start_on(None)
+        from .pipeline.pipeline import ZImage
+
+        yield ZImage.load(model, memory=memory_of(**memory_flags), device=device, **given)
+        return
+
+    def say(line: str) -> None:
+        if not quiet:
+            tqdm.write(f"warning: {line}", file=sys.stderr)
+
+    opened = engine_of(model, **places, say=say, memory_flags=memory_flags, **given)
+    with opened() as engine:
+        yield engine
 
 
 class Progress:

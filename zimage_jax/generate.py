@@ -18,6 +18,7 @@ import click
 from . import checks, cli, naming, options
 from .errors import UsageError
 from .files import printable, read_text, write_whole
+from .memory_options import DEVICES, memory_of, memory_options, split_option, start_on
 from .options import FILE, Number
 from .origin import Origin
 from .picture_options import OF_CANVAS, OF_JOB, picture_options
@@ -93,9 +94,9 @@ LARGEST_PROMPT = 64 << 10  # bytes: 512 tokens of 128 characters, Qwen's longest
 @options.lora_options
 @options.kv_options
 @options.ATTENTION
-@options.memory_options
-@options.DEVICES
-@options.split("chunks")
+@memory_options
+@DEVICES
+@split_option("chunks")
 @click.option(
     "--batch-size",
     type=Number(int, 1, 1024),
@@ -211,8 +212,8 @@ def command(
     with talk.warnings():
         if devices and split == "pictures":
             raise UsageError("--split pictures: generate draws in one process; batch has more")
-        memory = options.memory_of(devices=devices or (), **flags)
-        device = options.only(devices)  # starting JAX takes a second, so only after the checks
+        memory = memory_of(devices=devices or (), **flags)
+        device = start_on(devices)  # starting JAX takes a second, so only after the checks
         from .pipeline.pipeline import ZImage
 
         job["kv"] = options.kv_of(kv, picture_kv)

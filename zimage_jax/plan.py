@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +11,17 @@ import click
 
 from . import cli, devices, options
 from .errors import OutOfMemoryError, UsageError
-from .units import GIB, MIB
+from .memory_options import memory_of, memory_options
+from .plan_table import print_arrays, print_table
 
 if TYPE_CHECKING:
     from .model.config import ModelConfig
     from .model.kv import KVPolicy
     from .model.samplers import Trajectory
-    from .planning.plan import Budget, Memory, Plan
+    from .planning.cards import Card, MeasuredCard
+    from .planning.plan import Budget, Memory, Plan, Sizes
+    from .planning.planner import Planner
+    from .planning.work import Work
     from .weights.formats import Storage
 
 BUCKET = 64  # caption tokens: a sentence or two
@@ -106,7 +110,7 @@ BUCKET = 64  # caption tokens: a sentence or two
 )
 @options.lora_options
 @options.kv_options
-@options.memory_options
+@memory_options
 @click.option("--explain", is_flag=True, help="Print what takes the device memory, array by array.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -141,22 +145,14 @@ def command(
     """
     cli.start_jax()
     names = _cards(card, cards, split, host_gbps)
-    memory = options.memory_of(devices=tuple(range(len(names))), **memory_flags)
+    memory = memory_of(devices=tuple(range(len(names))), **memory_flags)
     kv = options.kv_of(
         {"dtype": kv_dtype, "switch_t": kv_switch_t, "group": kv_group, "reuse": kv_reuse}
     )
-    if compiles and not names:
-        raise click.UsageError(
-            "--compile needs --card or --cards: for this machine's own device, programs are always compiled"
-        )
-    if disk_gbps and memory.host_bytes is None:
-        raise click.UsageError(
-            "--disk-gbps needs --host-memory, the size of the window on the checkpoint"
-        )
+    _check_needs(compiles, disk_gbps, names, memory)
     from .model.samplers import Trajectory
     from .planning.cards import find
-    from .planning.stored import StoredCosts
-    from .weights.formats import describe, is_encoded, uniform
+    from .weights.formats import describe, is_encoded
 
     wanted = list(map(find, names))
     name, storage = _model(model, form, bool(wanted), control)
@@ -177,16 +173,12 @@ def command(
         guidance=storage.config.defaults.guidance,
         strength=strength,
     )
-    from_picture = strength is not None
-    rows = list(
-        _rows(storage, device, memory, kv, budget, pixels, path, from_picture, in_flight or 1)
-    )
+    asked = _Asked(memory, kv, budget, path, strength is not None, in_flight or 1)
+    rows = _rows(storage, device, asked, pixels)
     if wanted and is_encoded(storage) and not compiles:
-        plain = uniform(storage.config, "bfloat16")
-        as_plain = replace(device, costs=StoredCosts(plain, *wanted))
-        found = _rows(plain, as_plain, memory, kv, budget, pixels, path, from_picture, 1)
-        for row, other in zip(rows, found, strict=True):
-            row["predicted_seconds_in_bfloat16"] = other["predicted_seconds"]
+        plain = _in_bfloat16(wanted, storage.config, device, asked, pixels)
+        for row, of_plain in zip(rows, plain, strict=True):
+            row["predicted_seconds_in_bfloat16"] = of_plain["predicted_seconds"]
     result = {
         "card": device.name,
         **({"cards": list(device.names)} if device.others else {}),
@@ -205,9 +197,9 @@ def command(
     if as_json:
         click.echo(json.dumps(result))
     else:
-        _print(result)
+        print_table(result)
         if explain:
-            _explain(result)
+            print_arrays(result)
 
 
 # -- cards ---------------------------------------------------------------------------------------
@@ -227,6 +219,20 @@ def _cards(
     if host_gbps is not None and len(names) < 2:
         raise UsageError("--host-gbps needs --cards: one card's link is slower than the host")
     return names
+
+
+def _check_needs(
+    compiles: bool, disk_gbps: float | None, names: list[str], memory: "Memory"
+) -> None:
+    """Raises click.UsageError for a flag without the one that it needs."""
+    if compiles and not names:
+        raise click.UsageError(
+            "--compile needs --card or --cards: for this machine's own device, programs are always compiled"
+        )
+    if disk_gbps and memory.host_bytes is None:
+        raise click.UsageError(
+            "--disk-gbps needs --host-memory, the size of the window on the checkpoint"
+        )
 
 
 def _budget(memory: "Memory", device: devices.Device, *, is_card: bool) -> "Budget":
@@ -310,87 +316,127 @@ def _pixels(text: str, config: "ModelConfig") -> tuple[int, int]:
 # -- the plans -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What the pictures of every size have in common."""
+
+    memory: "Memory"
+    kv: "KVPolicy"
+    budget: "Budget"
+    path: "Trajectory"
+    from_picture: bool
+    in_flight: int
+
+
 def _rows(
-    storage: "Storage",
-    device: devices.Device,
-    memory: "Memory",
-    kv: "KVPolicy",
-    budget: "Budget",
-    pixels: list,
-    path: "Trajectory",
-    from_picture: bool,
-    in_flight: int,
-) -> Iterator[dict]:
-    """One row per size. If no plan fits, it has no schedule, and the peak of the smallest plan."""
+    storage: "Storage", device: devices.Device, asked: _Asked, pixels: list[tuple[int, int]]
+) -> list[dict]:
+    """One row per size."""
     import jax.numpy as jnp
 
-    from .pipeline.size import region_of
     from .pipeline.stages import STAGES
-    from .planning.plan import Sizes, host_bytes
+    from .planning.plan import Sizes
     from .planning.planner import Planner
-    from .planning.seconds import Rates, bound_by, seconds
-    from .planning.work import Work
 
-    config, sizes = storage.config, Sizes(storage, jnp.dtype(device.compute).itemsize)
+    sizes = Sizes(storage, jnp.dtype(device.compute).itemsize)
     rates = (device.rates, *device.others) if device.others else None
     planner = Planner(STAGES, storage, sizes.compute_bytes, device.costs, rates)
-    for width, height in pixels:
-        work = Work.of(
-            config,
-            width,
-            height,
-            path,
-            kv,
-            device.compute,
-            bucket=BUCKET,
-            prompts=2 if config.defaults.guidance else 1,
-            encodes=from_picture,
-            controls=config.control is not None,
-            region=region_of(config, width, height) if from_picture else None,
-        )
-        row: dict = {"size": f"{width}x{height}", "width": width, "height": height}
-        try:
-            plan = planner.plan(work, memory, budget)
-        except OutOfMemoryError as fault:
-            yield row | {
-                "schedule": None,
-                "chunks": None,
-                "resident_chunks": None,
-                "predicted_peak_bytes": fault.needed,
-                "predicted_seconds": None,
-                "bound_by": None,
-                "host_bytes": None,
-            }
-            continue
-        others = device.others
-        by_stage = seconds(STAGES, plan, work, sizes, device.rates, others=others)
-        plans = planner.most_together(work, plan, memory, budget, in_flight)
-        of_all = seconds(STAGES, plans[0], work, sizes, device.rates, len(plans), others)
-        free = Rates(math.inf, 1.0)
-        yield row | {
-            "schedule": plan.schedule,
-            "chunks": len(plan.denoise.main_chunks),
-            "resident_chunks": plan.denoise.resident_chunks,
-            "vae_rows": plan.choices["decode"].rows,
-            "predicted_peak_bytes": plan.peak_bytes,
-            "predicted_peak_bytes_by_stage": plan.peak_bytes_by_stage,
-            "predicted_arrays_by_stage": {s: dict(of) for s, of in plan.arrays_by_stage.items()},
-            "predicted_seconds": round(sum(by_stage.values()), 3),
-            "predicted_seconds_by_stage": {
-                stage: round(value, 3) for stage, value in by_stage.items()
-            },
-            "in_flight": len(plans),
-            "predicted_peak_bytes_in_flight": plans[0].peak_bytes,
-            "predicted_seconds_in_flight": round(sum(of_all.values()), 3),
-            "bound_by": bound_by(STAGES, plan, work, sizes, device.rates, others),
-            **(
-                {"devices": _of_each(plan, device)}
-                if others
-                else {"link_bytes": round(sum(seconds(STAGES, plan, work, sizes, free).values()))}
-            ),
-            "kv_bytes": work.kv_bytes(config.transformer),
-            "host_bytes": host_bytes(plan, storage, shares_memory=device.shares_memory),
+    return [_row(planner, sizes, device, asked, *size) for size in pixels]
+
+
+def _in_bfloat16(
+    wanted: "Sequence[Card | MeasuredCard]",
+    config: "ModelConfig",
+    device: devices.Device,
+    asked: _Asked,
+    pixels: list[tuple[int, int]],
+) -> list[dict]:
+    """The rows of the model as bfloat16, from stored figures."""
+    from .planning.stored import StoredCosts
+    from .weights.formats import uniform
+
+    plain = uniform(config, "bfloat16")
+    as_plain = replace(device, costs=StoredCosts(plain, *wanted))
+    return _rows(plain, as_plain, replace(asked, in_flight=1), pixels)
+
+
+def _row(
+    planner: "Planner",
+    sizes: "Sizes",
+    device: devices.Device,
+    asked: _Asked,
+    width: int,
+    height: int,
+) -> dict:
+    """If no plan fits, it has no schedule, and the peak of the smallest plan."""
+    from .pipeline.size import region_of
+    from .planning.work import Work
+
+    config = sizes.config
+    work = Work.of(
+        config,
+        width,
+        height,
+        asked.path,
+        asked.kv,
+        device.compute,
+        bucket=BUCKET,
+        prompts=2 if config.defaults.guidance else 1,
+        encodes=asked.from_picture,
+        controls=config.control is not None,
+        region=region_of(config, width, height) if asked.from_picture else None,
+    )
+    row: dict = {"size": f"{width}x{height}", "width": width, "height": height}
+    try:
+        plan = planner.plan(work, asked.memory, asked.budget)
+    except OutOfMemoryError as fault:
+        return row | {
+            "schedule": None,
+            "chunks": None,
+            "resident_chunks": None,
+            "predicted_peak_bytes": fault.needed,
+            "predicted_seconds": None,
+            "bound_by": None,
+            "host_bytes": None,
         }
+    plans = planner.most_together(work, plan, asked.memory, asked.budget, asked.in_flight)
+    return row | _of_plan(plan, plans, work, sizes, device)
+
+
+def _of_plan(
+    plan: "Plan", together: "Sequence[Plan]", work: "Work", sizes: "Sizes", device: devices.Device
+) -> dict:
+    """The row of a plan. `together`: those of the pictures in flight."""
+    from .pipeline.stages import STAGES
+    from .planning.plan import host_bytes
+    from .planning.seconds import Rates, bound_by, seconds
+
+    others = device.others
+    by_stage = seconds(STAGES, plan, work, sizes, device.rates, others=others)
+    of_all = seconds(STAGES, together[0], work, sizes, device.rates, len(together), others)
+    free = Rates(math.inf, 1.0)
+    return {
+        "schedule": plan.schedule,
+        "chunks": len(plan.denoise.main_chunks),
+        "resident_chunks": plan.denoise.resident_chunks,
+        "vae_rows": plan.choices["decode"].rows,
+        "predicted_peak_bytes": plan.peak_bytes,
+        "predicted_peak_bytes_by_stage": plan.peak_bytes_by_stage,
+        "predicted_arrays_by_stage": {s: dict(of) for s, of in plan.arrays_by_stage.items()},
+        "predicted_seconds": round(sum(by_stage.values()), 3),
+        "predicted_seconds_by_stage": {stage: round(value, 3) for stage, value in by_stage.items()},
+        "in_flight": len(together),
+        "predicted_peak_bytes_in_flight": together[0].peak_bytes,
+        "predicted_seconds_in_flight": round(sum(of_all.values()), 3),
+        "bound_by": bound_by(STAGES, plan, work, sizes, device.rates, others),
+        **(
+            {"devices": _of_each(plan, device)}
+            if others
+            else {"link_bytes": round(sum(seconds(STAGES, plan, work, sizes, free).values()))}
+        ),
+        "kv_bytes": work.kv_bytes(sizes.config.transformer),
+        "host_bytes": host_bytes(plan, sizes.storage, shares_memory=device.shares_memory),
+    }
 
 
 def _of_each(plan: "Plan", device: devices.Device) -> list[dict]:
@@ -427,88 +473,6 @@ def _recommended(rows: list[dict], config: "ModelConfig") -> str | None:
     if within:
         return max(within, key=pixels)["size"]
     return min(fitting, key=pixels)["size"] if fitting else None
-
-
-def _print(result: dict) -> None:
-    from .planning.plan import each
-
-    budgets = each(result["budget_bytes"])
-    budget = " and ".join(f"{of / GIB:.2f}" for of in budgets) + " GiB may be used"
-    guided = ", with guidance" if result["guidance"] else ""
-    click.echo(f"{result['model']} on {result['card']}: {budget}, {result['nfes']} NFEs{guided}")
-    layout = "{:>11}  {:<9} {:>6} {:>8} {:>9} {:>9} {:>9}  {}"
-    sizes = ("peak GiB", "host GiB", "seconds")
-    click.echo(layout.format("size", "schedule", "chunks", "resident", *sizes, "bound by"))
-    for row in result["sizes"]:
-        peak = _gib(row["predicted_peak_bytes"])
-        if row["schedule"] is None:
-            click.echo(layout.format(row["size"], "none fits", "", "", peak, "", "", "memory"))
-            continue
-        line = layout.format(
-            row["size"],
-            row["schedule"],
-            row["chunks"],
-            row["resident_chunks"],
-            peak,
-            _gib(row["host_bytes"]),
-            f"{row['predicted_seconds']:.1f}",
-            row["bound_by"],
-        )
-        click.echo(line)
-        for number, of in enumerate(row.get("devices", [])):
-            words = f"{of['copied_bytes_per_nfe'] / GIB:.2f} GiB copied per NFE"
-            own = (of["chunks"], of["resident_chunks"], _gib(of["predicted_peak_bytes"]), "", "")
-            click.echo(layout.format("", f"device {number}", *own, f"{of['card']}, {words}"))
-    plain = [
-        f"{row['size']} {row['predicted_seconds_in_bfloat16']:.1f} s"
-        for row in result["sizes"]
-        if row.get("predicted_seconds_in_bfloat16") is not None
-    ]
-    together = [
-        f"{row['size']} {row['in_flight']} in {row['predicted_seconds_in_flight']:.1f} s and "
-        f"{_gib(row['predicted_peak_bytes_in_flight'])} GiB, "
-        f"{60 * row['in_flight'] / row['predicted_seconds_in_flight']:.1f} a minute"
-        for row in result["sizes"]
-        if row.get("in_flight", 1) > 1
-    ]
-    for line in together:
-        click.echo(f"in flight together: {line}")
-    if plain:
-        click.echo(f"stored as {result['format']}; in bfloat16: {', '.join(plain)}")
-    none = "none of these sizes; a smaller one, or a larger budget"
-    click.echo(f"recommended: {result['recommended_size'] or none}")
-    if result["context_bytes"]:
-        context = _gib(result["context_bytes"])
-        where = f"{context} GiB of the card for CUDA's own context, {result['context']}"
-        click.echo(f"beside the peak: {where}")
-    click.echo(f"temporaries: {result['temporaries']}")
-    source = "in host memory"
-    if "host" in result:
-        click.echo(f"host memory: {result['host']}")
-    if "disk" in result:
-        click.echo(f"disk: {result['disk']}")
-        source = "read from disk at every visit"
-    click.echo(
-        f"rates: {result['rates']}; the first picture, parameters {source}, programs compiled"
-    )
-
-
-def _explain(result: dict) -> None:
-    """For each size and device, the arrays of every stage when it takes most, the largest first."""
-    for row in result["sizes"]:
-        for number, of in enumerate(row.get("devices", [row])):
-            where = f" on device {number}" if "devices" in row else ""
-            for stage, arrays in of.get("predicted_arrays_by_stage", {}).items():
-                total = sum(arrays.values())
-                most = " (the peak)" if total == of["predicted_peak_bytes"] else ""
-                click.echo(f"\n{row['size']} {stage}{where}: {total / MIB:,.1f} MiB{most}")
-                for name, nbytes in sorted(arrays.items(), key=lambda item: -item[1]):
-                    click.echo(f"{nbytes / MIB:11,.1f}  {name}")
-
-
-def _gib(size: int) -> str:
-    """GiB with two decimals, rounded up."""
-    return f"{math.ceil(size / GIB * 100) / 100:.2f}"
 
 
 def main() -> None:

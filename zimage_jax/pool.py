@@ -11,18 +11,18 @@ from typing import Any
 from .errors import EngineError
 from .pipeline.request import Event
 from .planning.plan import Memory
-from .process import PATIENCE, Remote, ZImageProcess, with_seed
+from .process import PATIENCE, Remote, Sender, ZImageProcess
 
 READY = 2  # jobs that a process has beyond those in flight, planned while those are drawn
 
 
-class ZImagePool:
+class ZImagePool(Sender):
     """As ZImageProcess, but with a process for each of `devices`, by the numbers that nvidia-smi
     gives them; a number may repeat. A job gives the same picture on any of them.
 
     Jobs wait here until a process has room for them, so that a faster device draws more of them. If
     a process cannot be started again, its jobs go to the others. `memory`: the options of all
-    processes, or one for each.
+    processes, or one for each. `plan`: of the device whose process has the fewest jobs.
 
     Each process reads the weights into host memory for itself, unless `Memory.host_bytes` lets all
     of them read blocks from the one page cache. Raises what ZImageProcess raises.
@@ -78,12 +78,6 @@ class ZImagePool:
         self.processes = []
         self._lock, self._waiting = threading.RLock(), deque[Remote]()
 
-    def __enter__(self) -> "ZImagePool":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return f"<ZImagePool: {self.processes}>"
 
@@ -123,40 +117,11 @@ class ZImagePool:
                 found[name] = found.get(name, 0) + nbytes
         return found
 
-    def describe(self) -> str:
-        return self.description
-
-    def submit(
-        self,
-        prompt: str | None = None,
-        *,
-        on_event: Callable[[Event | None], None] | None = None,
-        **options: Any,
-    ) -> Remote:
-        """As ZImageProcess.submit."""
-        return self._sent("submit", with_seed({"prompt": prompt, **options}), on_event)
-
-    def encode(
-        self,
-        texts: Sequence[str],
-        *,
-        on_event: Callable[[Event | None], None] | None = None,
-        **options: Any,
-    ) -> Remote:
-        """As ZImageProcess.encode."""
-        return self._sent("encode", {"texts": texts, **options}, on_event)
-
-    def plan(self, prompt: str | None = None, **options: Any) -> Remote:
-        """As ZImageProcess.plan, of the device whose process has the fewest jobs."""
-        return self._sent("plan", {"prompt": prompt, **options}, None)
-
     def restart(self, memory: Memory | None = None) -> None:
-        """Start all processes again, with other options about memory; every job goes on."""
         for process in self.processes:
             process.restart(memory)
 
     def close(self) -> None:
-        """End the processes, and all jobs that are not done."""
         for process in self.processes:
             process.close()
         self._end_waiting(CancelledError("the engine was closed"))

@@ -7,13 +7,14 @@ import secrets
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from . import checks
 from .errors import EngineError, UsageError
@@ -28,8 +29,9 @@ PATIENCE = 600.0  # seconds without a program compiled or launched; compiling ta
 TRIES = 5  # deaths of the process without an NFE of a job in flight, until the job is to blame
 STARTS = 3  # tries to start the process
 
-
 _NUMBERS = itertools.count(1)  # of jobs, unique among all processes
+
+Own = TypeVar("Own")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -97,7 +99,64 @@ def with_seed(options: dict[str, Any]) -> dict[str, Any]:
     return options | {"seed": drawn[0] if isinstance(seed, int) else drawn}
 
 
-class ZImageProcess:
+class Sender(ABC):
+    """Sends jobs to processes, one or several, which have a model open."""
+
+    config: ModelConfig
+    name: str  # of the model
+    description: str  # of the model, for a person
+
+    def __enter__(self: Own) -> Own:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def describe(self) -> str:
+        """As ZImage.describe."""
+        return self.description
+
+    def submit(
+        self,
+        prompt: str | None = None,
+        *,
+        on_event: Callable[[Event | None], None] | None = None,
+        **options: Any,
+    ) -> Remote:
+        """As ZImage.submit, but what is wrong with the job is raised by `result`. A seed of -1 is
+        drawn here, so that the job is the same in each process."""
+        return self._sent("submit", with_seed({"prompt": prompt, **options}), on_event)
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        on_event: Callable[[Event | None], None] | None = None,
+        **options: Any,
+    ) -> Remote:
+        """As ZImage.submit_encode."""
+        return self._sent("encode", {"texts": texts, **options}, on_event)
+
+    def plan(self, prompt: str | None = None, **options: Any) -> Remote:
+        """As ZImage.plan: its result is Planned."""
+        return self._sent("plan", {"prompt": prompt, **options}, None)
+
+    @abstractmethod
+    def restart(self, memory: Memory | None = None) -> None:
+        """Start the processes again, with other options about memory; every job goes on."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the processes, and all jobs that are not done."""
+
+    @abstractmethod
+    def _sent(
+        self, word: str, job: dict[str, Any], on_event: Callable[[Event | None], None] | None
+    ) -> Remote:
+        """Send a job to submit, to encode or to plan. Raises UsageError and EngineError."""
+
+
+class ZImageProcess(Sender):
     """A model in a process of its own: a crash, a hang or another budget starts it again, and every
     job goes on. A job gives the same picture in any process.
 
@@ -155,16 +214,6 @@ class ZImageProcess:
         )
         self._watcher.start()
 
-    config: ModelConfig
-    name: str  # of the model
-    description: str  # of the model, for a person
-
-    def __enter__(self) -> "ZImageProcess":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return f"<ZImageProcess {self.pid}: {len(self._requests)} jobs, {self.starts} starts>"
 
@@ -201,40 +250,13 @@ class ZImageProcess:
         """Whether the process runs on this machine."""
         return self._link.is_here
 
-    def submit(
-        self,
-        prompt: str | None = None,
-        *,
-        on_event: Callable[[Event | None], None] | None = None,
-        **options: Any,
-    ) -> Remote:
-        """As ZImage.submit, but what is wrong with the job is raised by `result`. A seed of -1 is
-        drawn here, so that the job is the same in each process."""
-        return self._sent("submit", with_seed({"prompt": prompt, **options}), on_event)
-
-    def encode(
-        self,
-        texts: Sequence[str],
-        *,
-        on_event: Callable[[Event | None], None] | None = None,
-        **options: Any,
-    ) -> Remote:
-        """As ZImage.submit_encode."""
-        return self._sent("encode", {"texts": texts, **options}, on_event)
-
-    def plan(self, prompt: str | None = None, **options: Any) -> Remote:
-        """As ZImage.plan: its result is Planned."""
-        return self._sent("plan", {"prompt": prompt, **options}, None)
-
     def restart(self, memory: Memory | None = None) -> None:
-        """Start the process again, with other options about memory; every job goes on."""
         if memory is not None:
             self._arguments["memory"] = checks.instance("memory", memory, Memory)
         self._is_wanted = True
         self._link.kill()
 
     def close(self) -> None:
-        """End the process, and all jobs that are not done."""
         self._is_closed = True
         self._link.kill()
         self._watcher.join()

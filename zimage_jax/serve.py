@@ -17,6 +17,7 @@ import click
 
 from . import cli, options
 from .errors import UsageError
+from .memory_options import CLUSTER, DEVICES, engine_of, memory_options, split_option
 from .options import Number
 
 
@@ -84,10 +85,10 @@ from .options import Number
 @options.MODEL
 @options.CONTROL
 @options.DTYPE
-@options.memory_options
-@options.DEVICES
-@options.split("pictures")
-@options.CLUSTER
+@memory_options
+@DEVICES
+@split_option("pictures")
+@CLUSTER
 def command(
     *,
     host,
@@ -127,7 +128,7 @@ def command(
     places: Any = {"devices": devices, "split": split, "cluster": cluster}
     places["say"] = partial(click.echo, err=True)
     given: Any = {"control": control, "dtype": dtype}
-    open_engine = options.engine_of(model, **places, memory_flags=memory_flags, **given)
+    open_engine = engine_of(model, **places, memory_flags=memory_flags, **given)
     with interrupts.at_once():
         try:
             from .server import app

@@ -15,8 +15,9 @@ from zimage_jax.model.kv import KVPolicy
 from zimage_jax.model.samplers import Trajectory
 from zimage_jax.pipeline.stages.denoise import Denoise, DenoiseChoice
 from zimage_jax.planning import cards, schedule
-from zimage_jax.planning.plan import Sizes, stream_plan
+from zimage_jax.planning.plan import Sizes
 from zimage_jax.planning.stored import StoredCosts
+from zimage_jax.planning.stream_plan import stream_plan
 from zimage_jax.planning.work import Work
 from zimage_jax.runtime.deviceless import CardPrograms
 from zimage_jax.runtime.placement import default_dtype

@@ -27,8 +27,8 @@ from zimage_jax.model.kv import Phase
 from zimage_jax.model.samplers import Trajectory
 from zimage_jax.pipeline.stages.denoise import Denoise, DenoiseChoice
 from zimage_jax.planning import cards, schedule
-from zimage_jax.planning.plan import cut, stream_plan
 from zimage_jax.planning.stored import StoredCosts
+from zimage_jax.planning.stream_plan import cut, stream_plan
 from zimage_jax.planning.work import Work
 from zimage_jax.runtime.deviceless import CardPrograms
 from zimage_jax.runtime.placement import HOST, Placement
@@ -60,7 +60,7 @@ def ahead(apply: Callable, stacked: tuple, x):
 
 def compiled(programs: CardPrograms, work: Work, run: Callable) -> tuple:
     """Executable and device bytes it takes beside its arguments."""
-    tree = programs.tree("transformer", "layers.0")
+    (tree,) = STORAGE.trees("transformer", ["layers.0"])
     host = Placement.on_host().sharding(HOST)
     inputs = dit.inputs(
         TURBO.transformer, work.h, work.w, np.full(1, work.bucket, np.int32), work.bucket

@@ -30,8 +30,9 @@ from zimage_jax.pipeline.stages.denoise import DenoiseChoice
 from zimage_jax.pipeline.stages.text import TextChoice
 from zimage_jax.pipeline.stages.vae_stage import VAEChoice
 from zimage_jax.planning import cards, schedule
-from zimage_jax.planning.plan import Choice, Sizes, StreamPlan, chunked, cut, stream_plan
+from zimage_jax.planning.plan import Choice, Sizes
 from zimage_jax.planning.stored import TEMPORARIES
+from zimage_jax.planning.stream_plan import StreamPlan, chunked, cut, stream_plan
 from zimage_jax.planning.work import Work
 from zimage_jax.runtime.deviceless import CardPrograms, order
 from zimage_jax.runtime.placement import default_dtype

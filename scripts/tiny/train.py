@@ -163,7 +163,7 @@ def make_latents(runs: Path, seed: int, shards: int) -> None:
     spec = vae.spec(CONFIG.vae)
     params = average_of(runs / "vae", named_arrays(spec))
     model = with_arrays(spec, lambda path, _: params[path])
-    encode = jax.jit(lambda x: jnp.split(model.encoder(x), 2, -1)[0])
+    encode = jax.jit(lambda x: jnp.split(model.encoder(x, Attend()), 2, -1)[0])
     folder = runs / "latents"
     folder.mkdir(exist_ok=True)
     sizes = [size for size, share in SIZES for _ in range(max(1, round(share * shards)))]

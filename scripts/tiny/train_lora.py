@@ -143,7 +143,7 @@ def train(runs: Path, steps: int, rate: float, seed: int) -> None:
         optax.clip_by_global_norm(1.0),
         optax.adamw(optax.warmup_cosine_decay_schedule(0, rate, steps // 20, steps), b2=0.99),
     )
-    prompts = Prompts.load(checkpoint.tokenizer)
+    prompts = Prompts.load(checkpoint.tokenizer())
     of = batches(data, prompts, base, seed)
     fit(runs / "lora", params, tx, loss, of, steps, 50, 0.98, lambda params: {})
 

@@ -20,12 +20,11 @@ from zimage_jax import serve
 from zimage_jax.comfyui import __main__ as command
 from zimage_jax.comfyui.nodes import engine, home, settings
 from zimage_jax.errors import UsageError
-from zimage_jax.model.choices import SAMPLERS, SCHEDULES, STRENGTH_RULES
+from zimage_jax.model.choices import LARGEST_LORA_WEIGHT, SAMPLERS, SCHEDULES, STRENGTH_RULES
 from zimage_jax.model.config import TURBO
 from zimage_jax.model.kv import KVPolicy
 from zimage_jax.pipeline.canvas import Canvas
 from zimage_jax.pipeline.job import Job
-from zimage_jax.pipeline.loras import LARGEST_WEIGHT
 from zimage_jax.server.loras import LoraFolders
 from zimage_jax.server.order import as_arguments
 
@@ -197,7 +196,7 @@ def test_loras_add_up_and_a_pipe_has_one_controlnet():
 
 
 def test_weights_and_scales_have_the_engines_bounds():
-    assert (settings.LARGEST_WEIGHT, settings.LARGEST_SCALE) == (LARGEST_WEIGHT, 10)
+    assert (settings.LARGEST_WEIGHT, settings.LARGEST_SCALE) == (LARGEST_LORA_WEIGHT, 10)
     job = {"prompt": "a", "control": Canvas.of_control(np.zeros((16, 16, 3), np.uint8))}
     config = dataclasses.replace(TURBO, control=CONTROLS["union 2.1"])
     assert Job.of(config, **job, control_scale=settings.LARGEST_SCALE).control_scale == 10

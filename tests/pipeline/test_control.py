@@ -19,7 +19,8 @@ from tests.weights import lora_files
 from zimage_jax import KVPolicy, Memory, UsageError, ZImage, ZImageError
 from zimage_jax.pipeline.picture import read_metadata
 from zimage_jax.planning import schedule
-from zimage_jax.planning.plan import Sizes, stream_plan
+from zimage_jax.planning.plan import Sizes
+from zimage_jax.planning.stream_plan import stream_plan
 from zimage_jax.weights.checkpoint import Checkpoint
 from zimage_jax.weights.formats import uniform
 from zimage_jax.weights.sources import open_control_file

@@ -23,10 +23,11 @@ from zimage_jax.model.samplers import Trajectory
 from zimage_jax.pipeline.stages import STAGES
 from zimage_jax.planning import cards, schedule
 from zimage_jax.planning import seconds as predicted
-from zimage_jax.planning.plan import Memory, Plan, Sizes, StreamPlan, host_bytes
+from zimage_jax.planning.plan import Memory, Plan, Sizes, host_bytes
 from zimage_jax.planning.planner import Planner
 from zimage_jax.planning.seconds import Rates, Timing
 from zimage_jax.planning.stored import StoredCosts
+from zimage_jax.planning.stream_plan import StreamPlan
 from zimage_jax.planning.work import Work
 from zimage_jax.units import GIB, MIB
 from zimage_jax.weights import components

@@ -16,8 +16,8 @@ from zimage_jax.pipeline.stages.text import Text, TextChoice
 from zimage_jax.pipeline.stages.vae_stage import VAEChoice
 from zimage_jax.planning import cards, schedule
 from zimage_jax.planning import stored as stored_module
-from zimage_jax.planning.plan import VisitKind, stream_plan
 from zimage_jax.planning.stored import Figures, StoredCosts
+from zimage_jax.planning.stream_plan import VisitKind, stream_plan
 from zimage_jax.planning.work import Work
 from zimage_jax.units import MIB
 from zimage_jax.weights.formats import parse, uniform

@@ -12,9 +12,10 @@ from zimage_jax.model.kv import KVPolicy
 from zimage_jax.model.samplers import Trajectory
 from zimage_jax.pipeline.stages.denoise import Denoise, DenoiseChoice
 from zimage_jax.planning import cards, schedule, stored
-from zimage_jax.planning.plan import Sizes, stream_plan
+from zimage_jax.planning.plan import Sizes
 from zimage_jax.planning.seconds import SPREAD
 from zimage_jax.planning.stored import StoredCosts
+from zimage_jax.planning.stream_plan import stream_plan
 from zimage_jax.planning.work import Work
 from zimage_jax.runtime.deviceless import CardPrograms, order
 from zimage_jax.runtime.placement import HOST

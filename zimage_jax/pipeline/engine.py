@@ -111,7 +111,7 @@ class Engine:
                 self._waiting.remove(request)
             first = self._waiting[0] if self._waiting else None
         for request in cancelled:  # outside of the lock: a listener may do anything
-            _end_cancelled(request)
+            request.end_cancelled()
         return first
 
     def take(self) -> Request:
@@ -147,12 +147,6 @@ class Engine:
                     Flight(self, first).run()
                 finally:
                     self._free = None
-
-
-def _end_cancelled(request: Request) -> None:
-    """End a request that was cancelled."""
-    request.leave_device()
-    request.end(fault=request.cancelled())
 
 
 class _OwnError(Exception):
@@ -376,7 +370,7 @@ class Flight:
             for recorder in self._recorder.each:
                 recorder.settle()
             self._remove(request)
-            _end_cancelled(request)
+            request.end_cancelled()
         return [request for request in requests if request in self._requests]
 
     def _begin(self, stage: Stage, request: Request) -> None:
@@ -407,10 +401,10 @@ class Flight:
         """Sweeps over the stage's chunks for all `requests`, until one is done or another joins."""
         assert self._loan is not None
         plan = requests[0].attempt.plan.choices[stage.name].stream
-        coming = [cast(Sweeps, request.asked).nfes for request in requests]
+        coming = [cast(Sweeps, request.asked) for request in requests]
 
         def without_kv(chunk: int, sweep: int) -> bool:
-            wanted = [nfes[sweep] for nfes in coming if sweep < len(nfes)]
+            wanted = [of.nfes[sweep] for of in coming if sweep < len(of.nfes)]
             return all(plan.without_kv(chunk, nfe) for nfe in wanted)
 
         count = _sweeps_until_one_is_done(coming)
@@ -427,7 +421,7 @@ class Flight:
                         raise _OwnError(requests[error.index], error.fault) from error
                     self._advance(requests, found)
                 requests = [r for r in self._going(requests) if r.running is not None]
-                may_stop = sweep + 1 < count and _may_stop(requests)
+                may_stop = sweep + 1 < count and all(request.may_stop for request in requests)
                 if not requests or (may_stop and self._with_next()):
                     return
 
@@ -486,21 +480,8 @@ class Flight:
             request.tell(Planned(request.attempt.plan, self._budget))
 
 
-def _sweeps_until_one_is_done(coming: Sequence[Sequence]) -> int:
+def _sweeps_until_one_is_done(coming: Sequence[Sweeps]) -> int:
     """How many sweeps until one is done and all others can go on from the host."""
-    most = max(map(len, coming))
-    least = min(map(len, coming))
-    for count in range(least, most):
-        if not any(len(nfes) > count and _reuses(nfes[count]) for nfes in coming):
-            return count
-    return most
-
-
-def _may_stop(requests: Sequence[Request]) -> bool:
-    """Whether all can go on from the host: none whose next NFE reuses K and V."""
-    asked = [request.asked for request in requests]
-    return all(isinstance(a, Sweeps) and not _reuses(a.nfes[0]) for a in asked)
-
-
-def _reuses(nfe) -> bool:
-    return nfe is not None and nfe.reuses
+    lengths = [len(sweeps.nfes) for sweeps in coming]
+    counts = range(min(lengths), max(lengths) + 1)
+    return next(n for n in counts if all(sweeps.may_stop(n) for sweeps in coming))

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from .. import checks
 from ..errors import UsageError
+from ..model.choices import LARGEST_LORA_WEIGHT, MOST_LORAS
 from ..runtime.placement import Placement
 from ..runtime.programs import Programs
 from ..runtime.sides import Sides
@@ -20,8 +21,6 @@ from ..weights.checkpoint import ModelFiles
 from ..weights.lora import Lora, open_lora
 from .plans import Plans
 
-MOST_LORAS = 16  # of one job
-LARGEST_WEIGHT = 100
 _KEPT = 8  # files, and sets of them
 _KEPT_BYTES = 2 << 30  # of sets that are beside the model; the one in use may be larger
 
@@ -127,7 +126,9 @@ def _pairs(lora: object) -> list[tuple[Path, float]]:
         )
         if not is_pair or not isinstance(pair[0], str | os.PathLike):
             checks.refuse("lora", expected, pair)
-        weight = checks.real("the weight of a LoRA", pair[1], -LARGEST_WEIGHT, LARGEST_WEIGHT)
+        weight = checks.real(
+            "the weight of a LoRA", pair[1], -LARGEST_LORA_WEIGHT, LARGEST_LORA_WEIGHT
+        )
         assert math.isfinite(weight)
         found.append((Path(pair[0]), weight))
     if len(found) > MOST_LORAS:

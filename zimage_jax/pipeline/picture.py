@@ -21,6 +21,7 @@ from .. import checks
 from ..errors import UsageError
 from ..files import open_regular, parse_json, printable
 from ..model import emphasis
+from ..model.choices import LARGEST_LORA_WEIGHT
 from ..model.samplers import SAMPLERS, SCHEDULES, STRENGTH_RULES
 from .canvas import FITS
 from .opened import decode
@@ -180,7 +181,7 @@ _CONTROL_FIELDS: dict[str, Callable] = {
 }
 _LORA_FIELDS: dict[str, Callable] = {
     "name": checks.text,
-    "weight": partial(checks.real, low=-100, high=100),
+    "weight": partial(checks.real, low=-LARGEST_LORA_WEIGHT, high=LARGEST_LORA_WEIGHT),
     "sha256": checks.text,
     "merged?": partial(checks.instance, kind=bool),
 }

@@ -5,6 +5,8 @@
     result = ZImage.load("model").generate("a red circle", seed=7)
     result.pictures[0].save("circle.png")
 
+The file is long by the public API, whose signatures and docstrings are two of five lines.
+
 Axes: B pictures, h, w latent rows and columns, C latent channels.
 """
 

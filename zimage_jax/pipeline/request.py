@@ -182,6 +182,11 @@ class Request(Handle):
             None,
         )
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether it is between two sweeps, and can go on from the host."""
+        return isinstance(self.asked, Sweeps) and self.asked.may_stop(0)
+
     def advance(self, found: list | None) -> None:
         """Give the stage's generator what it asked for; it asks for more, or its stage is done."""
         assert self.running is not None
@@ -205,3 +210,8 @@ class Request(Handle):
     def end(self, result: Any = None, fault: BaseException | None = None) -> None:
         self._attempt = None
         super().end(result, fault)
+
+    def end_cancelled(self) -> None:
+        """End it after `cancel`."""
+        self.leave_device()
+        self.end(fault=self.cancelled())

@@ -17,22 +17,9 @@ from typing import Any, NamedTuple
 from ..errors import OutOfMemoryError, UsageError
 from ..units import size
 from ..weights.formats import Storage
-from .plan import (
-    Budget,
-    Choice,
-    Costs,
-    Held,
-    Memory,
-    Option,
-    Place,
-    Plan,
-    Sizes,
-    Stage,
-    StreamPlan,
-    each,
-    mixed,
-)
+from .plan import Budget, Choice, Costs, Held, Memory, Option, Plan, Sizes, Stage, each
 from .seconds import Rates, Timing, shares
+from .stream_plan import Place, StreamPlan, mixed
 from .work import Work
 
 

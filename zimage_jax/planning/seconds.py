@@ -14,8 +14,9 @@ from ..model.ops import RUN_TOKENS
 from ..units import size, tree_bytes
 from ..weights import components
 from ..weights.formats import Storage
-from .plan import Plan, Sizes, Stage, StreamPlan
+from .plan import Plan, Sizes, Stage
 from .schedule import Load, Pin, Visit, actions, loads
+from .stream_plan import StreamPlan
 from .work import Work
 
 

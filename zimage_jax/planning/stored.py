@@ -18,7 +18,8 @@ from ..units import MIB
 from ..weights import components
 from ..weights.formats import Storage
 from .cards import Card, MeasuredCard
-from .plan import Stage, VisitKind
+from .plan import Stage
+from .stream_plan import VisitKind
 from .work import Work
 
 TEMPORARIES = Path(__file__).parent.parent / "assets" / "temporaries.json"

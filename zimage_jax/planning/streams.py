@@ -7,7 +7,8 @@ from itertools import chain, product
 from ..errors import UsageError
 from ..weights import components
 from . import schedule
-from .plan import Memory, Sizes, StreamPlan, chunked, stream_plan
+from .plan import Memory, Sizes
+from .stream_plan import StreamPlan, chunked, stream_plan
 
 
 def streams(

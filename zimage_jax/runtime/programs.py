@@ -18,7 +18,8 @@ from ..model import dit, sampling
 from ..model.attention import Attend, Target
 from ..model.config import ModelConfig
 from ..model.kv import KVFormat
-from ..planning.plan import Stage, StreamPlan, VisitKind
+from ..planning.plan import Stage
+from ..planning.stream_plan import StreamPlan, VisitKind
 from ..planning.work import Work
 from ..weights.formats import Storage
 from .placement import HOST, Placement, require_cudnn

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from ..planning.plan import Place, Plan, StreamPlan
+from ..planning.plan import Plan
+from ..planning.stream_plan import Place, StreamPlan
 from ..units import tree_bytes
 from ..weights import components
 from ..weights.adapters import Adapters, Merged

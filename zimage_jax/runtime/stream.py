@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from ..model.kv import Nfe
-from ..planning.plan import StreamPlan
 from ..planning.schedule import Load, Pin, Visit, actions, loads
+from ..planning.stream_plan import StreamPlan
 from ..units import tree_bytes
 from ..weights.formats import Storage
 from .placement import Placement
@@ -101,6 +101,11 @@ class Sweeps(NamedTuple):
     """
 
     nfes: tuple[Nfe | None, ...] = (None,)
+
+    def may_stop(self, index: int) -> bool:
+        """Whether the job can go on from the host at this NFE: it reuses no K and V."""
+        nfe = self.nfes[index] if index < len(self.nfes) else None
+        return nfe is None or not nfe.reuses
 
 
 @runtime_checkable

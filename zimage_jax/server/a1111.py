@@ -16,8 +16,8 @@ from pydantic import Field, create_model
 
 from ..errors import UsageError
 from ..files import printable
+from ..model.choices import LARGEST_LORA_WEIGHT, MOST_LORAS
 from ..model.samplers import SAMPLERS, SCHEDULES
-from ..pipeline.loras import LARGEST_WEIGHT, MOST_LORAS
 from ..pipeline.opened import decode
 from ..pipeline.picture import A1111, texts_in
 from .body import Body
@@ -148,7 +148,7 @@ def _without_tags(prompt: str) -> tuple[str, list[dict[str, Any]]]:
         except ValueError:
             raise UsageError(
                 f"<lora:{printable(tag, 80)}>: expected <lora:NAME> or <lora:NAME:WEIGHT> with a "
-                f"weight of -{LARGEST_WEIGHT} to {LARGEST_WEIGHT}"
+                f"weight of -{LARGEST_LORA_WEIGHT} to {LARGEST_LORA_WEIGHT}"
             ) from None
         found.append(choice.model_dump())
     if len(found) > MOST_LORAS:

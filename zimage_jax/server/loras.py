@@ -13,8 +13,8 @@ from pydantic import Field
 
 from ..errors import UsageError, ZImageError
 from ..files import printable
+from ..model.choices import LARGEST_LORA_WEIGHT, MOST_LORAS
 from ..model.config import ModelConfig
-from ..pipeline.loras import LARGEST_WEIGHT, MOST_LORAS
 from ..weights.lora import Lora, open_lora
 from .body import Body
 
@@ -28,7 +28,7 @@ class Choice(Body):
     """One LoRA of a job."""
 
     name: Annotated[str, Field(max_length=1024, description="as GET /loras has it")]
-    weight: Annotated[float, Field(ge=-LARGEST_WEIGHT, le=LARGEST_WEIGHT)] = 1.0
+    weight: Annotated[float, Field(ge=-LARGEST_LORA_WEIGHT, le=LARGEST_LORA_WEIGHT)] = 1.0
 
 
 Choices = Annotated[list[Choice], Field(max_length=MOST_LORAS)]

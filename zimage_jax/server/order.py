@@ -138,16 +138,8 @@ def order(
             raise UsageError(f"{name} needs an image: there is none")
     canvas = None
     if "image" in inputs:
-        image = decode(inputs["image"], "image", MOST_PIXELS)
-        mask = mask_of(decode(inputs["mask"], "mask", MOST_PIXELS)) if "mask" in inputs else None
         size = {name: job.get(name) for name in ("width", "height")}
-        canvas = Canvas.of(
-            *(image, mask),
-            **size | fitting,
-            multiple=config.pixel_multiple,
-            model_side=config.vae.sample_size,
-        )
-        canvas = replace(canvas, enlarges=enlarge is not None)
+        canvas = replace(_canvas(config, inputs, size | fitting), enlarges=enlarge is not None)
         job |= dict.fromkeys(size)
     control = None
     if "control_image" in inputs:
@@ -161,9 +153,8 @@ def order(
         job |= {"control": control, "width": None, "height": None}
     checked = Job.of(config, job.pop("prompt"), seed=seeds[0], canvas=canvas, **job)
     if enlarge is not None:
-        arguments["strength"] = (
-            checked.strength
-        )  # the engine gets a picture that is enlarged already
+        # the engine gets a picture that is enlarged already
+        arguments["strength"] = checked.strength
     return Order(
         origin=origin,
         arguments=arguments,
@@ -171,6 +162,17 @@ def order(
         inputs=inputs,
         canvas=canvas,
         control=control,
+    )
+
+
+def _canvas(config: ModelConfig, inputs: Mapping[str, bytes], fitting: Mapping[str, Any]) -> Canvas:
+    """What a job begins from. Raises UsageError."""
+    return Canvas.of(
+        decode(inputs["image"], "image", MOST_PIXELS),
+        mask_of(decode(inputs["mask"], "mask", MOST_PIXELS)) if "mask" in inputs else None,
+        **fitting,
+        multiple=config.pixel_multiple,
+        model_side=config.vae.sample_size,
     )
 
 

@@ -18,7 +18,6 @@ W is PyTorch's (out, in). With weight k, and s = alpha / r (1 without alpha):
 
 import functools
 import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import ConversionError, ForeignError
-from ..files import open_regular, printable
+from ..files import open_regular, parse_json, printable
 from ..model.config import ModelConfig
 from . import components, names
 from .names import Entry
@@ -132,10 +131,9 @@ class Lora:
 def _json(text: str | None) -> dict[str, Any]:
     """A JSON object in metadata; empty if there is none."""
     try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        return parse_json(text or "{}", "metadata", ConversionError)
+    except ConversionError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 # -- names -----------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from ...model import dit, ops
 from ...model.kv import Nfe
 from ...planning import schedule
-from ...planning.plan import Choice, Memory, Option, Sizes, chunked, stream_plan
+from ...planning.plan import Choice, Memory, Option, Sizes
 from ...planning.seconds import Timing
 from ...planning.stored import Figures
+from ...planning.stream_plan import chunked, stream_plan
 from ...planning.work import Work
 from ...runtime.programs import Programs
 from ...runtime.stream import Call, Sweeps

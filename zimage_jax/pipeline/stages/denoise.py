@@ -16,9 +16,10 @@ from ...errors import UsageError
 from ...model import control, dit, kv
 from ...model.kv import Nfe, Phase
 from ...planning import schedule
-from ...planning.plan import Choice, Held, Memory, Option, Sizes, StreamPlan, VisitKind
+from ...planning.plan import Choice, Held, Memory, Option, Sizes
 from ...planning.seconds import Timing
 from ...planning.stored import Figures
+from ...planning.stream_plan import StreamPlan, VisitKind
 from ...planning.streams import streams
 from ...planning.work import Work
 from ...runtime.programs import Programs

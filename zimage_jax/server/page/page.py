@@ -22,8 +22,8 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...errors import UsageError, ZImageError
+from ...model.choices import MOST_LORAS
 from ...model.samplers import SAMPLERS
-from ...pipeline.loras import MOST_LORAS
 from ...pipeline.opened import check_pixels
 from ...pipeline.picture import encode_png, metadata_in
 from ...pipeline.size import parse_size
@@ -181,6 +181,11 @@ class Page:
         self._plan = gr.HTML(elem_id="z-plan")
         self._told = gr.HTML(elem_id="z-told")
         self._draw = gr.Button(word("draw"), variant="primary", elem_id="z-draw")
+        self._add_folded(word)
+
+    def _add_folded(self, word: gr.I18n) -> None:
+        """The parts of the form that are folded at first."""
+        first, add = self._first, self._fields
         with gr.Accordion(word("pictures"), open=False):
             self._canvas = gr.HTML(
                 html_template=_CANVAS,
@@ -211,6 +216,22 @@ class Page:
                 js_on_load="zimage.reuse(element.querySelector('.z-drop'), trigger)",
             )
             self._reset = gr.Button(word("reset"), size="sm")
+        self._add_loras(word)
+        with gr.Accordion(word("memory"), open=False):
+            for name in ("text_encoder", "low_vram"):
+                add[name] = gr.Checkbox(first[name], label=word(name), info=word(f"{name}_info"))
+            for name, most in (("chunks", 10_000), ("vae_tile", 16384)):
+                add[name] = gr.Number(
+                    first[name],
+                    precision=0,
+                    minimum=0,
+                    maximum=most,
+                    label=word(name),
+                    info=word(f"{name}_info"),
+                )
+
+    def _add_loras(self, word: gr.I18n) -> None:
+        first, add = self._first, self._fields
         with gr.Accordion("LoRA", open=False, visible=bool(self._jobs.loras.folders)):
             # a picture may name others, which are refused by name
             add["loras"] = gr.Dropdown(
@@ -230,18 +251,6 @@ class Page:
                 step=0.05,
                 label=word("lora_weight"),
             )
-        with gr.Accordion(word("memory"), open=False):
-            for name in ("text_encoder", "low_vram"):
-                add[name] = gr.Checkbox(first[name], label=word(name), info=word(f"{name}_info"))
-            for name, most in (("chunks", 10_000), ("vae_tile", 16384)):
-                add[name] = gr.Number(
-                    first[name],
-                    precision=0,
-                    minimum=0,
-                    maximum=most,
-                    label=word(name),
-                    info=word(f"{name}_info"),
-                )
 
     def _connect(self) -> None:
         fields = [self._fields[name] for name in form.FIELDS]
