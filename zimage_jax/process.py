@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Self
 
 from . import checks
 from .errors import EngineError, UsageError
@@ -30,8 +30,6 @@ TRIES = 5  # deaths of the process without an NFE of a job in flight, until the 
 STARTS = 3  # tries to start the process
 
 _NUMBERS = itertools.count(1)  # of jobs, unique among all processes
-
-Own = TypeVar("Own")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -106,7 +104,7 @@ class Sender(ABC):
     name: str  # of the model
     description: str  # of the model, for a person
 
-    def __enter__(self: Own) -> Own:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
