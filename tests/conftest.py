@@ -5,7 +5,6 @@ import functools
 import gc
 import importlib.util
 import os
-import re
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,8 +19,6 @@ given = os.environ.get("XLA_FLAGS", "")
 ours = (f"{flag}={value}" for flag, value in FLAGS.items() if flag not in given)
 os.environ["XLA_FLAGS"] = " ".join([given, *ours])
 
-import beartype  # noqa: E402
-import beartype.claw  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 from jax._src import lru_cache  # noqa: E402
@@ -47,23 +44,17 @@ def put(self, key: str, value: bytes) -> None:
 
 lru_cache.LRUCache.put = put
 
-# from here on every function of ours checks its annotations, by beartype alone where a module names no arrays: jaxtyping
-# binds the arguments of every call. It also lets names pass that are imported for annotations alone
+# from here on every function checks its annotations in modules that name arrays; in all others they are mypy's to check,
+# for beartype makes planning five times slower
 ROOT = Path(__file__).parent.parent
 PACKAGES = "zimage_jax", "checkpoints_convert"
-NEEDS_IT = re.compile("from jaxtyping import|if TYPE_CHECKING")
-CHECKED_BY_JAXTYPING = [
+CHECKED = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for package in PACKAGES
     for path in (ROOT / package).rglob("*.py")
-    if NEEDS_IT.search(path.read_text("utf-8"))
+    if "from jaxtyping import" in path.read_text("utf-8")
 ]
-beartype.claw.beartype_packages(
-    PACKAGES,
-    # a TypeError, as jaxtyping's: what refuses a damaged manifest catches it
-    conf=beartype.BeartypeConf(is_pep484_tower=True, violation_type=TypeError),
-)
-jaxtyping.install_import_hook(CHECKED_BY_JAXTYPING, "tests.strict.checked")
+jaxtyping.install_import_hook(CHECKED, "tests.strict.checked")
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402

@@ -55,9 +55,9 @@ class LocalHub:
 
     def forget(self) -> None:
         """Begin the counts anew, once those who hung up have been served to the end."""
-        gc.collect()  # an exception and its frames hold a connection, and each other
         deadline = time.monotonic() + 5
         while self.connections and time.monotonic() < deadline:
+            gc.collect()  # an exception and its frames hold a connection, and each other
             time.sleep(0.005)
         self.log.clear()
         self.sent.clear()

@@ -380,7 +380,7 @@ def results(native):
     return get
 
 
-OFTEN = ["reuse", "all", "packed"]
+OFTEN = ["reuse", "packed"]
 QUICK = [("reuse", "ring")]
 COMBINED = "all", "packed, grouped, reused"  # each of the others is a part of one of them
 SAME_BITS = [

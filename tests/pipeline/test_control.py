@@ -111,6 +111,7 @@ def test_bits_are_the_same_in_16_bits(under, dtype, drawn):
     assert_as_predicted(result)
 
 
+@pytest.mark.exhaustive
 def test_a_file_in_place_draws_what_the_converted_one_does(native, tmp_path):
     file, model = saved("union 2.0", tmp_path), native("controlled")
     source = open_control_file(file, Checkpoint(model).config)
@@ -158,6 +159,7 @@ def test_without_a_control_image_every_bit_is_the_plain_models(native, control):
     assert "control" not in b.report["predicted_peak_bytes_by_stage"]
 
 
+@pytest.mark.exhaustive
 def test_control_and_main_blocks_share_slots_and_requests_share_flights(native, control):
     """Two slots for blocks of both kinds; those with and without a control image take turns."""
     pipe = ZImage.load(

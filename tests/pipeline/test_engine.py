@@ -316,6 +316,7 @@ def test_what_stays_is_not_copied_again_when_another_joins(under, native, alone)
     assert not pipe.held
 
 
+@pytest.mark.exhaustive
 def test_whoever_is_in_flight_gets_a_sweep_while_others_keep_coming(under, alone):
     """Also one that reuses K and V, and so cannot leave the device after every NFE."""
     pipe, coming, drawn = under("ring"), threading.Event(), []

@@ -143,6 +143,7 @@ def test_what_an_edit_cannot_be(client, server, picture):
     assert "multipart" in server.refused("/v1/images/edits", {"prompt": "a fox"})
 
 
+@pytest.mark.exhaustive
 def test_a_client_that_leaves_cancels_its_picture(client, server):
     def leaves() -> None:
         with pytest.raises(openai.APITimeoutError):

@@ -33,6 +33,7 @@ def test_languages_have_the_same_words():
     assert words_for("") is words_for("fr") is LANGUAGES["en"]
 
 
+@pytest.mark.exhaustive
 def test_gradio_is_asked_for_nothing_but_the_page(server):
     status, headers, body = server.ask("GET", "/")
     assert status == 200
