@@ -99,7 +99,7 @@ def test_the_pipeline_agrees_with_diffusers(case, load, reference_outputs):
         assert psnr(picture.pixels, reference) >= 65
 
 
-@pytest.mark.parametrize("guidance", every([0.0, 2.0], [2.0]))
+@pytest.mark.parametrize("guidance", every([0.0, 2.0], []))
 def test_a_batch_gives_what_single_runs_give(pipe, guidance):
     prompts, seeds = ["a", small.LONG * 2, "红色"], [1, 2, 3]
     job = {"width": 48, "height": 32, "steps": 3, "guidance": guidance}

@@ -107,6 +107,7 @@ def test_a_second_signal_ends_it_at_once(server):
     server.ask("DELETE", f"/jobs/{job}")
 
 
+@pytest.mark.exhaustive
 def test_what_cannot_be_served_is_said_in_a_line(server, tmp_path, run):
     for arguments, code, message in [
         (["--data", server.data, "--port", 0], 1, "another server uses this folder"),
