@@ -201,7 +201,7 @@ def test_a_cluster_that_cannot_draw_says_why_in_a_line(cluster, machine, start, 
     process = start(jobs[0], address="127.0.0.1:1")
     _, error = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert error.splitlines()[-1].startswith("error: --cluster 127.0.0.1:1: ")
+    assert error.splitlines()[-1].startswith("error: --cluster 127.0.0.1:1: nothing answers there")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pickle
 import queue
 import re
 import signal
+import socket
 import threading
 import warnings
 from collections import deque
@@ -38,6 +39,7 @@ from .weights.checkpoint import CONTROL
 from .weights.search import Sought
 
 PERIOD = 1.0  # seconds between two looks at the machines
+ANSWERS = 10.0  # seconds for the head to take a connection
 LONGEST_PAUSE = 60.0  # seconds before a machine that failed is tried again; first PERIOD
 _FILES = ("image", "mask", "control_image")  # arguments of jobs
 _Key = tuple[str, int]  # a machine's id, and which of its devices
@@ -319,6 +321,8 @@ def _connect(address: str) -> None:
     """Raises UsageError if there is no such cluster."""
     if not re.fullmatch(r"local|[^\s/]+:[0-9]{1,5}", address):
         raise UsageError(f"--cluster {printable(address)}: expected HOST:PORT or local")
+    if address != "local":
+        _check_answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local: Any = {"include_dashboard": False} if address == "local" else {}
     try:
@@ -327,3 +331,16 @@ def _connect(address: str) -> None:
     except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as fault:
         reason = printable(str(fault).splitlines()[0] if str(fault) else repr(fault), 300)
         raise UsageError(f"--cluster {printable(address)}: {reason}") from None
+
+
+def _check_answers(address: str) -> None:
+    """Raises UsageError if nothing listens at HOST:PORT, for which Ray would wait for minutes."""
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERS).close()
+    except (OSError, OverflowError, UnicodeError) as fault:
+        reason = getattr(fault, "strerror", None) or fault
+        raise UsageError(
+            f"--cluster {printable(address)}: nothing answers there ({reason}); "
+            "start Ray on that machine: ray start --head --port PORT"
+        ) from None
