@@ -41,7 +41,7 @@ SCHEDULES = {
     "a budget": Memory(max_vram_bytes=int(2.6e6)),
 }
 SCAN = {"scan": Memory(schedule="scan")}
-# one of each way to visit the blocks, for what is drawn with something besides: --long has all
+# one of each kind, for tests of another feature under every schedule; --long has all
 KINDS = "ring", "hybrid", "half a block", "half a block, swapped", "disk", "scan"
 
 
