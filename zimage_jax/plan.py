@@ -368,7 +368,7 @@ def _row(
     width: int,
     height: int,
 ) -> dict:
-    """If no plan fits, it has no schedule, and the peak of the smallest plan."""
+    """The row of one size. If no plan fits, it has no schedule, and the peak of the smallest plan."""
     from .pipeline.size import region_of
     from .planning.work import Work
 
