@@ -57,7 +57,7 @@ def memory() -> None:
     click.echo(
         "| processes | window, MiB | their own, MiB | weights kept, MiB |\n|---|---|---|---|"
     )
-    for window in (None, 1 << 20):
+    for window in (None, 4 << 20):
         for count in (1, 2):
             options = Memory(schedule="ring", host_bytes=window)
             with ZImagePool(devices=range(count), memory=options) as pool:
