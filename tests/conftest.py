@@ -1,4 +1,4 @@
-"""Strict mode: promotion strict, rank promotion raises, annotations checked, warnings are errors
+"""Strict mode: promotion strict, rank promotion raises, shapes checked, warnings are errors
 (pyproject.toml)."""
 
 import functools

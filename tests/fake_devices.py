@@ -10,7 +10,6 @@ import collections
 import gc
 import json
 import sys
-import time
 from dataclasses import replace
 
 import jax
@@ -48,9 +47,7 @@ def check(model: str, name: str, count: int, options: dict, one: dict) -> None:
     most: collections.Counter = collections.Counter()
 
     def look(step) -> None:
-        first = on_devices(before)
-        time.sleep(0.002)  # a thread may hold what it has given away for a moment
-        for device, nbytes in (first & on_devices(before)).items():
+        for device, nbytes in on_devices(before).items():
             most[device] = max(most[device], nbytes)
 
     for result in (pipe.generate(**options), pipe.generate(**options, on_step=look)):

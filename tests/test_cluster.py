@@ -209,6 +209,9 @@ def test_a_cluster_that_cannot_draw_says_why_in_a_line(cluster, machine, start, 
     [
         (["--cluster", "local", "--devices", "0"], "leave out --devices"),
         (["--cluster", "local", "--max-vram", "1,2"], "2 sizes need --devices"),
+        (["--cluster", "127.0.0.1:1"], "nothing answers there"),
+        (["--cluster", "127.0.0.1:99999"], "nothing answers there"),
+        (["--cluster", "no..host:1"], "nothing answers there"),
     ],
 )
 def test_what_is_wrong_with_a_cluster_is_said_in_a_line(run, tmp_path, words, message):

@@ -342,5 +342,5 @@ def _check_answers(address: str) -> None:
         reason = getattr(fault, "strerror", None) or fault
         raise UsageError(
             f"--cluster {printable(address)}: nothing answers there ({reason}); "
-            "start Ray on that machine: ray start --head --port PORT"
+            "start Ray on that machine: ray start --head"
         ) from None
